@@ -1,0 +1,3 @@
+"""fastlt: long-tailed image recognition, fast and right."""
+
+__version__ = "0.1.0"

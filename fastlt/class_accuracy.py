@@ -1,0 +1,125 @@
+"""A_t: the top-1 accuracy of every class on the meta set, kept up to date on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastlt.distributed import Reducer
+
+REFRESHES = ("exact", "rolling", "epoch")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """Inside, every module is in eval mode and nothing is recorded; afterwards each is in the mode it was in."""
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def stratified_order(labels: Tensor) -> Tensor:
+    """Indices that go round the classes: the first image of each class, then the second of each, and so on.
+
+    Any contiguous slice then holds every class about equally often. labels: int64 (M,). Returns int64 (M,).
+    """
+    by_class = torch.argsort(labels, stable=True)
+    sorted_labels = labels[by_class]
+    start = torch.searchsorted(sorted_labels, sorted_labels)
+    rank = torch.arange(len(labels), device=labels.device) - start
+    return by_class[torch.argsort(rank, stable=True)]
+
+
+class ClassAccuracy:
+    """Scores the meta set with the current network and reports the accuracy of each class.
+
+    images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
+    are summed over processes. Per-image results stay on the device; nothing here waits for it.
+
+    refresh: how much of the meta set is scored when `update` is called once an iteration.
+        exact: all of it (step 2 of Algorithm 1).
+        rolling: one class-stratified slice of `window`, after a first full pass; no result is older than `window` calls.
+        epoch: all of it in the first call after `start_epoch`, as in the authors' release.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        prepare: Callable[[Tensor], Tensor],
+        refresh: str = "exact",
+        window: int = 10,
+        batch_size: int = 1024,
+        reducer: Reducer | None = None,
+        autocast: Callable[[], object] | None = None,
+    ) -> None:
+        assert refresh in REFRESHES, refresh
+        assert window >= 1, window
+        self.reducer = reducer or Reducer()
+        total = torch.bincount(labels, minlength=num_classes)
+        if (total == 0).any():
+            missing = torch.nonzero(total == 0).flatten().tolist()
+            raise ValueError(
+                f"the meta set has no image of {len(missing)} classes (the first are {missing[:5]}); "
+                "every class needs at least one: its accuracy is an input of the method"
+            )
+        mine = stratified_order(labels)[self.reducer.rank :: self.reducer.world_size]
+        self.images = images[mine].contiguous(memory_format=torch.channels_last)
+        self.labels = labels[mine]
+        self.total = total
+        self.num_classes = num_classes
+        self.prepare, self.autocast = prepare, autocast or torch.no_grad
+        self.refresh, self.window, self.batch_size = refresh, window, batch_size
+        self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
+        self.calls = 0
+        self.due = True
+
+    def start_epoch(self) -> None:
+        """Tell `refresh: epoch` that the next call has to score the meta set again."""
+        self.due = True
+
+    def update(self, model: nn.Module) -> Tensor:
+        """Score what is due with `model` in eval mode and return A: float32 (C,) in [0, 1]. Buffers stay as they are."""
+        size = len(self.labels)
+        if self.refresh == "exact" or self.due:
+            self._score(model, 0, size)
+        elif self.refresh == "rolling":
+            # Slice boundaries k*M/K differ in size by one at most and cover every image once in K calls.
+            k = self.calls % self.window
+            self._score(model, k * size // self.window, (k + 1) * size // self.window)
+        self.due = False
+        self.calls += 1
+        return self.accuracy()
+
+    def accuracy(self) -> Tensor:
+        """A from the latest result of every image: float32 (C,)."""
+        correct = torch.zeros(self.num_classes, device=self.correct.device).index_add_(0, self.labels, self.correct)
+        self.reducer.sum_([correct])
+        return correct / self.total
+
+    def _score(self, model: nn.Module, start: int, stop: int) -> None:
+        with evaluation_mode(model), self.autocast():
+            for first in range(start, stop, self.batch_size):
+                part = slice(first, min(first + self.batch_size, stop))
+                logits = model(self.prepare(self.images[part]))
+                self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
+
+    def state_dict(self) -> dict:
+        """The latest result of every image of this process and the position in the round of slices."""
+        return {"correct": self.correct.clone(), "calls": self.calls, "due": self.due}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        self.correct.copy_(state["correct"])
+        self.calls, self.due = state["calls"], state["due"]

@@ -1,0 +1,40 @@
+"""Reductions over processes: one flat all-reduce for a list of tensors, nothing at all in a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """Sums and averages tensors in place over `world_size` processes, of which this is number `rank`.
+
+    The step reduces its own gradients instead of wrapping the model in DistributedDataParallel: a forward-mode
+    derivative does not pass through that wrapper, and the several gradients of one meta-step want one bucket each.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over processes. All have one dtype and are on one device."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        offset = 0
+        for t in tensors:
+            t.copy_(flat[offset : offset + t.numel()].view_as(t))
+            offset += t.numel()
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each floating-point tensor by its mean over processes."""
+        if self.world_size == 1:
+            return
+        torch._foreach_div_(list(tensors), self.world_size)
+        self.sum_(tensors)

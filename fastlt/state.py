@@ -1,0 +1,79 @@
+"""The few types that pass between rooms: what a loader yields, what a step returns, what a class is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch as every loader backend delivers it, on the training device.
+
+    images: uint8 (N, 3, H, W) in channels_last memory, RGB, 0..255, not normalised.
+    labels: int64 (N,), in [0, C).
+    index: int64 (N,), each image's position in its converted split; evaluation removes duplicates by it.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Training images per class, the many/medium/few thresholds, and the class names.
+
+    counts: int64 (C,), each >= 1.
+    shots: (upper, lower); a class is many-shot with more than `upper` images, few-shot with fewer than `lower`,
+        medium-shot otherwise (the convention of the Difficulty-Net paper is (100, 20)).
+    names: C class names, in label order.
+    """
+
+    counts: np.ndarray
+    names: tuple[str, ...]
+    shots: tuple[int, int] = (100, 20)
+
+    def __post_init__(self) -> None:
+        assert self.counts.ndim == 1, self.counts.shape
+        assert self.counts.dtype == np.int64, self.counts.dtype
+        assert len(self.names) == len(self.counts)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.counts)
+
+    @property
+    def imbalance_factor(self) -> float:
+        """Largest over smallest class."""
+        return float(self.counts.max() / self.counts.min())
+
+    def shot_masks(self) -> dict[str, np.ndarray]:
+        """bool (C,) masks by the name of the group; together they cover every class exactly once."""
+        upper, lower = self.shots
+        many, few = self.counts > upper, self.counts < lower
+        return {"many": many, "medium": ~(many | few), "few": few}
+
+    def as_tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """The counts as float32 (C,) on `device`."""
+        return torch.from_numpy(self.counts).to(device=device, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one training iteration reports: 0-d device tensors, so that nothing waits for the device.
+
+    loss: the objective that was minimised, 0-d float32.
+    metrics: further 0-d tensors by name, for the log.
+    per_class: (C,) tensors by name (weight, meta_accuracy), for the log of how the classes fare.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    per_class: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,16 @@
+"""What one iteration is: one file a method, all in one table."""
+
+from __future__ import annotations
+
+from fastlt.steps.base import Step, StepParts
+from fastlt.steps.cdb import CdbStep
+from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.plain import PlainStep
+
+STEPS: dict[str, type[Step]] = {
+    "plain": PlainStep,
+    "difficulty": DifficultyStep,
+    "cdb": CdbStep,
+}
+
+__all__ = ["STEPS", "Step", "StepParts"]

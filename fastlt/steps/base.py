@@ -1,0 +1,109 @@
+"""What every step shares: one forward of the training batch, one descent on the model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastlt.augment import Augment
+from fastlt.class_accuracy import ClassAccuracy
+from fastlt.distributed import Reducer
+from fastlt.state import Batch, ClassCounts, StepOutput
+
+
+@dataclass
+class StepParts:
+    """What a step is built from; the trainer makes these, the step owns them from then on.
+
+    loss: per-sample loss, (logits (b, C), labels (b,)) -> (b,).
+    augment, meta_augment: uint8 (N, 3, H, W) -> normalised float, for the training and the meta batch.
+    class_accuracy: A on the meta set; None for methods with `needs_accuracy = False`.
+    autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
+    """
+
+    model: nn.Module
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    augment: Augment
+    meta_augment: Augment | None
+    class_counts: ClassCounts
+    class_accuracy: ClassAccuracy | None = None
+    autocast: Callable[[], object] = nullcontext
+    reducer: Reducer = field(default_factory=Reducer)
+
+
+class Step:
+    """One training iteration: `step(batch, meta_batch) -> StepOutput`, with everything it has to remember.
+
+    Subclasses implement `__call__`, name their recipe options in `Options`, and say what they need.
+    """
+
+    needs_meta_batch = False
+    needs_accuracy = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """Recipe options of the method: none."""
+
+    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+        self.parts = parts
+        self.options = options or self.Options()
+        self.model, self.loss = parts.model, parts.loss
+        self.optimizer, self.reducer = parts.optimizer, parts.reducer
+        self.parameters = [p for p in parts.model.parameters() if p.requires_grad]
+
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        """Train on one batch. Changes the model, the optimizer and the step's own state; does not synchronise."""
+        raise NotImplementedError
+
+    @property
+    def lr(self) -> float:
+        """The current learning rate, alpha of Eq. 9."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called by the trainer before the first iteration of every epoch."""
+        if self.parts.class_accuracy is not None:
+            self.parts.class_accuracy.start_epoch()
+
+    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Per-sample losses (b,) of augmented images; in training mode this moves BatchNorm's running statistics."""
+        with self.parts.autocast():
+            return self.loss(self.model(images), labels)
+
+    def descend(self, objective: Tensor) -> None:
+        """One optimizer step down the gradient of `objective`, averaged over processes; frees its graph."""
+        gradients = torch.autograd.grad(objective, self.parameters, allow_unused=True, materialize_grads=True)
+        self.reducer.mean_(gradients)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        """Everything that the next iteration depends on, apart from the batches."""
+        parts = self.parts
+        return {
+            "model": parts.model.state_dict(),
+            "loss": parts.loss.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            "augment": parts.augment.state_dict(),
+            "meta_augment": parts.meta_augment.state_dict() if parts.meta_augment else None,
+            "class_accuracy": parts.class_accuracy.state_dict() if parts.class_accuracy else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        parts = self.parts
+        parts.model.load_state_dict(state["model"])
+        parts.loss.load_state_dict(state["loss"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        parts.augment.load_state_dict(state["augment"])
+        if parts.meta_augment:
+            parts.meta_augment.load_state_dict(state["meta_augment"])
+        if parts.class_accuracy:
+            parts.class_accuracy.load_state_dict(state["class_accuracy"])

@@ -1,0 +1,48 @@
+"""Class-wise difficulty-balanced loss (CDB-CE): weights straight from the accuracy, without a meta-gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlt.state import Batch, StepOutput
+from fastlt.steps.base import Step
+
+
+def dynamic_tau(accuracy: Tensor) -> Tensor:
+    """tau = 2 * sigmoid(max A / (min A + 0.01) - 1): 1 when all classes are alike, towards 2 as they part. 0-d."""
+    return 2 * torch.sigmoid(accuracy.max() / (accuracy.min() + 0.01) - 1)
+
+
+def cdb_weights(accuracy: Tensor, tau: float | Tensor) -> Tensor:
+    """w_c = C * (1 - A_c)^tau / sum_k (1 - A_k)^tau: (C,) with mean 1; uniform once every accuracy is 1."""
+    powered = (1 - accuracy).clamp_min(0) ** tau
+    total = powered.sum()
+    return torch.where(total > 0, powered * (len(accuracy) / total.clamp_min(1e-12)), torch.ones_like(powered))
+
+
+class CdbStep(Step):
+    """SGD on (1/b) sum_i w_{y_i} l_i with CDB weights; A comes from the validation set, usually once an epoch."""
+
+    needs_accuracy = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """tau: the focusing exponent, a positive number, or "dynamic" for `dynamic_tau`."""
+
+        tau: float | str = 1.0
+
+        def __post_init__(self) -> None:
+            if self.tau != "dynamic" and not (isinstance(self.tau, (int, float)) and self.tau > 0):
+                raise ValueError(f'tau is {self.tau!r}: give a positive number, or "dynamic"')
+
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        accuracy = self.parts.class_accuracy.update(self.model)
+        tau = dynamic_tau(accuracy) if self.options.tau == "dynamic" else self.options.tau
+        weights = cdb_weights(accuracy, tau)
+        losses = self.losses(self.parts.augment(batch.images), batch.labels)
+        objective = (weights[batch.labels] * losses).mean()
+        self.descend(objective)
+        return StepOutput(objective.detach(), per_class={"weight": weights, "meta_accuracy": accuracy})
