@@ -1,0 +1,132 @@
+"""How a stored image becomes a fixed-size one: crop rectangles as plain arrays, shared by every backend that crops on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastlt.names import unknown
+
+KINDS = ("none", "center", "random_resized")
+ATTEMPTS = 10  # draws before the fallback crop, as in torchvision's and FFCV's random-resized crop
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """How an image becomes (size, size) on the host.
+
+    kind: "none" keeps the stored image; "center" takes the central square of side ratio * min(H, W);
+        "random_resized" takes a random rectangle (train only). Both resize to (size, size) by area interpolation.
+    size: output side in pixels, >= 1 unless kind is "none".
+    ratio: side of the central square over min(H, W), in (0, 1].
+    scale: range of the random rectangle's area over the image's.
+    aspect: range of its width over its height, drawn log-uniformly.
+
+    Raises ValueError for values outside these ranges.
+    """
+
+    kind: str
+    size: int = 0
+    ratio: float = 224 / 256
+    scale: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(unknown("crop kind", self.kind, KINDS))
+        if self.kind != "none" and self.size < 1:
+            raise ValueError(
+                f"crop size {self.size} for a {self.kind!r} crop: give the output side in pixels, e.g. 224"
+            )
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"crop ratio {self.ratio}: the central square's share of the short side, above 0 up to 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"crop scale {self.scale}: needs 0 < low <= high <= 1, e.g. (0.08, 1.0)")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"crop aspect {self.aspect}: needs 0 < low <= high, e.g. (3/4, 4/3)")
+
+    def output_shape(self, heights: np.ndarray, widths: np.ndarray) -> tuple[int, int]:
+        """(H, W) of every cropped image; ValueError for kind "none" when the stored sizes differ."""
+        if self.kind != "none":
+            return self.size, self.size
+        shape = common_shape(heights, widths)
+        if shape is None:
+            raise ValueError(
+                f"crop kind 'none' needs images of one size, but heights run from {heights.min()} to {heights.max()} "
+                f"and widths from {widths.min()} to {widths.max()}: use a 'center' or 'random_resized' crop"
+            )
+        return shape
+
+
+def common_shape(heights: np.ndarray, widths: np.ndarray) -> tuple[int, int] | None:
+    """(H, W) when all images have one size, else None."""
+    if (heights == heights[0]).all() and (widths == widths[0]).all():
+        return int(heights[0]), int(widths[0])
+    return None
+
+
+def whole_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The rectangles that keep everything, int32 (N, 4) as (top, left, height, width)."""
+    zeros = np.zeros_like(heights)
+    return np.stack([zeros, zeros, heights, widths], axis=1).astype(np.int32)
+
+
+def center_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:
+    """Central squares of side floor(ratio * min(H, W)), at least 1, int32 (N, 4) as (top, left, height, width).
+
+    Source: FFCV's center crop, which evaluation follows (rounding down, also of the offsets).
+    """
+    heights, widths = heights.astype(np.int64), widths.astype(np.int64)
+    side = np.maximum(np.floor(ratio * np.minimum(heights, widths)).astype(np.int64), 1)
+    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int32)
+
+
+def random_resized_boxes(
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """One random rectangle an image, int32 (N, 4) as (top, left, height, width).
+
+    The area is uniform in scale * H * W, the aspect (width over height) log-uniform, the place uniform. A rectangle that
+    does not fit is drawn again, up to ten times; then the largest central one within the aspect range is taken.
+    Source: Inception-style cropping (Szegedy et al. 2015) with torchvision's RandomResizedCrop as its definition.
+    """
+    heights, widths = heights.astype(np.int64), widths.astype(np.int64)
+    boxes = _fallback_boxes(heights, widths, aspect)
+    pending = np.arange(len(heights))
+    for _ in range(ATTEMPTS):
+        if not len(pending):
+            break
+        height, width = heights[pending], widths[pending]
+        area = height * width * rng.uniform(scale[0], scale[1], len(pending))
+        shape = np.exp(rng.uniform(np.log(aspect[0]), np.log(aspect[1]), len(pending)))
+        w = np.rint(np.sqrt(area * shape)).astype(np.int64)
+        h = np.rint(np.sqrt(area / shape)).astype(np.int64)
+        place_y, place_x = rng.random(len(pending)), rng.random(len(pending))
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        top = np.floor(place_y * (height - h + 1)).astype(np.int64)
+        left = np.floor(place_x * (width - w + 1)).astype(np.int64)
+        boxes[pending[fits]] = np.stack([top, left, h, w], axis=1)[fits]
+        pending = pending[~fits]
+    return boxes
+
+
+def _fallback_boxes(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:
+    """The largest central rectangle whose aspect lies in the range, int32 (N, 4)."""
+    h = np.where(widths < aspect[0] * heights, np.rint(widths / aspect[0]).astype(np.int64), heights)
+    w = np.where(widths > aspect[1] * heights, np.rint(heights * aspect[1]).astype(np.int64), widths)
+    h, w = np.clip(h, 1, heights), np.clip(w, 1, widths)
+    return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int32)
+
+
+def crop_boxes(spec: CropSpec, heights: np.ndarray, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rectangles `spec` takes from images of these sizes, int32 (N, 4) as (top, left, height, width)."""
+    if spec.kind == "none":
+        return whole_boxes(heights, widths)
+    if spec.kind == "center":
+        return center_boxes(heights, widths, spec.ratio)
+    return random_resized_boxes(heights, widths, spec.scale, spec.aspect, rng)

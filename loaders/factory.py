@@ -1,0 +1,115 @@
+"""Choosing and building the loader of a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import torch
+
+from fastlt.names import unknown
+from loaders.beton import Beton
+from loaders.crop import CropSpec, common_shape
+from loaders.plan import EpochPlan
+from loaders.protocol import BatchLoader
+from loaders.resident_loader import ResidentLoader, resident_bytes
+from loaders.torch_loader import TorchLoader
+
+if TYPE_CHECKING:
+    from loaders.dataset import ConvertedDataset
+
+
+def _ffcv(*args, **kwargs) -> BatchLoader:
+    from loaders.ffcv_loader import FfcvLoader  # here, for numba takes seconds to import and the others need none of it
+
+    return FfcvLoader(*args, **kwargs)
+
+
+BACKENDS = {"resident": ResidentLoader, "ffcv": _ffcv, "torch": TorchLoader}
+RESIDENT_SHARE = 0.4  # of the memory that is free now; model, activations and the other splits need the rest
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def make_loader(
+    dataset: ConvertedDataset,
+    split: str,
+    *,
+    backend: str,
+    batch_size: int,
+    device: torch.device | str,
+    train: bool,
+    crop: CropSpec,
+    sampling: str = "instance",
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int | None = None,
+    memory_budget_bytes: int | None = None,
+) -> BatchLoader:
+    """The loader of one split of a converted data set.
+
+    backend: "resident", "ffcv", "torch", or "auto": resident when the split's pixels fit in `memory_budget_bytes` (default:
+        40 % of the device's free memory) without approximating the crop, else ffcv; `loader.reason` says why.
+    batch_size: images a batch of this process.
+    train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False keeps
+        split order and gives each image exactly once over all processes.
+    num_workers: decoding threads or processes; None shares the job's cores among its processes.
+
+    Raises ValueError for an unknown backend, a split that is damaged or disagrees with the data set's labels, mixed image sizes
+    without a crop, and a training batch that the split cannot fill.
+    """
+    if backend not in BACKENDS and backend != "auto":
+        raise ValueError(unknown("loader backend", backend, [*BACKENDS, "auto"]))
+    beton = Beton.open(dataset.beton(split))
+    if not np.array_equal(beton.labels, dataset.labels(split)):
+        raise ValueError(f"{beton.path} and the data set's labels of {split!r} disagree: convert the data set again")
+    plan = EpochPlan(
+        labels=beton.labels,
+        heights=beton.heights,
+        widths=beton.widths,
+        crop=crop,
+        batch_size=batch_size,
+        train=train,
+        sampling=sampling,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    device = torch.device(device)
+    reason = f"{backend}: asked for"
+    if backend == "auto":
+        backend, reason = choose_backend(plan, device, memory_budget_bytes)
+    return BACKENDS[backend](beton, plan, device=device, num_workers=num_workers, reason=reason)
+
+
+def choose_backend(plan: EpochPlan, device: torch.device, memory_budget_bytes: int | None = None) -> tuple[str, str]:
+    """("resident" or "ffcv", one line that says why)."""
+    if plan.crop.kind == "random_resized" and common_shape(plan.heights, plan.widths) is None:
+        return "ffcv", "ffcv: images differ in size, and random crops of them need the whole image"
+    needed = resident_bytes(plan.crop, plan.heights, plan.widths)
+    if memory_budget_bytes is None:
+        budget, origin = (
+            int(RESIDENT_SHARE * free_bytes(device)),
+            f"{RESIDENT_SHARE:.0%} of the memory free on {device}",
+        )
+    else:
+        budget, origin = memory_budget_bytes, "the memory budget"
+    backend, relation = ("resident", "fits in") if needed <= budget else ("ffcv", "is more than")
+    return backend, f"{backend}: the split's {_size(needed)} of pixels {relation} {_size(budget)}, {origin}"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory still free on `device`; on a CPU also within the job's control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,107 @@
+"""What the backends that decode on the host share: the epoch's life and the way onto the device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlt.state import Batch
+from loaders.beton import Beton
+from loaders.plan import EpochPlan
+
+STALL_S = 600.0  # a reader that delivers nothing for this long is taken to be stuck
+
+
+class HostLoader:
+    """A BatchLoader whose subclass reads batches into host memory; this class labels, uploads and ends them."""
+
+    backend: str
+    crops = True
+
+    def __init__(self, beton: Beton, plan: EpochPlan, *, device: torch.device | str, reason: str = "asked for") -> None:
+        self.beton, self.plan, self.device, self.reason = beton, plan, torch.device(device), reason
+        self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
+        self._labels = torch.from_numpy(plan.labels)
+        self._running: Generator[Batch, None, None] | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self.plan.num_batches
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """See BatchLoader; reading begins with the first batch that is asked for."""
+        assert not self._closed, "the loader is closed"
+        self._end_epoch()
+        index, boxes = self.plan.index(epoch, first_batch), self.plan.boxes(epoch, first_batch)
+        self._running = self._batches(index, boxes)
+        return self._running
+
+    def close(self) -> None:
+        """Ends the running epoch and every worker."""
+        self._end_epoch()
+        self._closed = True
+
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Yields (images uint8 (N, H, W, 3), index int64 (N,)) in host memory that nobody writes to again."""
+        raise NotImplementedError
+
+    def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
+        with contextlib.closing(self._read(index, boxes)) as read:
+            labelled = ((images, self._labels[places], places) for images, places in read)
+            yield from upload(labelled, self.device)
+
+    def _end_epoch(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+def upload(host: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Iterator[Batch]:
+    """Host triples (images (N, H, W, 3), labels, index) as batches on `device`.
+
+    On CUDA one batch is copied ahead on a side stream from pinned memory; nothing waits on the host.
+    """
+    if device.type != "cuda":
+        for images, labels, index in host:
+            yield _batch(images.to(device), labels.to(device), index.to(device))
+        return
+    stream = torch.cuda.Stream(device)
+    ahead = None
+    for triple in host:
+        with torch.cuda.stream(stream):
+            # Pinned blocks come from torch's caching allocator, which keeps them until the copy has run.
+            copies = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in triple)
+            copied = stream.record_event()
+        if ahead is not None:
+            yield _handed_over(*ahead)
+        ahead = copies, copied
+    if ahead is not None:
+        yield _handed_over(*ahead)
+
+
+def _handed_over(copies: tuple[Tensor, Tensor, Tensor], copied: torch.cuda.Event) -> Batch:
+    """The consumer's stream waits for the copy, and the memory lives until that stream is done with it."""
+    current = torch.cuda.current_stream(copies[0].device)
+    current.wait_event(copied)
+    for tensor in copies:
+        tensor.record_stream(current)
+    return _batch(*copies)
+
+
+def _batch(images: Tensor, labels: Tensor, index: Tensor) -> Batch:
+    return Batch(images=images.permute(0, 3, 1, 2), labels=labels, index=index)
+
+
+def default_workers(world_size: int) -> int:
+    """Workers for one process: the cores this job may use, shared by its processes."""
+    return max(1, available_cores() // world_size)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

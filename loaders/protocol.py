@@ -1,0 +1,41 @@
+"""What every loader backend offers to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from fastlt.state import Batch
+
+
+class BatchLoader(Protocol):
+    """Batches of one split on one device, in an order that depends on (seed, epoch) alone.
+
+    backend: which one this is.
+    reason: one line, why it was chosen.
+    num_samples: images this process sees in one epoch.
+    batch_size: images a batch; only the last batch of an evaluation epoch may be shorter.
+    crops: True when batches are already cropped as the CropSpec says; False when they are whole stored images and the
+        random-resized crop is left to the device (resident).
+    """
+
+    backend: str
+    reason: str
+    num_samples: int
+    batch_size: int
+    crops: bool
+
+    def __len__(self) -> int:
+        """Batches this process sees in one epoch."""
+        ...
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `first_batch` on, exactly those an uninterrupted epoch would have had.
+
+        A yielded batch stays valid. Starting an epoch ends the one before it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends worker threads and processes; afterwards the loader yields nothing more. May be called twice."""
+        ...

@@ -1,0 +1,121 @@
+"""The fastest backend for what fits: all pixels of a split as one uint8 tensor on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlt.state import Batch
+from loaders.beton import Beton
+from loaders.crop import CropSpec, center_boxes, common_shape, crop_boxes
+from loaders.host_loader import default_workers
+from loaders.native import resize_crop
+from loaders.plan import EpochPlan
+
+FILL_BYTES = 64 << 20  # host memory used at a time while filling
+
+
+class ResidentLoader:
+    """BatchLoader that holds the split on the device; a batch is one index_select, and nothing waits for the host.
+
+    "none" and "center" crops are applied once, while filling: pixels equal the other backends'. For "random_resized"
+    the whole stored images are kept and `crops` is False: the device crops anew each epoch. When these differ in size each is
+    kept as its central square resized to `resident_shape`, so a random crop never sees the ends of the long side: an
+    approximation, which the factory's "auto" does not choose.
+    """
+
+    backend = "resident"
+
+    def __init__(
+        self,
+        beton: Beton,
+        plan: EpochPlan,
+        *,
+        device: torch.device | str,
+        num_workers: int | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        self.plan, self.device, self.reason = plan, torch.device(device), reason
+        self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
+        self.crops = plan.crop.kind != "random_resized"
+        workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
+        self._pixels: Tensor | None = _fill(beton, plan.crop, self.device, workers)
+        self._labels = torch.from_numpy(plan.labels).to(self.device)
+
+    def __len__(self) -> int:
+        return self.plan.num_batches
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """See BatchLoader; the order is moved to the device once."""
+        assert self._pixels is not None, "the loader is closed"
+        index = torch.from_numpy(self.plan.index(epoch, first_batch)).to(self.device)
+        return self._batches(index)
+
+    def close(self) -> None:
+        """Frees the pixels."""
+        self._pixels = None
+
+    def _batches(self, index: Tensor) -> Iterator[Batch]:
+        pixels, labels = self._pixels, self._labels
+        words = _as_words(pixels)
+        for places in index.split(self.batch_size) if len(index) else ():
+            images = words.index_select(0, places).view(torch.uint8).view(-1, *pixels.shape[1:])
+            yield Batch(images=images.permute(0, 3, 1, 2), labels=labels.index_select(0, places), index=places)
+
+
+def resident_shape(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> tuple[int, int]:
+    """(H, W) of the images a resident split keeps: cropped ones, or whole ones when the crop is left to the device.
+
+    Whole images of differing sizes are kept at the median of their short sides, but no smaller than the crop.
+    """
+    if crop.kind != "random_resized":
+        return crop.output_shape(heights, widths)
+    side = max(crop.size, int(np.median(np.minimum(heights, widths))))
+    return common_shape(heights, widths) or (side, side)
+
+
+def resident_bytes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> int:
+    """Device memory that the pixels of the split take."""
+    height, width = resident_shape(crop, heights, widths)
+    return 3 * height * width * len(heights)
+
+
+def _kept_boxes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    if crop.kind != "random_resized":
+        return crop_boxes(crop, heights, widths, np.random.default_rng(0))
+    if common_shape(heights, widths) is None:
+        return center_boxes(heights, widths, ratio=1.0)
+    return crop_boxes(CropSpec("none"), heights, widths, np.random.default_rng(0))
+
+
+def _fill(beton: Beton, crop: CropSpec, device: torch.device, workers: int) -> Tensor:
+    """All images of the split on `device`, uint8 (N, H, W, 3), read in file order by `workers` threads."""
+    shape = resident_shape(crop, beton.heights, beton.widths)
+    boxes = _kept_boxes(crop, beton.heights, beton.widths)
+    pixels = torch.empty((len(beton), *shape, 3), dtype=torch.uint8, device=device)
+    chunk = max(1, FILL_BYTES // (3 * shape[0] * shape[1]))
+
+    def read(start: int, out: np.ndarray) -> None:
+        for i, image in enumerate(out, start):
+            resize_crop(beton.image(i), boxes[i], image)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(beton), chunk):
+            host = np.empty((min(chunk, len(beton) - start), *shape, 3), dtype=np.uint8)
+            share = -(-len(host) // workers)
+            list(pool.map(lambda a, s=start, h=host, n=share: read(s + a, h[a : a + n]), range(0, len(host), share)))
+            pixels[start : start + len(host)].copy_(torch.from_numpy(host))
+    return pixels
+
+
+def _as_words(pixels: Tensor) -> Tensor:
+    """The images as rows of the widest integers that divide them: gathering bytes one by one is several times slower."""
+    rows = pixels.view(len(pixels), -1)
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        if rows.shape[1] % dtype.itemsize == 0:
+            return rows.view(dtype)
+    return rows

@@ -1,0 +1,91 @@
+"""The plain reference backend: a torch DataLoader whose workers read the .beton file image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from loaders.beton import Beton
+from loaders.host_loader import STALL_S, HostLoader, default_workers
+from loaders.native import resize_crop
+from loaders.plan import EpochPlan
+
+
+class _CroppedBatches(Dataset):
+    """Asked with (index int64 (N,), boxes int32 (N, 4)), it answers with that batch's pixels."""
+
+    def __init__(self, beton: Beton, shape: tuple[int, int]) -> None:
+        self.beton, self.shape = beton, shape
+
+    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        index, boxes = asked
+        images = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
+        for i, box, out in zip(index, boxes, images, strict=True):
+            resize_crop(self.beton.image(i), box, out)
+        return torch.from_numpy(images), torch.from_numpy(index)
+
+
+class _PlannedSampler(Sampler):
+    """Hands out the current epoch's batches, which the loader sets before each epoch."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.index, self.boxes = np.empty(0, np.int64), np.empty((0, 4), np.int32)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(self.index), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            yield self.index[batch], self.boxes[batch]
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+
+class TorchLoader(HostLoader):
+    """BatchLoader over torch.utils.data.DataLoader worker processes.
+
+    num_workers: processes; 0 reads in this process; None takes the cores of this job over its processes.
+    A damaged image raises ValueError naming it; a worker silent for ten minutes raises RuntimeError.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self,
+        beton: Beton,
+        plan: EpochPlan,
+        *,
+        device: torch.device | str,
+        num_workers: int | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        super().__init__(beton, plan, device=device, reason=reason)
+        workers = default_workers(plan.world_size) if num_workers is None else num_workers
+        if workers < 0:
+            raise ValueError(
+                f"num_workers {workers}: 0 reads in the main process, a positive number starts as many workers"
+            )
+        self._sampler = _PlannedSampler(plan.batch_size)
+        self._loader: DataLoader | None = DataLoader(
+            _CroppedBatches(beton, plan.output_shape),
+            sampler=self._sampler,
+            batch_size=None,  # the sampler's items are whole batches already
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            timeout=STALL_S if workers else 0,
+            # Its own generator: by default each epoch draws a worker seed from, and so advances, torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[tuple[Tensor, Tensor], None, None]:
+        self._sampler.index, self._sampler.boxes = index, boxes
+        yield from self._loader
+
+    def close(self) -> None:
+        """Ends the running epoch and the worker processes."""
+        super().close()
+        self._loader = None  # the DataLoader joins its workers when its last reference goes
