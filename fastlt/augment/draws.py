@@ -1,0 +1,83 @@
+"""Random choices: drawn on the host, sent to the device without waiting for it.
+
+Every augmentation first draws its choices on the host (small tensors, one row an image) and then applies them on the
+device. Nothing comes back from the device, so nothing waits; and since the host knows which image gets what, it can
+group images by operation, which is what makes a batched policy cheap on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The images of a batch that one operation is for, in one of two forms.
+
+    index: int64 (K,), for grouped work: only these K images are computed. K differs from batch to batch.
+    mask: bool (N,), for work of static shape: all N are computed and the others are put back, as a graph needs it.
+    """
+
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, chosen: Tensor, static: bool) -> Rows:
+        """chosen: bool (N,), on the host."""
+        return cls(mask=chosen) if static else cls(index=torch.nonzero(chosen).flatten())
+
+    @property
+    def empty(self) -> bool:
+        """True when it is known on the host that there is nothing to do; a mask never says so."""
+        return self.index is not None and self.index.numel() == 0
+
+    def take(self, values: Tensor) -> Tensor:
+        """values: (N, ...). Returns those of the chosen rows (K, ...), or all of them where the shape is static."""
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def put(self, base: Tensor, values: Tensor) -> Tensor:
+        """`base` (N, ...) with the chosen rows replaced by `values`, which are what `take` gave, transformed."""
+        if self.index is not None:
+            return base.index_copy(0, self.index, values)
+        return torch.where(self.mask.view(-1, *[1] * (base.ndim - 1)), values, base)
+
+
+Draws = Mapping[str, Tensor | Rows]
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`; pinned on the way to a GPU, since a copy from pageable memory makes the host wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def upload_draws(draws: Draws, device: torch.device) -> dict[str, Tensor | Rows]:
+    """Everything in `draws` on `device`."""
+    return {name: _upload_one(value, device) for name, value in draws.items()}
+
+
+def _upload_one(value: Tensor | Rows, device: torch.device) -> Tensor | Rows:
+    if isinstance(value, Rows):
+        parts = (None if part is None else upload(part, device) for part in (value.index, value.mask))
+        return Rows(*parts)
+    return upload(value, device)
+
+
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """float64 (count,), uniform in [low, high)."""
+    return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def integers(count: int, high: int, generator: torch.Generator) -> Tensor:
+    """int64 (count,), uniform in [0, high)."""
+    return torch.randint(high, (count,), generator=generator)
+
+
+def chance(count: int, p: float, generator: torch.Generator) -> Tensor:
+    """bool (count,), each True with probability `p`; always the same number of draws, whatever `p` is."""
+    return torch.rand(count, generator=generator, dtype=torch.float64) < p

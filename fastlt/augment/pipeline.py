@@ -1,0 +1,183 @@
+"""From a recipe's list of augmentations to one callable: uint8 images in, normalised floats out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastlt.augment.draws import Draws, upload_draws
+from fastlt.augment.operations import Cutout, Flip, Operation, RandomCrop, Shape
+from fastlt.names import pick, unknown
+
+AUGMENTATIONS: dict[str, type[Operation]] = {
+    "random_crop": RandomCrop,
+    "flip": Flip,
+    "cutout": Cutout,
+}
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(images / 255 - mean) / std, in channels_last memory: all that evaluation does to images.
+
+    images: uint8 (N, 3, H, W), not changed. mean, std: one number a channel, for pixels in 0..1. Computed in float32,
+    returned in `dtype` (N, 3, H, W).
+    """
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    out = images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+    return out.to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 (3, 1, 1) each, kept on the device: making them anew would make the host wait in every batch."""
+    # Outlives the caller's context, so it must not become an inference tensor when evaluation is the first to ask.
+    with torch.inference_mode(False):
+        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        return tuple(value.to(device=device, dtype=torch.float32).view(-1, 1, 1) for value in (scale, shift))
+
+
+class Augment:
+    """A chain of augmentations with its own random state; call it on a batch.
+
+    Operations run in the order of the recipe on uint8 images; then images are normalised; then cutout, which is why
+    `cutout` may only stand last. A batch's random choices are drawn on the host (`draw`), the work is done on the
+    images' device (`apply`) with no wait for it. On a CPU images are grouped by operation; on other devices all shapes
+    are static. Both give the same pixels from the same draws.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        self.operations = tuple(operations)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.device = torch.device(device)
+        self.static = self.device.type != "cpu"
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """images: uint8 (N, 3, H, W), not changed. Returns normalised `dtype` (N, 3, h, w) in channels_last memory."""
+        return self.apply(images, self.draw(*images.shape[:1], *images.shape[2:]), dtype)
+
+    def draw(self, count: int, height: int, width: int) -> list[Draws]:
+        """The random choices for a batch of `count` images, on the host, one entry an operation. Moves the state on."""
+        draws = []
+        for operation in self.operations:
+            draws.append(operation.draw(Shape(count, height, width, self.static), self.generator))
+            height, width = operation.output_size(height, width)
+        return draws
+
+    def apply(self, images: Tensor, draws: list[Draws], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same as a call, with choices made by `draw`; leaves the state alone."""
+        assert images.dtype == torch.uint8, images.dtype
+        assert images.shape[1:2] == (3,), images.shape
+        steps = [
+            (operation, upload_draws(drawn, images.device))
+            for operation, drawn in zip(self.operations, draws, strict=True)
+        ]
+        for operation, drawn in steps:
+            if not isinstance(operation, Cutout):
+                images = operation.apply(images, drawn)
+        out = normalise(images, self.mean, self.std, dtype)
+        for operation, drawn in steps:
+            if isinstance(operation, Cutout):
+                out = operation.apply(out, drawn)
+        return out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next batch depends on: the generator's state, uint8."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.generator.set_state(state["generator"].cpu())
+
+    def __repr__(self) -> str:
+        return f"Augment({', '.join(map(repr, self.operations)) or 'normalise only'})"
+
+
+def build_augment(
+    specs: Sequence[str | Mapping],
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    device: torch.device | str,
+) -> Augment:
+    """The Augment that a recipe's list asks for, e.g. ["flip", {"random_crop": {"padding": 4}}].
+
+    image_size: side of what crops cut. mean, std: one number a channel, for pixels in 0..1. seed: of the chain's own
+    generator. An empty list only normalises. ValueError for unknown names or options and for values out of range.
+    """
+    _check_statistics(mean, std)
+    return Augment(check_augment(specs, image_size), mean, std, seed, device)
+
+
+def check_augment(specs: Sequence[str | Mapping], image_size: int) -> list[Operation]:
+    """The operations that a recipe's list names, or the ValueError of `build_augment`: no data and no device needed."""
+    if isinstance(specs, (str, Mapping)) or not isinstance(specs, Sequence):
+        raise ValueError(f"augment is {specs!r}: it must be a list, such as [flip, {{random_crop: {{padding: 4}}}}]")
+    operations = [_operation(spec, position, image_size) for position, spec in enumerate(specs)]
+    for position, operation in enumerate(operations):
+        if isinstance(operation, Cutout) and not all(isinstance(later, Cutout) for later in operations[position:]):
+            raise ValueError(
+                f"augment[{position}] is cutout, which hides pixels after normalisation and so runs last; "
+                "move it to the end of the list"
+            )
+    return operations
+
+
+def _operation(spec: str | Mapping, position: int, image_size: int) -> Operation:
+    """One entry of the list as an operation."""
+    name, options = _name_and_options(spec, position)
+    kind = pick("augmentation", name, AUGMENTATIONS)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    # The output size is the recipe's image_size, in one place for the whole run, not an option of the entry.
+    given = {"image_size": image_size} if fields.pop("image_size", None) else {}
+    for key in options:
+        if key not in fields:
+            raise ValueError(f"augment[{position}]: {unknown(f'option of {name}', key, fields)}")
+    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in options]
+    if missing:
+        raise ValueError(
+            f"augment[{position}]: {name} needs {', '.join(missing)}, e.g. {{{name}: {{{missing[0]}: …}}}}"
+        )
+    return kind(**given, **options)
+
+
+def _name_and_options(spec: str | Mapping, position: int) -> tuple[str, Mapping]:
+    if isinstance(spec, str):
+        return spec, {}
+    if not isinstance(spec, Mapping) or len(spec) != 1:
+        raise ValueError(
+            f"augment[{position}] is {spec!r}: it must be a name, or one name with its options, such as "
+            "{random_crop: {padding: 4}}"
+        )
+    ((name, options),) = spec.items()
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f"augment[{position}].{name} is {options!r}: it must be a mapping of options, such as "
+            "{random_crop: {padding: 4}}"
+        )
+    return name, options or {}
+
+
+def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != 3 or not all(0 <= value <= 1 for value in mean):
+        raise ValueError(f"mean is {list(mean)}: it must be three numbers in 0..1, one a channel (divide by 255?)")
+    if len(std) != 3 or not all(0 < value <= 1 for value in std):
+        raise ValueError(
+            f"std is {list(std)}: it must be three numbers above 0, up to 1, one a channel (divide by 255?)"
+        )

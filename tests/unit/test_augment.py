@@ -1,0 +1,188 @@
+"""The chain: order, dtypes, memory, randomness, resuming, messages, and no wait for the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlt.augment import Augment, build_augment, normalise
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+CHAINS = {
+    "nothing": [],
+    "crop_flip": [{"random_crop": {"padding": 4}}, "flip"],
+    "crop_flip_cutout": [{"random_crop": {"padding": 2, "fill": 128}}, {"flip": {"p": 0.3}}, {"cutout": {"size": 6}}],
+}
+# Operations whose result the host reads, or whose output's shape depends on values: each one waits for a GPU.
+SYNCHRONISING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "repeat_interleave",
+}
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on an operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in SYNCHRONISING, f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} by a mask waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def batch(count: int = 16, size: int = 32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def build(chain: str, seed: int = 1, image_size: int = 32) -> Augment:
+    return build_augment(CHAINS[chain], image_size=image_size, mean=MEAN, std=STD, seed=seed, device="cpu")
+
+
+def test_normalise_equals_the_formula_in_float64():
+    images = batch()
+    mean, std = (np.asarray(v).reshape(3, 1, 1) for v in (MEAN, STD))
+    expected = (images.numpy().astype(np.float64) / 255 - mean) / std
+    np.testing.assert_allclose(normalise(images, MEAN, STD, torch.float32).numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_an_empty_list_only_normalises():
+    images = batch()
+    assert torch.equal(build("nothing")(images), normalise(images, MEAN, STD, torch.float32))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "size"), [(5, 32), (1, 32), (3, 8)])
+def test_output_is_channels_last_in_the_requested_dtype_and_the_input_is_left_alone(chain, dtype, count, size):
+    images = batch(count, size)
+    before = images.clone()
+    out = build(chain, image_size=size)(images, dtype)
+    assert out.dtype == dtype
+    assert out.shape == (count, 3, size, size)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.isfinite(out).all()
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_low_precision_is_the_float32_result_rounded_once(chain):
+    images = batch()
+    exact, low = build(chain)(images), build(chain)(images, torch.bfloat16)
+    assert torch.equal(exact.to(torch.bfloat16), low)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_memory_format_of_the_input_does_not_matter(chain):
+    images = batch()
+    assert torch.equal(build(chain)(images), build(chain)(images.contiguous()))
+
+
+def test_the_seed_decides():
+    images = batch()
+    assert torch.equal(build("crop_flip_cutout")(images), build("crop_flip_cutout")(images))
+    assert not torch.equal(build("crop_flip_cutout")(images), build("crop_flip_cutout", seed=2)(images))
+
+
+def test_global_random_state_is_neither_read_nor_moved():
+    augment, images = build("crop_flip_cutout"), batch()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = augment(images)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    assert torch.equal(build("crop_flip_cutout")(images), first)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_restored_state_continues_exactly(chain):
+    augment, images = build(chain), batch()
+    augment(images)
+    state = augment.state_dict()
+    expected = [augment(images) for _ in range(3)]
+    resumed = build(chain, seed=99)
+    resumed.load_state_dict(state)
+    for want in expected:
+        assert torch.equal(resumed(images), want)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_static_shapes_give_the_same_pixels_as_grouping(chain):
+    grouped, static, images = build(chain), build(chain), batch(24)
+    static.static = True
+    for _ in range(3):
+        assert torch.equal(grouped(images), static(images))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_applying_static_draws_never_waits_for_the_device(chain):
+    augment, images = build(chain), batch()
+    augment.static = True
+    augment(images)  # fills the cache of constants, once a run
+    draws = augment.draw(16, 32, 32)
+    with NoSync():
+        augment.apply(images, draws)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_static_draws_have_the_same_shapes_in_every_batch(chain):
+    augment = build(chain)
+    augment.static = True
+
+    def shapes():
+        flat = []
+        for draws in augment.draw(16, 32, 32):
+            for value in draws.values():
+                flat.append((value if isinstance(value, torch.Tensor) else value.mask).shape)
+        return flat
+
+    first = shapes()
+    assert all(shapes() == first for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        ("flip", ["must be a list"]),
+        (["flop"], ["augmentation 'flop'", "random_crop", "did you mean 'flip'"]),
+        ([{"flip": {"P": 0.5}}], ["augment[0]", "option of flip 'P'"]),
+        ([{"flip": {"p": 1.5}}], ["augment.flip.p", "1.5", "from 0 to 1"]),
+        ([{"flip": 0.5}], ["augment[0].flip is 0.5", "mapping"]),
+        (["flip", "random_crop"], ["augment[1]", "random_crop needs padding"]),
+        ([{"random_crop": {"padding": -1}}], ["augment.random_crop.padding", "-1"]),
+        ([{"random_crop": {"padding": 4.5}}], ["augment.random_crop.padding", "4.5", "whole number"]),
+        ([{"random_crop": {"padding": 4, "pading": 1}}], ["pading", "did you mean 'padding'"]),
+        ([{"random_crop": {"padding": 4, "image_size": 8}}], ["option of random_crop 'image_size'"]),
+        ([{"flip": {}, "cutout": {"size": 4}}], ["augment[0]", "one name"]),
+        ([{"cutout": {"size": 4}}, "flip"], ["augment[0] is cutout", "end of the list"]),
+        ([{"cutout": {"size": 0}}], ["augment.cutout.size", "0"]),
+    ],
+)
+def test_mistakes_are_named_with_advice(specs, words):
+    with pytest.raises(ValueError, match="augment") as error:
+        build_augment(specs, image_size=32, mean=MEAN, std=STD, seed=0, device="cpu")
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((125, 122, 113), STD), (MEAN, (0.2, 0.2)), (MEAN, (0, 0.2, 0.2))])
+def test_statistics_must_be_in_units_of_one(mean, std):
+    with pytest.raises(ValueError, match="three numbers"):
+        build_augment([], image_size=32, mean=mean, std=std, seed=0, device="cpu")
+
+
+def test_a_crop_larger_than_the_padded_image_is_refused():
+    augment = build_augment([{"random_crop": {"padding": 2}}], image_size=64, mean=MEAN, std=STD, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="smaller than image_size 64"):
+        augment(batch())
