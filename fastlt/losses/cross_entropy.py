@@ -1,21 +1,17 @@
-"""Cross-entropy and the two losses that are cross-entropy of shifted or scaled terms: balanced softmax and focal."""
+"""Cross-entropy, and the two losses that shift its logits or scale its value: balanced softmax and focal."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastlt.losses.base import PerSampleLoss, at_least_float32, check_number
 from fastlt.state import ClassCounts
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in the precision a loss is computed in: half types become float32, float64 stays."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-class CrossEntropy(nn.Module):
-    """-log p_y, per sample: logits (N, C) and labels (N,) to (N,) float32, float64 for float64 logits."""
+class CrossEntropy(PerSampleLoss):
+    """-log p_y, p = softmax(z)."""
 
     def __init__(self, class_counts: ClassCounts) -> None:
         super().__init__()
@@ -24,17 +20,32 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
-class BalancedSoftmax(nn.Module):
-    """Cross-entropy of z + log n (Ren et al. 2020, Eq. 4): the softmax of the training set's label distribution.
-
-    Logits (N, C) and labels (N,) to (N,). Evaluation takes the logits as they are.
-    """
+class BalancedSoftmax(PerSampleLoss):
+    """Cross-entropy of z + log n (Ren et al. 2020, Eq. 4); evaluation takes z as it is."""
 
     def __init__(self, class_counts: ClassCounts) -> None:
         super().__init__()
         # log(n / sum n): the common shift does not change the loss and keeps the logits near zero.
-        counts = class_counts.as_tensor().double()
-        self.register_buffer("log_prior", torch.log(counts / counts.sum()).float())
+        counts = torch.from_numpy(class_counts.counts).double()
+        self.register_buffer("log_prior", torch.log(counts / counts.sum()).float(), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(at_least_float32(logits) + self.log_prior, labels, reduction="none")
+
+
+class Focal(PerSampleLoss):
+    """(1 - p_y)^gamma * -log p_y with a softmax p, as in LDAM's code and the tables that follow it."""
+
+    def __init__(self, class_counts: ClassCounts, gamma: float = 1.0) -> None:
+        super().__init__()
+        self.gamma = check_number("gamma", gamma, 0)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return focal(F.cross_entropy(at_least_float32(logits), labels, reduction="none"), self.gamma)
+
+
+def focal(cross_entropy: Tensor, gamma: float) -> Tensor:
+    """(1 - p)^gamma * cross_entropy for cross_entropy = -log p, elementwise."""
+    # expm1 keeps 1 - p exact for p near 1; the floor keeps the slope of a fractional power finite at p = 1.
+    miss = -torch.expm1(-cross_entropy)
+    return miss.clamp_min(torch.finfo(miss.dtype).tiny).pow(gamma) * cross_entropy

@@ -1,37 +1,59 @@
-"""The table of losses and `build_loss`."""
+"""The table of losses, `build_loss`, and `check_loss` for recipes."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
-from torch import nn
-
-from fastlt.losses.cross_entropy import BalancedSoftmax, CrossEntropy
+from fastlt.losses.base import PerSampleLoss
+from fastlt.losses.class_balanced import ClassBalanced
+from fastlt.losses.cross_entropy import BalancedSoftmax, CrossEntropy, Focal
+from fastlt.losses.equalization import Equalization
+from fastlt.losses.ldam import LDAM
+from fastlt.losses.smoothing import LabelAwareSmoothing
 from fastlt.names import pick, unknown
 from fastlt.state import ClassCounts
 
-LOSSES: dict[str, type[nn.Module]] = {"cross_entropy": CrossEntropy, "balanced_softmax": BalancedSoftmax}
+LOSSES: dict[str, type[PerSampleLoss]] = {
+    "cross_entropy": CrossEntropy,
+    "balanced_softmax": BalancedSoftmax,
+    "focal": Focal,
+    "class_balanced": ClassBalanced,
+    "ldam": LDAM,
+    "equalization": Equalization,
+    "label_aware_smoothing": LabelAwareSmoothing,
+}
+# What each class-count-based loss does with counts that do not differ.
+WITHOUT_IMBALANCE = {
+    "balanced_softmax": "the shift log n is the same for every class and it is plain cross_entropy",
+    "class_balanced": "every weight is 1",
+    "ldam": "every class gets the same margin",
+    "equalization": "no class is rarer than another",
+    "label_aware_smoothing": "there is no head and no tail to smooth between",
+}
 
-# Losses that differ from a simpler one only through the class counts, and that simpler one.
-COUNT_BASED = {"balanced_softmax": "cross_entropy"}
 
-
-def build_loss(name: str, class_counts: ClassCounts, **options) -> nn.Module:
-    """The loss `name` for a training set of these class counts; `forward(logits (N, C), labels (N,))` -> (N,).
-
-    Raises ValueError for an unknown name or option, for an option's bad value, and for a loss that needs an imbalance
-    on a perfectly balanced training set.
-    """
-    loss = pick("loss", name, LOSSES)
-    allowed = [p for p in inspect.signature(loss).parameters if p != "class_counts"]
+def check_loss(name: str, options: Mapping[str, object]) -> None:
+    """ValueError when `name` is no loss or one of `options` is not among its options; needs no class counts."""
+    allowed = [p for p in inspect.signature(pick("loss", name, LOSSES)).parameters if p != "class_counts"]
     for option in options:
+        if not allowed:
+            raise ValueError(f"loss {name} takes no options, but {option!r} is given")
         if option not in allowed:
-            if not allowed:
-                raise ValueError(f"loss {name} takes no options, but was given {option!r}")
             raise ValueError(unknown(f"option of loss {name}", option, allowed))
-    if name in COUNT_BASED and class_counts.counts.min() == class_counts.counts.max():
+
+
+def build_loss(name: str, class_counts: ClassCounts, **options) -> PerSampleLoss:
+    """The loss `name` for a training set of these class counts.
+
+    Raises ValueError for an unknown name or option, for an option's bad value, and for a class-count-based loss on a
+    training set that is perfectly balanced.
+    """
+    check_loss(name, options)
+    counts = class_counts.counts
+    if name in WITHOUT_IMBALANCE and counts.min() == counts.max():
         raise ValueError(
-            f"loss {name} works by the differences between class sizes, but every class has {class_counts.counts[0]} "
-            f"training images; use {COUNT_BASED[name]}, or a data set with an imbalance"
+            f"loss {name} needs classes of different size, but each has {counts[0]} training images: "
+            f"{WITHOUT_IMBALANCE[name]}. Use another loss or a long-tailed training set"
         )
-    return loss(class_counts, **options)
+    return LOSSES[name](class_counts, **options)

@@ -1,0 +1,36 @@
+"""What every loss shares: the protocol, the precision, and the check of an option's value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PerSampleLoss(nn.Module):
+    """Logits float (N, C) and labels int64 (N,) to losses (N,): float32, or float64 for float64 logits.
+
+    Between epochs and iterations a loss is told two things; most losses do nothing with them.
+    """
+
+    def on_epoch(self, epoch: int) -> None:
+        """Called before the first iteration of `epoch` (from 0 in each stage); for deferred re-weighting."""
+
+    def draw(self, batch_size: int) -> None:
+        """Called once an iteration, before the first evaluation of the loss: draws what is random in it.
+
+        A meta-step evaluates the loss of one batch several times (forward, tangent) and all of them have to be the same
+        function, so no loss draws inside `forward`.
+        """
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in the precision a loss is computed in: half types become float32, float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_number(option: str, value: object, low: float, high: float = float("inf")) -> float:
+    """`value` as a float in [low, high), or a ValueError that says what is allowed."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        limit = f"a number of at least {low:g}" + ("" if high == float("inf") else f" and below {high:g}")
+        raise ValueError(f"loss option {option} is {value!r}; it must be {limit}")
+    return float(value)

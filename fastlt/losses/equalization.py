@@ -1,0 +1,59 @@
+"""Softmax equalization loss (Tan et al. 2020, Sec. 3.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlt.losses.base import PerSampleLoss, at_least_float32, check_number
+from fastlt.state import ClassCounts
+
+
+class Equalization(PerSampleLoss):
+    """-log(exp(z_y) / sum_k w_k exp(z_k)), w_k = 1 - b_k * 1[pi_k < threshold] * (1 - y_k), b_k ~ Bernoulli(gamma).
+
+    A rare class leaves the denominator of other classes' samples, so those do not push its logit down. b is drawn for
+    every sample and class by `draw`, from a generator of its own; evaluations in between see the same draws. Without a
+    class rarer than `threshold` (a share of the training set) this is cross-entropy.
+    """
+
+    def __init__(self, class_counts: ClassCounts, gamma: float = 0.9, threshold: float = 0.005, seed: int = 0) -> None:
+        super().__init__()
+        self.gamma = check_number("gamma", gamma, 0, 1 + 1e-9)
+        share = class_counts.counts / class_counts.counts.sum()
+        rare = torch.from_numpy(share < check_number("threshold", threshold, 0, 1 + 1e-9))
+        self.seed = int(seed)
+        self.generator: torch.Generator | None = None
+        self.register_buffer("rare", rare, persistent=False)
+        # What `draw` drew: True where a rare class is to be left out, (N, C).
+        self.register_buffer("dropped", torch.zeros(0, class_counts.num_classes, dtype=torch.bool), persistent=False)
+
+    def draw(self, batch_size: int) -> None:
+        """Draw b for the next batch; the buffer keeps its storage while the batch size stays the same."""
+        if len(self.dropped) != batch_size:
+            self.dropped = self.rare.new_zeros(batch_size, len(self.rare))
+        self.dropped.bernoulli_(self.gamma, generator=self._generator()).logical_and_(self.rare)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if len(labels) != len(self.dropped):
+            raise RuntimeError(
+                f"the draws are for a batch of {len(self.dropped)}, this one has {len(labels)} samples; "
+                "call draw(batch_size) once an iteration, before the loss"
+            )
+        own = F.one_hot(labels, logits.shape[1]).bool()
+        kept = at_least_float32(logits).masked_fill(self.dropped & ~own, float("-inf"))
+        return F.cross_entropy(kept, labels, reduction="none")
+
+    def get_extra_state(self) -> Tensor:
+        """The generator's state, so that a resumed run draws what the uninterrupted one would have."""
+        return self._generator().get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue where `get_extra_state` was taken, on the same kind of device."""
+        self._generator().set_state(state.cpu())
+
+    def _generator(self) -> torch.Generator:
+        if self.generator is None or self.generator.device != self.rare.device:
+            self.generator = torch.Generator(self.rare.device).manual_seed(self.seed)
+        return self.generator
