@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class Rows:
         return torch.where(self.mask.view(-1, *[1] * (base.ndim - 1)), values, base)
 
 
-Draws = Mapping[str, Tensor | Rows]
+# The choices of one operation for one batch, by name; nested where an operation has several turns.
+Draws = Mapping[str, Union[Tensor, Rows, "Draws"]]
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -56,12 +58,14 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def upload_draws(draws: Draws, device: torch.device) -> dict[str, Tensor | Rows]:
+def upload_draws(draws: Draws, device: torch.device) -> Draws:
     """Everything in `draws` on `device`."""
     return {name: _upload_one(value, device) for name, value in draws.items()}
 
 
-def _upload_one(value: Tensor | Rows, device: torch.device) -> Tensor | Rows:
+def _upload_one(value: Tensor | Rows | Draws, device: torch.device) -> Tensor | Rows | Draws:
+    if isinstance(value, Mapping):
+        return upload_draws(value, device)
     if isinstance(value, Rows):
         parts = (None if part is None else upload(part, device) for part in (value.index, value.mask))
         return Rows(*parts)

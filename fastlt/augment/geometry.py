@@ -39,3 +39,88 @@ def crop(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
     steps = torch.arange(size, device=images.device)
     rows, columns = top[:, None] + steps, left[:, None] + steps
     return gather_pixels(images, rows[:, :, None] * images.shape[3] + columns[:, None, :])
+
+
+def shear_x(magnitude: Tensor, height: int) -> Tensor:
+    """Inverse maps of a shear along x about the image's upper left corner; `magnitude` is its slope, float64 (N,)."""
+    return _matrices(magnitude, b=magnitude, tx=magnitude * (height / 2))
+
+
+def shear_y(magnitude: Tensor, width: int) -> Tensor:
+    """Inverse maps of a shear along y about the image's upper left corner; `magnitude` is its slope, float64 (N,)."""
+    return _matrices(magnitude, c=magnitude, ty=magnitude * (width / 2))
+
+
+def translate_x(pixels: Tensor) -> Tensor:
+    """Inverse maps of a shift by `pixels` to the right, cut to a whole number towards 0; float64 (N,)."""
+    return _matrices(pixels, tx=-pixels.trunc())
+
+
+def translate_y(pixels: Tensor) -> Tensor:
+    """Inverse maps of a shift by `pixels` downwards, cut to a whole number towards 0; float64 (N,)."""
+    return _matrices(pixels, ty=-pixels.trunc())
+
+
+def rotate(degrees: Tensor) -> Tensor:
+    """Inverse maps of a counter-clockwise rotation about the image's centre; float64 (N,)."""
+    angle = torch.deg2rad(degrees)
+    return _matrices(degrees, a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
+
+
+def _matrices(like: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0) -> Tensor:
+    """float64 (N, 6): pixel (x, y), measured from the centre, is taken from (ax + by + tx, cx + dy + ty)."""
+    return torch.stack([torch.as_tensor(v, dtype=like.dtype).expand_as(like) for v in (a, b, tx, c, d, ty)], dim=1)
+
+
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Map each image by its own inverse matrix: nearest pixel, 0 outside, as torchvision's affine does by default.
+
+    images: uint8 (N, C, H, W). matrices: (N, 6), see `_matrices`. The arithmetic is float32 in torchvision's order
+    (coordinates in -1..1, then back to pixels), because whole rows lie on ties between two pixels at some magnitudes:
+    another order of rounding would move them.
+    """
+    height, width = images.shape[2:]
+    a, b, tx, c, d, ty = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3).unbind(1)
+    x = _centred(width, images.device).view(1, 1, -1)
+    y = _centred(height, images.device).view(1, -1, 1)
+    column = _to_pixels(x * (a / (0.5 * width)) + y * (b / (0.5 * width)) + tx / (0.5 * width), width)
+    row = _to_pixels(x * (c / (0.5 * height)) + y * (d / (0.5 * height)) + ty / (0.5 * height), height)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    source = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    return gather_pixels(images, source.long()) * inside.unsqueeze(1)
+
+
+def _centred(length: int, device: torch.device) -> Tensor:
+    """Pixel centres measured from the middle: float32 (length,)."""
+    return torch.arange(length, dtype=torch.float32, device=device) - (length - 1) / 2
+
+
+def _to_pixels(position: Tensor, length: int) -> Tensor:
+    """The nearest pixel, as a whole float32, to a position in -1..1 (half to even)."""
+    return ((position + 1) * (length / 2) - 0.5).round_()
+
+
+def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut each image's own box and resize it to (size, size): bilinear, antialiased, rounded to uint8.
+
+    images: uint8 (N, C, H, W). boxes: int64 (N, 4) as (top, left, height, width), inside the image. The filter is a
+    triangle whose half-width is max(1, box / size), normalised, as in torch's antialiased interpolation; it is applied
+    as two batched matrix products, so shapes depend on nothing random.
+    """
+    top, left, height, width = boxes.unbind(1)
+    vertical = _resize_weights(top, height, size, images.shape[2])
+    horizontal = _resize_weights(left, width, size, images.shape[3])
+    planes = images.to(torch.float32, memory_format=torch.contiguous_format)
+    rows = torch.matmul(planes, horizontal.unsqueeze(1).transpose(2, 3))
+    out = torch.matmul(vertical.unsqueeze(1), rows)
+    return out.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _resize_weights(start: Tensor, length: Tensor, size: int, full: int) -> Tensor:
+    """float32 (N, size, full): how much each of the `full` source positions gives to each of the `size` outputs."""
+    scale = (length.to(torch.float32) / size).view(-1, 1, 1)
+    centre = scale * (torch.arange(size, device=start.device) + 0.5).view(1, -1, 1)
+    position = (torch.arange(full, device=start.device) - start.view(-1, 1)).unsqueeze(1)
+    inside = (position >= 0) & (position < length.view(-1, 1, 1))
+    weights = (1 - ((position + 0.5 - centre) / scale.clamp(min=1)).abs()).clamp_(min=0) * inside
+    return weights / weights.sum(2, keepdim=True)

@@ -7,15 +7,17 @@ random when `static` is set, so that the applied work can be captured once and r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastlt.augment import geometry
+from fastlt.augment import colour, geometry, policies
 from fastlt.augment.cutout import cutout
-from fastlt.augment.draws import Draws, Rows, chance, integers
+from fastlt.augment.draws import Draws, Rows, chance, integers, uniform
+from fastlt.names import pick
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,194 @@ class Cutout(SameSize):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         return cutout(images, draws["top"], draws["left"], self.size, draws.get("chosen"))
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """Cut a box of random area and shape, resize it to the recipe's image size (antialiased bilinear).
+
+    scale: range of the box's share of the image's area. ratio: range of its width over its height, uniform in the log.
+    Boxes are drawn as torchvision draws them: ten tries, then the largest central box within `ratio`.
+    """
+
+    image_size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", require_range("random_resized_crop", "scale", self.scale, 1e-6, 1))
+        object.__setattr__(self, "ratio", require_range("random_resized_crop", "ratio", self.ratio, 1e-3, 1e3))
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+        return {"boxes": draw_boxes(shape, self.scale, self.ratio, generator)}
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        return geometry.resized_crop(images, draws["boxes"], self.image_size)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.image_size, self.image_size
+
+
+TRIES = 10
+
+
+def draw_boxes(
+    shape: Shape, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Boxes (top, left, height, width) of RandomResizedCrop: int64 (count, 4)."""
+    n, full_height, full_width = shape.count, shape.height, shape.width
+    area = full_height * full_width * uniform(n * TRIES, *scale, generator).view(n, TRIES)
+    aspect = uniform(n * TRIES, math.log(ratio[0]), math.log(ratio[1]), generator).view(n, TRIES).exp()
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (width > 0) & (width <= full_width) & (height > 0) & (height <= full_height)
+    first = fits.int().argmax(1, keepdim=True)
+    found = fits.any(1)
+    central_height, central_width = _central_box(full_height, full_width, ratio)
+    height = torch.where(found, height.gather(1, first).squeeze(1), central_height)
+    width = torch.where(found, width.gather(1, first).squeeze(1), central_width)
+    room_y, room_x = full_height - height, full_width - width
+    top, left = (uniform(n, 0, 1, generator) * (room + 1) for room in (room_y, room_x))
+    top = torch.where(found, top.floor(), torch.floor(room_y / 2))
+    left = torch.where(found, left.floor(), torch.floor(room_x / 2))
+    return torch.stack((top, left, height, width), dim=1).long()
+
+
+def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+    """(height, width) of the largest box whose shape is within `ratio`."""
+    if width / height < ratio[0]:
+        return round(width / ratio[0]), width
+    if width / height > ratio[1]:
+        return height, round(height * ratio[1])
+    return height, width
+
+
+@dataclass(frozen=True)
+class ColorJitter(SameSize):
+    """Brightness, contrast, saturation and hue by random factors, in an order of its own for each image.
+
+    Each option is a number s, for factors in [max(0, 1 - s), 1 + s] (hue: shifts in [-s, s]), or a range [min, max]; 0
+    leaves that property alone. The meaning is torchvision's ColorJitter, called on each image.
+    """
+
+    brightness: float | tuple[float, float] = 0
+    contrast: float | tuple[float, float] = 0
+    saturation: float | tuple[float, float] = 0
+    hue: float | tuple[float, float] = 0
+
+    def __post_init__(self) -> None:
+        for name, centre, low, high in JITTER:
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                span = require_range("color_jitter", name, value, low, high)
+            else:
+                require_number("color_jitter", name, value, 0, high)
+                span = (max(low, centre - value), centre + value)
+            object.__setattr__(self, name, span)
+        if not self.active:
+            raise ValueError(
+                "color_jitter with all four options 0 does nothing: give brightness, contrast, …, or drop it"
+            )
+
+    @property
+    def active(self) -> list[str]:
+        """The properties that change."""
+        return [name for name, centre, *_ in JITTER if getattr(self, name) != (centre, centre)]
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+        names = self.active
+        order = torch.rand(shape.count, len(names), generator=generator).argsort(dim=1)
+        factors = {name: uniform(shape.count, *getattr(self, name), generator) for name in names}
+        turns = {}
+        for turn in range(len(names)):
+            rows = {name: Rows.of(order[:, turn] == place, shape.static) for place, name in enumerate(names)}
+            turns[str(turn)] = {name: {"rows": rows[name], "factor": rows[name].take(factors[name])} for name in names}
+        return turns
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        for turn in range(len(self.active)):
+            before = images
+            for name, drawn in draws[str(turn)].items():
+                rows = drawn["rows"]
+                if not rows.empty:
+                    images = rows.put(images, ADJUST[name](rows.take(before), drawn["factor"]))
+        return images
+
+
+# Name, the factor that changes nothing, and the range allowed.
+JITTER = (
+    ("brightness", 1.0, 0.0, 1e3),
+    ("contrast", 1.0, 0.0, 1e3),
+    ("saturation", 1.0, 0.0, 1e3),
+    ("hue", 0.0, -0.5, 0.5),
+)
+ADJUST = {
+    "brightness": colour.adjust_brightness,
+    "contrast": colour.adjust_contrast,
+    "saturation": colour.saturate,
+    "hue": colour.shift_hue,
+}
+
+
+class Policy(SameSize):
+    """What AutoAugment and RandAugment share: rounds of one operation an image, drawn by `choose`."""
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+        operation, magnitude = self.choose(shape, generator)
+        return {
+            str(turn): policies.plan_round(
+                operation[:, turn], magnitude[:, turn], shape.height, shape.width, shape.static
+            )
+            for turn in range(self.rounds)
+        }
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        for turn in range(self.rounds):
+            images = policies.apply_round(images, draws[str(turn)])
+        return images
+
+
+@dataclass(frozen=True)
+class AutoAugment(Policy):
+    """AutoAugment with the policy found for CIFAR-10, ImageNet or SVHN: a random one of 25 pairs of operations."""
+
+    policy: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, str):
+            raise ValueError(
+                f"augment.auto_augment.policy is {self.policy!r}: it must be one of {', '.join(policies.POLICIES)}"
+            )
+        pick("augment.auto_augment.policy", self.policy, policies.POLICIES)
+
+    @property
+    def rounds(self) -> int:
+        return 2
+
+    def choose(self, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return policies.draw_auto_augment(self.policy, shape.count, shape.height, shape.width, generator)
+
+
+@dataclass(frozen=True)
+class RandAugment(Policy):
+    """RandAugment: `num_ops` operations, each uniform over fourteen, all at the place `magnitude` of the bins."""
+
+    num_ops: int = 2
+    magnitude: int = 9
+    num_magnitude_bins: int = 31
+
+    def __post_init__(self) -> None:
+        require_integer("rand_augment", "num_ops", self.num_ops, 1, 16)
+        require_integer("rand_augment", "num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
+        require_integer("rand_augment", "magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
+
+    @property
+    def rounds(self) -> int:
+        return self.num_ops
+
+    def choose(self, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return policies.draw_rand_augment(
+            self.num_ops, self.magnitude, self.num_magnitude_bins, shape.count, shape.height, shape.width, generator
+        )
 
 
 def require_number(name: str, option: str, value: object, low: float, high: float) -> None:

@@ -10,12 +10,26 @@ import torch
 from torch import Tensor
 
 from fastlt.augment.draws import Draws, upload_draws
-from fastlt.augment.operations import Cutout, Flip, Operation, RandomCrop, Shape
+from fastlt.augment.operations import (
+    AutoAugment,
+    ColorJitter,
+    Cutout,
+    Flip,
+    Operation,
+    RandAugment,
+    RandomCrop,
+    RandomResizedCrop,
+    Shape,
+)
 from fastlt.names import pick, unknown
 
 AUGMENTATIONS: dict[str, type[Operation]] = {
     "random_crop": RandomCrop,
+    "random_resized_crop": RandomResizedCrop,
     "flip": Flip,
+    "color_jitter": ColorJitter,
+    "auto_augment": AutoAugment,
+    "rand_augment": RandAugment,
     "cutout": Cutout,
 }
 

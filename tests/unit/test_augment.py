@@ -14,6 +14,14 @@ CHAINS = {
     "nothing": [],
     "crop_flip": [{"random_crop": {"padding": 4}}, "flip"],
     "crop_flip_cutout": [{"random_crop": {"padding": 2, "fill": 128}}, {"flip": {"p": 0.3}}, {"cutout": {"size": 6}}],
+    "auto_augment": ["flip", {"auto_augment": {"policy": "cifar10"}}, {"cutout": {"size": 4, "p": 0.5}}],
+    "imagenet": [
+        "random_resized_crop",
+        {"color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}},
+        {"auto_augment": {"policy": "imagenet"}},
+    ],
+    "rand_augment": [{"rand_augment": {"num_ops": 3, "magnitude": 9}}],
+    "svhn": [{"auto_augment": {"policy": "svhn"}}],
 }
 # Operations whose result the host reads, or whose output's shape depends on values: each one waits for a GPU.
 SYNCHRONISING = {
@@ -140,15 +148,15 @@ def test_static_draws_have_the_same_shapes_in_every_batch(chain):
     augment = build(chain)
     augment.static = True
 
-    def shapes():
-        flat = []
-        for draws in augment.draw(16, 32, 32):
-            for value in draws.values():
-                flat.append((value if isinstance(value, torch.Tensor) else value.mask).shape)
-        return flat
+    def shapes(value):
+        if isinstance(value, list):
+            return [shapes(draws) for draws in value]
+        if isinstance(value, dict):
+            return {name: shapes(part) for name, part in value.items()}
+        return (value if isinstance(value, torch.Tensor) else value.mask).shape
 
-    first = shapes()
-    assert all(shapes() == first for _ in range(5))
+    first = shapes(augment.draw(16, 32, 32))
+    assert all(shapes(augment.draw(16, 32, 32)) == first for _ in range(5))
 
 
 @pytest.mark.parametrize(
