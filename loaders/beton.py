@@ -1,7 +1,8 @@
 """Reading an FFCV file (.beton) image by image, without FFCV's loader.
 
-Layout: header, one descriptor a field, one metadata record a sample, pages of data, and at the end the allocation table that
-says how many bytes lie at each address. Only the files this project writes are read: fields "image" (RGB) and "label" (int).
+Layout: header, one descriptor a field, one metadata record a sample, pages of data, and at the end the allocation table
+that says how many bytes lie at each address. Only the files this project writes are read: fields "image" (RGB) and
+"label" (int).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Beton:
         return self._bytes[self._offsets[i] : self._offsets[i] + self._sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i` as RGB uint8 (H, W, 3), read-only where it is stored raw; ValueError naming it when it is damaged."""
+        """Image `i` as RGB uint8 (H, W, 3), read-only where stored raw; ValueError naming it when it is damaged."""
         height, width = int(self.heights[i]), int(self.widths[i])
         if not self.is_jpeg[i]:
             return self.encoded(i).reshape(height, width, 3)

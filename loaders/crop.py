@@ -1,4 +1,4 @@
-"""How a stored image becomes a fixed-size one: crop rectangles as plain arrays, shared by every backend that crops on the host."""
+"""How a stored image becomes a fixed-size one: crop rectangles as plain arrays, shared by all backends."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def random_resized_boxes(
 ) -> np.ndarray:
     """One random rectangle an image, int32 (N, 4) as (top, left, height, width).
 
-    The area is uniform in scale * H * W, the aspect (width over height) log-uniform, the place uniform. A rectangle that
-    does not fit is drawn again, up to ten times; then the largest central one within the aspect range is taken.
+    The area is uniform in scale * H * W, the aspect (width over height) log-uniform, the place uniform. A rectangle
+    that does not fit is drawn again, up to ten times; then the largest central one within the aspect range is taken.
     Source: Inception-style cropping (Szegedy et al. 2015) with torchvision's RandomResizedCrop as its definition.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)

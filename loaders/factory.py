@@ -50,15 +50,15 @@ def make_loader(
 ) -> BatchLoader:
     """The loader of one split of a converted data set.
 
-    backend: "resident", "ffcv", "torch", or "auto": resident when the split's pixels fit in `memory_budget_bytes` (default:
-        40 % of the device's free memory) without approximating the crop, else ffcv; `loader.reason` says why.
+    backend: "resident", "ffcv", "torch", or "auto": resident when the split's pixels fit in `memory_budget_bytes`
+        (default: 40 % of the device's free memory) without approximating the crop, else ffcv; `loader.reason` says why.
     batch_size: images a batch of this process.
-    train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False keeps
-        split order and gives each image exactly once over all processes.
+    train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
+        keeps split order and gives each image exactly once over all processes.
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
 
-    Raises ValueError for an unknown backend, a split that is damaged or disagrees with the data set's labels, mixed image sizes
-    without a crop, and a training batch that the split cannot fill.
+    Raises ValueError for an unknown backend, a split that is damaged or disagrees with the data set's labels, mixed
+    image sizes without a crop, and a training batch that the split cannot fill.
     """
     if backend not in BACKENDS and backend != "auto":
         raise ValueError(unknown("loader backend", backend, [*BACKENDS, "auto"]))

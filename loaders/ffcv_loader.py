@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ffcv.pipeline.state import State
 
 BATCHES_AHEAD = 3
+STOP_S = 30.0  # longer than any batch takes to decode
 ROW = np.dtype(
     [
         ("mode", "<u1"),
@@ -44,11 +46,18 @@ ROW = np.dtype(
 )
 
 
+@functools.cache
+def _compiled_kernels() -> tuple[Callable, Callable]:
+    """JPEG decoding and resizing for compiled code, compiled once a process instead of once a loader."""
+    return Compiler.compile(imdecode), Compiler.compile(resize_crop)
+
+
 class BoxCropDecoder(SimpleRGBImageDecoder):
     """FFCV decoder that cuts a given rectangle out of each image and resizes it to (H, W).
 
-    FFCV's own decoders draw the rectangle inside the compiled threads, from generators no seed reaches. Here it stands in the
-    sample's metadata, drawn beforehand from (seed, epoch), so crops are reproducible and equal the other backends'.
+    FFCV's own decoders draw the rectangle inside the compiled threads, from generators no seed reaches. Here it stands
+    in the sample's metadata, drawn beforehand from (seed, epoch), so crops are reproducible and equal the other
+    backends'.
     Returns (images uint8 (N, H, W, 3), failed uint8 (N, 1): 1 where the JPEG is damaged).
     """
 
@@ -64,7 +73,7 @@ class BoxCropDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable:
         read = self.memory_read
-        decode_c, resize_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+        decode_c, resize_c = _compiled_kernels()
         batch_range = Compiler.get_iterator()
         jpeg = JPEG
 
@@ -92,9 +101,9 @@ class BoxCropDecoder(SimpleRGBImageDecoder):
 class _Epoch(EpochIterator):
     """FFCV's producer thread for one epoch, with an end.
 
-    FFCV's own loop dies silently on an exception and leaves its reader blocked, sets torch's thread count from the thread, and
-    hands out buffers it writes to again. Here an exception reaches the reader, only numba's count is set, and each batch is
-    copied while this thread still owns the buffer.
+    FFCV's own loop dies silently on an exception and leaves its reader blocked, sets torch's thread count from the
+    thread, and hands out buffers it writes to again. Here an exception reaches the reader, only numba's count is set,
+    and each batch is copied while this thread still owns the buffer.
     """
 
     def __init__(self, loader: Loader, metadata: np.ndarray, pinned: bool) -> None:
@@ -124,9 +133,9 @@ class _Epoch(EpochIterator):
                 return self.ready.put(item, timeout=0.1)
 
     def stop(self) -> None:
-        """Ends the thread and waits for it."""
+        """Ends the thread after the batch it is decoding; a stuck one is left behind (it is a daemon)."""
         self.terminate_event.set()
-        self.join()
+        self.join(STOP_S)
 
 
 class FfcvLoader(HostLoader):
@@ -134,7 +143,8 @@ class FfcvLoader(HostLoader):
 
     num_workers: decoding threads; None takes the cores of this job over its processes, within numba's maximum.
     The first batch of a process waits some seconds for numba to compile the decoder.
-    A damaged image, an exception in the decoder and a decoder silent for ten minutes raise RuntimeError naming the file.
+    A damaged image, an exception in the decoder and a decoder silent for ten minutes raise RuntimeError naming the
+    file.
     """
 
     backend = "ffcv"
@@ -191,7 +201,8 @@ class FfcvLoader(HostLoader):
             item = epoch.ready.get(timeout=STALL_S)
         except queue.Empty:
             raise RuntimeError(
-                f"{self.beton.path}: no batch for {STALL_S:.0f} s; is the disk reachable? The 'torch' backend reads it without FFCV"
+                f"{self.beton.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
+                "The 'torch' backend reads it without FFCV"
             ) from None
         if isinstance(item, BaseException):
             raise RuntimeError(
@@ -208,7 +219,7 @@ class FfcvLoader(HostLoader):
 
 
 def _numba_workers(num_workers: int | None, world_size: int) -> int:
-    """A thread count that numba accepts; ValueError for one it does not, or when two loaders could not live side by side."""
+    """A thread count numba accepts; ValueError for one it does not, or when two loaders could not decode at once."""
     most = numba.config.NUMBA_NUM_THREADS
     workers = min(default_workers(world_size), most) if num_workers is None else num_workers
     if not 1 <= workers <= most:
@@ -218,7 +229,7 @@ def _numba_workers(num_workers: int | None, world_size: int) -> int:
         )
     if workers > 1 and numba.threading_layer() == "workqueue":
         raise ValueError(
-            "numba has only its 'workqueue' threads here, which abort the process when two loaders decode at once: install tbb or "
-            "libgomp1, set num_workers to 1, or use the 'torch' backend"
+            "numba has only its 'workqueue' threads here, which abort the process when two loaders decode at once: "
+            "install tbb or libgomp1, set num_workers to 1, or use the 'torch' backend"
         )
     return workers

@@ -1,7 +1,7 @@
 """FFCV's two C kernels and how to import FFCV without its side effects.
 
-Every host backend decodes JPEGs and resizes with the very functions FFCV's own loader calls, so that a picture has the same
-pixels whichever backend delivers it.
+Every host backend decodes JPEGs and resizes with the very functions FFCV's own loader calls, so that a picture has the
+same pixels whichever backend delivers it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def decode_jpeg(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
 def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
     """Writes the rectangle `box` of `image`, resized by area interpolation, into `out`.
 
-    image: uint8 (H, W, 3), contiguous.  box: (top, left, height, width).  out: uint8 (h, w, 3), contiguous, overwritten.
+    image: uint8 (H, W, 3), contiguous.  box: (top, left, height, width).  out: uint8 (h, w, 3), contiguous,
+        overwritten.
     """
     top, left, height, width = (int(value) for value in box)
     if (height, width) == out.shape[:2]:

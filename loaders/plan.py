@@ -18,8 +18,8 @@ class EpochPlan:
     """The order and the crop rectangles of every epoch of one process.
 
     labels, heights, widths: int64 (N,), of the split.
-    train: True shuffles and drops what does not fill a batch on every process; False keeps split order and covers each image
-        exactly once over the processes.
+    train: True shuffles and drops what does not fill a batch on every process; False keeps split order and covers each
+        image exactly once over the processes.
 
     Raises ValueError when a training split does not fill one batch, or a random crop is asked for in evaluation.
     """
@@ -43,8 +43,9 @@ class EpochPlan:
             raise ValueError("crop kind 'random_resized' is for training: use 'center' for evaluation")
         if self.train and self.num_samples < self.batch_size:
             raise ValueError(
-                f"batch size {self.batch_size} on {self.world_size} process(es) is more than the {len(self.labels)} images "
-                f"of the split: no full batch. Use a batch size of at most {len(self.labels) // self.world_size}"
+                f"batch size {self.batch_size} on {self.world_size} process(es) is more than the "
+                f"{len(self.labels)} images of the split: no full batch. "
+                f"Use a batch size of at most {len(self.labels) // self.world_size}"
             )
         self.output_shape  # noqa: B018  (a mix of sizes is refused now, not in the first batch)
 
@@ -64,7 +65,7 @@ class EpochPlan:
         return -(-self.num_samples // self.batch_size)
 
     def index(self, epoch: int, first_batch: int = 0) -> np.ndarray:
-        """Positions in the split, int64 (n,), that this process visits from `first_batch` on; ValueError beyond the end."""
+        """Positions in the split, int64 (n,), this process visits from `first_batch` on; ValueError beyond the end."""
         order = self._order(epoch)
         return order[self._from_batch(len(order), first_batch)]
 

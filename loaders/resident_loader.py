@@ -23,9 +23,9 @@ class ResidentLoader:
     """BatchLoader that holds the split on the device; a batch is one index_select, and nothing waits for the host.
 
     "none" and "center" crops are applied once, while filling: pixels equal the other backends'. For "random_resized"
-    the whole stored images are kept and `crops` is False: the device crops anew each epoch. When these differ in size each is
-    kept as its central square resized to `resident_shape`, so a random crop never sees the ends of the long side: an
-    approximation, which the factory's "auto" does not choose.
+    the whole stored images are kept and `crops` is False: the device crops anew each epoch. When these differ in size
+    each is kept as its central square resized to `resident_shape`, so a random crop never sees the ends of the long
+    side: an approximation, which the factory's "auto" does not choose.
     """
 
     backend = "resident"
@@ -61,10 +61,9 @@ class ResidentLoader:
 
     def _batches(self, index: Tensor) -> Iterator[Batch]:
         pixels, labels = self._pixels, self._labels
-        words = _as_words(pixels)
         for places in index.split(self.batch_size) if len(index) else ():
-            images = words.index_select(0, places).view(torch.uint8).view(-1, *pixels.shape[1:])
-            yield Batch(images=images.permute(0, 3, 1, 2), labels=labels.index_select(0, places), index=places)
+            images = pixels.index_select(0, places).permute(0, 3, 1, 2)
+            yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 
 
 def resident_shape(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> tuple[int, int]:
@@ -110,12 +109,3 @@ def _fill(beton: Beton, crop: CropSpec, device: torch.device, workers: int) -> T
             list(pool.map(lambda a, s=start, h=host, n=share: read(s + a, h[a : a + n]), range(0, len(host), share)))
             pixels[start : start + len(host)].copy_(torch.from_numpy(host))
     return pixels
-
-
-def _as_words(pixels: Tensor) -> Tensor:
-    """The images as rows of the widest integers that divide them: gathering bytes one by one is several times slower."""
-    rows = pixels.view(len(pixels), -1)
-    for dtype in (torch.int64, torch.int32, torch.int16):
-        if rows.shape[1] % dtype.itemsize == 0:
-            return rows.view(dtype)
-    return rows

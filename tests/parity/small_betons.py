@@ -1,0 +1,57 @@
+"""Small .beton files for the loader tests, written by FFCV itself so that no code under test takes part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from loaders.native import keep_torch_threads
+
+NUM_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class SmallDataset:
+    """Answers what make_loader asks a converted data set, for one split; `images` are the pixels before storing."""
+
+    path: Path
+    images: list[np.ndarray]
+    split_labels: np.ndarray
+
+    def beton(self, split: str) -> Path:
+        return self.path
+
+    def labels(self, split: str) -> np.ndarray:
+        return self.split_labels
+
+
+def smooth_images(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
+    """Images with large structures and a little noise, so that JPEG behaves as on photographs."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for height, width in shapes:
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int64)
+        images.append(np.clip(image + rng.integers(-4, 5, image.shape), 0, 255).astype(np.uint8))
+    return images
+
+
+def mixed_shapes(count: int, seed: int = 3) -> list[tuple[int, int]]:
+    """`count` pairs (H, W) between 40 and 120, wide, tall and square."""
+    return [tuple(int(side) for side in pair) for pair in np.random.default_rng(seed).integers(40, 121, (count, 2))]
+
+
+def write_small(path: Path, shapes: list[tuple[int, int]], mode: str, seed: int = 0) -> SmallDataset:
+    """A data set of one image a shape, stored as `mode` ("raw" or "jpg")."""
+    with keep_torch_threads():
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+    images = smooth_images(shapes, seed)
+    labels = np.random.default_rng(seed).integers(0, NUM_CLASSES, len(images))
+    fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=90), "label": IntField()}
+    samples = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
+    return SmallDataset(path, images, labels)

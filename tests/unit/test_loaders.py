@@ -1,0 +1,283 @@
+"""What every backend promises: order, resuming, sharding, batches that last, an orderly end, and clear refusals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from loaders.sampling import epoch_order
+from small_betons import SmallDataset, mixed_shapes, write_small
+
+from fastlt.state import Batch
+from loaders import host_loader
+from loaders.beton import Beton
+from loaders.crop import CropSpec
+from loaders.factory import BACKENDS, choose_backend, make_loader
+from loaders.plan import EpochPlan
+from loaders.resident_loader import resident_shape
+
+COUNT = 53
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> SmallDataset:
+    return write_small(tmp_path_factory.mktemp("small") / "train.beton", [(16, 16)] * COUNT, "raw")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> SmallDataset:
+    return write_small(tmp_path_factory.mktemp("mixed") / "train.beton", mixed_shapes(COUNT), "raw")
+
+
+@pytest.fixture
+def make(request):
+    """make_loader with small defaults; closes what it made."""
+    made = []
+
+    def build(dataset: SmallDataset, backend: str, **changes):
+        arguments = {"batch_size": 8, "device": "cpu", "train": True, "crop": CropSpec("none"), "num_workers": 1}
+        made.append(make_loader(dataset, "train", backend=backend, **{**arguments, **changes}))
+        return made[-1]
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+def indices(batches: list[Batch]) -> list[int]:
+    return [i for batch in batches for i in batch.index.tolist()]
+
+
+@every_backend
+def test_training_epochs_follow_epoch_order_in_full_batches(small, make, backend):
+    loader = make(small, backend, seed=7)
+    for epoch in (0, 1, 4):
+        batches = list(loader.epoch(epoch))
+        expected = epoch_order(small.split_labels, sampling="instance", seed=7, epoch=epoch)
+        assert indices(batches) == expected[: COUNT // 8 * 8].tolist()
+        assert [len(batch) for batch in batches] == [8] * len(loader)
+    assert loader.backend == backend
+    assert loader.num_samples == COUNT // 8 * 8
+
+
+@every_backend
+def test_batches_carry_the_images_and_labels_of_their_index(small, make, backend):
+    for batch in make(small, backend).epoch(0):
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (8, 3, 16, 16)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.dtype == batch.index.dtype == torch.int64
+        for image, label, i in zip(batch.images, batch.labels, batch.index, strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0), small.images[i])
+            assert label == small.split_labels[i]
+
+
+@every_backend
+def test_class_balanced_sampling_repeats_images_in_every_backend_alike(small, make, backend):
+    loader = make(small, backend, sampling="class_balanced", seed=3)
+    expected = epoch_order(small.split_labels, sampling="class_balanced", seed=3, epoch=1)
+    assert indices(list(loader.epoch(1))) == expected[: loader.num_samples].tolist()
+
+
+@every_backend
+@pytest.mark.parametrize("crop", [CropSpec("none"), CropSpec("random_resized", 12)], ids=lambda crop: crop.kind)
+def test_resuming_gives_the_batches_an_uninterrupted_epoch_would_have_had(small, make, backend, crop):
+    whole = list(make(small, backend, crop=crop, seed=1).epoch(2))
+    rest = list(make(small, backend, crop=crop, seed=1).epoch(2, first_batch=4))
+    assert len(rest) == len(whole) - 4
+    for resumed, original in zip(rest, whole[4:], strict=True):
+        assert torch.equal(resumed.images, original.images)
+        assert torch.equal(resumed.index, original.index)
+
+
+@every_backend
+def test_resuming_at_the_end_gives_nothing_and_beyond_it_is_refused(small, make, backend):
+    loader = make(small, backend)
+    assert list(loader.epoch(0, first_batch=len(loader))) == []
+    with pytest.raises(ValueError, match="cannot resume at batch 7 of an epoch of 6"):
+        loader.epoch(0, first_batch=7)
+
+
+@every_backend
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_covers_each_image_exactly_once_over_the_ranks(small, make, backend, world_size):
+    seen = []
+    for rank in range(world_size):
+        loader = make(small, backend, train=False, rank=rank, world_size=world_size)
+        batches = list(loader.epoch(0))
+        assert len(batches) == len(loader)
+        assert sum(len(batch) for batch in batches) == loader.num_samples
+        assert all(torch.equal(batch.labels, torch.from_numpy(small.split_labels)[batch.index]) for batch in batches)
+        seen += indices(batches)
+    assert sorted(seen) == list(range(COUNT))
+
+
+def test_training_ranks_get_equally_many_full_batches_of_different_images(small, make):
+    ranks = [list(make(small, "resident", rank=rank, world_size=3).epoch(0)) for rank in range(3)]
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[8, 8]] * 3
+    seen = [i for batches in ranks for i in indices(batches)]
+    assert len(set(seen)) == len(seen)
+
+
+@every_backend
+def test_kept_batches_stay_valid(small, make, backend):
+    loader = make(small, backend, batch_size=2)
+    kept = [(batch, batch.images.clone()) for epoch in range(2) for batch in loader.epoch(epoch)]
+    assert len(kept) == 2 * (COUNT // 2)
+    for batch, copy in kept:
+        assert torch.equal(batch.images, copy)
+
+
+@every_backend
+def test_torch_keeps_its_thread_count_and_random_state(small, make, backend):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        state = torch.get_rng_state()
+        assert len(list(make(small, backend).epoch(0))) == 6
+        assert torch.get_num_threads() == threads + 1
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_ffcv_loaders_decode_side_by_side(small, mixed, make):
+    workers = min(2, len(os.sched_getaffinity(0)))
+    train = make(small, "ffcv", num_workers=workers)
+    meta = make(mixed, "ffcv", num_workers=workers, crop=CropSpec("random_resized", 12))
+    pairs = list(zip(train.epoch(0), meta.epoch(0), strict=True))
+    assert len(pairs) == 6
+    assert indices([a for a, _ in pairs]) == indices(list(make(small, "resident").epoch(0)))
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "torch"])
+def test_an_abandoned_epoch_and_close_leave_no_thread_or_process(small, make, backend):
+    threads, processes = threading.active_count(), len(multiprocessing.active_children())
+    loader = make(small, backend, batch_size=1)
+    for _ in loader.epoch(0):
+        break
+    again = iter(loader.epoch(1))
+    next(again)
+    loader.close()
+    loader.close()
+    assert list(again) == []
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (
+        threading.active_count() > threads or len(multiprocessing.active_children()) > processes
+    ):
+        time.sleep(0.05)
+    assert threading.active_count() <= threads
+    assert len(multiprocessing.active_children()) <= processes
+
+
+def test_an_error_in_ffcvs_thread_reaches_the_reader(small, make, monkeypatch):
+    from loaders.ffcv_loader import EpochIterator
+
+    def fail(*_):
+        raise KeyError("lost")
+
+    loader = make(small, "ffcv")
+    monkeypatch.setattr(EpochIterator, "run_pipeline", fail)
+    with pytest.raises(RuntimeError, match=r"train.beton: FFCV's decoder stopped with KeyError: 'lost'"):
+        next(loader.epoch(0))
+
+
+def test_a_stuck_ffcv_thread_is_reported(small, make, monkeypatch):
+    from loaders import ffcv_loader
+
+    release = threading.Event()
+    loader = make(small, "ffcv")
+    monkeypatch.setattr(ffcv_loader, "STALL_S", 0.3)
+    monkeypatch.setattr(ffcv_loader, "STOP_S", 0.3)
+    monkeypatch.setattr(ffcv_loader.EpochIterator, "run_pipeline", lambda *_: release.wait(30))
+    with pytest.raises(RuntimeError, match=r"train.beton: no batch for 0"):
+        next(loader.epoch(0))
+    release.set()
+
+
+@pytest.mark.parametrize(
+    ("backend", "error"), [("ffcv", RuntimeError), ("torch", ValueError), ("resident", ValueError)]
+)
+def test_a_damaged_jpeg_is_named(tmp_path, make, backend, error):
+    dataset = write_small(tmp_path / "train.beton", mixed_shapes(8), "jpg")
+    beton = Beton.open(dataset.path)
+    start = int(beton.encoded(5).ctypes.data - beton.encoded(0).ctypes.data) + dataset.path.read_bytes().index(
+        beton.encoded(0).tobytes()
+    )
+    with dataset.path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(200))
+    with pytest.raises(error, match=r"train.beton, image 5: damaged JPEG"):
+        list(make(dataset, backend, train=False, crop=CropSpec("center", 12)).epoch(0))
+
+
+def test_auto_keeps_the_split_resident_when_it_fits_and_says_why(small, mixed, make):
+    fits = make(small, "auto")
+    assert fits.backend == "resident"
+    assert "0.0 MiB of pixels fits in" in fits.reason
+    assert "40% of the memory free on cpu" in fits.reason
+
+    tight = make(small, "auto", memory_budget_bytes=COUNT * 16 * 16 * 3 - 1)
+    assert tight.backend == "ffcv"
+    assert "is more than 0.0 MiB, the memory budget" in tight.reason
+
+
+def test_auto_does_not_approximate_random_crops_of_mixed_sizes(mixed):
+    beton = Beton.open(mixed.path)
+    plan = EpochPlan(beton.labels, beton.heights, beton.widths, CropSpec("random_resized", 12), 8, train=True)
+    backend, reason = choose_backend(plan, torch.device("cpu"), memory_budget_bytes=1 << 40)
+    assert (backend, "differ in size" in reason) == ("ffcv", True)
+
+
+def test_resident_leaves_random_crops_to_the_device(small, mixed, make):
+    crop = CropSpec("random_resized", 12)
+    whole = make(small, "resident", crop=crop)
+    assert not whole.crops
+    assert next(whole.epoch(0)).images.shape[2:] == (16, 16)
+
+    squares = make(mixed, "resident", crop=crop)
+    shorts = sorted(min(image.shape[:2]) for image in mixed.images)
+    assert next(squares.epoch(0)).images.shape[2:] == (shorts[COUNT // 2],) * 2
+    assert resident_shape(CropSpec("random_resized", 500), np.array([9, 8]), np.array([8, 9])) == (500, 500)
+
+
+@every_backend
+def test_mistakes_are_refused_with_advice(small, mixed, make, backend, tmp_path):
+    with pytest.raises(ValueError, match=r"batch size 54 .* Use a batch size of at most 53"):
+        make(small, backend, batch_size=54)
+    with pytest.raises(ValueError, match=r"batch size 20 on 3 process"):
+        make(small, backend, batch_size=20, world_size=3)
+    with pytest.raises(ValueError, match="batch size 0"):
+        make(small, backend, batch_size=0)
+    with pytest.raises(ValueError, match="needs images of one size"):
+        make(mixed, backend)
+    with pytest.raises(ValueError, match="use 'center' for evaluation"):
+        make(small, backend, train=False, crop=CropSpec("random_resized", 12))
+    other = SmallDataset(small.path, small.images, small.split_labels + 1)
+    with pytest.raises(ValueError, match="disagree: convert the data set again"):
+        make(other, backend)
+
+
+def test_unknown_backends_and_impossible_worker_counts_are_refused(small, make):
+    with pytest.raises(ValueError, match="did you mean 'ffcv'"):
+        make(small, "fcv")
+    with pytest.raises(ValueError, match=r"num_workers 4096 .* NUMBA_NUM_THREADS"):
+        make(small, "ffcv", num_workers=4096)
+    with pytest.raises(ValueError, match="num_workers -1"):
+        make(small, "torch", num_workers=-1)
+
+
+def test_evaluation_may_have_fewer_images_than_a_batch(small, make):
+    (batch,) = make(small, "resident", train=False, batch_size=100).epoch(0)
+    assert len(batch) == COUNT
+
+
+def test_workers_share_the_cores_of_the_machine(monkeypatch):
+    monkeypatch.setattr(host_loader, "available_cores", lambda: 8)
+    assert [host_loader.default_workers(world_size) for world_size in (1, 3, 16)] == [8, 2, 1]
