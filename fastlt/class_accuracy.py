@@ -47,7 +47,7 @@ class ClassAccuracy:
 
     refresh: how much of the meta set is scored when `update` is called once an iteration.
         exact: all of it (step 2 of Algorithm 1).
-        rolling: one class-stratified slice of `window`, after a first full pass; no result is older than `window` calls.
+        rolling: one class-stratified slice of `window`, after a full pass; no result is older than `window` calls.
         epoch: all of it in the first call after `start_epoch`, as in the authors' release.
     """
 
@@ -90,7 +90,7 @@ class ClassAccuracy:
         self.due = True
 
     def update(self, model: nn.Module) -> Tensor:
-        """Score what is due with `model` in eval mode and return A: float32 (C,) in [0, 1]. Buffers stay as they are."""
+        """Score what is due with `model` in eval mode and return A: float32 (C,) in [0, 1]. Leaves buffers as they are."""
         size = len(self.labels)
         if self.refresh == "exact" or self.due:
             self._score(model, 0, size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlt.augment import Augment
 from fastlt.class_accuracy import ClassAccuracy
 from fastlt.distributed import Reducer
+from fastlt.losses import PerSampleLoss
 from fastlt.state import Batch, ClassCounts, StepOutput
 
 
@@ -26,7 +27,7 @@ class StepParts:
     """
 
     model: nn.Module
-    loss: nn.Module
+    loss: PerSampleLoss
     optimizer: torch.optim.Optimizer
     augment: Augment
     meta_augment: Augment | None
@@ -67,11 +68,16 @@ class Step:
 
     def start_epoch(self, epoch: int) -> None:
         """Called by the trainer before the first iteration of every epoch."""
+        self.loss.on_epoch(epoch)
         if self.parts.class_accuracy is not None:
             self.parts.class_accuracy.start_epoch()
 
     def losses(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Per-sample losses (b,) of augmented images; in training mode this moves BatchNorm's running statistics."""
+        """Per-sample losses (b,) of augmented images; in training mode this moves BatchNorm's running statistics.
+
+        A loss with random numbers of its own draws them here, once: every later evaluation on this batch sees the same.
+        """
+        self.loss.draw(len(labels))
         with self.parts.autocast():
             return self.loss(self.model(images), labels)
 

@@ -1,0 +1,54 @@
+"""Train what a recipe describes.
+
+    accelerate launch fastlt/train.py RECIPE.yaml [key.sub=value ...]
+
+`--check` stops after the recipe has been read and checked, and prints it with every default filled in.
+Exit code: 0 done, 2 for a mistake in the recipe or the data, 130 or 143 when stopped by a signal (resume by the same
+command), 1 for anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Recipe in, `Trainer.fit`, exit code out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a file of recipes/, or your own")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.root=/images seed=1")
+    parser.add_argument("--check", action="store_true", help="check the recipe, print it in full, and stop")
+    words = parser.parse_args(arguments)
+
+    # Imported late: a mistake on the command line answers before torch has loaded.
+    from fastlt.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(words.recipe, words.overrides)
+        if words.check:
+            print(recipe.to_yaml(), end="")
+            return 0
+        from fastlt.trainer import Interrupted, Trainer
+
+        trainer = Trainer(recipe)
+    except ValueError as error:
+        print(f"fastlt: {error}", file=sys.stderr)
+        return 2
+
+    from fastlt.runlog import result_table
+
+    try:
+        result = trainer.fit()
+    except Interrupted as stopped:
+        trainer.say(f"{stopped}; the same command goes on from there")
+        return 128 + trainer.stop_signal
+    except FloatingPointError as error:
+        print(f"fastlt: {error}", file=sys.stderr)
+        return 1
+    trainer.say("\n" + result_table(result, trainer.counts) + f"\n\nrun folder: {trainer.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,538 @@
+"""The run: stages, epochs, when to evaluate, save and log. Accelerate lives here, and nowhere below."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from fastlt import checkpoint
+from fastlt.augment import build_augment, normalise
+from fastlt.class_accuracy import ClassAccuracy, evaluation_mode
+from fastlt.distributed import Reducer
+from fastlt.losses import build_loss
+from fastlt.metrics import Metrics
+from fastlt.models import build_model
+from fastlt.prepare import prepare_dataset
+from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
+from fastlt.runlog import RunLog, percent, progress_bar
+from fastlt.schedule import learning_rate
+from fastlt.state import Batch, StepOutput
+from fastlt.steps import STEPS, Step, StepParts
+from fastlt.typed_yaml import build
+from loaders.crop import CropSpec
+from loaders.factory import make_loader
+from loaders.protocol import BatchLoader
+
+
+class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
+    """The run was asked to stop, has saved a checkpoint, and can be resumed."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    stage: int = 0
+    iteration: int = 0  # within the stage
+    done: int = 0  # over all stages
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    images: int = 0
+    best: float = -1.0  # validation top-1 of the stage's best checkpoint
+
+
+class Trainer:
+    """Trains what a recipe describes.
+
+    Everything that can be refused is refused while the trainer is made, by a ValueError for the user; afterwards
+    `fit` does the work and returns the content of `result.json`.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = recipe.folder
+        finished = self._look_at_folder()
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
+            log_with=recipe.trackers or None,
+            project_dir=str(self.folder),
+        )
+        self.device = self.accelerator.device
+        self.reducer = Reducer(self.accelerator.process_index, self.accelerator.num_processes)
+        self.main = self.accelerator.is_main_process
+        self._set_threads()
+        set_seed(recipe.seed)
+        self.dataset = prepare_dataset(recipe.data, self.accelerator)
+        self.counts = self.dataset.class_counts(recipe.data.shots)
+        self._check_against_dataset()
+        self.result = checkpoint.read_json(self.folder / "result.json") if finished else None
+        if self.result is not None:
+            return
+        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.model = build_model(
+            recipe.model.name,
+            num_classes=self.counts.num_classes,
+            head=recipe.model.head,
+            pretrained=recipe.model.pretrained,
+            checkpoint=recipe.model.checkpoint,
+            drop_rate=recipe.model.drop_rate,
+            drop_path_rate=recipe.model.drop_path_rate,
+            image_size=recipe.data.image_size,
+        ).to(self.device, memory_format=memory_format)
+        self.log = RunLog(self.folder / "log.jsonl", enabled=self.main, track=self._tracker())
+        self.progress = Progress()
+        self.class_weights: Tensor | None = None
+        self.stop_signal: int | None = None
+        self.last_saved = time.monotonic()
+
+    # Before the work
+
+    def _look_at_folder(self) -> bool:
+        """Whether the run folder holds a finished run of this recipe; ValueError when it holds another run."""
+        recorded = self.folder / "recipe.yaml"
+        if not recorded.exists():
+            return False
+        if self.recipe.resume == "never":
+            raise ValueError(
+                f"{self.folder} holds a run already and resume is never; "
+                "choose another name=..., delete the folder, or set resume=auto to go on with it"
+            )
+        harmless = (
+            "resume",
+            "log_every",
+            "checkpoint_every_s",
+            "num_threads",
+            "trackers",
+            "data.root",
+            "data.download",
+        )
+        changed = [
+            d for d in differences(load_recipe(recorded), self.recipe) if d.split(":")[0].split("[")[0] not in harmless
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds a run of another recipe; it differs in (there and here)\n  "
+                + "\n  ".join(changed)
+                + "\nchoose another name=..., or delete the folder"
+            )
+        return (self.folder / "result.json").exists()
+
+    def _set_threads(self) -> None:
+        """All usable cores for the arithmetic on a CPU; `accelerate launch` would leave one."""
+        if self.recipe.num_threads is not None:
+            torch.set_num_threads(self.recipe.num_threads)
+        elif self.device.type == "cpu":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.reducer.world_size))
+
+    def _check_against_dataset(self) -> None:
+        """What only the data set can tell: class count, and batches that are larger than their split."""
+        data = self.recipe.data
+        if data.num_classes is not None and data.num_classes != self.counts.num_classes:
+            raise ValueError(
+                f"data.num_classes is {data.num_classes}, but {self.dataset.root} has {self.counts.num_classes} "
+                "classes; leave the key out to take what is there, or convert the data set that is meant"
+            )
+        for name, stage in self.recipe.stages.items():
+            for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
+                size = self._batch_size(stage, split)
+                available = len(self.dataset.labels(split))
+                if split == "meta" and not STEPS[stage.method].needs_meta_batch:
+                    continue
+                if size > available:
+                    raise ValueError(
+                        f"stages.{name}.{key} is {size}, but the {split} split has {available} images; "
+                        f"give {available} or fewer"
+                    )
+                if size % self.reducer.world_size:
+                    raise ValueError(
+                        f"stages.{name}.{key} is {size}, which does not divide into {self.reducer.world_size} processes"
+                    )
+
+    def _batch_size(self, stage: StageRecipe, split: str) -> int:
+        """Over all processes."""
+        return stage.meta_batch_size or stage.batch_size if split == "meta" else stage.batch_size
+
+    def _tracker(self):
+        if not self.recipe.trackers:
+            return None
+        self.accelerator.init_trackers("fastlt", init_kwargs={})
+        return lambda values, iteration: self.accelerator.log(values, step=iteration)
+
+    # The work
+
+    def fit(self) -> dict[str, Any]:
+        """Train all stages, resuming where the run folder says, then measure the test split once.
+
+        Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved; FloatingPointError when the loss is no
+        longer finite.
+        """
+        if self.result is not None:
+            self.say(f"{self.folder} is finished; nothing is left to do")
+            return self.result
+        if self.main:
+            checkpoint.write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
+        resumed = self._load_last()
+        self.log.open(self.progress.done)
+        stages = list(self.recipe.stages.items())
+        with self._stop_on_signals():
+            for index in range(self.progress.stage, len(stages)):
+                name, stage = stages[index]
+                if index > 0 and self.progress.iteration == 0:
+                    self._load_best(stages[index - 1][0])
+                self._run_stage(name, stage, resumed if index == self.progress.stage else None)
+                self.progress.stage, self.progress.iteration, self.progress.best = index + 1, 0, -1.0
+                resumed = None
+        self._load_best(stages[-1][0])
+        result = self._result(stages[-1][0])
+        if self.main:
+            checkpoint.write_json(self.folder / "result.json", result)
+        self.log.close()
+        self.accelerator.end_training()
+        return result
+
+    def _run_stage(self, name: str, stage: StageRecipe, resumed: dict | None) -> None:
+        step, train, meta = self._build_stage(stage)
+        if resumed is not None:
+            step.load_state_dict(resumed["step"])
+            checkpoint.restore_random_states(resumed["random"])
+        per_epoch = len(train)
+        unit = per_epoch if stage.epochs is not None else 1
+        total, every = stage.length * unit, stage.evaluate_every * unit
+        self.model.train()
+        self.say(f"stage {name}: {stage.method}, {stage.loss}, {total} iterations; loader {train.reason}")
+        progress = self.progress
+        bar = progress_bar(total, progress.iteration, name, enabled=self.main)
+        batches = self._timed(endless(train, progress.iteration))
+        meta_batches = endless(meta, progress.iteration) if meta is not None else None
+        try:
+            while progress.iteration < total:
+                started = time.perf_counter()
+                if progress.iteration % per_epoch == 0:
+                    step.start_epoch(progress.iteration // per_epoch)
+                self._set_lr(step, stage, progress.iteration / unit)
+                batch = next(batches)
+                output = step(batch, next(meta_batches) if meta_batches is not None else None)
+                progress.iteration += 1
+                progress.done += 1
+                progress.images += len(batch) * self.reducer.world_size
+                log_now = progress.iteration % self.recipe.log_every == 0 or progress.iteration == total
+                if log_now:
+                    self._log_training(name, output, step, bar)
+                progress.train_s += time.perf_counter() - started
+                bar.update()
+                if progress.iteration % every == 0 or progress.iteration == total:
+                    self._validate(name, output)
+                    self._save(name, step, output)
+                elif self._asked_to_stop(log_now) or self._save_is_due():
+                    self._save(name, step, output)
+                if self._asked_to_stop(log_now):
+                    raise Interrupted(
+                        f"stopped by signal {self.stop_signal} at iteration {progress.iteration} of {name}"
+                    )
+        finally:
+            bar.close()
+            train.close()
+            if meta is not None:
+                meta.close()
+
+    def _build_stage(self, stage: StageRecipe) -> tuple[Step, BatchLoader, BatchLoader | None]:
+        """The step of a stage and its training and meta loaders."""
+        data, kind = self.recipe.data, STEPS[stage.method]
+        optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=stage.lr,
+            momentum=stage.momentum,
+            nesterov=stage.nesterov,
+            weight_decay=stage.weight_decay,
+            foreach=True,
+        )
+        train = self._loader("train", stage, train=True)
+        meta = self._loader("meta", stage, train=True) if kind.needs_meta_batch else None
+        meta_specs = data.augment if data.meta_augment is None else data.meta_augment
+        accuracy = None
+        if kind.needs_accuracy:
+            everything = self._whole_split("meta", stage)
+            accuracy = ClassAccuracy(
+                everything.images,
+                everything.labels,
+                self.counts.num_classes,
+                prepare=self._normalise,
+                refresh=stage.accuracy.refresh,
+                window=stage.accuracy.window,
+                batch_size=stage.accuracy.batch_size,
+                reducer=self.reducer,
+                autocast=self.accelerator.autocast,
+            )
+        parts = StepParts(
+            model=self.model,
+            loss=build_loss(stage.loss, self.counts, **stage.loss_options).to(self.device),
+            optimizer=optimizer,
+            augment=self._augment(data.augment, train, offset=0),
+            meta_augment=self._augment(meta_specs, meta, offset=1) if meta is not None else None,
+            class_counts=self.counts,
+            class_accuracy=accuracy,
+            autocast=self.accelerator.autocast,
+            reducer=self.reducer,
+        )
+        return kind(parts, build(kind.Options, stage.options)), train, meta
+
+    def _augment(self, specs: list, loader: BatchLoader, *, offset: int):
+        """The device part of the augmentation: with crops, where the loader delivers whole stored images."""
+        data = self.recipe.data
+        if data.train_crop == "random_resized" and not loader.crops:
+            specs = [{"random_resized_crop": {"scale": list(data.crop_scale), "ratio": list(data.crop_aspect)}}, *specs]
+        # Every process and both kinds of batch draw from streams of their own.
+        seed = 1_000_003 * self.recipe.seed + 2 * self.reducer.rank + offset
+        return build_augment(
+            specs, image_size=data.image_size, mean=data.mean, std=data.std, seed=seed, device=self.device
+        )
+
+    def _loader(self, split: str, stage: StageRecipe, *, train: bool, batch_size: int | None = None) -> BatchLoader:
+        data = self.recipe.data
+        size = batch_size or self._batch_size(stage, split) // self.reducer.world_size
+        if train:
+            crop = CropSpec(data.train_crop, data.image_size, scale=data.crop_scale, aspect=data.crop_aspect)
+        else:
+            crop = CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio)
+        return make_loader(
+            self.dataset,
+            split,
+            backend=data.loader,
+            batch_size=size,
+            device=self.device,
+            train=train,
+            crop=crop,
+            sampling=stage.sampling if train and split == "train" else "instance",
+            seed=self.recipe.seed,
+            rank=self.reducer.rank,
+            world_size=self.reducer.world_size,
+            num_workers=data.num_workers,
+        )
+
+    def _whole_split(self, split: str, stage: StageRecipe) -> Batch:
+        """All images of a split on every process, in order, cropped as for evaluation."""
+        data = self.recipe.data
+        loader = make_loader(
+            self.dataset,
+            split,
+            backend=data.loader,
+            batch_size=min(256, len(self.dataset.labels(split))),
+            device=self.device,
+            train=False,
+            crop=CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio),
+            num_workers=data.num_workers,
+        )
+        try:
+            parts = list(loader.epoch(0))
+        finally:
+            loader.close()
+        return Batch(*(torch.cat([getattr(p, key) for p in parts]) for key in ("images", "labels", "index")))
+
+    def _set_lr(self, step: Step, stage: StageRecipe, position: float) -> None:
+        lr = learning_rate(
+            position,
+            length=stage.length,
+            lr=stage.lr,
+            schedule=stage.schedule,
+            warmup=stage.warmup,
+            warmup_from=stage.warmup_from,
+            milestones=stage.milestones,
+            gamma=stage.gamma,
+        )
+        for group in step.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return normalise(images, self.recipe.data.mean, self.recipe.data.std, torch.float32)
+
+    # Evaluation
+
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Metrics of the current model on "meta" (validation) or "test", over all processes."""
+        stage = next(iter(self.recipe.stages.values()))
+        size = min(512, max(1, len(self.dataset.labels(split)) // self.reducer.world_size))
+        loader = self._loader(split, stage, train=False, batch_size=size)
+        self._average_buffers()
+        metrics = Metrics(self.counts.num_classes, device=self.device)
+        try:
+            with evaluation_mode(self.model), self.accelerator.autocast():
+                for batch in loader.epoch(0):
+                    metrics.update(self.model(self._normalise(batch.images)), batch.labels)
+        finally:
+            loader.close()
+        self.reducer.sum_([metrics.state])
+        return metrics.summary(self.counts)
+
+    def _average_buffers(self) -> None:
+        """Give every process the mean of the floating-point buffers: each has seen its own share of the batches."""
+        self.reducer.mean_([b for b in self.model.buffers() if b.is_floating_point()])
+
+    def _validate(self, name: str, output: StepOutput) -> None:
+        values = self.evaluate("meta")
+        progress = self.progress
+        per_class = {k: v.tolist() for k, v in output.per_class.items()}
+        self.log.write("evaluation", progress.done, stage=name, split="meta", **values, **per_class)
+        # Small validation sets tie often; of equals the later is kept, it has trained longer.
+        if values["top1"] >= progress.best:
+            progress.best = values["top1"]
+            if self.main:
+                state = {"model": self.model.state_dict(), "top1": values["top1"], "iteration": progress.iteration}
+                checkpoint.save(self._best(name), state)
+        if self.main:
+            groups = "  ".join(f"{k} {percent(values[k])}" for k in ("top1", "many", "medium", "few"))
+            self.say(f"{name} {progress.iteration}: validation {groups}")
+
+    def _result(self, last_stage: str) -> dict[str, Any]:
+        """Measure the test split with the loaded model and put everything a reader needs beside it."""
+        progress = self.progress
+        best = checkpoint.load(self._best(last_stage))
+        return {
+            "name": self.recipe.name,
+            "test": self.evaluate("test"),
+            "validation_top1": best["top1"],
+            "best_iteration": best["iteration"],
+            "class_names": list(self.counts.names),
+            "class_counts": self.counts.counts.tolist(),
+            "class_weights": None if self.class_weights is None else self.class_weights.tolist(),
+            "shots": list(self.counts.shots),
+            "imbalance_factor": self.counts.imbalance_factor,
+            "seed": self.recipe.seed,
+            "precision": self.recipe.precision,
+            "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "processes": self.reducer.world_size,
+            "threads": torch.get_num_threads(),
+            "iterations": progress.done,
+            "train_s": progress.train_s,
+            "img_s": progress.images / progress.train_s,
+            "data_wait_share": progress.wait_s / progress.train_s,
+            "versions": {
+                "python": platform.python_version(),
+                **{p: version(p) for p in ("fastlt", "torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")},
+            },
+        }
+
+    # Logging, saving, stopping
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches, above the progress bar."""
+        self.accelerator.print(text, flush=True)
+
+    def _log_training(self, name: str, output: StepOutput, step: Step, bar) -> None:
+        """The one place in the loop that waits for the device."""
+        loss = self._finite(output)
+        progress = self.progress
+        metrics = {k: v.item() for k, v in output.metrics.items()}
+        if "weight" in output.per_class:
+            self.class_weights = output.per_class["weight"].detach()
+            for group, mask in self.counts.shot_masks().items():
+                if mask.any():
+                    chosen = torch.from_numpy(mask).to(self.class_weights.device)
+                    metrics[f"weight_{group}"] = self.class_weights[chosen].mean().item()
+        speed = progress.images / max(progress.train_s, 1e-9)
+        wait = progress.wait_s / max(progress.train_s, 1e-9)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.3g}", img_s=f"{speed:.0f}", wait=f"{100 * wait:.1f}%")
+        self.log.write(
+            "train", progress.done, stage=name, loss=loss, lr=step.lr, img_s=speed, data_wait_share=wait, **metrics
+        )
+
+    def _finite(self, output: StepOutput) -> float:
+        """The loss as a number; FloatingPointError when it is not finite, so that no checkpoint holds such a state."""
+        loss = output.loss.item()
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise FloatingPointError(
+                f"the loss is {loss} at iteration {self.progress.iteration}; the last checkpoint in {self.folder} is "
+                "from before. Lower the stage's lr or lengthen its warmup"
+            )
+        return loss
+
+    def _save_is_due(self) -> bool:
+        due = time.monotonic() - self.last_saved > self.recipe.checkpoint_every_s
+        # Clocks differ between processes; only alone is it enough to look at one's own.
+        return due and self.reducer.world_size == 1
+
+    def _save(self, name: str, step: Step, output: StepOutput) -> None:
+        self._finite(output)
+        if self.main:
+            state = {
+                "step": step.state_dict(),
+                "progress": vars(self.progress),
+                "random": checkpoint.random_states(),
+                "class_weights": self.class_weights,
+                "stage_name": name,
+            }
+            checkpoint.save(self.folder / "checkpoints" / checkpoint.LAST, state)
+        self.accelerator.wait_for_everyone()
+        self.last_saved = time.monotonic()
+
+    def _load_last(self) -> dict | None:
+        path = self.folder / "checkpoints" / checkpoint.LAST
+        if not path.exists():
+            return None
+        state = checkpoint.load(path, self.device)
+        self.progress = Progress(**state["progress"])
+        self.class_weights = state["class_weights"]
+        self.say(f"resuming {self.folder} at iteration {self.progress.iteration} of stage {state['stage_name']}")
+        return state
+
+    def _best(self, stage: str) -> Path:
+        return self.folder / "checkpoints" / f"best_{stage}.pt"
+
+    def _load_best(self, stage: str) -> None:
+        self.accelerator.wait_for_everyone()
+        self.model.load_state_dict(checkpoint.load(self._best(stage), self.device)["model"])
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the time spent waiting for each added to the progress."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            self.progress.wait_s += time.perf_counter() - started
+            yield batch
+
+    @contextmanager
+    def _stop_on_signals(self):
+        """SIGINT and SIGTERM let the iteration finish; a second one stops at once."""
+
+        def stop(number, frame):
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.say("stopping after this iteration; a checkpoint will be saved")
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _asked_to_stop(self, log_now: bool) -> bool:
+        """Whether any process got a signal; several processes agree on it at log intervals only."""
+        if self.reducer.world_size == 1:
+            return self.stop_signal is not None
+        if not log_now:
+            return False
+        flag = torch.tensor([float(self.stop_signal or 0)], device=self.device)
+        self.reducer.sum_([flag])
+        return bool(flag.item())
+
+
+def endless(loader: BatchLoader, start: int) -> Iterator[Batch]:
+    """Batch after batch over all epochs, from batch number `start` counted from the first epoch."""
+    epoch, first = divmod(start, len(loader))
+    while True:
+        yield from loader.epoch(epoch, first)
+        epoch, first = epoch + 1, 0

@@ -1,0 +1,216 @@
+"""YAML mappings into typed dataclasses, and back, with every mistake named by its key.
+
+Knows nothing about training: `fastlt.recipe` says what the keys are, this says how they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from fastlt.names import nearest
+
+T = TypeVar("T")
+MISSING = dataclasses.MISSING
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe: one line a mistake."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; RecipeError when it is absent, unreadable, or no mapping."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"{path}: holds {_describe(loaded)}; a recipe is a mapping of keys to values")
+    return loaded
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: mappings merge key by key, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def apply_override(tree: dict[str, Any], word: str) -> None:
+    """Set one `key.sub=value` word in `tree`; the value is read as YAML. RecipeError when the word has another form."""
+    key, sep, text = word.partition("=")
+    if not sep or not key or any(not part for part in key.split(".")):
+        raise RecipeError(f"{word!r} is not an override: write key.sub=value, for example data.root=/images seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{word!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    *parents, last = key.split(".")
+    node = tree
+    for depth, part in enumerate(parents):
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            where = ".".join(parents[: depth + 1])
+            raise RecipeError(
+                f"{word!r}: {where} is {_describe(child)}, it has no keys to override; set {where} itself"
+            )
+        node = child
+    node[last] = value
+
+
+def build(cls: type[T], tree: Any, where: str = "") -> T:
+    """An instance of the dataclass `cls` from a mapping; RecipeError that lists every mistake below `where`."""
+    mistakes: list[str] = []
+    value = _convert(cls, tree, where, mistakes)
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return value
+
+
+def to_tree(value: Any) -> Any:
+    """Dataclasses to plain mappings and lists that `yaml.safe_dump` and JSON take."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_tree(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_tree(v) for v in value]
+    return value
+
+
+def _describe(value: Any) -> str:
+    kinds = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+    }
+    if value is None:
+        return "nothing"
+    return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
+
+
+def _convert(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
+    """`value` as `kind`; a mistake is noted and None returned."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, where, mistakes)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool) != any(
+            value is a for a in arguments if isinstance(a, bool)
+        ):
+            guess = nearest(str(value), map(str, arguments))
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            return _wrong(mistakes, where, value, " or ".join(map(str, arguments)) + hint)
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _convert_dataclass(kind, value, where, mistakes)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            return _wrong(mistakes, where, value, "a mapping")
+        return {str(k): _convert(arguments[1], v, f"{where}.{k}", mistakes) for k, v in value.items()}
+    if origin in (list, tuple):
+        return _convert_sequence(origin, arguments, value, where, mistakes)
+    return _convert_scalar(kind, value, where, mistakes)
+
+
+def _convert_union(options: tuple, value: Any, where: str, mistakes: list[str]) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(o for o in options if o is not type(None))
+    attempts: list[list[str]] = []
+    for option in options:
+        tried: list[str] = []
+        converted = _convert(option, value, where, tried)
+        if not tried:
+            return converted
+        attempts.append(tried)
+    if len(options) == 1:
+        mistakes.extend(attempts[0])
+        return None
+    return _wrong(mistakes, where, value, " or ".join(_name(o) for o in options))
+
+
+def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -> Any:
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        return _wrong(mistakes, where, value, f"a mapping with the keys {', '.join(_keys(cls))}")
+    hints, known, before = typing.get_type_hints(cls), _keys(cls), len(mistakes)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in known:
+            guess = nearest(str(key), known)
+            hint = f"; did you mean {prefix}{guess}?" if guess else ""
+            allowed = ", ".join(known) if known else "none"
+            mistakes.append(f"{prefix}{key}: unknown key (value {value[key]!r}); allowed keys here: {allowed}{hint}")
+    given = {k: _convert(hints[k], v, prefix + k, mistakes) for k, v in value.items() if k in known}
+    for f in dataclasses.fields(cls):
+        if f.name not in value and f.default is MISSING and f.default_factory is MISSING:
+            mistakes.append(f"{prefix}{f.name}: is missing; give {_name(hints[f.name])}")
+    if len(mistakes) > before:
+        return None
+    try:
+        return cls(**given)
+    except ValueError as error:
+        mistakes.append(f"{where or 'recipe'}: {error}")
+        return None
+
+
+def _convert_sequence(origin: type, arguments: tuple, value: Any, where: str, mistakes: list[str]) -> Any:
+    fixed = origin is tuple and Ellipsis not in arguments
+    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
+        return _wrong(mistakes, where, value, f"a list of {len(arguments)} values" if fixed else "a list")
+    kinds = arguments if fixed else (arguments[0],) * len(value)
+    return origin(
+        [_convert(k, v, f"{where}[{i}]", mistakes) for i, (k, v) in enumerate(zip(kinds, value, strict=True))]
+    )
+
+
+def _convert_scalar(kind: type, value: Any, where: str, mistakes: list[str]) -> Any:
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a string; whoever writes it means a number.
+        try:
+            value = float(value)
+        except ValueError:
+            return _wrong(mistakes, where, value, "a number")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+        return value
+    return _wrong(mistakes, where, value, _name(kind))
+
+
+def _wrong(mistakes: list[str], where: str, value: Any, allowed: str) -> None:
+    mistakes.append(f"{where}: is {_describe(value)}; allowed: {allowed}")
+
+
+def _keys(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _name(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    if kind in names:
+        return names[kind]
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_name(a) for a in typing.get_args(kind) if a is not type(None))
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return "a list" if typing.get_origin(kind) in (list, tuple) else "a mapping"

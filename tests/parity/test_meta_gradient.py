@@ -1,0 +1,303 @@
+"""The first-order-cost meta-gradient equals differentiating twice, and both equal a finite difference."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import ReferenceTrainer, accuracy_of, driver, eq4, meta_objective
+
+from fastlt import meta_gradient
+from fastlt.augment import build_augment
+from fastlt.class_accuracy import ClassAccuracy
+from fastlt.difficulty import DifficultyNet, difficulty_gradient_loss
+from fastlt.losses import build_loss
+from fastlt.models import build_model, forward_mode_safe
+from fastlt.state import Batch, ClassCounts
+from fastlt.steps import STEPS, StepParts
+
+CLASSES = 5
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def make(name, dtype=torch.float64, memory_format=torch.contiguous_format, size=16, batch=8, seed=0, **options):
+    torch.manual_seed(seed)
+    model = build_model(name, num_classes=CLASSES, image_size=size, **options)
+    model = twice_differentiable(forward_mode_safe(model)).to(dtype=dtype, memory_format=memory_format).train()
+    images = torch.randn(batch, 3, size, size, dtype=dtype).contiguous(memory_format=memory_format)
+    labels = torch.arange(batch) % CLASSES
+    meta_images = torch.randn(batch, 3, size, size, dtype=dtype).contiguous(memory_format=memory_format)
+    meta_labels = (torch.arange(batch) * 2) % CLASSES
+    net = DifficultyNet(CLASSES).to(dtype)
+    accuracy = torch.rand(CLASSES, dtype=dtype)
+    return model, net, accuracy, (images, labels), (meta_images, meta_labels)
+
+
+def fast_class_gradient(model, weights, batch, meta_batch, lr, random_state=None):
+    """dL_meta/dw through the functions a step uses."""
+    (images, labels), (meta_images, meta_labels) = batch, meta_batch
+    parameters = meta_gradient.trainable_parameters(model)
+    losses_of = meta_gradient.functional_losses(model, cross_entropy, images, labels)
+    if random_state is not None:
+        meta_gradient.set_random_state(random_state, images.device)
+    losses = losses_of({n: p.detach().requires_grad_() for n, p in parameters.items()})
+    inputs = meta_gradient.trainable_parameters(model)
+    if random_state is not None:
+        meta_gradient.set_random_state(random_state, images.device)
+    losses = losses_of(inputs)
+    gradients = torch.autograd.grad((weights[labels] * losses).mean(), list(inputs.values()))
+    ahead = meta_gradient.lookahead(inputs, gradients, lr)
+    meta_losses = meta_gradient.functional_losses(model, cross_entropy, meta_images, meta_labels)
+    _, direction = meta_gradient.mean_loss_gradient(meta_losses, ahead)
+    if random_state is not None:
+        with meta_gradient.replayed_randomness(random_state, images.device):
+            derivative = meta_gradient.directional_derivative(losses_of, inputs, direction)
+    else:
+        derivative = meta_gradient.directional_derivative(losses_of, inputs, direction)
+    return meta_gradient.sum_by_class(meta_gradient.weight_gradient(derivative, lr, len(labels)), labels, CLASSES)
+
+
+def relative_error(value, expected):
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+class TwiceDifferentiableHardsigmoid(torch.nn.Module):
+    """hardsigmoid from operations that torch can differentiate twice.
+
+    Its own has no second derivative, and its first one multiplies by 1/6 rounded to float32 even in float64.
+    """
+
+    def forward(self, x):
+        return F.relu6(x + 3) / 6
+
+
+def twice_differentiable(model):
+    """Exchange, in place, the activations that the slow reference could not differentiate twice."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Hardsigmoid):
+                setattr(module, name, TwiceDifferentiableHardsigmoid())
+    return model
+
+
+def theta_gradients(model, net, accuracy, batch, meta_batch, *, lr=0.2, driver_weight=0.3, target="relative"):
+    """(fast, reference) gradients of Eq. 10 in theta, flattened."""
+    with torch.no_grad():
+        weights = eq4(net, accuracy)
+    class_gradient = fast_class_gradient(model, weights, batch, meta_batch, lr)
+    scalar, _ = difficulty_gradient_loss(net, accuracy, class_gradient, driver_weight, target)
+    fast = torch.autograd.grad(scalar, list(net.parameters()))
+    slow = meta_objective(model, net, accuracy, batch, meta_batch, lr=lr, loss=cross_entropy)
+    slow = slow + driver_weight * driver(net, accuracy, target)
+    slow = torch.autograd.grad(slow, list(net.parameters()))
+    return torch.cat([g.flatten() for g in fast]), torch.cat([g.flatten() for g in slow])
+
+
+BACKBONES = [
+    ("cifar_resnet32", 16),
+    ("resnet10", 32),
+    ("resnet18", 32),
+    ("convnext_atto", 32),
+    ("vit_tiny_patch16_224", 32),
+    ("mobilenetv3_small_100", 32),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("name", "size"), BACKBONES)
+def test_equals_double_backward_in_float64(name, size, memory_format):
+    fast, slow = theta_gradients(*make(name, memory_format=memory_format, size=size))
+    assert slow.norm() > 0
+    assert relative_error(fast, slow) <= 1e-10
+
+
+@pytest.mark.parametrize("target", ["relative", "absolute"])
+def test_both_driver_targets_equal_the_reference(target):
+    fast, slow = theta_gradients(*make("cifar_resnet8"), target=target)
+    assert relative_error(fast, slow) <= 1e-10
+
+
+def test_float32_is_close_to_float64_and_no_worse_than_double_backward():
+    problem = make("cifar_resnet32", size=32, batch=48)
+    _, exact = theta_gradients(*problem, driver_weight=0.0)
+    model, net, accuracy, (x, y), (xm, ym) = problem
+    single = (model.float(), net.float(), accuracy.float(), (x.float(), y), (xm.float(), ym))
+    fast, slow = theta_gradients(*single, driver_weight=0.0)
+    assert relative_error(fast.double(), exact) <= 1e-4
+    assert relative_error(fast.double(), exact) <= 1.5 * relative_error(slow.double(), exact)
+
+
+def test_class_gradient_equals_a_central_difference_in_the_weights():
+    model, net, accuracy, batch, meta_batch = make("cifar_resnet8")
+    weights = eq4(net, accuracy).detach()
+    fast = fast_class_gradient(model, weights, batch, meta_batch, 0.2)
+    for c in range(CLASSES):
+        step = torch.zeros(CLASSES, dtype=torch.float64)
+        step[c] = 1e-4
+
+        def objective(w):
+            return meta_objective(model, net, accuracy, batch, meta_batch, lr=0.2, loss=cross_entropy, weights=w)
+
+        difference = (objective(weights + step) - objective(weights - step)).detach() / 2e-4
+        assert torch.isclose(fast[c], difference, rtol=1e-6, atol=1e-12)
+
+
+def test_dropout_and_stochastic_depth_see_the_same_noise_twice():
+    options = {"drop_rate": 0.4, "drop_path_rate": 0.3}
+    model, _, _, batch, _ = make("convnext_atto", size=32, **options)
+    assert meta_gradient.is_stochastic(model)
+    parameters = meta_gradient.trainable_parameters(model)
+    losses_of = meta_gradient.functional_losses(model, cross_entropy, *batch)
+    state = meta_gradient.random_state(batch[0].device)
+    losses = losses_of(parameters)
+    direction = [torch.randn_like(p) for p in parameters.values()]
+    after = torch.get_rng_state()
+    with meta_gradient.replayed_randomness(state, batch[0].device):
+        derivative = meta_gradient.directional_derivative(losses_of, parameters, direction)
+    assert torch.equal(after, torch.get_rng_state()), "the tangent pass must not move the generator"
+    by_backward = torch.stack(
+        [
+            sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+            for gradients in (
+                torch.autograd.grad(
+                    sample_loss, list(parameters.values()), retain_graph=True, materialize_grads=True, allow_unused=True
+                )
+                for sample_loss in losses
+            )
+        ]
+    )
+    assert relative_error(derivative, by_backward) <= 1e-10
+
+
+def test_zero_direction_gives_zeros_and_not_nan():
+    model, _, _, (images, labels), _ = make("cifar_resnet8")
+    parameters = meta_gradient.trainable_parameters(model)
+    losses_of = meta_gradient.functional_losses(model, cross_entropy, images, labels)
+    zeros = [torch.zeros_like(p) for p in parameters.values()]
+    assert torch.equal(meta_gradient.directional_derivative(losses_of, parameters, zeros), torch.zeros(8).double())
+
+
+def test_nothing_is_left_behind_in_model_or_buffers():
+    model, net, accuracy, batch, meta_batch = make("cifar_resnet8")
+    before = copy.deepcopy(model.state_dict())
+    fast_class_gradient(model, eq4(net, accuracy).detach(), batch, meta_batch, 0.2)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(p.grad is None for p in model.parameters())
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+class Float64Augment:
+    """Normalises in float64, so that a whole step can be compared at that precision."""
+
+    def __call__(self, images, dtype=None):
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
+        return (images.double() / 255 - mean) / std
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def make_step(loss_name, model, meta_set, counts, lr, target):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, foreach=True)
+    prepare = Float64Augment()
+    parts = StepParts(
+        model=model,
+        loss=build_loss(loss_name, counts),
+        optimizer=optimizer,
+        augment=prepare,
+        meta_augment=prepare,
+        class_counts=counts,
+        class_accuracy=ClassAccuracy(*meta_set, CLASSES, prepare=prepare),
+    )
+    kind = STEPS["difficulty"]
+    return kind(parts, kind.Options(driver_target=target))
+
+
+@pytest.mark.parametrize(("loss_name", "target"), [("cross_entropy", "relative"), ("balanced_softmax", "absolute")])
+def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_name, target):
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
+    meta_set = (torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES)
+    lr = 0.1
+    slow_model = copy.deepcopy(model)
+    step = make_step(loss_name, model, meta_set, counts, lr, target)
+    slow_net = copy.deepcopy(step.net)
+    prepare = Float64Augment()
+    loss = build_loss(loss_name, counts)
+    reference = ReferenceTrainer(
+        slow_model,
+        slow_net,
+        lr=lr,
+        momentum=0.9,
+        weight_decay=5e-4,
+        net_lr=1e-3,
+        net_weight_decay=1e-4,
+        driver_weight=0.3,
+        target=target,
+        loss=loss,
+    )
+    for _ in range(10):
+        images = torch.randint(0, 256, (12, 3, 12, 12), dtype=torch.uint8)
+        labels = torch.randint(0, CLASSES, (12,))
+        meta_index = torch.randperm(20)[:10]
+        batch = Batch(images, labels, torch.arange(12))
+        meta_batch = Batch(meta_set[0][meta_index], meta_set[1][meta_index], meta_index)
+        step(batch, meta_batch)
+        reference.iterate(
+            (prepare(images), labels),
+            (prepare(meta_batch.images), meta_batch.labels),
+            (prepare(meta_set[0]), meta_set[1]),
+            CLASSES,
+        )
+    for (name, fast), slow in zip(model.state_dict().items(), slow_model.state_dict().values(), strict=True):
+        assert torch.allclose(fast.double(), slow.double(), rtol=1e-9, atol=1e-11), name
+    for (name, fast), slow in zip(step.net.state_dict().items(), slow_net.state_dict().values(), strict=True):
+        assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-11), name
+
+
+def test_step_in_float32_with_augmentation_moves_statistics_exactly_once():
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet8", num_classes=CLASSES).train()
+    meta_set = (torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES)
+
+    def augment(seed):
+        return build_augment(["flip"], image_size=12, mean=MEAN, std=STD, seed=seed, device="cpu")
+
+    parts = StepParts(
+        model=model,
+        loss=build_loss("cross_entropy", counts),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        augment=augment(0),
+        meta_augment=augment(1),
+        class_counts=counts,
+        class_accuracy=ClassAccuracy(*meta_set, CLASSES, prepare=augment(2)),
+    )
+    step = STEPS["difficulty"](parts)
+    images = torch.randint(0, 256, (12, 3, 12, 12), dtype=torch.uint8)
+    output = step(Batch(images, torch.arange(12) % CLASSES, torch.arange(12)), Batch(*meta_set, torch.arange(20)))
+    tracked = {int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
+    assert tracked == {1}
+    assert output.loss.ndim == 0
+    assert abs(output.per_class["weight"].mean().item() - 1) < 1e-5
+
+
+def test_accuracy_of_reference_and_class_accuracy_agree():
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
+    images, labels = torch.randint(0, 256, (23, 3, 12, 12), dtype=torch.uint8), torch.arange(23) % CLASSES
+    prepare = Float64Augment()
+    fast = ClassAccuracy(images, labels, CLASSES, prepare=prepare, batch_size=7).update(model)
+    assert torch.allclose(fast.double(), accuracy_of(model, prepare(images), labels, CLASSES))

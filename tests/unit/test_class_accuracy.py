@@ -1,0 +1,138 @@
+"""A_t: what is scored when, and that the answer is the accuracy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastlt.class_accuracy import ClassAccuracy, stratified_order
+from fastlt.distributed import Reducer
+
+CLASSES, PER_CLASS = 7, 10
+
+
+class Thermometer(nn.Module):
+    """Predicts the class written in an image's first pixel, plus `shift`: a network whose accuracy is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.shift = 0
+        self.seen = []
+
+    def forward(self, images):
+        assert not self.training
+        self.norm(images.float())
+        classes = images[:, 0, 0, 0].long()
+        self.seen.append(images[:, 1, 0, 0].long())
+        return nn.functional.one_hot((classes + self.shift) % CLASSES, CLASSES).float()
+
+
+def meta_set(right_per_class):
+    """Images whose first pixel is their label, except that only `right_per_class[c]` of class c say so."""
+    labels = torch.arange(CLASSES).repeat(PER_CLASS)
+    images = torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8)
+    rank = torch.arange(len(labels)) // CLASSES
+    right = rank < torch.tensor(right_per_class)[labels]
+    images[:, 0] = torch.where(right, labels, (labels + 1) % CLASSES)[:, None, None]
+    images[:, 1] = torch.arange(len(labels))[:, None, None]
+    return images, labels
+
+
+def tracker(right, **options):
+    return ClassAccuracy(*meta_set(right), CLASSES, prepare=lambda x: x, **options)
+
+
+RIGHT = [0, 1, 3, 5, 7, 9, 10]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 13}, {"refresh": "rolling"}, {"refresh": "epoch"}])
+def test_the_first_answer_is_the_accuracy_of_every_class(options):
+    accuracy = tracker(RIGHT, **options).update(Thermometer())
+    assert torch.allclose(accuracy, torch.tensor(RIGHT) / PER_CLASS)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 10, 70, 100])
+def test_rolling_scores_every_image_at_least_once_in_a_window(window):
+    accuracy, model = tracker(RIGHT, refresh="rolling", window=window), Thermometer()
+    accuracy.update(model)
+    model.seen.clear()
+    last = torch.zeros(CLASSES * PER_CLASS)
+    for call in range(1, 3 * window + 1):
+        accuracy.update(model)
+        for seen in model.seen:
+            last[seen] = call
+        model.seen.clear()
+        if call >= window:
+            assert call - last.min() < window, "an image was left unscored for a whole window"
+
+
+def test_rolling_equals_exact_when_the_network_is_frozen_and_follows_it_when_it_changes():
+    rolling, exact, model = tracker(RIGHT, refresh="rolling", window=7), tracker(RIGHT), Thermometer()
+    for _ in range(10):
+        assert torch.equal(rolling.update(model), exact.update(model))
+    model.shift = 6
+    for _ in range(7):
+        latest = rolling.update(model)
+    assert torch.equal(latest, exact.update(model))
+
+
+def test_a_rolling_slice_holds_the_classes_about_equally():
+    accuracy, model = tracker(RIGHT, refresh="rolling", window=5), Thermometer()
+    accuracy.update(model)
+    model.seen.clear()
+    for _ in range(5):
+        accuracy.update(model)
+        counts = torch.bincount(meta_set(RIGHT)[1][torch.cat(model.seen)], minlength=CLASSES)
+        model.seen.clear()
+        assert counts.tolist() == [2] * CLASSES
+
+
+def test_epoch_scores_again_only_after_a_new_epoch():
+    accuracy, model = tracker(RIGHT, refresh="epoch"), Thermometer()
+    first = accuracy.update(model)
+    model.shift = 6
+    assert torch.equal(accuracy.update(model), first)
+    accuracy.start_epoch()
+    assert not torch.equal(accuracy.update(model), first)
+
+
+def test_buffers_and_modes_stay_as_they_are():
+    model = Thermometer().train()
+    model.norm.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tracker(RIGHT).update(model)
+    assert model.training
+    assert not model.norm.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_state_continues_in_the_middle_of_a_round():
+    model = Thermometer()
+    one = tracker(RIGHT, refresh="rolling", window=7)
+    for _ in range(4):
+        one.update(model)
+    other = tracker(RIGHT, refresh="rolling", window=7)
+    other.load_state_dict(one.state_dict())
+    model.shift = 6
+    for _ in range(9):
+        assert torch.equal(one.update(model), other.update(model))
+
+
+def test_shares_of_several_processes_cover_the_meta_set_once():
+    shares = [tracker(RIGHT, reducer=Reducer(rank, 3)).images[:, 1, 0, 0] for rank in range(3)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(CLASSES * PER_CLASS))
+
+
+def test_stratified_order_goes_round_the_classes():
+    labels = torch.tensor([2, 2, 0, 1, 0, 1, 2])
+    assert labels[stratified_order(labels)].tolist() == [0, 1, 2, 0, 1, 2, 2]
+
+
+def test_a_class_without_meta_images_is_refused():
+    images, labels = meta_set(RIGHT)
+    keep = labels != 3
+    with pytest.raises(ValueError, match="no image of 1 classes"):
+        ClassAccuracy(images[keep], labels[keep], CLASSES, prepare=lambda x: x)

@@ -1,0 +1,74 @@
+"""Imports go down only, read off the source: no room knows the rooms above it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A module may import from its own layer and from lower ones. A module without a place here fails the test.
+LAYERS = [
+    {"fastlt.names", "fastlt.state", "fastlt.schedule", "fastlt.distributed", "fastlt.checkpoint", "fastlt"},
+    {"fastlt.typed_yaml", "fastlt.meta_gradient", "fastlt.difficulty", "fastlt.class_accuracy", "fastlt.metrics"},
+    {"fastlt.losses", "fastlt.models", "fastlt.augment", "loaders"},
+    {"fastlt.steps", "fastlt.runlog"},
+    {"fastlt.recipe"},
+    {"fastlt.prepare"},
+    {"fastlt.trainer"},
+    {"fastlt.train"},
+]
+ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt"}
+
+
+def room(module: str) -> str:
+    """fastlt.steps.base -> fastlt.steps; loaders.sources.cifar -> loaders."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "loaders" else ".".join(parts[:2])
+
+
+def layer(module: str) -> int:
+    for depth, rooms in enumerate(LAYERS):
+        if room(module) in rooms:
+            return depth
+    raise AssertionError(f"{module} has no place in LAYERS")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from fastlt import meta_gradient` imports the module, not the package.
+            names = [f"{node.module}.{a.name}" for a in node.names]
+            found |= {n if (ROOT / (n.replace(".", "/") + ".py")).exists() else node.module for n in names}
+    return {m for m in found if m.split(".")[0] in ("fastlt", "loaders", "tools")}
+
+
+SOURCES = sorted([*(ROOT / "fastlt").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for imported in imports(path):
+        assert not imported.startswith("tools"), f"{module} imports {imported}"
+        if room(module) == "loaders":
+            assert room(imported) in {"loaders", *ALLOWED_BY_LOADERS}, f"{module} imports {imported}"
+        else:
+            assert layer(imported) <= layer(module), f"{module} imports {imported}, which lies above it"
+            if room(module) == "fastlt.steps":
+                assert room(imported) != "loaders", f"{module} imports {imported}: a step never sees a loader"
+
+
+def test_no_module_hides_one_of_the_standard_library():
+    """`accelerate launch fastlt/train.py` puts fastlt/ first on sys.path."""
+    names = {
+        p.stem for p in (ROOT / "fastlt").iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
+    }
+    assert not names & set(sys.stdlib_module_names)

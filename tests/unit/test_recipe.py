@@ -1,0 +1,164 @@
+"""A recipe is composed, overridden and typed, and each mistake is answered with the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from fastlt.recipe import differences, load_recipe
+from fastlt.typed_yaml import RecipeError, apply_override, merge
+
+BASE = {
+    "data": {"source": "digits", "image_size": 8, "mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4], "augment": ["flip"]},
+    "model": {"name": "cifar_resnet8"},
+    "stages": {"end_to_end": {"method": "plain", "lr": 0.1, "iterations": 100}},
+}
+STAGE = "stages.end_to_end"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(tree, name="row.yaml"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def test_a_row_says_only_what_is_particular_to_it(write):
+    write(BASE, "base/all.yaml")
+    row = {
+        "base": ["base/all.yaml"],
+        "data": {"augment": []},
+        "stages": {"end_to_end": {"method": "difficulty", "options": {"driver_target": "absolute"}}},
+    }
+    recipe = load_recipe(write(row))
+    stage = recipe.stages["end_to_end"]
+    assert (stage.method, stage.options, stage.lr) == ("difficulty", {"driver_target": "absolute"}, 0.1)
+    assert recipe.data.augment == [], "lists replace"
+    assert recipe.name == "row", "named after its file"
+
+
+def test_overrides_reach_every_depth_and_read_yaml(write):
+    words = [
+        "seed=3",
+        f"{STAGE}.lr=1e-2",
+        f"{STAGE}.milestones=[10, 20]",
+        f"{STAGE}.schedule=multistep",
+        "data.root=null",
+    ]
+    recipe = load_recipe(write(BASE), [*words, f"{STAGE}.options={{}}", "name=other"])
+    stage = recipe.stages["end_to_end"]
+    assert (recipe.seed, recipe.name, stage.lr, stage.milestones) == (3, "other", 0.01, [10.0, 20.0])
+
+
+def test_the_resolved_recipe_is_the_same_recipe(write, tmp_path):
+    recipe = load_recipe(write(BASE), ["seed=5"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    assert load_recipe(resolved) == recipe
+
+
+def test_a_stage_can_be_left_out(write):
+    tree = merge(BASE, {"stages": {"second": {"method": "plain", "lr": 0.1, "epochs": 2}}})
+    assert list(load_recipe(write(tree)).stages) == ["end_to_end", "second"]
+    assert list(load_recipe(write(tree), ["stages.second=null"]).stages) == ["end_to_end"]
+
+
+MISTAKES = [
+    ("sede=1", ["sede", "unknown key", "seed"]),
+    ("data.imbalance=100", ["data.imbalance", "data.imbalance_factor"]),
+    (f"{STAGE}.learning_rate=1", [f"{STAGE}.learning_rate", "allowed keys here"]),
+    ("seed=one", ["seed", "'one'", "an integer"]),
+    ("seed=1.5", ["seed", "1.5", "an integer"]),
+    ("seed=true", ["seed", "True", "an integer"]),
+    ("channels_last=1", ["channels_last", "true or false"]),
+    (f"{STAGE}.lr=fast", [f"{STAGE}.lr", "'fast'", "a number"]),
+    ("data.shots=[100]", ["data.shots", "a list of 2 values"]),
+    ("data.augment=flip", ["data.augment", "a list"]),
+    ("data=digits", ["data", "a mapping"]),
+    ("data.source=cifar", ["data.source", "'cifar'", "cifar10"]),
+    ("precision=fp16", ["precision", "fp16", "bf16"]),
+    ("precision=bf61", ["precision", "bf61", "did you mean 'bf16'"]),
+    (f"{STAGE}.method=dificulty", [f"{STAGE}.method", "difficulty", "did you mean"]),
+    (f"{STAGE}.options.driver_target=absolute", [f"{STAGE}.options.driver_target", "plain"]),
+    (f"{STAGE}.loss=balanced", [f"{STAGE}.loss", "balanced_softmax"]),
+    (f"{STAGE}.loss_options.gamma=1", [f"{STAGE}.loss", "gamma"]),
+    ("model.name=resnet23", ["model.name", "resnet23", "resnet"]),
+    ("data.augment=[flop]", ["data.augment", "flop", "flip"]),
+    (f"{STAGE}.epochs=3", [STAGE, "iterations and epochs"]),
+    (f"{STAGE}.iterations=null", [STAGE, "neither"]),
+    (f"{STAGE}.iterations=0", [f"{STAGE}.length", "> 0"]),
+    (f"{STAGE}.lr=0", [f"{STAGE}.lr", "> 0"]),
+    (f"{STAGE}.momentum=1.0", [f"{STAGE}.momentum", "[0, 1)"]),
+    (f"{STAGE}.warmup=100", [f"{STAGE}.warmup", "less than the length"]),
+    (f"{STAGE}.milestones=[5]", [f"{STAGE}.milestones", "multistep"]),
+    (f"{STAGE}.schedule=multistep", [f"{STAGE}.milestones", "needs milestones"]),
+    (f"{STAGE}.accuracy.window=0", [f"{STAGE}.accuracy.window", ">= 1"]),
+    ("data.shots=[20,100]", ["data.shots", "upper threshold first"]),
+    ("data.std=[0.1,0.0,0.1]", ["data.std", "> 0"]),
+    ("data.imbalance_factor=0.5", ["data.imbalance_factor", ">= 1"]),
+    ("data.convention=ldam", ["data.convention", "cifar10"]),
+    ("data.train_list=list.txt", ["data.train_list", "list_file"]),
+    ("model.checkpoint=absent.pt", ["model.checkpoint", "absent.pt"]),
+    ("name=a/b", ["name", "no slash"]),
+    ("stages=null", ["stages"]),
+    ("stages={}", ["stages", "at least one"]),
+]
+
+
+@pytest.mark.parametrize(("word", "expected"), MISTAKES, ids=[word for word, _ in MISTAKES])
+def test_every_mistake_is_named(write, word, expected):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(BASE), [word])
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_several_mistakes_come_in_one_message(write):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(BASE), ["sede=1", "data.shots=3"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_missing_key_is_named_with_its_type(write):
+    tree = merge(BASE, {})
+    tree["model"] = {}
+    with pytest.raises(RecipeError, match=r"model\.name: is missing; give a string"):
+        load_recipe(write(tree))
+
+
+@pytest.mark.parametrize("word", ["seed", "=1", "data..root=1", "seed=[1"])
+def test_a_word_that_is_no_override_is_refused(word):
+    with pytest.raises(RecipeError, match=r"override|YAML"):
+        apply_override({}, word)
+
+
+def test_an_override_below_a_value_is_refused(write):
+    with pytest.raises(RecipeError, match="seed is an integer"):
+        load_recipe(write(merge(BASE, {"seed": 1})), ["seed.deeper=1"])
+
+
+@pytest.mark.parametrize(("content", "expected"), [("a: [1", "not valid YAML"), ("- 1", "a list"), ("", "nothing")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, expected):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(path)
+
+
+def test_an_absent_file_and_a_base_of_a_base_are_refused(write, tmp_path):
+    with pytest.raises(RecipeError, match=r"absent\.yaml: cannot be read"):
+        load_recipe(tmp_path / "absent.yaml")
+    write(BASE, "base/low.yaml")
+    write({"base": ["low.yaml"]}, "base/middle.yaml")
+    with pytest.raises(RecipeError, match="one level"):
+        load_recipe(write({"base": ["base/middle.yaml"]}))
+
+
+def test_differences_name_the_key_and_both_values(write):
+    one, other = load_recipe(write(BASE)), load_recipe(write(BASE), [f"{STAGE}.lr=0.2"])
+    assert differences(one, other) == [f"{STAGE}.lr: 0.1 and 0.2"]
+    assert differences(one, one) == []
