@@ -56,20 +56,13 @@ def build_model(
     image_size: for backbones that are built for one input size (ViT, Swin, ...); others take any size and ignore it.
     Raises ValueError for an unknown name, a name without pretrained weights, or an option the backbone does not take.
     """
-    _check_name(name, pretrained)
+    check_model(name, pretrained)
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
     options: dict = {"num_classes": 0, "pretrained": pretrained}
-    if drop_path_rate:
-        options["drop_path_rate"] = drop_path_rate
     if image_size is not None and _fixed_input_size(name):
         options["img_size"] = image_size
-    try:
-        backbone = timm.create_model(name, **options)
-    except TypeError as error:
-        if "drop_path_rate" in str(error):
-            raise ValueError(f"{name} has no stochastic depth: leave drop_path_rate at 0") from error
-        raise
+    backbone = _create_backbone(name, drop_path_rate, options)
     width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     head_type = pick("head", head, HEADS)
     if head_scale is not None and head != "cosine":
@@ -93,12 +86,25 @@ def forward_mode_safe(model: nn.Module) -> nn.Module:
     return model
 
 
+def _create_backbone(name: str, drop_path_rate: float, options: dict) -> nn.Module:
+    # The rate is given even when it is 0: some networks of timm (Swin) have another default.
+    try:
+        return timm.create_model(name, drop_path_rate=drop_path_rate, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        if drop_path_rate:
+            raise ValueError(f"{name} has no stochastic depth: leave drop_path_rate at 0") from error
+    return timm.create_model(name, **options)
+
+
 def _fixed_input_size(name: str) -> bool:
     cfg = timm.get_pretrained_cfg(name)
     return bool(cfg and cfg.fixed_input_size)
 
 
-def _check_name(name: str, pretrained: bool) -> None:
+def check_model(name: str, pretrained: bool = False) -> None:
+    """Refuse a name that no backbone has, and pretrained weights that timm does not know, by a ValueError."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
