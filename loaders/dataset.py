@@ -1,0 +1,333 @@
+"""A converted data set: a folder with a manifest, the labels, and one file of images a split.
+
+The folder is made under another name and renamed when it is whole, and the manifest is the last file written: what
+opens is complete, whatever was killed when.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlt.names import pick
+from fastlt.state import ClassCounts
+from loaders.ffcv_format import FfcvOptions, stored_sizes, write_beton
+from loaders.image_check import BadImage, ImageCheck, check_images
+from loaders.progress import progress_bar
+from loaders.sources.split import Source, Split
+
+SCHEMA = 1
+MANIFEST, LABELS, SKIPPED = "manifest.json", "labels.npz", "skipped.txt"
+SPLITS = ("train", "meta", "test")
+SHOWN = 20  # how many bad images a message names
+LIBRARIES = ("ffcv", "numpy", "opencv-python", "pillow")
+MAKE = "python tools/convert_dataset.py SOURCE --out {folder}"
+
+
+@dataclass(frozen=True)
+class ConvertedDataset:
+    """A complete converted data set on disk.
+
+    root: its folder.
+    class_names: C names in label order.
+    manifest: the content of manifest.json.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, root: Path | str) -> ConvertedDataset:
+        """Open a folder; checks that its files are there and as long as the manifest says (contents: `verify`).
+
+        Raises ValueError, with the command to run, for a folder that is not a whole converted data set.
+        """
+        root = Path(root)
+        manifest = _read_manifest(root)
+        make = MAKE.format(folder=root)
+        for name, expected in manifest["files"].items():
+            path = root / name
+            if not path.is_file():
+                raise ValueError(f"{root} is damaged: {name} is missing; make it again with `{make} --overwrite`")
+            if path.stat().st_size != expected["bytes"]:
+                raise ValueError(
+                    f"{root} is damaged: {name} has {path.stat().st_size:,} bytes, its manifest says "
+                    f"{expected['bytes']:,}; make it again with `{make} --overwrite`"
+                )
+        return cls(root, tuple(manifest["class_names"]), manifest)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def _labels(self) -> dict[str, np.ndarray]:
+        with np.load(self.root / LABELS, allow_pickle=False) as arrays:
+            return {split: arrays[split] for split in SPLITS}
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, int64 (N,)."""
+        return pick("split", split, self._labels)
+
+    def class_counts(self, shots: tuple[int, int] = (100, 20)) -> ClassCounts:
+        """Training images per class; `shots` are the many and few thresholds (`fastlt.state.ClassCounts`)."""
+        counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
+        return ClassCounts(counts, self.class_names, tuple(shots))
+
+    def beton(self, split: str) -> Path:
+        """The FFCV file of a split; sample i has label `labels(split)[i]`."""
+        pick("split", split, self.manifest["splits"])
+        if "ffcv" not in self.manifest["formats"]:
+            make = MAKE.format(folder=self.root)
+            raise ValueError(f"{self.root} was not converted to FFCV: make it with `{make} --format ffcv`")
+        return self.root / f"{split}.beton"
+
+    def image_shape(self, split: str) -> tuple[int, int] | None:
+        """(H, W) of a split's stored images when all have one size, else None."""
+        size = pick("split", split, self.manifest["splits"])["image_size"]
+        return tuple(size["min"]) if size["same"] else None
+
+    def matches(self, request: Mapping[str, Any]) -> bool:
+        """Whether this is what `convert` would make of `request`."""
+        return self.manifest["request"] == _plain(request)
+
+
+def conversion_request(
+    source: str,
+    *,
+    train_list: str | Path | None = None,
+    meta_list: str | Path | None = None,
+    test_list: str | Path | None = None,
+    imbalance_factor: float | None = None,
+    convention: str = "paper",
+    meta_per_class: int = 10,
+    options: FfcvOptions,
+) -> dict[str, Any]:
+    """What identifies a converted data set: the images asked for and how they are stored, not where they came from."""
+    lists = {"train_list": train_list, "meta_list": meta_list, "test_list": test_list}
+    return {
+        "source": source,
+        **{key: Path(path).name if path else None for key, path in lists.items()},
+        "imbalance_factor": imbalance_factor,
+        "convention": convention,
+        "meta_per_class": meta_per_class,
+        **options.parameters(),
+    }
+
+
+def convert(
+    source: Source,
+    out: Path | str,
+    *,
+    options: FfcvOptions,
+    request: Mapping[str, Any],
+    on_error: str = "stop",
+    progress: bool = True,
+    overwrite: bool = False,
+    timeout_s: float = 300.0,
+) -> ConvertedDataset:
+    """Write `source` to the folder `out`, whole or not at all.
+
+    request: the arguments that `source` was opened with; they go into the manifest (`ConvertedDataset.matches`).
+    on_error: "stop" raises a ValueError that lists the images that cannot be decoded, before anything is written;
+        "skip" leaves them out and lists them in skipped.txt.
+    overwrite: whether a converted data set that stands at `out` is replaced (after the new one is whole).
+    timeout_s: a writer without progress for so long is ended.
+    Raises ValueError, too, when `out` is in the way, another conversion is writing to it, or the writer fails.
+    """
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is {on_error!r}: it must be 'stop' or 'skip'")
+    out = Path(out)
+    check_target(out, overwrite=overwrite)
+    with _work_folder(out) as work:
+        checks = _check(source, options, progress)
+        _judge(source, checks, on_error)
+        sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
+        labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
+        for name, split in source.splits.items():
+            with progress_bar(f"write {name}", len(labels[name]), progress) as advance:
+                write_beton(
+                    work / f"{name}.beton", split, options, check=checks[name], advance=advance, timeout_s=timeout_s
+                )
+        np.savez(work / LABELS, **labels)
+        bad = {name: check.bad for name, check in checks.items()}
+        if any(bad.values()):
+            lines = [f"{name}\t{image.name}\t{image.reason}\n" for name in SPLITS for image in bad[name]]
+            (work / SKIPPED).write_text("".join(lines))
+        manifest = {
+            "schema": SCHEMA,
+            "source": source.name,
+            "class_names": list(source.class_names),
+            "splits": {name: _describe(source.splits[name], labels[name], sizes[name], bad[name]) for name in SPLITS},
+            "formats": {"ffcv": options.parameters()},
+            "request": _plain(request),
+            "skipped": sum(len(images) for images in bad.values()),
+            "files": _files(work),
+            "versions": _versions(),
+        }
+        _write_durably(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _publish(work, out, overwrite)
+    return ConvertedDataset.open(out)
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Raise ValueError when `out` is in the way of a conversion: nothing that we did not make is ever replaced."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if (out / MANIFEST).is_file():
+        if not overwrite:
+            raise ValueError(f"{out} already holds a converted data set: give another folder, or --overwrite")
+    elif out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists and is not a converted data set: give another folder, or remove it yourself")
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file, as in the manifest."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    make = f"make one with `{MAKE.format(folder=root)}`"
+    if not root.is_dir():
+        raise ValueError(f"{root} does not exist, so there is no converted data set: {make}")
+    path = root / MANIFEST
+    if not path.is_file():
+        entries = sorted(entry.name for entry in root.iterdir())
+        found = f"it holds {', '.join(entries[:4])}{', …' if len(entries) > 4 else ''}" if entries else "it is empty"
+        half = any(name.endswith(".beton") or name == LABELS for name in entries)
+        what = "an unfinished or damaged data set" if half else "not a converted data set"
+        raise ValueError(f"{root} is {what}, it has no {MANIFEST} ({found}): {make}")
+    try:
+        manifest = json.loads(path.read_text())
+        schema = manifest["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest of a converted data set ({error}): {make} --overwrite") from None
+    if schema != SCHEMA:
+        advice = "update fastlt" if schema > SCHEMA else f"{make} --overwrite"
+        raise ValueError(f"{root} has schema {schema}, this version reads {SCHEMA}: {advice}")
+    return manifest
+
+
+def _check(source: Source, options: FfcvOptions, progress: bool) -> dict[str, ImageCheck]:
+    assert set(source.splits) == set(SPLITS), sorted(source.splits)
+    checks = {}
+    for name, split in source.splits.items():
+        with progress_bar(f"check {name}", len(split), progress) as advance:
+            checks[name] = check_images(split, num_workers=options.num_workers, advance=advance)
+    return checks
+
+
+def _judge(source: Source, checks: dict[str, ImageCheck], on_error: str) -> None:
+    """Refuse bad images ("stop"), or a split that they leave without images of a class ("skip")."""
+    bad: list[BadImage] = [image for check in checks.values() for image in check.bad]
+    if bad and on_error == "stop":
+        more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        listed = "".join(f"\n  {image}" for image in bad[:SHOWN])
+        raise ValueError(
+            f"{len(bad)} of {sum(len(split) for split in source.splits.values())} images cannot be converted; "
+            f"replace them, or leave them out with --on-error skip:{listed}{more}"
+        )
+    for name, check in checks.items():
+        counts = np.bincount(source.splits[name].labels[check.good], minlength=source.num_classes)
+        empty = [source.class_names[c] for c in np.flatnonzero(counts == 0)]
+        if empty:
+            raise ValueError(
+                f"split {name!r} has no image of {len(empty)} of {source.num_classes} classes that can be decoded: "
+                f"{', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}"
+            )
+
+
+def _describe(split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[BadImage, ...]) -> dict[str, Any]:
+    low, high = sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()
+    return {
+        "count": len(labels),
+        "class_counts": np.bincount(labels).tolist(),
+        "provenance": split.provenance,
+        "image_size": {"same": low == high, "min": low, "max": high},  # (height, width)
+        "skipped": len(bad),
+    }
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    paths = sorted(path for path in folder.iterdir() if path.name != ".lock")
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
+    return {"python": platform.python_version(), **versions}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request as JSON gives it back: tuples become lists, paths strings."""
+    return json.loads(json.dumps(dict(request), default=str))
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """`OUT.partial`, emptied of what a killed conversion left and locked while this one writes; gone afterwards."""
+    work = out.with_name(out.name + ".partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise ValueError(f"cannot write next to {out}: {error.strerror} ({error.filename})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder") from None
+        try:
+            for entry in work.iterdir():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _publish(work: Path, out: Path, overwrite: bool) -> None:
+    """Rename the finished folder; what it replaces is moved aside first and deleted last."""
+    check_target(out, overwrite=overwrite)  # somebody may have made it in the meantime
+    (work / ".lock").unlink()
+    old = out.with_name(out.name + ".replaced")
+    if (out / MANIFEST).is_file():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,269 @@
+"""Writing a split as an FFCV file (.beton), in a process of its own that cannot hang.
+
+FFCV's writer waits for ever when one of its workers raises or dies. So images are decoded once before (`image_check`),
+and the writer runs in a child process whose workers, errors and progress are watched; a stuck one is ended, with the
+reason.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from fastlt.names import unknown
+from loaders.image_check import Advance, BadImage, ImageCheck, available_cores, check_images
+from loaders.native import keep_torch_threads
+from loaders.sources.split import Split
+
+MODES = ("raw", "jpg", "proportion")
+MIN_PAGE_BYTES, DEFAULT_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 23, 1 << 31  # FFCV: powers of two from 2 MiB
+PAGE_MEMORY_BYTES = 1 << 31  # each of FFCV's workers holds a page
+CHUNK = 100  # images a worker takes at a time, FFCV's default
+POLL_S = 0.1
+GRACE_S = 5.0  # for the writer's process to report before it is killed
+
+
+@dataclass(frozen=True)
+class FfcvOptions:
+    """How images are stored.
+
+    mode: "raw" pixels, "jpg", or "proportion": half of the images (FFCV draws which) as JPEG, the others raw. FFCV's
+        "smart" is not offered: without a threshold it stores everything raw.
+    max_resolution: longer sides are scaled down to this many pixels (area interpolation, aspect ratio kept).
+    jpeg_quality: 1..100.
+    num_workers: processes, None for one a core.
+    """
+
+    mode: str = "raw"
+    max_resolution: int | None = None
+    jpeg_quality: int = 90
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(unknown("mode", self.mode, MODES))
+        if self.max_resolution is not None and self.max_resolution < 1:
+            raise ValueError(f"max_resolution is {self.max_resolution}: it must be at least 1, or left out")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality is {self.jpeg_quality}: it must be 1 to 100")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"num_workers is {self.num_workers}: it must be at least 1")
+
+    def parameters(self) -> dict:
+        """What determines the stored bytes, for the manifest: all but the number of workers."""
+        return {name: value for name, value in asdict(self).items() if name != "num_workers"}
+
+
+def stored_sizes(sizes: np.ndarray, max_resolution: int | None) -> np.ndarray:
+    """The (height, width) that images of `sizes`, int64 (N, 2), are stored with: int64 (N, 2).
+
+    The longer side becomes exactly `max_resolution` and no side less than 1; FFCV's own resizing truncates, which gives
+    255 for some sizes that should give 256, and 0 for very elongated images.
+    """
+    if max_resolution is None:
+        return sizes
+    longer = sizes.max(axis=1, keepdims=True)
+    scaled = np.maximum(np.rint(sizes * (max_resolution / np.maximum(longer, 1))), 1).astype(np.int64)
+    return np.where(longer > max_resolution, scaled, sizes)
+
+
+def write_beton(
+    path: Path,
+    split: Split,
+    options: FfcvOptions,
+    *,
+    check: ImageCheck | None = None,
+    advance: Advance = lambda n: None,
+    timeout_s: float = 300.0,
+) -> list[BadImage]:
+    """Write the images of `split` that can be decoded, and their labels, to `path`; return those that cannot.
+
+    Sample i of the file is the i-th good image. The fields are "image" (RGB) and "label" (int).
+    check: what `check_images(split)` gave; without it, every image is decoded here first.
+    advance: called with the number of images written since the last call.
+    timeout_s: a writer without progress for so long is ended.
+    Written under a temporary name and renamed when whole. Raises ValueError when no image is good or the writer fails.
+    """
+    check = check or check_images(split, num_workers=options.num_workers)
+    if not len(check.good):
+        raise ValueError(f"{path.name}: none of the {len(split)} images can be decoded")
+    sizes = stored_sizes(check.sizes[check.good], options.max_resolution)
+    page_bytes, workers = _page_and_workers(sizes, options.num_workers or available_cores())
+    partial = path.with_name(path.name + ".partial")
+    try:
+        _run_writer(partial, _Samples(split, check.good, sizes), options, page_bytes, workers, advance, timeout_s)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return list(check.bad)
+
+
+def _page_and_workers(sizes: np.ndarray, cores: int) -> tuple[int, int]:
+    """The page size, which the largest image must fit into, and how many workers have something to do.
+
+    Every worker writes at least one page, so a small data set takes small pages and few workers: 4 MiB and not
+    8 MiB times the cores.
+    """
+    image_bytes = 3 * sizes.prod(axis=1)
+    largest = int(image_bytes.max()) + (1 << 16)  # a JPEG of noise may be a little more than its pixels
+    page = DEFAULT_PAGE_BYTES if image_bytes.sum() > 8 * DEFAULT_PAGE_BYTES else MIN_PAGE_BYTES
+    while page < largest:
+        page *= 2
+    if page > MAX_PAGE_BYTES:
+        raise ValueError(f"an image of {largest / 2**30:.1f} GiB is more than FFCV can store: set max_resolution")
+    busy = min(-(-int(image_bytes.sum()) // page), -(-len(sizes) // CHUNK), max(PAGE_MEMORY_BYTES // page, 1))
+    return page, max(min(cores, busy), 1)
+
+
+class _Samples:
+    """What FFCV's workers read: (image, label) by position, resized; each one read is counted in `done`."""
+
+    def __init__(self, split: Split, good: np.ndarray, sizes: np.ndarray) -> None:
+        self.split, self.good, self.sizes = split, good, sizes
+        self.done = multiprocessing.get_context("fork").Value("q", 0)
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
+        i = int(self.good[position])
+        try:
+            image = self.split.image(i)
+        except Exception as error:
+            raise ValueError(f"{self.split.name(i)}: {error}") from error
+        height, width = (int(side) for side in self.sizes[position])
+        if image.shape[:2] != (height, width):
+            import cv2
+
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        with self.done.get_lock():
+            self.done.value += 1
+        return np.ascontiguousarray(image), int(self.split.labels[i])
+
+
+def _run_writer(
+    path: Path,
+    samples: _Samples,
+    options: FfcvOptions,
+    page_bytes: int,
+    workers: int,
+    advance: Advance,
+    timeout_s: float,
+) -> None:
+    """Run FFCV's writer in a child process and watch it: a ValueError with the reason when it fails or is stuck."""
+    with keep_torch_threads():
+        import ffcv.writer  # noqa: F401  (here and not in the child: it takes seconds, and there is a child a split)
+    context = multiprocessing.get_context("fork")  # forked: the pixels of a split in memory are shared, not copied
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryFile() as errors:
+        arguments = (path, samples, options, page_bytes, workers, sender, errors.fileno())
+        process = context.Process(target=_writer_process, args=arguments, name="ffcv-writer")
+        process.start()
+        sender.close()
+        try:
+            problem = _watch(process, receiver, samples, advance, timeout_s)
+        finally:
+            _end(process)
+            receiver.close()
+        if problem:
+            errors.seek(0)
+            reason = _last_error(errors.read().decode(errors="replace")) or "it left no message"
+            raise ValueError(f"{path.name.removesuffix('.partial')} was not written: {problem}: {reason}")
+    advance(0)
+
+
+def _watch(
+    process: multiprocessing.Process, receiver: Connection, samples: _Samples, advance: Advance, timeout_s: float
+) -> str | None:
+    """Wait until the writer reports; None when it is done, else what went wrong."""
+    seen, changed = 0, time.monotonic()
+    while True:
+        reported = receiver.poll(POLL_S)
+        count = min(samples.done.value, len(samples))  # an image that did not fit its page is not read again
+        if count != seen:
+            advance(count - seen)
+            seen, changed = count, time.monotonic()
+        if reported:
+            try:
+                return receiver.recv()
+            except EOFError:
+                process.join(GRACE_S)
+                return f"FFCV's writer died (exit code {process.exitcode})"
+        if time.monotonic() - changed > timeout_s:
+            return f"FFCV's writer made no progress for {timeout_s:g} s"
+
+
+def _end(process: multiprocessing.Process) -> None:
+    """See the writer's process and its workers off; they are one process group."""
+    process.join(GRACE_S if process.exitcode is None else 0)
+    if process.is_alive():
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            process.kill()
+        process.join()
+
+
+def _writer_process(
+    path: Path,
+    samples: _Samples,
+    options: FfcvOptions,
+    page_bytes: int,
+    workers: int,
+    sender: Connection,
+    errors: int,
+) -> None:
+    """The child: FFCV's writer, with a thread that reports the first worker to fail, or ends all with the parent."""
+    parent = os.getppid()
+    os.setpgrp()  # one group to kill, and Ctrl-C reaches the parent alone
+    os.dup2(errors, 2)  # the workers' tracebacks are the reason that is reported
+    np.random.seed(0)  # FFCV draws from it in mode "proportion"
+    import cv2
+    import ffcv.writer
+    from ffcv.fields import IntField, RGBImageField
+
+    cv2.setNumThreads(0)  # its threads do not survive a fork
+    progress_bar = ffcv.writer.tqdm
+    ffcv.writer.tqdm = lambda total: progress_bar(total=total, disable=True)  # the parent shows the progress
+    field = RGBImageField(write_mode=options.mode, jpeg_quality=options.jpeg_quality)
+    fields = {"image": field, "label": IntField()}
+    writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=workers)
+    threading.Thread(target=_guard, args=(writer, parent, sender), daemon=True).start()
+    writer.from_indexed_dataset(samples, chunksize=CHUNK)
+    sender.send(None)
+
+
+def _guard(writer: object, parent: int, sender: Connection) -> None:
+    """Watch the writer's workers from inside its process; when one fails or the parent is gone, end everything."""
+    workers: dict[int, multiprocessing.Process] = {}
+    while True:
+        workers.update((worker.pid, worker) for worker in multiprocessing.active_children())
+        failed = next((worker for worker in workers.values() if worker.exitcode not in (None, 0)), None)
+        orphaned = os.getppid() != parent
+        if failed or orphaned:
+            for worker in workers.values():
+                worker.kill()
+            writer.metadata_sm.close()
+            writer.metadata_sm.unlink()  # else the shared memory would stay after the process
+            if failed and not orphaned:
+                killed = failed.exitcode < 0
+                how = f"was killed by signal {-failed.exitcode} (out of memory?)" if killed else "failed"
+                sender.send(f"a worker of FFCV's writer {how}")
+            os._exit(1)
+        time.sleep(POLL_S)
+
+
+def _last_error(text: str) -> str:
+    """The line of a traceback that names the error."""
+    lines = [line.strip() for line in text.splitlines() if line and not line.startswith((" ", "\t"))]
+    named = [line for line in lines if ": " in line and not line.startswith(("Process ", "Traceback"))]
+    return (named or lines or [""])[-1]

@@ -1,0 +1,148 @@
+"""Decoding every image once before a conversion: what is bad is known by path, and how big each one is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from loaders.sources.split import ArraySplit, Split
+
+CHUNK = 32  # images a task: few enough that the progress moves and the cores end together
+MAX_SIDE = 65535  # FFCV stores width and height in 16 bits
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be converted: its index in the split, its path, and why."""
+
+    index: int
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ImageCheck:
+    """What decoding every image of a split has shown.
+
+    sizes: int64 (N, 2), (height, width); (0, 0) where the image is bad.
+    """
+
+    sizes: np.ndarray
+    bad: tuple[BadImage, ...]
+
+    @property
+    def good(self) -> np.ndarray:
+        """Indices of the images that can be converted, int64."""
+        return np.setdiff1d(np.arange(len(self.sizes)), [image.index for image in self.bad])
+
+
+def available_cores() -> int:
+    """Cores this process may use, at least 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_images(split: Split, *, num_workers: int | None = None, advance: Advance = lambda n: None) -> ImageCheck:
+    """Decode every image of `split` on all cores; images in memory need no decoding.
+
+    num_workers: processes, None for one a core.
+    advance: called with the number of images done since the last call.
+    Raises ValueError when a decoding process dies (out of memory, most likely).
+    """
+    if isinstance(split, ArraySplit):
+        advance(len(split))
+        return ImageCheck(np.tile(np.array(split.image_size, dtype=np.int64), (len(split), 1)), ())
+    sizes = np.zeros((len(split), 2), dtype=np.int64)
+    bad: list[BadImage] = []
+    chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
+    for chunk, results in map_chunks(_check_chunk, split, chunks, num_workers=num_workers):
+        for i, (size, reason) in zip(chunk, results, strict=True):
+            sizes[i] = size
+            if reason is not None:
+                bad.append(BadImage(i, split.name(i), reason))
+        advance(len(chunk))
+    return ImageCheck(sizes, tuple(sorted(bad, key=lambda image: image.index)))
+
+
+def map_chunks(
+    function: Callable, subject: object, chunks: list[range], *, num_workers: int | None = None
+) -> Iterator[tuple[range, object]]:
+    """(chunk, function(subject, chunk)) for each chunk as it is done, computed by forked processes.
+
+    Raises ValueError when a process dies, whatever `function` raises otherwise; no process outlives the call.
+    """
+    workers = min(num_workers or available_cores(), len(chunks))
+    if workers <= 1:
+        yield from ((chunk, function(subject, chunk)) for chunk in chunks)
+        return
+    # Forked, so that the list of paths is shared and not copied to each process.
+    with _pool(workers, function, subject) as pool:
+        waiting = iter(chunks)
+        running = {}
+        try:
+            while True:
+                # A few tasks ahead of the workers, not all: the queue of a million images would be memory for nothing.
+                for chunk in _take(waiting, 4 * workers - len(running)):
+                    running[pool.submit(_run, chunk)] = chunk
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a process that decoded images was killed, most likely because memory ran out: use fewer (--workers)"
+            ) from None
+
+
+@contextmanager
+def _pool(workers: int, function: Callable, subject: object) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(function, subject))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_task: tuple[Callable, object] | None = None  # of a worker process, set once when it is forked
+
+
+def _start(function: Callable, subject: object) -> None:
+    global _task
+    _task = (function, subject)
+
+
+def _run(chunk: range) -> object:
+    assert _task is not None
+    function, subject = _task
+    return function(subject, chunk)
+
+
+def _take(items: Iterator[range], count: int) -> Iterable[range]:
+    for _, item in zip(range(count), items, strict=False):
+        yield item
+
+
+def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], str | None]]:
+    return [_check(split, i) for i in chunk]
+
+
+def _check(split: Split, i: int) -> tuple[tuple[int, int], str | None]:
+    """((height, width), None), or ((0, 0), why it cannot be converted)."""
+    try:
+        height, width = split.image(i).shape[:2]
+    except ValueError as error:
+        return (0, 0), str(error)
+    if max(height, width) > MAX_SIDE:
+        return (0, 0), f"{width}x{height}: no side may be longer than {MAX_SIDE}"
+    return (height, width), None

@@ -1,0 +1,102 @@
+"""The images an epoch visits, in order: pure functions of (labels, seed, epoch), the same for every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastlt.names import pick
+
+BETA = 0.9999  # of the effective number of samples, Cui et al. 2019
+ORDER_STREAM = 0  # keeps these random numbers apart from other uses of (seed, epoch), such as crops
+
+
+def epoch_order(labels: np.ndarray, *, sampling: str, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The images of one epoch: positions in the split, int64 (N,), always N = len(labels) draws.
+
+    labels: int64 (N,).
+    sampling: "instance", each image once; "class_balanced", each class equally often; "effective_number", each class as
+        often as its images' class-balanced loss weights say. In the last two, every image of a class comes once before
+        any of them comes again.
+    shuffle: False keeps split order, and needs "instance".
+    Raises ValueError for an unknown sampling, and for another one than "instance" without shuffling.
+    """
+    draw = pick("sampling", sampling, SAMPLINGS)
+    if not shuffle:
+        if sampling != "instance":
+            raise ValueError(f"sampling {sampling!r} draws at random, so it needs shuffle: evaluation uses 'instance'")
+        return np.arange(len(labels), dtype=np.int64)
+    return draw(labels, np.random.default_rng(np.random.SeedSequence([seed, epoch, ORDER_STREAM])))
+
+
+def shard(order: np.ndarray, rank: int, world_size: int, *, drop_last: bool, batch_size: int) -> np.ndarray:
+    """The part of an epoch's order that one process visits, int64 (n,).
+
+    drop_last=True (training): the same number of full batches on every rank; batch k of all ranks together is what one
+    process with `world_size` times the batch would see. Empty when there is no full batch for each rank.
+    drop_last=False (evaluation): every image on exactly one rank, none repeated; shares differ by one image at most.
+    """
+    assert 0 <= rank < world_size, (rank, world_size)
+    if not drop_last:
+        return order[rank::world_size]
+    steps = len(order) // (batch_size * world_size)
+    batches = order[: steps * batch_size * world_size].reshape(steps, world_size, batch_size)
+    return batches[:, rank].reshape(-1)
+
+
+def effective_number_probabilities(class_counts: np.ndarray, beta: float = BETA) -> np.ndarray:
+    """How often each class is drawn, float64 (C,), sum 1: `p_c ∝ n_c (1 − β) / (1 − β^{n_c})`.
+
+    The class-balanced weight of an image, one over its class's effective number, becomes its sampling rate, so that a
+    class gets n_c times that. β = 0 is instance sampling, β → 1 is class-balanced sampling. A class without images has
+    probability 0. Source: Cui et al. 2019, eq. 2, as rates instead of loss weights.
+    """
+    counts = class_counts.astype(np.float64)
+    present = counts > 0
+    # −expm1(n log β) is 1 − β^n without cancellation, which matters for n = 1 and β near 1.
+    effective = -np.expm1(counts[present] * np.log(beta)) / (1 - beta)
+    weights = np.zeros(len(counts))
+    weights[present] = counts[present] / effective
+    return weights / weights.sum()
+
+
+def _instance(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(len(labels)).astype(np.int64)
+
+
+def _class_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rounds that visit every class once, each in a new order: class counts of an epoch differ by one at most.
+
+    Source: the class-aware sampler of Shen et al. 2016, as cRT uses it.
+    """
+    present = np.unique(labels)
+    rounds = -(-len(labels) // max(len(present), 1))
+    classes = rng.permuted(np.tile(present, (rounds, 1)), axis=1).reshape(-1)[: len(labels)]
+    return _images_of(classes, labels, rng)
+
+
+def _effective_number(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    probabilities = effective_number_probabilities(np.bincount(labels))
+    return _images_of(rng.choice(len(probabilities), size=len(labels), p=probabilities), labels, rng)
+
+
+def _images_of(classes: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each drawn class, int64 (K,), one of its images: the class's list, reshuffled each time it is used up."""
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    drawn = np.bincount(classes, minlength=len(counts))
+    # One row of `deck` a card: each class has as many whole shuffled lists as its draws need, one after the other.
+    cycles = -(-drawn // np.maximum(counts, 1))
+    cards = cycles * counts
+    class_of = np.repeat(np.arange(len(counts)), cards)
+    place = np.arange(len(class_of)) - np.repeat(np.cumsum(cards) - cards, cards)
+    cycle, member = np.divmod(place, counts[class_of])
+    deck = np.lexsort((rng.random(len(class_of)), cycle, class_of))
+    member = member[deck][place < drawn[class_of]]
+    # The cards stand class by class, as the draws do once sorted stably by class.
+    order = np.empty(len(classes), dtype=np.int64)
+    first = np.cumsum(counts) - counts
+    order[np.argsort(classes, kind="stable")] = by_class[np.repeat(first, drawn) + member]
+    return order
+
+
+SAMPLINGS = {"instance": _instance, "class_balanced": _class_balanced, "effective_number": _effective_number}

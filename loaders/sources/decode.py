@@ -1,0 +1,99 @@
+"""One image file to RGB uint8, strictly: what cannot be decoded whole is an error, never a grey rectangle.
+
+Pillow and not OpenCV, because Pillow raises on a truncated file (OpenCV fills the missing rows and says nothing), knows
+the inverted CMYK that Adobe writes into JPEGs, and goes by the file's content, not by its extension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# A list, so that nothing is ever handed to a format whose reader starts another program (EPS starts Ghostscript).
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA")
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2", ".tga", ".jfif")
+)
+MAX_PIXELS = 178_956_970  # Pillow's own limit of what may be decoded: 0.5 GiB of RGB
+ORIENTATION_TAG = 0x0112
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """Read an image file as uint8 (H, W, 3) RGB, upright.
+
+    Grayscale is repeated over the channels, 16-bit gray is scaled (65535 becomes 255), CMYK and palettes are converted,
+    an alpha channel is dropped (as torchvision's folder reader does, so that pixels agree with published pipelines),
+    the EXIF orientation is applied, and of an animation the first frame is taken.
+    Raises ValueError with the reason, without the path, when the file holds no whole image.
+    """
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError("the file is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+                image.load()
+                return _to_rgb(_upright(image))
+    except ValueError:
+        raise
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image in a known format ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"more pixels than the {MAX_PIXELS:,} allowed") from None
+    except MemoryError:
+        raise ValueError("not enough memory to decode it") from None
+    except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, IndexError, … on damaged files
+        raise ValueError(f"damaged: {error or type(error).__name__}") from None
+
+
+def jpeg_bytes(path: Path) -> bytes | None:
+    """The file's bytes when they are a JPEG that any decoder shows as `decode_image` does, else None.
+
+    None for other formats, for CMYK and for a JPEG that its EXIF block turns: there the bytes alone are not the image.
+    """
+    data = path.read_bytes()
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            plain = image.mode in ("RGB", "L") and _orientation(image) == 1
+    return data if plain else None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) when there is none; an EXIF block that cannot be parsed holds none."""
+    try:
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # the parser's errors on damaged blocks are of many types
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if 2 <= _orientation(image) <= 8 else image
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        gray = _eight_bits(np.asarray(image))
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("a floating-point image, whose white is unknown: convert it to 8 or 16 bits first")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the palette entry that is transparent may be of any type; RGBA settles it
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+
+
+def _eight_bits(gray: np.ndarray) -> np.ndarray:
+    """Integers 0..65535 to uint8, rounded; a plain conversion would clip everything above 255 to white."""
+    gray = gray.astype(np.int64)
+    if gray.size and (gray.min() < 0 or gray.max() > 65535):
+        raise ValueError("a 32-bit image, whose white is unknown: convert it to 8 or 16 bits first")
+    return ((gray * 255 + 32767) // 65535).astype(np.uint8)

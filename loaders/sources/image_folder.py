@@ -1,0 +1,90 @@
+"""ROOT/{train,val,test}/class/image: the layout of torchvision's ImageFolder, one folder a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from loaders.longtail import holdout_per_class, longtail_subset, subsample
+from loaders.sources.decode import EXTENSIONS
+from loaders.sources.split import FileSplit, Source
+
+META_FOLDERS = ("meta", "val")
+
+
+def open_image_folder(
+    root: Path, *, imbalance_factor: float | None, meta_per_class: int, num_classes: int | None
+) -> Source:
+    """Read the folders of `root`; class names are the folders of train, sorted.
+
+    With train, test and meta or val, the meta set is the first `meta_per_class` images of each class of the latter.
+    With train and only one of test or val, that one is the test set, and the last `meta_per_class` images of each class
+    of train (sorted by name) are held out as the meta set.
+    Raises ValueError when a folder, or a class in one of them, is missing.
+    """
+    train_folder = root / "train"
+    if not train_folder.is_dir():
+        raise ValueError(f"{root} has no folder 'train': expected {root}/train/CLASS/IMAGE, and the same for test")
+    meta_folder = next((root / name for name in META_FOLDERS if (root / name).is_dir()), None)
+    test_folder = root / "test"
+    if not test_folder.is_dir():
+        test_folder, meta_folder = meta_folder, None
+    if test_folder is None:
+        raise ValueError(f"{root} has neither 'test' nor 'val' beside 'train': there is nothing to evaluate on")
+
+    class_names = _class_names(train_folder)
+    if num_classes is not None and num_classes != len(class_names):
+        raise ValueError(f"{train_folder} holds {len(class_names)} classes, num_classes says {num_classes}")
+    train = _read_folder(root, train_folder, class_names)
+    test = _read_folder(root, test_folder, class_names)
+    if meta_folder is None:
+        held, rest = holdout_per_class(train.labels, meta_per_class, len(class_names))
+        meta, train = train.subset(held), train.subset(rest)
+        how = f"last {meta_per_class} of each class of {train_folder}, held out"
+    else:
+        meta = _read_folder(root, meta_folder, class_names)
+        counts = np.minimum(np.bincount(meta.labels, minlength=len(class_names)), meta_per_class)
+        meta = meta.subset(longtail_subset(meta.labels, counts))
+        how = f"first {meta_per_class} of each class of {meta_folder}"
+    train = train.subset(subsample(train.labels, imbalance_factor, len(class_names)))
+    tail = "all" if imbalance_factor is None else f"long tail with imbalance factor {imbalance_factor:g}"
+    splits = {
+        "train": FileSplit(root, train.paths, train.labels, f"{tail} of {train_folder}"),
+        "meta": FileSplit(root, meta.paths, meta.labels, how),
+        "test": FileSplit(root, test.paths, test.labels, f"all of {test_folder}"),
+    }
+    return Source("image_folder", class_names, splits)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} holds no class folders: expected {folder}/CLASS/IMAGE")
+    return tuple(names)
+
+
+def _read_folder(root: Path, folder: Path, class_names: tuple[str, ...]) -> FileSplit:
+    """Every image below the class folders, sorted by path within the class."""
+    present = set(_class_names(folder))
+    unknown = sorted(present - set(class_names))
+    if unknown:
+        raise ValueError(f"{folder} holds {len(unknown)} classes that train has not: {_some(unknown)}")
+    paths, labels, empty = [], [], []
+    for label, name in enumerate(class_names):
+        found = _images(folder / name) if name in present else []
+        if not found:
+            empty.append(name)
+        paths += [str(path.relative_to(root)) for path in found]
+        labels += [label] * len(found)
+    if empty:
+        raise ValueError(f"{folder} has no images of {len(empty)} of {len(class_names)} classes: {_some(empty)}")
+    return FileSplit(root, paths, np.array(labels, dtype=np.int64), str(folder))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

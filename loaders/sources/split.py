@@ -1,0 +1,136 @@
+"""Where images come from, seen from above: a numbered sequence of labelled images, in memory or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from loaders.sources.decode import decode_image, jpeg_bytes
+
+
+class Split(Protocol):
+    """A numbered sequence of labelled images.
+
+    labels: int64 (N,), in [0, C).
+    provenance: one line that says where these images come from.
+    """
+
+    labels: np.ndarray
+    provenance: str
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> np.ndarray:
+        """Image i decoded: uint8 (H, W, 3) RGB; ValueError with the reason when it cannot be decoded."""
+        ...
+
+    def encoded(self, i: int) -> bytes | None:
+        """The untouched JPEG bytes of image i when the source has them and they decode to `image(i)`, else None."""
+        ...
+
+    def name(self, i: int) -> str:
+        """What to call image i in a message: its path, or its place in the archive."""
+        ...
+
+    def subset(self, indices: np.ndarray) -> Split:
+        """The images at `indices`, int64 (K,), in that order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images of one size, held in memory.
+
+    pixels: uint8 (P, H, W, 3) RGB, shared between subsets.
+    labels: int64 (N,).
+    rows: int64 (N,), the row of `pixels` that holds image i.
+    origin: what the rows of `pixels` are called in messages: `origin[row]`.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    origin: str
+    provenance: str
+
+    def __post_init__(self) -> None:
+        assert self.pixels.dtype == np.uint8, self.pixels.dtype
+        assert self.pixels.ndim == 4, self.pixels.shape
+        assert self.pixels.shape[3] == 3, self.pixels.shape
+        assert self.labels.dtype == np.int64, self.labels.dtype
+        assert len(self.labels) == len(self.rows)
+
+    @classmethod
+    def whole(cls, pixels: np.ndarray, labels: np.ndarray, *, origin: str, provenance: str) -> ArraySplit:
+        """Every row of `pixels`, in order."""
+        return cls(pixels, labels.astype(np.int64), np.arange(len(pixels)), origin, provenance)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W), the same for all images."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    def image(self, i: int) -> np.ndarray:
+        return self.pixels[self.rows[i]]
+
+    def encoded(self, i: int) -> bytes | None:
+        return None
+
+    def name(self, i: int) -> str:
+        return f"{self.origin}[{self.rows[i]}]"
+
+    def subset(self, indices: np.ndarray) -> ArraySplit:
+        return replace(self, labels=self.labels[indices], rows=self.rows[indices])
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Images in files, decoded when asked for.
+
+    root: the folder that `paths` are relative to.
+    labels: int64 (N,).
+    """
+
+    root: Path
+    paths: Sequence[str]
+    labels: np.ndarray
+    provenance: str
+
+    def __post_init__(self) -> None:
+        assert self.labels.dtype == np.int64, self.labels.dtype
+        assert len(self.labels) == len(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, i: int) -> np.ndarray:
+        return decode_image(self.root / self.paths[i])
+
+    def encoded(self, i: int) -> bytes | None:
+        return jpeg_bytes(self.root / self.paths[i])
+
+    def name(self, i: int) -> str:
+        return str(self.root / self.paths[i])
+
+    def subset(self, indices: np.ndarray) -> FileSplit:
+        return replace(self, paths=[self.paths[i] for i in indices], labels=self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before conversion: class names in label order, and the splits "train", "meta" and "test"."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
