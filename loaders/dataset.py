@@ -6,31 +6,31 @@ opens is complete, whatever was killed when.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastlt.names import pick
-from fastlt.state import ClassCounts
 from loaders.ffcv_format import FfcvOptions, stored_sizes, write_beton
 from loaders.image_check import BadImage, ImageCheck, check_images
 from loaders.progress import progress_bar
-from loaders.sources.split import Source, Split
+from loaders.sources.split import ArraySplit, Source, Split
+from loaders.whole_folder import LOCK, MANIFEST, check_target, publish, work_folder, write_durably
+
+if TYPE_CHECKING:
+    from fastlt.state import ClassCounts
 
 SCHEMA = 1
-MANIFEST, LABELS, SKIPPED = "manifest.json", "labels.npz", "skipped.txt"
+LABELS, SKIPPED = "labels.npz", "skipped.txt"
 SPLITS = ("train", "meta", "test")
 SHOWN = 20  # how many bad images a message names
 LIBRARIES = ("ffcv", "numpy", "opencv-python", "pillow")
@@ -85,6 +85,10 @@ class ConvertedDataset:
 
     def class_counts(self, shots: tuple[int, int] = (100, 20)) -> ClassCounts:
         """Training images per class; `shots` are the many and few thresholds (`fastlt.state.ClassCounts`)."""
+        from fastlt.state import (
+            ClassCounts,
+        )  # lazily: it imports torch, which a conversion's usage error must not wait for
+
         counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
         return ClassCounts(counts, self.class_names, tuple(shots))
 
@@ -153,11 +157,12 @@ def convert(
         raise ValueError(f"on_error is {on_error!r}: it must be 'stop' or 'skip'")
     out = Path(out)
     check_target(out, overwrite=overwrite)
-    with _work_folder(out) as work:
+    with work_folder(out) as work:
         checks = _check(source, options, progress)
         _judge(source, checks, on_error)
         sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
         labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
+        _check_space(work, sizes, options)
         for name, split in source.splits.items():
             with progress_bar(f"write {name}", len(labels[name]), progress) as advance:
                 write_beton(
@@ -179,20 +184,9 @@ def convert(
             "files": _files(work),
             "versions": _versions(),
         }
-        _write_durably(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _publish(work, out, overwrite)
+        write_durably(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        publish(work, out, overwrite)
     return ConvertedDataset.open(out)
-
-
-def check_target(out: Path, *, overwrite: bool) -> None:
-    """Raise ValueError when `out` is in the way of a conversion: nothing that we did not make is ever replaced."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if (out / MANIFEST).is_file():
-        if not overwrite:
-            raise ValueError(f"{out} already holds a converted data set: give another folder, or --overwrite")
-    elif out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists and is not a converted data set: give another folder, or remove it yourself")
 
 
 def file_sha256(path: Path) -> str:
@@ -230,7 +224,8 @@ def _check(source: Source, options: FfcvOptions, progress: bool) -> dict[str, Im
     assert set(source.splits) == set(SPLITS), sorted(source.splits)
     checks = {}
     for name, split in source.splits.items():
-        with progress_bar(f"check {name}", len(split), progress) as advance:
+        shown = progress and not isinstance(split, ArraySplit)  # in memory, nothing is to be decoded
+        with progress_bar(f"check {name}", len(split), shown) as advance:
             checks[name] = check_images(split, num_workers=options.num_workers, advance=advance)
     return checks
 
@@ -255,6 +250,17 @@ def _judge(source: Source, checks: dict[str, ImageCheck], on_error: str) -> None
             )
 
 
+def _check_space(folder: Path, sizes: dict[str, np.ndarray], options: FfcvOptions) -> None:
+    """Refuse a raw conversion that the disk has no room for; how small JPEGs become is not known beforehand."""
+    needed = sum(3 * int(of_split.prod(axis=1).sum()) for of_split in sizes.values())
+    free = shutil.disk_usage(folder).free
+    if options.mode == "raw" and needed > free:
+        raise ValueError(
+            f"the images need {needed / 2**30:.1f} GiB as raw pixels and {folder.parent} has {free / 2**30:.1f} GiB "
+            "free: set max_resolution, use mode 'jpg', or give a folder on another disk"
+        )
+
+
 def _describe(split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[BadImage, ...]) -> dict[str, Any]:
     low, high = sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()
     return {
@@ -267,7 +273,7 @@ def _describe(split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[Ba
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted(path for path in folder.iterdir() if path.name != ".lock")
+    paths = sorted(path for path in folder.iterdir() if path.name != LOCK)
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
 
 
@@ -287,47 +293,3 @@ def _installed(name: str) -> bool:
 def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
     """The request as JSON gives it back: tuples become lists, paths strings."""
     return json.loads(json.dumps(dict(request), default=str))
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """`OUT.partial`, emptied of what a killed conversion left and locked while this one writes; gone afterwards."""
-    work = out.with_name(out.name + ".partial")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise ValueError(f"cannot write next to {out}: {error.strerror} ({error.filename})") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder") from None
-        try:
-            for entry in work.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Rename the finished folder; what it replaces is moved aside first and deleted last."""
-    check_target(out, overwrite=overwrite)  # somebody may have made it in the meantime
-    (work / ".lock").unlink()
-    old = out.with_name(out.name + ".replaced")
-    if (out / MANIFEST).is_file():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    work.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

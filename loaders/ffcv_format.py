@@ -13,15 +13,16 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from fastlt.names import unknown
 from loaders.image_check import Advance, BadImage, ImageCheck, available_cores, check_images
-from loaders.native import keep_torch_threads
 from loaders.sources.split import Split
 
 MODES = ("raw", "jpg", "proportion")
@@ -125,11 +126,13 @@ def _page_and_workers(sizes: np.ndarray, cores: int) -> tuple[int, int]:
 
 
 class _Samples:
-    """What FFCV's workers read: (image, label) by position, resized; each one read is counted in `done`."""
+    """What FFCV's workers read: (image, label) by position, resized; `done` counts those read, `abort` ends it."""
 
     def __init__(self, split: Split, good: np.ndarray, sizes: np.ndarray) -> None:
         self.split, self.good, self.sizes = split, good, sizes
-        self.done = multiprocessing.get_context("fork").Value("q", 0)
+        context = multiprocessing.get_context("fork")
+        self.done = context.Value("q", 0)
+        self.abort = context.Event()
 
     def __len__(self) -> int:
         return len(self.good)
@@ -160,19 +163,23 @@ def _run_writer(
     timeout_s: float,
 ) -> None:
     """Run FFCV's writer in a child process and watch it: a ValueError with the reason when it fails or is stuck."""
+    from loaders.native import keep_torch_threads  # lazily, as FFCV itself: usage errors must not wait for torch
+
     with keep_torch_threads():
         import ffcv.writer  # noqa: F401  (here and not in the child: it takes seconds, and there is a child a split)
     context = multiprocessing.get_context("fork")  # forked: the pixels of a split in memory are shared, not copied
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryFile() as errors:
-        arguments = (path, samples, options, page_bytes, workers, sender, errors.fileno())
+        arguments = (path, samples, options, page_bytes, workers, sender, errors.fileno(), os.getpid())
         process = context.Process(target=_writer_process, args=arguments, name="ffcv-writer")
         process.start()
         sender.close()
         try:
             problem = _watch(process, receiver, samples, advance, timeout_s)
+            if problem is None:
+                process.join(GRACE_S)
         finally:
-            _end(process)
+            _end(process, samples)
             receiver.close()
         if problem:
             errors.seek(0)
@@ -202,9 +209,11 @@ def _watch(
             return f"FFCV's writer made no progress for {timeout_s:g} s"
 
 
-def _end(process: multiprocessing.Process) -> None:
-    """See the writer's process and its workers off; they are one process group."""
-    process.join(GRACE_S if process.exitcode is None else 0)
+def _end(process: multiprocessing.Process, samples: _Samples) -> None:
+    """See the writer's process and its workers off, if they are still there; they are one process group."""
+    if process.is_alive():
+        samples.abort.set()
+        process.join(GRACE_S)
     if process.is_alive():
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -221,9 +230,9 @@ def _writer_process(
     workers: int,
     sender: Connection,
     errors: int,
+    parent: int,
 ) -> None:
-    """The child: FFCV's writer, with a thread that reports the first worker to fail, or ends all with the parent."""
-    parent = os.getppid()
+    """The child: FFCV's writer, with a thread that watches its workers."""
     os.setpgrp()  # one group to kill, and Ctrl-C reaches the parent alone
     os.dup2(errors, 2)  # the workers' tracebacks are the reason that is reported
     np.random.seed(0)  # FFCV draws from it in mode "proportion"
@@ -237,29 +246,42 @@ def _writer_process(
     field = RGBImageField(write_mode=options.mode, jpeg_quality=options.jpeg_quality)
     fields = {"image": field, "label": IntField()}
     writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=workers)
-    threading.Thread(target=_guard, args=(writer, parent, sender), daemon=True).start()
-    writer.from_indexed_dataset(samples, chunksize=CHUNK)
+    threading.Thread(target=_guard, args=(writer, samples, sender, parent), daemon=True).start()
+    try:
+        writer.from_indexed_dataset(samples, chunksize=CHUNK)
+    except Exception:
+        traceback.print_exc()
+        _give_up(writer, multiprocessing.active_children(), sender, "FFCV's writer failed")
     sender.send(None)
 
 
-def _guard(writer: object, parent: int, sender: Connection) -> None:
-    """Watch the writer's workers from inside its process; when one fails or the parent is gone, end everything."""
+def _guard(writer: object, samples: _Samples, sender: Connection, parent: int) -> None:
+    """Watch from inside the writer's process; when a worker fails, or the parent is gone or says so, end everything."""
     workers: dict[int, multiprocessing.Process] = {}
     while True:
         workers.update((worker.pid, worker) for worker in multiprocessing.active_children())
-        failed = next((worker for worker in workers.values() if worker.exitcode not in (None, 0)), None)
-        orphaned = os.getppid() != parent
-        if failed or orphaned:
-            for worker in workers.values():
-                worker.kill()
-            writer.metadata_sm.close()
-            writer.metadata_sm.unlink()  # else the shared memory would stay after the process
-            if failed and not orphaned:
-                killed = failed.exitcode < 0
-                how = f"was killed by signal {-failed.exitcode} (out of memory?)" if killed else "failed"
-                sender.send(f"a worker of FFCV's writer {how}")
-            os._exit(1)
+        failed = [worker.exitcode for worker in workers.values() if worker.exitcode not in (None, 0)]
+        if failed:
+            how = f"was killed by signal {-failed[0]} (out of memory?)" if failed[0] < 0 else "failed"
+            _give_up(writer, list(workers.values()), sender, f"a worker of FFCV's writer {how}")
+        if samples.abort.is_set() or os.getppid() != parent:
+            _give_up(writer, list(workers.values()), None, "")
         time.sleep(POLL_S)
+
+
+def _give_up(
+    writer: object, workers: list[multiprocessing.Process], sender: Connection | None, problem: str
+) -> NoReturn:
+    """End the workers and this process, leaving nothing behind; FFCV's own process would wait for them for ever."""
+    for worker in workers:
+        worker.kill()
+    shared = getattr(writer, "metadata_sm", None)
+    if hasattr(shared, "unlink"):
+        shared.close()
+        shared.unlink()  # else the shared memory would stay after the process
+    if sender is not None:
+        sender.send(problem)
+    os._exit(1)
 
 
 def _last_error(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from fastlt.names import pick
@@ -79,8 +80,8 @@ def open_source(
     """
     opener = pick("source", name, SOURCES)
     pick("convention", convention, CONVENTIONS)
-    if imbalance_factor is not None and not imbalance_factor >= 1:
-        raise ValueError(f"imbalance_factor is {imbalance_factor}: it must be 1 (balanced) or larger")
+    if imbalance_factor is not None and not 1 <= imbalance_factor < math.inf:
+        raise ValueError(f"imbalance_factor is {imbalance_factor}: it must be a number from 1 (balanced) on")
     if meta_per_class < 1:
         raise ValueError(f"meta_per_class is {meta_per_class}: it must be at least 1")
     arguments = {

@@ -1,0 +1,68 @@
+"""A folder that appears whole or not at all: made under another name, locked meanwhile, and renamed at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "manifest.json"  # the last file written; a folder that has it is one of ours, and complete
+LOCK = ".lock"
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Raise ValueError when `out` is in the way of a conversion: nothing that we did not make is ever replaced."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if (out / MANIFEST).is_file():
+        if not overwrite:
+            raise ValueError(f"{out} already holds a converted data set: give another folder, or --overwrite")
+    elif out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists and is not a converted data set: give another folder, or remove it yourself")
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """`OUT.partial`, emptied of what a killed conversion left and locked while this one writes; gone afterwards."""
+    work = out.with_name(out.name + ".partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / LOCK, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise ValueError(f"cannot write next to {out}: {error.strerror} ({error.filename})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder") from None
+        try:
+            for entry in work.iterdir():
+                if entry.name != LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def publish(work: Path, out: Path, overwrite: bool) -> None:
+    """Rename the finished folder; what it replaces is moved aside first and deleted last."""
+    check_target(out, overwrite=overwrite)  # somebody may have made it in the meantime
+    (work / LOCK).unlink()
+    old = out.with_name(out.name + ".replaced")
+    if (out / MANIFEST).is_file():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,172 @@
+"""Convert a data set once, so that training reads it at full speed.
+
+    python tools/convert_dataset.py digits --out data/digits --imbalance 20
+    python tools/convert_dataset.py cifar100 --root ~/data --out data/cifar100-if100 --imbalance 100
+    python tools/convert_dataset.py list_file --root /images --train-list train.txt --meta-list val.txt \
+        --test-list test.txt --out data/places-lt --mode jpg --max-resolution 400
+    python tools/convert_dataset.py --verify data/cifar100-if100
+
+A conversion that is interrupted leaves nothing that could be mistaken for a data set; the same command starts it again.
+Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
+from fastlt.names import unknown  # noqa: E402
+from loaders.ffcv_format import MODES, FfcvOptions  # noqa: E402
+from loaders.longtail import CONVENTIONS  # noqa: E402
+from loaders.sources import SOURCES, open_source  # noqa: E402
+
+FORMATS = ("ffcv",)
+ONLY_FOR = {
+    "train_list": ("list_file",),
+    "meta_list": ("list_file",),
+    "test_list": ("list_file",),
+    "convention": ("cifar10", "cifar100"),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command line `words`; returns the exit code. A mistake in the input is one message, not a traceback."""
+    arguments = parse(words)
+    try:
+        return run_verify(arguments) if arguments.verify else run_convert(arguments)
+    except ValueError as error:
+        print(f"convert_dataset.py: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"convert_dataset.py: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nconvert_dataset.py: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 2
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    """The arguments; exits with code 2 and one message when they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="convert_dataset.py",
+        usage="convert_dataset.py SOURCE --out DIR [options], or convert_dataset.py --verify DIR (see --help)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="read a converted data set back and check all of it")
+    parser.add_argument("--format", choices=FORMATS, default="ffcv", help="file format (default: ffcv)")
+
+    data = parser.add_argument_group("which images")
+    data.add_argument("--root", metavar="DIR", help="folder with the images (not needed for digits)")
+    for split in ("train", "meta", "test"):
+        data.add_argument(f"--{split}-list", metavar="FILE", help="list_file: lines of `relative/path label`")
+    data.add_argument("--num-classes", type=int, metavar="C", help="what the data set must have")
+    data.add_argument("--imbalance", type=float, metavar="IF", help="cut a long tail, largest over smallest class")
+    data.add_argument("--convention", choices=sorted(CONVENTIONS), help="how CIFAR is cut (default: paper)")
+    data.add_argument("--meta-per-class", type=int, default=10, metavar="N", help="validation images (default: 10)")
+    data.add_argument("--no-download", action="store_true", help="do not fetch CIFAR when it is not under --root")
+
+    storage = parser.add_argument_group("how they are stored")
+    storage.add_argument("--mode", choices=MODES, default="raw", help="default: raw, the fastest to read")
+    storage.add_argument("--max-resolution", type=int, metavar="PIXELS", help="scale longer sides down to this")
+    storage.add_argument("--jpeg-quality", type=int, default=90, metavar="Q", help="1 to 100 (default: 90)")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    run.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="images that cannot be decoded")
+    run.add_argument("--overwrite", action="store_true", help="replace the converted data set at --out")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    arguments = parser.parse_args(words)
+    if arguments.verify:
+        if arguments.source or arguments.out:
+            parser.error("--verify reads a converted data set back: it takes neither a source nor --out")
+    elif not (arguments.source and arguments.out):
+        parser.error("a source and --out DIR are needed (or --verify DIR)")
+    elif arguments.source not in SOURCES:
+        parser.error(unknown("source", arguments.source, SOURCES))
+    for name, sources in ONLY_FOR.items():
+        if getattr(arguments, name) is not None and arguments.source not in sources:
+            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only")
+    return arguments
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert, unless what is asked for is already there."""
+    out = arguments.out.expanduser()
+    options = FfcvOptions(arguments.mode, arguments.max_resolution, arguments.jpeg_quality, arguments.workers)
+    chosen = {
+        "train_list": arguments.train_list,
+        "meta_list": arguments.meta_list,
+        "test_list": arguments.test_list,
+        "imbalance_factor": arguments.imbalance,
+        "convention": arguments.convention or "paper",
+        "meta_per_class": arguments.meta_per_class,
+    }
+    from loaders.dataset import ConvertedDataset, check_target, conversion_request, convert
+
+    request = conversion_request(arguments.source, options=options, **chosen)
+    if (out / "manifest.json").is_file() and not arguments.overwrite:
+        if ConvertedDataset.open(out).matches(request):
+            print(f"{out} already holds this data set: nothing to do")
+            return 0
+        raise ValueError(f"{out} holds another data set (see its manifest.json): give another folder, or --overwrite")
+    check_target(out, overwrite=arguments.overwrite)
+    source = open_source(
+        arguments.source,
+        root=arguments.root,
+        download=not arguments.no_download,
+        num_classes=arguments.num_classes,
+        **chosen,
+    )
+    dataset = convert(
+        source,
+        out,
+        options=options,
+        request=request,
+        on_error=arguments.on_error,
+        progress=not arguments.quiet,
+        overwrite=arguments.overwrite,
+    )
+    report(dataset)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Check a converted data set; 1 when it is damaged."""
+    from loaders.dataset import ConvertedDataset
+    from loaders.verify import verify
+
+    dataset = ConvertedDataset.open(arguments.verify.expanduser())
+    problems = verify(dataset, num_workers=arguments.workers, progress=not arguments.quiet)
+    for problem in problems:
+        print(f"convert_dataset.py: {problem}", file=sys.stderr)
+    if problems:
+        return 1
+    images = sum(split["count"] for split in dataset.manifest["splits"].values())
+    print(f"{dataset.root}: every checksum holds, and all {images:,} images decode")
+    return 0
+
+
+def report(dataset) -> None:
+    """Say what was made: images and bytes per split, the long tail, and what was left out."""
+    counts = dataset.class_counts().counts
+    for name, split in dataset.manifest["splits"].items():
+        size = dataset.manifest["files"][f"{name}.beton"]["bytes"]
+        low, high = (f"{width}x{height}" for height, width in (split["image_size"]["min"], split["image_size"]["max"]))
+        pixels = low if split["image_size"]["same"] else f"{low} to {high}"
+        print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB; {split['provenance']}")
+    print(f"{dataset.root}: {len(counts)} classes of {counts.max():,} to {counts.min():,} training images")
+    if dataset.manifest["skipped"]:
+        print(f"{dataset.manifest['skipped']} images could not be decoded: {dataset.root / 'skipped.txt'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
