@@ -33,7 +33,10 @@ def brightness_table(factor: Tensor) -> Tensor:
 
 
 def contrast_table(images: Tensor, factor: Tensor) -> Tensor:
-    """Values blended with the mean of the image's grey version: 0 is flat grey, 1 changes nothing; (N,), >= 0."""
+    """Values blended with the mean of the image's grey version: 0 is flat grey, 1 changes nothing; (N,), >= 0.
+
+    The mean is exact; torchvision's is too up to 256x256 pixels, beyond which its float32 sum can be a level off.
+    """
     mean = grey(images).flatten(1).sum(1, dtype=torch.float64) / (images.shape[2] * images.shape[3])
     return _to_uint8(_rows(factor) * levels(images.device) + _rows(1 - factor) * _rows(mean))
 
@@ -50,8 +53,8 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 def posterize_table(bits: Tensor) -> Tensor:
     """Only the upper `bits` (N,) of each value, 0..8."""
-    step = torch.pow(2.0, 8 - bits.to(torch.float32)).view(-1, 1, 1)
-    return _to_uint8((levels(bits.device) / step).floor_() * step)
+    dropped = (8 - bits.long()).clamp(0, 8).view(-1, 1, 1)
+    return ((levels(bits.device, torch.int64) >> dropped) << dropped).to(torch.uint8)
 
 
 def solarize_table(threshold: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ def equalize_table(images: Tensor) -> Tensor:
 
 def grey(images: Tensor) -> Tensor:
     """Luma 0.2989 R + 0.587 G + 0.114 B, truncated: uint8 (N, H, W)."""
-    red, green, blue = images.unbind(1)
+    red, green, blue = images.to(torch.float32).unbind(1)
     return (0.2989 * red + 0.587 * green + 0.114 * blue).to(torch.uint8)
 
 
@@ -162,6 +165,8 @@ def _shade(sector: Tensor, behind: int) -> Tensor:
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """factor * images + (1 - factor) * other, clamped and truncated to uint8."""
     rows, rest = factor.view(-1, 1, 1, 1), (1 - factor).view(-1, 1, 1, 1)
+    # uint8 times float32 is slower than converting first.
+    images, other = images.to(torch.float32), other.to(torch.float32)
     return _to_uint8(rows.to(torch.float32) * images + rest.to(torch.float32) * other)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,9 @@ def sample_lam(alpha: float, generator: torch.Generator) -> float:
         raise ValueError(f"mixup's alpha is {alpha}: it must be 0 (no mixing) or more; 1.0 and 0.2 are common")
     if alpha == 0:
         return 1.0
-    # With a small alpha both Gamma draws can underflow to 0; x / (x + y) would be 0/0. The Dirichlet sampler does not.
-    concentration = torch.full((1, 2), float(alpha), dtype=torch.float64)
-    return torch._sample_dirichlet(concentration, generator=generator).flatten().tolist()[0]
+    # torch has no Beta draw that takes a generator; NumPy's also survives a tiny alpha, where a ratio of Gammas is 0/0.
+    seed = torch.randint(1 << 62, (1,), generator=generator).numpy()
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
 def mixup(
@@ -62,8 +63,7 @@ def cutmix_box(height: int, width: int, lam: float, generator: torch.Generator) 
     """(top, bottom, left, right) of the rectangle, within the image; empty for lam = 1."""
     share = math.sqrt(1 - lam)
     box_height, box_width = int(height * share), int(width * share)
-    centre_y = torch.randint(height, (1,), generator=generator).tolist()[0]
-    centre_x = torch.randint(width, (1,), generator=generator).tolist()[0]
+    centre_y, centre_x = (int(torch.randint(side, (1,), generator=generator).numpy()[0]) for side in (height, width))
     top, left = centre_y - box_height // 2, centre_x - box_width // 2
     bottom, right = centre_y + box_height // 2, centre_x + box_width // 2
     return max(top, 0), min(bottom, height), max(left, 0), min(right, width)

@@ -202,7 +202,7 @@ class ColorJitter(SameSize):
             object.__setattr__(self, name, span)
         if not self.active:
             raise ValueError(
-                "color_jitter with all four options 0 does nothing: give brightness, contrast, …, or drop it"
+                "augment.color_jitter with all four options 0 does nothing: give brightness, contrast, …, or drop it"
             )
 
     @property

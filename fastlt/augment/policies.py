@@ -7,6 +7,8 @@ blends). So a round costs four passes at most, over the images that want them, i
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ NAMES = ("Identity", *AFFINE, *TABLE, "Color", "Sharpness")
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 SIGNED = (*AFFINE, "Brightness", "Color", "Contrast", "Sharpness")
 
-# Table 7 to 9 of the AutoAugment paper, as torchvision has them: 25 pairs of "operation probability magnitude".
+# The policies in the appendix of the AutoAugment paper, as torchvision has them: 25 pairs of "operation probability magnitude".
 POLICIES = {
     "cifar10": """
         Invert .1 0, Contrast .2 6;      Rotate .7 2, TranslateX .3 9;     Sharpness .8 1, Sharpness .9 3
@@ -66,6 +68,16 @@ def parse_policy(text: str) -> list[list[tuple[str, float, int]]]:
     return [[(name, float(p), int(place)) for name, p, place in pair] for pair in words]
 
 
+@functools.cache
+def policy_tensors(policy: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(25, 2) each: operations as places in NAMES int64, probabilities float64, magnitudes' places int64."""
+    pairs = parse_policy(POLICIES[policy])
+    number = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in pairs])
+    probability = torch.tensor([[p for _, p, _ in pair] for pair in pairs], dtype=torch.float64)
+    return number, probability, torch.tensor([[place for _, _, place in pair] for pair in pairs])
+
+
+@functools.lru_cache(maxsize=64)
 def magnitudes(bins: int, height: int, width: int) -> Tensor:
     """float64 (operations, bins): how strong each operation of NAMES is at each place, before a sign is drawn.
 
@@ -93,11 +105,8 @@ def draw_auto_augment(
     policy: str, count: int, height: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Operations int64 (count, 2) as places in NAMES, and magnitudes float64 (count, 2) with their signs."""
-    pairs = parse_policy(POLICIES[policy])
-    number = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in pairs])
-    probability = torch.tensor([[p for _, p, _ in pair] for pair in pairs], dtype=torch.float64)
-    place = torch.tensor([[place for _, _, place in pair] for pair in pairs])
-    chosen = integers(count, len(pairs), generator)
+    number, probability, place = policy_tensors(policy)
+    chosen = integers(count, len(number), generator)
     happens = torch.rand(count, 2, generator=generator, dtype=torch.float64) < probability[chosen]
     operation = torch.where(happens, number[chosen], NUMBER["Identity"])
     strength = magnitudes(AUTO_AUGMENT_BINS, height, width)[operation, place[chosen]]
@@ -117,9 +126,13 @@ def draw_rand_augment(
 def _with_sign(operation: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
     """Half of the magnitudes negative, for operations that have a direction."""
     negative = torch.randint(2, operation.shape, generator=generator) == 1
-    signed = torch.zeros(len(NAMES), dtype=torch.bool)
-    signed[[NUMBER[name] for name in SIGNED]] = True
-    return torch.where(negative & signed[operation], -strength, strength)
+    return torch.where(negative & members(SIGNED)[operation], -strength, strength)
+
+
+@functools.cache
+def members(names: tuple[str, ...]) -> Tensor:
+    """bool (operations,): True at the places in NAMES of `names`."""
+    return torch.tensor([name in names for name in NAMES])
 
 
 def plan_round(operation: Tensor, magnitude: Tensor, height: int, width: int, static: bool) -> Draws:
@@ -129,13 +142,13 @@ def plan_round(operation: Tensor, magnitude: Tensor, height: int, width: int, st
     """
 
     def rows(*names: str, among: Rows | None = None) -> Rows:
-        chosen = torch.isin(operation, torch.tensor([NUMBER[name] for name in names]))
+        chosen = members(names)[operation]
         return Rows.of(chosen if among is None else among.take(chosen), static)
 
     affine, table, saturate, sharpen = rows(*AFFINE), rows(*TABLE), rows("Color"), rows("Sharpness")
     plan = {
         "affine": affine,
-        "matrices": affine.take(affine_matrices(operation, magnitude, height, width)),
+        "matrices": affine_matrices(affine.take(operation), affine.take(magnitude), height, width),
         "table": table,
         "table_magnitude": table.take(magnitude),
         "saturate": saturate,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlt.augment import Augment, build_augment, normalise
+import fastlt.augment.draws as draws_module
+from fastlt.augment import Augment, build_augment, cutmix, mixup, normalise, pipeline
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 CHAINS = {
@@ -143,6 +145,34 @@ def test_applying_static_draws_never_waits_for_the_device(chain):
         augment.apply(images, draws)
 
 
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_mixing_never_waits_for_the_device(mix):
+    images, generator = torch.rand(8, 3, 16, 16), torch.Generator().manual_seed(0)
+    with NoSync():
+        mix(images, torch.arange(8), 1.0, generator)
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), torch.nonzero, lambda x: x[x > 0]])
+def test_the_check_for_waiting_can_fail(wait):
+    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+        wait(torch.rand(4))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_gpu_would_see_only_its_own_tensors_and_no_shape_that_depends_on_them(chain, monkeypatch):
+    """Fake CUDA tensors refuse what would mix devices, be read by the host, or have a shape that values decide."""
+    monkeypatch.setattr(draws_module, "upload", lambda tensor, device: tensor.to(device))  # pinning has no fake version
+    augment = build_augment(CHAINS[chain], image_size=32, mean=MEAN, std=STD, seed=0, device="cuda")
+    assert augment.static
+    draws = augment.draw(16, 40, 40)
+    monkeypatch.setattr(pipeline, "_scale_and_shift", pipeline._scale_and_shift.__wrapped__)  # keep fakes out of it
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = augment.apply(torch.empty(16, 3, 40, 40, dtype=torch.uint8, device="cuda"), draws, torch.bfloat16)
+    assert out.device.type == "cuda"
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_static_draws_have_the_same_shapes_in_every_batch(chain):
     augment = build(chain)
@@ -175,6 +205,20 @@ def test_static_draws_have_the_same_shapes_in_every_batch(chain):
         ([{"flip": {}, "cutout": {"size": 4}}], ["augment[0]", "one name"]),
         ([{"cutout": {"size": 4}}, "flip"], ["augment[0] is cutout", "end of the list"]),
         ([{"cutout": {"size": 0}}], ["augment.cutout.size", "0"]),
+        (["auto_augment"], ["auto_augment needs policy"]),
+        (
+            [{"auto_augment": {"policy": "cifar"}}],
+            ["auto_augment.policy 'cifar'", "imagenet", "did you mean 'cifar10'"],
+        ),
+        ([{"auto_augment": {"policy": 10}}], ["augment.auto_augment.policy is 10", "cifar10"]),
+        ([{"rand_augment": {"magnitude": 31}}], ["augment.rand_augment.magnitude", "31", "from 0 to 30"]),
+        ([{"rand_augment": {"num_ops": 0}}], ["augment.rand_augment.num_ops"]),
+        ([{"random_resized_crop": {"scale": [0.5, 1.5]}}], ["augment.random_resized_crop.scale", "<= 1"]),
+        ([{"random_resized_crop": {"ratio": 1.0}}], ["augment.random_resized_crop.ratio", "two numbers"]),
+        (["color_jitter"], ["color_jitter", "does nothing"]),
+        ([{"color_jitter": {"hue": 0.7}}], ["augment.color_jitter.hue", "0.7", "0.5"]),
+        ([{"color_jitter": {"brightness": -0.1}}], ["augment.color_jitter.brightness", "-0.1"]),
+        ([{"color_jitter": {"contrast": [1.2, 0.8]}}], ["augment.color_jitter.contrast", "min <= max"]),
     ],
 )
 def test_mistakes_are_named_with_advice(specs, words):
