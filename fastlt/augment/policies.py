@@ -21,7 +21,7 @@ NAMES = ("Identity", *AFFINE, *TABLE, "Color", "Sharpness")
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 SIGNED = (*AFFINE, "Brightness", "Color", "Contrast", "Sharpness")
 
-# The policies in the appendix of the AutoAugment paper, as torchvision has them: 25 pairs of "operation probability magnitude".
+# The policies of the paper's appendix, as torchvision has them: 25 pairs of "operation probability magnitude".
 POLICIES = {
     "cifar10": """
         Invert .1 0, Contrast .2 6;      Rotate .7 2, TranslateX .3 9;     Sharpness .8 1, Sharpness .9 3
