@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 LAST = "last.pt"
@@ -61,23 +59,15 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def random_states() -> dict[str, Any]:
-    """The default generators of torch, CUDA, numpy and Python, in types that `load` admits."""
-    version, keys, position, has_gauss, gauss = np.random.get_state()
-    python_version, python_keys, python_gauss = random.getstate()
+    """The default generators of torch and CUDA: dropout draws from them, everything else has a generator of its own."""
     return {
-        "torch": torch.get_rng_state(),
+        "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [version, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [python_version, list(python_keys), python_gauss],
     }
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
     """Put the states of `random_states` back; with another number of CUDA devices theirs are left as they are."""
-    torch.set_rng_state(states["torch"].cpu())
+    torch.set_rng_state(states["cpu"].cpu())
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
-    version, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((version, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-    python_version, python_keys, python_gauss = states["python"]
-    random.setstate((python_version, tuple(python_keys), python_gauss))

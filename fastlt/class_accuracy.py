@@ -90,7 +90,7 @@ class ClassAccuracy:
         self.due = True
 
     def update(self, model: nn.Module) -> Tensor:
-        """Score what is due with `model` in eval mode and return A: float32 (C,) in [0, 1]. Leaves buffers as they are."""
+        """Score what is due with `model` in eval mode, its buffers untouched, and return A: float32 (C,) in [0, 1]."""
         size = len(self.labels)
         if self.refresh == "exact" or self.due:
             self._score(model, 0, size)

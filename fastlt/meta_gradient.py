@@ -21,6 +21,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensors = dict[str, Tensor]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
@@ -80,7 +81,9 @@ def directional_derivative(losses: LossOfParameters, parameters: Tensors, direct
         unit = torch._foreach_div(list(direction), scale)
         primals = {name: p.detach() for name, p in parameters.items()}
         tangents = dict(zip(parameters, unit, strict=True))
-        _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
+        # Fused attention kernels have no forward-mode derivative; the plain matrix products are the same function.
+        with sdpa_kernel(SDPBackend.MATH):
+            _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
         return derivative * norm
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from loaders.dataset import ConvertedDataset, convert
-from loaders.ffcv_format import FfcvOptions
 
 from fastlt.recipe import LIST_KEYS, SMALL_SOURCES, DataRecipe
+from loaders.dataset import MANIFEST, ConvertedDataset, conversion_request, convert
+from loaders.ffcv_format import FfcvOptions
 from loaders.sources import open_source
 
 # Which images are chosen does not depend on the seed of a run: runs under several seeds share one data set.
@@ -21,18 +21,20 @@ SPLIT_SEED = 0
 
 
 def request(data: DataRecipe) -> dict[str, Any]:
-    """What identifies a converted data set: the images asked for and how they are stored, not where they came from."""
-    lists = {key: Path(getattr(data, key)).name if getattr(data, key) else None for key in LIST_KEYS}
-    return {
-        "source": data.source,
-        **lists,
-        "imbalance_factor": data.imbalance_factor,
-        "convention": data.convention,
-        "meta_per_class": data.meta_per_class,
-        "mode": data.storage.mode,
-        "max_resolution": data.storage.max_resolution,
-        "jpeg_quality": data.storage.jpeg_quality,
-    }
+    """What identifies the converted data set that a recipe asks for."""
+    return conversion_request(
+        data.source,
+        **{key: getattr(data, key) for key in LIST_KEYS},
+        imbalance_factor=data.imbalance_factor,
+        convention=data.convention,
+        meta_per_class=data.meta_per_class,
+        options=_options(data),
+    )
+
+
+def _options(data: DataRecipe) -> FfcvOptions:
+    storage = data.storage
+    return FfcvOptions(storage.mode, max_resolution=storage.max_resolution, jpeg_quality=storage.jpeg_quality)
 
 
 def default_folder(data: DataRecipe) -> Path:
@@ -67,7 +69,7 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
     problem = [None]
     if accelerator.is_main_process:
         try:
-            _make_sure(data, folder)
+            ensure_converted(data, folder)
         except ValueError as error:
             problem = [str(error)]
     # The others learn of a failure instead of waiting for a data set that will not come.
@@ -78,13 +80,10 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
     return ConvertedDataset.open(folder)
 
 
-def _make_sure(data: DataRecipe, folder: Path) -> None:
-    if (folder / "manifest.json").exists():
-        if not ConvertedDataset.open(folder).matches(request(data)):
-            raise ValueError(
-                f"data.converted: {folder} holds another data set than the recipe asks for; "
-                f"see its manifest.json, or leave data.converted out to use {default_folder(data)}"
-            )
+def ensure_converted(data: DataRecipe, folder: Path) -> None:
+    """Convert into `folder` unless what the recipe asks for is there; for one process. ValueError as above."""
+    if (folder / MANIFEST).exists():
+        _check_request(data, folder, ConvertedDataset.open(folder).manifest["request"])
         return
     if data.source not in SMALL_SOURCES:
         raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
@@ -97,6 +96,23 @@ def _make_sure(data: DataRecipe, folder: Path) -> None:
         meta_per_class=data.meta_per_class,
         seed=SPLIT_SEED,
     )
-    storage = data.storage
-    options = FfcvOptions(storage.mode, max_resolution=storage.max_resolution, jpeg_quality=storage.jpeg_quality)
-    convert(source, folder, options=options, request=request(data))
+    convert(source, folder, options=_options(data), request=request(data))
+
+
+def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:
+    """ValueError when the folder holds other images than the recipe asks for.
+
+    How they are stored is the folder's own business when the recipe names the folder, and so are the list files when
+    the recipe names none.
+    """
+    wanted = request(data)
+    if data.converted:
+        wanted = {k: wanted[k] for k in ("source", "imbalance_factor", "convention", "meta_per_class")} | {
+            k: wanted[k] for k in LIST_KEYS if wanted[k] is not None
+        }
+    wrong = [f"{k} is {made_from.get(k)!r}, not {v!r}" for k, v in wanted.items() if made_from.get(k) != v]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds another data set than the recipe asks for: {'; '.join(wrong)}. "
+            f"Convert into another folder and name it in data.converted, or change the recipe"
+        )

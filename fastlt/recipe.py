@@ -69,10 +69,14 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """A timm backbone (ours included) and a head. checkpoint: local file with pretrained weights."""
+    """A timm backbone (ours included) and a head.
+
+    head_scale: what a cosine head multiplies its cosines by, default 30. checkpoint: local file of pretrained weights.
+    """
 
     name: str
     head: Literal["linear", "cosine"] = "linear"
+    head_scale: float | None = None
     pretrained: bool = False
     checkpoint: str | None = None
     drop_rate: float = 0.0
@@ -213,9 +217,15 @@ def check(recipe: Recipe) -> list[str]:
         mistakes.append(f"model.checkpoint: {recipe.model.checkpoint} is not a file")
     if recipe.model.checkpoint and recipe.model.pretrained:
         mistakes.append("model.pretrained: is true and model.checkpoint is set; give one source of pretrained weights")
+    if recipe.model.head_scale is not None and (recipe.model.head != "cosine" or recipe.model.head_scale <= 0):
+        mistakes.append(
+            f"model.head_scale: is {recipe.model.head_scale}; allowed: a number > 0, with model.head=cosine"
+        )
     mistakes += _check_names(recipe)
     for name, stage in recipe.stages.items():
         mistakes += _check_stage(f"stages.{name}", stage)
+        if stage.loss == "ldam" and recipe.model.head != "cosine":
+            mistakes.append(f"stages.{name}.loss: is 'ldam', whose margins are between cosines; set model.head=cosine")
     return mistakes
 
 

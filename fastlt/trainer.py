@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
+from tqdm import tqdm
 
 from fastlt import checkpoint
 from fastlt.augment import build_augment, normalise
@@ -35,6 +36,10 @@ from fastlt.typed_yaml import build
 from loaders.crop import CropSpec
 from loaders.factory import make_loader
 from loaders.protocol import BatchLoader
+
+EVALUATION_BATCH = 512
+# What a step holds that differs between processes: each has its own stream of augmentations and share of the meta set.
+PER_PROCESS = ("augment", "meta_augment", "class_accuracy")
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
@@ -86,17 +91,21 @@ class Trainer:
             recipe.model.name,
             num_classes=self.counts.num_classes,
             head=recipe.model.head,
+            head_scale=recipe.model.head_scale,
             pretrained=recipe.model.pretrained,
             checkpoint=recipe.model.checkpoint,
             drop_rate=recipe.model.drop_rate,
             drop_path_rate=recipe.model.drop_path_rate,
             image_size=recipe.data.image_size,
         ).to(self.device, memory_format=memory_format)
+        self.evaluation_loaders: dict[str, BatchLoader] = {}
         self.log = RunLog(self.folder / "log.jsonl", enabled=self.main, track=self._tracker())
         self.progress = Progress()
         self.class_weights: Tensor | None = None
         self.stop_signal: int | None = None
+        self.clock = time.perf_counter()
         self.last_saved = time.monotonic()
+        self.resumed = self._load_last()
 
     # Before the work
 
@@ -184,7 +193,6 @@ class Trainer:
             return self.result
         if self.main:
             checkpoint.write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
-        resumed = self._load_last()
         self.log.open(self.progress.done)
         stages = list(self.recipe.stages.items())
         with self._stop_on_signals():
@@ -192,22 +200,25 @@ class Trainer:
                 name, stage = stages[index]
                 if index > 0 and self.progress.iteration == 0:
                     self._load_best(stages[index - 1][0])
-                self._run_stage(name, stage, resumed if index == self.progress.stage else None)
+                self._run_stage(name, stage)
                 self.progress.stage, self.progress.iteration, self.progress.best = index + 1, 0, -1.0
-                resumed = None
         self._load_best(stages[-1][0])
         result = self._result(stages[-1][0])
+        for loader in self.evaluation_loaders.values():
+            loader.close()
         if self.main:
             checkpoint.write_json(self.folder / "result.json", result)
         self.log.close()
         self.accelerator.end_training()
         return result
 
-    def _run_stage(self, name: str, stage: StageRecipe, resumed: dict | None) -> None:
+    def _run_stage(self, name: str, stage: StageRecipe) -> None:
         step, train, meta = self._build_stage(stage)
-        if resumed is not None:
-            step.load_state_dict(resumed["step"])
-            checkpoint.restore_random_states(resumed["random"])
+        if self.resumed is not None:
+            mine = self.resumed["processes"][self.reducer.rank]
+            step.load_state_dict({**self.resumed["step"], **mine["step"]})
+            checkpoint.restore_random_states(mine["random"])
+            self.resumed = None
         per_epoch = len(train)
         unit = per_epoch if stage.epochs is not None else 1
         total, every = stage.length * unit, stage.evaluate_every * unit
@@ -217,9 +228,9 @@ class Trainer:
         bar = progress_bar(total, progress.iteration, name, enabled=self.main)
         batches = self._timed(endless(train, progress.iteration))
         meta_batches = endless(meta, progress.iteration) if meta is not None else None
+        self.clock = time.perf_counter()
         try:
             while progress.iteration < total:
-                started = time.perf_counter()
                 if progress.iteration % per_epoch == 0:
                     step.start_epoch(progress.iteration // per_epoch)
                 self._set_lr(step, stage, progress.iteration / unit)
@@ -231,7 +242,7 @@ class Trainer:
                 log_now = progress.iteration % self.recipe.log_every == 0 or progress.iteration == total
                 if log_now:
                     self._log_training(name, output, step, bar)
-                progress.train_s += time.perf_counter() - started
+                self._tick()
                 bar.update()
                 if progress.iteration % every == 0 or progress.iteration == total:
                     self._validate(name, output)
@@ -242,6 +253,7 @@ class Trainer:
                     raise Interrupted(
                         f"stopped by signal {self.stop_signal} at iteration {progress.iteration} of {name}"
                     )
+                self.clock = time.perf_counter()
         finally:
             bar.close()
             train.close()
@@ -259,12 +271,15 @@ class Trainer:
             weight_decay=stage.weight_decay,
             foreach=True,
         )
-        train = self._loader("train", stage, train=True)
-        meta = self._loader("meta", stage, train=True) if kind.needs_meta_batch else None
+        processes = self.reducer.world_size
+        train = self._loader("train", stage.batch_size // processes, train=True, sampling=stage.sampling)
+        meta = None
+        if kind.needs_meta_batch:
+            meta = self._loader("meta", self._batch_size(stage, "meta") // processes, train=True)
         meta_specs = data.augment if data.meta_augment is None else data.meta_augment
         accuracy = None
         if kind.needs_accuracy:
-            everything = self._whole_split("meta", stage)
+            everything = self._whole_split("meta")
             accuracy = ClassAccuracy(
                 everything.images,
                 everything.labels,
@@ -300,9 +315,11 @@ class Trainer:
             specs, image_size=data.image_size, mean=data.mean, std=data.std, seed=seed, device=self.device
         )
 
-    def _loader(self, split: str, stage: StageRecipe, *, train: bool, batch_size: int | None = None) -> BatchLoader:
+    def _loader(
+        self, split: str, batch_size: int, *, train: bool, sampling: str = "instance", whole: bool = False
+    ) -> BatchLoader:
+        """A loader of this process's share of a split, or of the `whole` of it; batch_size: per process."""
         data = self.recipe.data
-        size = batch_size or self._batch_size(stage, split) // self.reducer.world_size
         if train:
             crop = CropSpec(data.train_crop, data.image_size, scale=data.crop_scale, aspect=data.crop_aspect)
         else:
@@ -311,30 +328,21 @@ class Trainer:
             self.dataset,
             split,
             backend=data.loader,
-            batch_size=size,
+            batch_size=batch_size,
             device=self.device,
             train=train,
             crop=crop,
-            sampling=stage.sampling if train and split == "train" else "instance",
+            sampling=sampling,
             seed=self.recipe.seed,
-            rank=self.reducer.rank,
-            world_size=self.reducer.world_size,
+            rank=0 if whole else self.reducer.rank,
+            world_size=1 if whole else self.reducer.world_size,
             num_workers=data.num_workers,
         )
 
-    def _whole_split(self, split: str, stage: StageRecipe) -> Batch:
+    def _whole_split(self, split: str) -> Batch:
         """All images of a split on every process, in order, cropped as for evaluation."""
-        data = self.recipe.data
-        loader = make_loader(
-            self.dataset,
-            split,
-            backend=data.loader,
-            batch_size=min(256, len(self.dataset.labels(split))),
-            device=self.device,
-            train=False,
-            crop=CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio),
-            num_workers=data.num_workers,
-        )
+        size = min(EVALUATION_BATCH, len(self.dataset.labels(split)))
+        loader = self._loader(split, size, train=False, whole=True)
         try:
             parts = list(loader.epoch(0))
         finally:
@@ -362,17 +370,15 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Metrics of the current model on "meta" (validation) or "test", over all processes."""
-        stage = next(iter(self.recipe.stages.values()))
-        size = min(512, max(1, len(self.dataset.labels(split)) // self.reducer.world_size))
-        loader = self._loader(split, stage, train=False, batch_size=size)
+        if split not in self.evaluation_loaders:
+            # Kept for the whole run: opening one again at every evaluation would cost more than the images do.
+            size = min(EVALUATION_BATCH, max(1, len(self.dataset.labels(split)) // self.reducer.world_size))
+            self.evaluation_loaders[split] = self._loader(split, size, train=False)
         self._average_buffers()
         metrics = Metrics(self.counts.num_classes, device=self.device)
-        try:
-            with evaluation_mode(self.model), self.accelerator.autocast():
-                for batch in loader.epoch(0):
-                    metrics.update(self.model(self._normalise(batch.images)), batch.labels)
-        finally:
-            loader.close()
+        with evaluation_mode(self.model), self.accelerator.autocast():
+            for batch in self.evaluation_loaders[split].epoch(0):
+                metrics.update(self.model(self._normalise(batch.images)), batch.labels)
         self.reducer.sum_([metrics.state])
         return metrics.summary(self.counts)
 
@@ -428,11 +434,13 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """One line for the person who watches, above the progress bar."""
-        self.accelerator.print(text, flush=True)
+        if self.main:
+            tqdm.write(text)
 
     def _log_training(self, name: str, output: StepOutput, step: Step, bar) -> None:
         """The one place in the loop that waits for the device."""
         loss = self._finite(output)
+        self._tick()
         progress = self.progress
         metrics = {k: v.item() for k, v in output.metrics.items()}
         if "weight" in output.per_class:
@@ -441,8 +449,7 @@ class Trainer:
                 if mask.any():
                     chosen = torch.from_numpy(mask).to(self.class_weights.device)
                     metrics[f"weight_{group}"] = self.class_weights[chosen].mean().item()
-        speed = progress.images / max(progress.train_s, 1e-9)
-        wait = progress.wait_s / max(progress.train_s, 1e-9)
+        speed, wait = progress.images / progress.train_s, progress.wait_s / progress.train_s
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.3g}", img_s=f"{speed:.0f}", wait=f"{100 * wait:.1f}%")
         self.log.write(
             "train", progress.done, stage=name, loss=loss, lr=step.lr, img_s=speed, data_wait_share=wait, **metrics
@@ -465,11 +472,14 @@ class Trainer:
 
     def _save(self, name: str, step: Step, output: StepOutput) -> None:
         self._finite(output)
+        state = step.state_dict()
+        own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": checkpoint.random_states()}
+        processes = gather_object([own])
         if self.main:
             state = {
-                "step": step.state_dict(),
+                "step": state,
+                "processes": processes,
                 "progress": vars(self.progress),
-                "random": checkpoint.random_states(),
                 "class_weights": self.class_weights,
                 "stage_name": name,
             }
@@ -482,6 +492,11 @@ class Trainer:
         if not path.exists():
             return None
         state = checkpoint.load(path, self.device)
+        if len(state["processes"]) != self.reducer.world_size:
+            raise ValueError(
+                f"{path} was saved by {len(state['processes'])} processes, this run has {self.reducer.world_size}: "
+                "launch as many as before, or choose another name=..."
+            )
         self.progress = Progress(**state["progress"])
         self.class_weights = state["class_weights"]
         self.say(f"resuming {self.folder} at iteration {self.progress.iteration} of stage {state['stage_name']}")
@@ -493,6 +508,12 @@ class Trainer:
     def _load_best(self, stage: str) -> None:
         self.accelerator.wait_for_everyone()
         self.model.load_state_dict(checkpoint.load(self._best(stage), self.device)["model"])
+
+    def _tick(self) -> None:
+        """Add the time since the last tick to the time of training."""
+        now = time.perf_counter()
+        self.progress.train_s += now - self.clock
+        self.clock = now
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, with the time spent waiting for each added to the progress."""

@@ -14,7 +14,7 @@ from fastlt.augment import build_augment
 from fastlt.class_accuracy import ClassAccuracy
 from fastlt.difficulty import DifficultyNet, difficulty_gradient_loss
 from fastlt.losses import build_loss
-from fastlt.models import build_model, forward_mode_safe
+from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 
@@ -28,7 +28,7 @@ def cross_entropy(logits, labels):
 def make(name, dtype=torch.float64, memory_format=torch.contiguous_format, size=16, batch=8, seed=0, **options):
     torch.manual_seed(seed)
     model = build_model(name, num_classes=CLASSES, image_size=size, **options)
-    model = twice_differentiable(forward_mode_safe(model)).to(dtype=dtype, memory_format=memory_format).train()
+    model = twice_differentiable(model).to(dtype=dtype, memory_format=memory_format).train()
     images = torch.randn(batch, 3, size, size, dtype=dtype).contiguous(memory_format=memory_format)
     labels = torch.arange(batch) % CLASSES
     meta_images = torch.randn(batch, 3, size, size, dtype=dtype).contiguous(memory_format=memory_format)

@@ -1,4 +1,4 @@
-"""A recipe is composed, overridden and typed, and each mistake is answered with the key, the value and what is allowed."""
+"""A recipe is composed, overridden and typed; a mistake is answered with key, value and what is allowed."""
 
 from __future__ import annotations
 

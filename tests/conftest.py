@@ -1,0 +1,60 @@
+"""Shared pieces of the tests: a converted data set, a short recipe, and where real data may be found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).resolve().parents[1]
+# Small tensors: a second thread costs more than it brings, and results do not depend on the machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate allows one configuration a process; each test gets its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Path of one piece of real data below FASTLT_TEST_DATA; the test is skipped, by name, where it is absent."""
+
+    def find(name: str) -> Path:
+        folder = os.environ.get("FASTLT_TEST_DATA")
+        if folder is None or not (Path(folder) / name).exists():
+            pytest.skip(f"real data: {name} is not below FASTLT_TEST_DATA")
+        return Path(folder) / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The long-tailed digits of recipes/digits_lt.yaml, converted once for all tests."""
+    from fastlt.prepare import ensure_converted
+    from fastlt.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    ensure_converted(load_recipe(ROOT / "recipes" / "digits_lt.yaml").data, folder)
+    return folder
+
+
+@pytest.fixture
+def digits_words(digits, tmp_path):
+    """Override words for a run of a few seconds on the digits, below `tmp_path`."""
+    stage = "stages.end_to_end"
+    return [
+        f"data.converted={digits}",
+        f"runs={tmp_path / 'runs'}",
+        "data.loader=resident",
+        "num_threads=1",
+        "log_every=1",
+        f"{stage}.iterations=12",
+        f"{stage}.warmup=2",
+        f"{stage}.evaluate_every=6",
+    ]

@@ -1,0 +1,90 @@
+"""Every recipe in the repository parses as it stands and trains two iterations on a data set of its kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastlt.prepare import conversion_command
+from fastlt.recipe import load_recipe
+from fastlt.steps import STEPS
+from fastlt.trainer import Trainer
+from loaders.dataset import conversion_request, convert
+from loaders.ffcv_format import FfcvOptions
+from loaders.sources import open_source
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+ROWS = [p for p in RECIPES if p.parent.name != "base"]
+CLASSES = 4
+
+
+@pytest.fixture(scope="session")
+def tiny_jpegs(tmp_path_factory):
+    """A long-tailed list-file data set of JPEGs in several sizes, converted."""
+    root = tmp_path_factory.mktemp("tiny")
+    draw = np.random.default_rng(0)
+    for split, per_class in (("train", [12, 8, 4, 2]), ("val", [2] * CLASSES), ("test", [2] * CLASSES)):
+        lines = []
+        for c, count in enumerate(per_class):
+            for i in range(count):
+                path = root / split / f"{c}_{i}.jpg"
+                path.parent.mkdir(exist_ok=True)
+                shape = (int(draw.integers(40, 90)), int(draw.integers(40, 90)), 3)
+                Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(path)
+                lines.append(f"{split}/{path.name} {c}\n")
+        (root / f"{split}.txt").write_text("".join(lines))
+    lists = {
+        f"{key}_list": root / f"{name}.txt" for key, name in (("train", "train"), ("meta", "val"), ("test", "test"))
+    }
+    source = open_source("list_file", root=root, meta_per_class=2, **lists)
+    options = FfcvOptions("jpg")
+    request = conversion_request("list_file", meta_per_class=2, options=options, **lists)
+    convert(source, root / "converted", options=options, request=request, progress=False)
+    return root / "converted"
+
+
+def header(path: Path) -> str:
+    return "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda p: p.stem)
+def test_a_recipe_parses_and_its_header_gives_the_command_and_the_cost(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert f"accelerate launch fastlt/train.py recipes/{path.name}" in header(path)
+    assert "Cost:" in header(path)
+    if recipe.data.source == "list_file":
+        for option in conversion_command(recipe.data, Path(recipe.data.converted)).split(" --")[1:]:
+            if not option.startswith("root"):
+                # meta-per-class is the tool's default as well.
+                assert f"--{option}" in header(path) or option == "meta-per-class 10", option
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda p: p.stem)
+def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
+    recipe = load_recipe(path)
+    small = recipe.data.image_size <= 32
+    words = [
+        f"runs={tmp_path}",
+        "num_threads=1",
+        "model.pretrained=false",
+        f"data.converted={digits if small else tiny_jpegs}",
+        "data.num_classes=null",
+        "data.image_size=8" if recipe.data.source == "digits" else f"data.image_size={min(32, recipe.data.image_size)}",
+    ]
+    if small:
+        words += ["data.source=digits", "data.imbalance_factor=20", "data.image_size=8"]
+    else:
+        words += ["data.source=list_file", "data.meta_per_class=2"]
+    for name, stage in recipe.stages.items():
+        where = f"stages.{name}"
+        words += [f"{where}.epochs=null", f"{where}.iterations=2", f"{where}.evaluate_every=2", f"{where}.batch_size=8"]
+        words += [f"{where}.warmup=0", f"{where}.schedule=constant", f"{where}.milestones=[]"]
+        if STEPS[stage.method].needs_meta_batch:
+            words += [f"{where}.meta_batch_size=4"]
+    result = Trainer(load_recipe(path, words)).fit()
+    assert result["iterations"] == 2 * len(recipe.stages)
+    assert 0 <= result["test"]["top1"] <= 1

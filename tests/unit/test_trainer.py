@@ -1,0 +1,265 @@
+"""A run from the recipe to the result: what it leaves, how it resumes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlt.recipe import load_recipe
+from fastlt.runlog import RunLog, result_table
+from fastlt.train import main
+from fastlt.trainer import Interrupted, Trainer, endless
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "digits_lt.yaml"
+STAGE = "stages.end_to_end"
+
+
+def make(words, *more):
+    return Trainer(load_recipe(RECIPE, [*words, *more]))
+
+
+def final_state(folder):
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+def assert_same(one, other, where=""):
+    """Equal bit for bit, through containers."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def stop_after(trainer, iterations):
+    """Let the trainer receive a stop signal once it has done so many iterations."""
+    count = trainer._log_training
+
+    def stop(*arguments):
+        count(*arguments)
+        if trainer.progress.done == iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._log_training = stop
+    return trainer
+
+
+@pytest.mark.parametrize("backend", ["resident", "ffcv", "torch"])
+def test_a_run_leaves_all_that_a_reader_needs(digits_words, backend):
+    trainer = make(digits_words, f"data.loader={backend}")
+    result = trainer.fit()
+    folder = trainer.folder
+    assert json.loads((folder / "result.json").read_text()) == result
+    for key in ("top1", "top5", "many", "medium", "few", "macro_f1", "ece", "per_class_accuracy"):
+        assert key in result["test"], key
+    for key in ("class_counts", "shots", "seed", "versions", "img_s", "class_weights", "validation_top1"):
+        assert key in result, key
+    assert math.isclose(sum(result["class_weights"]), 10, rel_tol=1e-4)
+    assert load_recipe(folder / "recipe.yaml") == trainer.recipe
+    lines = log_lines(folder)
+    assert [line["iteration"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
+    assert [line["iteration"] for line in lines if line["kind"] == "evaluation"] == [6, 12]
+    table = result_table(result, trainer.counts)
+    assert "many-shot" in table
+    assert all(name in table for name in trainer.counts.names)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["data.loader=resident"],
+        ["data.loader=ffcv"],
+        [f"{STAGE}.accuracy.refresh=rolling", f"{STAGE}.accuracy.window=5"],
+        [f"{STAGE}.accuracy.refresh=epoch", "model.drop_rate=0.3"],
+        [f"{STAGE}.method=cdb", f"{STAGE}.accuracy.refresh=epoch"],
+        [f"{STAGE}.method=plain", f"{STAGE}.loss=balanced_softmax", "data.augment=[{random_crop: {padding: 1}}, flip]"],
+    ],
+    ids=["resident", "ffcv", "rolling", "epoch-dropout", "cdb", "plain"],
+)
+def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words, more):
+    whole = make(digits_words, *more, "name=whole")
+    whole.fit()
+    stopped = stop_after(make(digits_words, *more, "name=stopped"), 8)
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    assert not (stopped.folder / "result.json").exists()
+    resumed = make(digits_words, *more, "name=stopped")
+    resumed.fit()
+    one, other = final_state(whole.folder), final_state(resumed.folder)
+    for state in (one, other):
+        for key in ("train_s", "wait_s"):
+            del state["progress"][key]
+    assert_same(one, other)
+    kept = [[line["loss"] for line in log_lines(f) if line["kind"] == "train"] for f in (whole.folder, resumed.folder)]
+    assert kept[0] == kept[1]
+
+
+def test_a_killed_run_forgets_what_it_logged_after_its_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = RunLog(path, enabled=True)
+    log.open(0)
+    for iteration in range(1, 6):
+        log.write("train", iteration, loss=1.0)
+    log.close()
+    path.write_text(path.read_text() + '{"kind": "train", "iter')
+    log.open(3)
+    log.write("train", 4, loss=2.0)
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["iteration"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_a_finished_run_is_not_run_again(digits_words, capsys):
+    first = make(digits_words).fit()
+    again = make(digits_words)
+    assert again.fit() == first
+    assert "finished" in capsys.readouterr().out
+
+
+def test_two_stages_go_on_from_the_best_of_the_first(digits_words):
+    second = "{method: plain, loss: balanced_softmax, iterations: 4, batch_size: 32, lr: 0.01, evaluate_every: 2}"
+    trainer = make(digits_words, f"stages.second={second}")
+    result = trainer.fit()
+    assert result["iterations"] == 16
+    assert {line["stage"] for line in log_lines(trainer.folder)} == {"end_to_end", "second"}
+    names = sorted(p.name for p in (trainer.folder / "checkpoints").iterdir())
+    assert names == ["best_end_to_end.pt", "best_second.pt", "last.pt"]
+
+
+def test_the_test_split_is_measured_once_and_with_the_best_checkpoint(digits_words):
+    trainer = make(digits_words)
+    seen, evaluate = [], trainer.evaluate
+
+    def note(split):
+        seen.append(split)
+        return evaluate(split)
+
+    trainer.evaluate = note
+    result = trainer.fit()
+    assert seen == ["meta", "meta", "test"]
+    best = torch.load(trainer.folder / "checkpoints" / "best_end_to_end.pt", weights_only=True)
+    assert result["best_iteration"] == best["iteration"]
+    validation = [line["top1"] for line in log_lines(trainer.folder) if line["kind"] == "evaluation"]
+    assert result["validation_top1"] == max(validation)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(digits_words):
+    trainer = make(digits_words, f"{STAGE}.lr=1e30", f"{STAGE}.warmup=6", f"{STAGE}.evaluate_every=1")
+    with pytest.raises(FloatingPointError, match="Lower the stage's lr"):
+        trainer.fit()
+    saved = trainer.folder / "checkpoints" / "last.pt"
+    if saved.exists():
+        assert all(torch.isfinite(v).all() for v in final_state(trainer.folder)["step"]["model"].values())
+
+
+REFUSED = [
+    (["data.num_classes=11"], "num_classes is 11"),
+    ([f"{STAGE}.batch_size=100000"], "batch_size is 100000, but the train split has"),
+    ([f"{STAGE}.meta_batch_size=101"], "meta_batch_size is 101, but the meta split has 100"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED)
+def test_what_only_the_data_set_can_tell_is_refused_before_work(digits_words, words, expected):
+    with pytest.raises(ValueError, match=expected):
+        make(digits_words, *words)
+
+
+def test_a_folder_with_another_run_is_refused(digits_words):
+    make(digits_words).fit()
+    with pytest.raises(ValueError, match=r"end_to_end\.lr: 0\.1 and 0\.05"):
+        make(digits_words, f"{STAGE}.lr=0.05")
+    with pytest.raises(ValueError, match="resume is never"):
+        make(digits_words, "resume=never")
+
+
+def test_a_damaged_checkpoint_is_refused_with_advice(digits_words):
+    trainer = stop_after(make(digits_words), 8)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    path = trainer.folder / "checkpoints" / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
+        make(digits_words)
+
+
+def test_a_large_source_without_its_conversion_is_refused_with_the_command(tmp_path, capsys):
+    words = [f"data.converted={tmp_path / 'none'}", f"data.root={tmp_path}", f"runs={tmp_path}"]
+    assert main([str(ROOT / "recipes" / "imagenet_lt.yaml"), *words]) == 2
+    assert "tools/convert_dataset.py list_file" in capsys.readouterr().err
+
+
+def test_bfloat16_trains(digits_words):
+    result = make(digits_words, "precision=bf16").fit()
+    assert result["precision"] == "bf16"
+    assert 0 <= result["test"]["top1"] <= 1
+
+
+class Counting:
+    """A loader of three batches an epoch, each its own name."""
+
+    def __len__(self):
+        return 3
+
+    def epoch(self, epoch, first_batch=0):
+        return ((epoch, b) for b in range(first_batch, 3))
+
+
+def test_endless_goes_on_from_any_batch():
+    stream = endless(Counting(), 0)
+    whole = [next(stream) for _ in range(10)]
+    for start in range(7):
+        stream = endless(Counting(), start)
+        assert [next(stream) for _ in range(3)] == whole[start : start + 3]
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "fastlt" / "train.py"), *map(str, words)]
+
+
+def test_the_command_answers_a_mistake_with_one_message_and_code_2(tmp_path):
+    done = subprocess.run(command(RECIPE, "sede=1"), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean seed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_survives_a_kill_and_a_stop(digits_words, tmp_path):
+    words = [*digits_words, f"{STAGE}.iterations=400", f"{STAGE}.evaluate_every=20"]
+    folder = tmp_path / "runs" / "digits_lt"
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        before = final_state(folder)["progress"]["done"] if (folder / "checkpoints" / "last.pt").exists() else 0
+        process = subprocess.Popen(command(RECIPE, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            last = folder / "checkpoints" / "last.pt"
+            if last.exists() and final_state(folder)["progress"]["done"] > before:
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == code, output
+        assert final_state(folder)["progress"]["done"] > before
+    assert "the same command goes on from there" in output
