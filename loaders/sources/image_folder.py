@@ -48,7 +48,9 @@ def open_image_folder(
         meta = meta.subset(longtail_subset(meta.labels, counts))
         how = f"first {meta_per_class} of each class of {meta_folder}"
     train = train.subset(subsample(train.labels, imbalance_factor, len(class_names)))
-    tail = "all" if imbalance_factor is None else f"long tail with imbalance factor {imbalance_factor:g}"
+    tail = "all" if meta_folder else "all that is not held out"
+    if imbalance_factor is not None:
+        tail = f"first n_c of each class of {tail}, imbalance factor {imbalance_factor:g},"
     splits = {
         "train": FileSplit(root, train.paths, train.labels, f"{tail} of {train_folder}"),
         "meta": FileSplit(root, meta.paths, meta.labels, how),

@@ -59,7 +59,9 @@ def open_list_files(
         held, rest = holdout_per_class(train.labels, meta_per_class, num_classes)
         meta, train, how = train.subset(held), train.subset(rest), f"last {meta_per_class} of each class, held out"
     train = train.subset(subsample(train.labels, imbalance_factor, num_classes))
-    tail = "all" if imbalance_factor is None else f"first n_c of each class, imbalance factor {imbalance_factor:g},"
+    tail = "all" if "meta" in lists else "all that is not held out"
+    if imbalance_factor is not None:
+        tail = f"first n_c of each class of {tail}, imbalance factor {imbalance_factor:g},"
     where = lists.get("meta", lists["train"]).path
     splits = {
         "train": FileSplit(root, train.paths, train.labels, f"{tail} of {lists['train'].path}"),

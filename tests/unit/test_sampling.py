@@ -1,0 +1,118 @@
+"""The order of an epoch: what each sampling promises, for any labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loaders.sampling import SAMPLINGS, effective_number_probabilities, epoch_order, shard
+
+labels_strategy = st.lists(st.integers(0, 8), min_size=1, max_size=300).map(lambda labels: np.array(labels))
+seeds = st.integers(0, 2**31)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@settings(max_examples=60)
+@given(labels=labels_strategy, seed=seeds, epoch=st.integers(0, 500))
+def test_an_epoch_has_as_many_draws_as_images_and_depends_on_seed_and_epoch_alone(sampling, labels, seed, epoch):
+    order = epoch_order(labels, sampling=sampling, seed=seed, epoch=epoch)
+    assert order.dtype == np.int64
+    assert order.shape == labels.shape
+    assert ((order >= 0) & (order < len(labels))).all()
+    np.testing.assert_array_equal(order, epoch_order(labels, sampling=sampling, seed=seed, epoch=epoch))
+    if len(labels) > 50:
+        assert (order != epoch_order(labels, sampling=sampling, seed=seed, epoch=epoch + 1)).any()
+        assert (order != epoch_order(labels, sampling=sampling, seed=seed + 1, epoch=epoch)).any()
+
+
+@given(labels=labels_strategy, seed=seeds)
+def test_instance_sampling_visits_each_image_once(labels, seed):
+    order = epoch_order(labels, sampling="instance", seed=seed, epoch=3)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+
+
+@given(labels=labels_strategy, seed=seeds)
+def test_class_balanced_visits_each_class_once_a_round(labels, seed):
+    drawn = labels[epoch_order(labels, sampling="class_balanced", seed=seed, epoch=0)]
+    present = np.unique(labels)
+    for start in range(0, len(drawn) - len(present) + 1, len(present)):
+        assert sorted(drawn[start : start + len(present)].tolist()) == present.tolist()
+    counts = np.bincount(drawn, minlength=9)[present]
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("sampling", ["class_balanced", "effective_number"])
+@settings(max_examples=60)
+@given(labels=labels_strategy, seed=seeds)
+def test_all_images_of_a_class_come_before_any_comes_again(sampling, labels, seed):
+    order = epoch_order(labels, sampling=sampling, seed=seed, epoch=1)
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        visits = order[labels[order] == c]
+        for start in range(0, len(visits), len(members)):
+            cycle = visits[start : start + len(members)].tolist()
+            assert len(set(cycle)) == len(cycle)
+
+
+def test_a_classs_list_is_reshuffled_when_it_is_used_up():
+    labels = np.repeat([0, 1], [990, 10])
+    order = epoch_order(labels, sampling="class_balanced", seed=0, epoch=0)
+    cycles = order[labels[order] == 1].reshape(50, 10)
+    assert len(np.unique(cycles, axis=0)) > 45
+
+
+def test_every_image_of_a_class_is_equally_likely_to_come_first():
+    labels = np.repeat([0, 1], [30, 5])
+    first = [epoch_order(labels, sampling="class_balanced", seed=0, epoch=e) for e in range(2000)]
+    heads = np.bincount([order[labels[order] == 1][0] - 30 for order in first], minlength=5)
+    assert abs(heads - 400).max() < 90  # five standard deviations of a fair draw
+
+
+def test_effective_number_is_between_instance_and_class_balanced():
+    counts = np.array([5000, 500, 5])
+    np.testing.assert_allclose(
+        effective_number_probabilities(counts, beta=0.0 + 1e-12), counts / counts.sum(), rtol=1e-6
+    )
+    np.testing.assert_allclose(effective_number_probabilities(counts, beta=1 - 1e-9), np.full(3, 1 / 3), rtol=1e-4)
+    slow = counts * (1 - 0.9999) / (1 - 0.9999**counts)
+    np.testing.assert_allclose(effective_number_probabilities(counts), slow / slow.sum(), rtol=1e-9)
+    assert effective_number_probabilities(np.array([3, 0, 4]))[1] == 0
+
+
+def test_effective_number_draws_classes_at_its_rates():
+    labels = np.repeat([0, 1, 2], [30_000, 3000, 30])
+    order = epoch_order(labels, sampling="effective_number", seed=2, epoch=0)
+    rates = np.bincount(labels[order]) / len(labels)
+    expected = effective_number_probabilities(np.array([30_000, 3000, 30]))
+    np.testing.assert_allclose(rates, expected, atol=5 * np.sqrt(0.25 / len(labels)))
+
+
+def test_evaluation_keeps_split_order():
+    labels = np.array([1, 0, 1])
+    assert epoch_order(labels, sampling="instance", seed=9, epoch=9, shuffle=False).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="needs shuffle"):
+        epoch_order(labels, sampling="class_balanced", seed=0, epoch=0, shuffle=False)
+    with pytest.raises(ValueError, match="did you mean 'class_balanced'"):
+        epoch_order(labels, sampling="class_balance", seed=0, epoch=0)
+
+
+@given(st.integers(0, 500), st.integers(1, 7), st.integers(1, 20))
+def test_training_shards_are_full_batches_of_one_common_order(count, world_size, batch_size):
+    order = np.random.default_rng(0).permutation(count)
+    shards = [shard(order, r, world_size, drop_last=True, batch_size=batch_size) for r in range(world_size)]
+    steps = count // (batch_size * world_size)
+    assert {len(part) for part in shards} == {steps * batch_size}
+    for step in range(steps):
+        together = np.concatenate([part[step * batch_size : (step + 1) * batch_size] for part in shards])
+        start = step * batch_size * world_size
+        assert together.tolist() == order[start : start + batch_size * world_size].tolist()
+
+
+@given(st.integers(0, 500), st.integers(1, 7))
+def test_evaluation_shards_cover_each_image_exactly_once(count, world_size):
+    order = np.arange(count)
+    shards = [shard(order, r, world_size, drop_last=False, batch_size=16) for r in range(world_size)]
+    assert sorted(np.concatenate(shards).tolist()) == order.tolist()
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
