@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # A list, so that nothing is ever handed to a format whose reader starts another program (EPS starts Ghostscript).
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA")
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2", ".tga", ".jfif")
 )
@@ -34,7 +34,7 @@ def decode_image(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
-            with Image.open(path, formats=FORMATS) as image:
+            with _open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
                 image.load()
@@ -63,9 +63,14 @@ def jpeg_bytes(path: Path) -> bytes | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             plain = image.mode in ("RGB", "L") and _orientation(image) == 1
     return data if plain else None
+
+
+def _open(path: Path) -> Image.Image:
+    Image.init()  # Pillow registers the rarer formats late, and a list of formats must name registered ones
+    return Image.open(path, formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,0 +1,573 @@
+"""Where images come from: odd image files, CIFAR in each published form, digits, image folders and list files."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loaders.sources import open_source
+from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
+from loaders.sources.decode import MAX_PIXELS, decode_image, jpeg_bytes
+from loaders.sources.list_file import read_list
+
+RNG = np.random.default_rng(0)
+GRADIENT = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (32, 1))
+COLOUR = np.stack([GRADIENT, GRADIENT[:, ::-1], np.full_like(GRADIENT, 60)], axis=2)
+
+
+def save(path: Path, pixels: np.ndarray, mode: str | None = None, **options) -> Path:
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+# --- odd image files
+
+
+def test_plain_images_are_what_was_saved(tmp_path):
+    np.testing.assert_array_equal(decode_image(save(tmp_path / "a.png", COLOUR)), COLOUR)
+    for name in ("a.jpg", "a.webp"):
+        decoded = decode_image(save(tmp_path / name, COLOUR, quality=95))
+        assert decoded.dtype == np.uint8
+        assert np.abs(decoded.astype(int) - COLOUR).mean() < 3
+
+
+def test_grayscale_is_repeated_over_the_channels(tmp_path):
+    decoded = decode_image(save(tmp_path / "gray.png", GRADIENT))
+    np.testing.assert_array_equal(decoded, np.repeat(GRADIENT[:, :, None], 3, axis=2))
+    bilevel = decode_image(save(tmp_path / "one.png", GRADIENT, mode="1"))
+    assert set(np.unique(bilevel)) == {0, 255}
+
+
+@pytest.mark.parametrize("name", ["gray16.png", "gray16.tif", "gray16.pgm"])
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path, name):
+    deep = np.linspace(0, 65535, 32 * 48).astype(np.uint16).reshape(32, 48)
+    decoded = decode_image(save(tmp_path / name, deep))
+    np.testing.assert_array_equal(decoded[:, :, 0], np.rint(deep / 257).astype(np.uint8))
+    assert (decoded == decoded[:, :, :1]).all()
+
+
+def test_sixteen_bit_colour_is_scaled(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "rgb16.png"
+    cv2.imwrite(str(path), COLOUR[:, :, ::-1].astype(np.uint16) * 257)
+    assert np.abs(decode_image(path).astype(int) - COLOUR).max() <= 1
+
+
+def test_images_whose_white_is_unknown_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="floating-point"):
+        decode_image(save(tmp_path / "float.tif", GRADIENT.astype(np.float32) / 255))
+    with pytest.raises(ValueError, match="32-bit"):
+        decode_image(save(tmp_path / "deep.tif", GRADIENT.astype(np.int32) * 100_000))
+
+
+def test_cmyk_keeps_its_colours(tmp_path):
+    red = np.zeros((16, 16, 3), dtype=np.uint8)
+    red[:, :, 0] = 250
+    decoded = decode_image(save(tmp_path / "cmyk.jpg", red, mode="CMYK", quality=95))
+    assert np.abs(decoded.astype(int) - red).mean() < 6
+    assert jpeg_bytes(tmp_path / "cmyk.jpg") is None
+
+
+def test_alpha_is_dropped_and_palettes_are_looked_up(tmp_path):
+    rgba = np.dstack([COLOUR, np.zeros_like(GRADIENT)])
+    np.testing.assert_array_equal(decode_image(save(tmp_path / "alpha.png", rgba)), COLOUR)
+    gray_alpha = Image.merge("LA", [Image.fromarray(GRADIENT), Image.fromarray(GRADIENT)])
+    gray_alpha.save(tmp_path / "la.png")
+    np.testing.assert_array_equal(decode_image(tmp_path / "la.png")[:, :, 1], GRADIENT)
+    palette = Image.fromarray(COLOUR // 128 * 200).convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(tmp_path / "p.png", transparency=0)
+    np.testing.assert_array_equal(decode_image(tmp_path / "p.png"), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    # Where the EXIF standard puts the stored first row and first column in the upright image.
+    upright = {
+        1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+        5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: lambda x: np.rot90(x, 1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "turned.png", COLOUR, exif=exif)
+    np.testing.assert_array_equal(decode_image(path), upright[orientation](COLOUR))
+    jpeg = save(tmp_path / "turned.jpg", COLOUR, exif=exif)
+    assert (jpeg_bytes(jpeg) is None) == (orientation != 1)
+
+
+def test_the_content_decides_and_not_the_extension(tmp_path):
+    path = save(tmp_path / "really.png", COLOUR, format="PNG").rename(tmp_path / "lies.JPEG")
+    np.testing.assert_array_equal(decode_image(path), COLOUR)
+    assert jpeg_bytes(path) is None
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8), value, dtype=np.uint8)) for value in (10, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (decode_image(tmp_path / "a.gif") == 10).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".webp", ".tif"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_files_are_errors(tmp_path, suffix, share):
+    path = save(tmp_path / f"a{suffix}", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ValueError, match=r"damaged|not an image"):
+        decode_image(path)
+
+
+def test_files_that_are_no_images_are_errors(tmp_path):
+    for content, reason in ((b"", "empty"), (b"hello, world", "not an image"), (b"\xff\xd8\xff\xe0", "not an image")):
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            decode_image(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="no such file"):
+        decode_image(tmp_path / "absent.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(ValueError, match="damaged"):
+        decode_image(tmp_path / "folder.jpg")
+
+
+def test_a_file_that_claims_too_many_pixels_is_an_error(tmp_path):
+    path = save(tmp_path / "bomb.bmp", COLOUR)
+    data = bytearray(path.read_bytes())
+    data[18:26] = struct.pack("<ii", 20_000, MAX_PIXELS // 20_000 + 1)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"more pixels|are more than"):
+        decode_image(path)
+
+
+def test_untouched_jpeg_bytes_are_given_where_they_are_the_image(tmp_path):
+    path = save(tmp_path / "a.jpg", COLOUR)
+    assert jpeg_bytes(path) == path.read_bytes()
+
+
+# --- CIFAR
+
+SMALL10 = replace(CIFAR10, num_train=50 * 20, num_test=40)
+SMALL100 = replace(CIFAR100, num_train=1200, num_test=200)
+
+
+def cifar_records(spec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Random images for each of a data set's files, labels in turn: {"train_or_test file index": (pixels, labels)}."""
+    rng = np.random.default_rng(3)
+    files = spec.forms[0].train_files
+    sizes = {name: spec.num_train // len(files) for name in files} | {spec.forms[0].test_files[0]: spec.num_test}
+    return {
+        name: (rng.integers(0, 256, (n, 3072), dtype=np.uint8), np.arange(n) % spec.num_classes)
+        for name, n in sizes.items()
+    }
+
+
+def write_pickles(folder: Path, spec, protocol: int = 2, as_bytes: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    key = (lambda text: text.encode()) if as_bytes else (lambda text: text)
+    for name, (pixels, labels) in cifar_records(spec).items():
+        batch = {key("data"): pixels, key(spec.label_key): labels.tolist(), key("batch_label"): key("x")}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=protocol))
+    names = {key(spec.names_key): [key(f"class {c}") for c in range(spec.num_classes)]}
+    (folder / spec.forms[0].names_file).write_bytes(pickle.dumps(names, protocol=protocol))
+    return folder
+
+
+def write_binary(folder: Path, spec) -> Path:
+    folder.mkdir(parents=True)
+    for name, (pixels, labels) in cifar_records(spec).items():
+        prefix = np.zeros((len(labels), spec.label_bytes), dtype=np.uint8)
+        prefix[:, -1] = labels
+        (folder / f"{name}.bin").write_bytes(np.hstack([prefix, pixels]).tobytes())
+    (folder / spec.forms[1].names_file).write_text("".join(f"class {c}\n" for c in range(spec.num_classes)) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("spec", [SMALL10, SMALL100], ids=["cifar10", "cifar100"])
+def test_every_published_form_gives_the_same_images(tmp_path, spec):
+    expected = cifar_records(spec)
+    pixels = np.concatenate([expected[name][0] for name in spec.forms[0].train_files])
+    roots = []
+    for number, (protocol, as_bytes) in enumerate([(2, True), (2, False), (5, True)]):
+        write_pickles(tmp_path / str(number) / spec.forms[0].folder, spec, protocol, as_bytes)
+        roots.append(tmp_path / str(number))
+    roots.append(write_binary(tmp_path / "bin" / spec.forms[1].folder, spec))  # the folder itself as root
+    for number, form in enumerate(spec.forms):
+        root = tmp_path / f"tar{number}"
+        root.mkdir()
+        with tarfile.open(root / form.archive, "w:gz") as tar:
+            tar.add((roots[0] / form.folder) if number == 0 else roots[3], form.folder)
+        roots += [root, root / form.archive]
+    for root in roots:
+        train, test, names = read_cifar(spec, root, download=False)
+        np.testing.assert_array_equal(train.pixels, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        assert train.labels.tolist() == np.concatenate([expected[n][1] for n in spec.forms[0].train_files]).tolist()
+        assert len(test) == spec.num_test
+        assert names == tuple(f"class {c}" for c in range(spec.num_classes))
+
+
+def test_pickles_of_python_2_and_of_old_numpy_are_read():
+    """Protocol 2 as Python 2 wrote it: byte strings as text, arrays through numpy.core.multiarray."""
+    text = lambda s: b"U" + bytes([len(s)]) + s.encode("latin1")  # noqa: E731  (opcode SHORT_BINSTRING)
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text("u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + text("|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text("b") + b"\x87R(K\x01K\x03\x85"
+    array += dtype + b"\x89" + text("\x01\x80\xff") + b"tb"
+    content = load_pickle(
+        b"\x80\x02}(" + text("data") + array + text("label_names") + b"](" + text("cat") + b"euu.".replace(b"uu", b"u"),
+        "x",
+    )
+    assert content["data"].tolist() == [1, 128, 255]
+    assert content["label_names"] == ["cat"]
+    renamed = array.replace(b"numpy.core", b"numpy._core")
+    assert load_pickle(b"\x80\x02}(" + text("data") + renamed + b"u.", "x")["data"].tolist() == [1, 128, 255]
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_a_pickle_that_would_run_code_is_refused(capsys):
+    with pytest.raises(ValueError, match=r"asks for (builtins|__builtin__).print"):
+        load_pickle(pickle.dumps({b"data": Evil()}, protocol=2), "batch")
+    for payload in (b"cos\nsystem\n(S'true'\ntR.", b"c_codecs\nencode\n(Vx\nVzip\ntR."):
+        with pytest.raises(ValueError, match=r"not allowed|asks for"):
+            load_pickle(payload, "batch")
+    with pytest.raises(ValueError, match="holds a list"):
+        load_pickle(pickle.dumps([1]), "batch")
+    assert capsys.readouterr().out == ""
+
+
+def test_absent_incomplete_and_damaged_archives_say_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"not under .*cifar-10-python.tar.gz .* put|put cifar-10-python.tar.gz"):
+        read_cifar(SMALL10, tmp_path, download=False)
+    folder = write_pickles(tmp_path / "cifar-10-batches-py", SMALL10)
+    (folder / "data_batch_3").rename(folder / "data_batch_9")
+    with pytest.raises(ValueError, match="incomplete: data_batch_3 missing"):
+        read_cifar(SMALL10, tmp_path, download=False)
+    (folder / "data_batch_9").rename(folder / "data_batch_3")
+    whole = (folder / "data_batch_3").read_bytes()
+    (folder / "data_batch_3").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="data_batch_3 cannot be read"):
+        read_cifar(SMALL10, tmp_path, download=False)
+    (folder / "data_batch_3").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"holds 1,000 train images, cifar10 has 50,000"):
+        read_cifar(replace(SMALL10, num_train=50_000), tmp_path, download=False)
+
+    archive = tmp_path / "tar" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    archive.write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is damaged .* download it again"):
+        read_cifar(SMALL10, archive.parent, download=False)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder / "test_batch", "cifar-10-batches-py/test_batch")
+    with pytest.raises(ValueError, match="does not hold data_batch_1"):
+        read_cifar(SMALL10, archive.parent, download=False)
+    archive.write_bytes(archive.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="is damaged"):
+        read_cifar(SMALL10, archive.parent, download=False)
+
+
+def test_wrong_records_are_refused(tmp_path):
+    folder = write_binary(tmp_path / "cifar-10-batches-bin", SMALL10)
+    path = folder / "data_batch_1.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="not a multiple of 3073"):
+        read_cifar(SMALL10, tmp_path, download=False)
+    path.write_bytes(b"\x0b" + whole[1:])
+    with pytest.raises(ValueError, match="labels 0 to 11, cifar10 has 0 to 9"):
+        read_cifar(SMALL10, tmp_path, download=False)
+
+    fine_only = write_pickles(tmp_path / "p" / "cifar-100-python", SMALL100)
+    batch = pickle.loads((fine_only / "train").read_bytes())
+    del batch[b"fine_labels"]
+    (fine_only / "train").write_bytes(pickle.dumps(batch))
+    with pytest.raises(ValueError, match="no 'fine_labels' entry"):
+        read_cifar(SMALL100, tmp_path / "p", download=False)
+
+
+def test_a_failed_download_says_where_the_files_belong(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def offline(root, download):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(ValueError, match=r"put cifar-10-python.tar.gz .* download failed: network is unreachable"):
+        read_cifar(SMALL10, tmp_path, download=True)
+
+
+def test_cifar_is_cut_by_both_conventions(tmp_path):
+    write_binary(tmp_path / "cifar-10-batches-bin", SMALL10)
+    options = {"imbalance_factor": 9, "meta_per_class": 10, "download": False}
+    for convention, n_max, shared in (("paper", 90, False), ("ldam", 100, True)):
+        source = open_cifar(SMALL10, tmp_path, convention=convention, **options)
+        train, meta = source.splits["train"], source.splits["meta"]
+        counts = np.bincount(train.labels)
+        assert (counts[0], counts[-1]) == (n_max, n_max // 9)
+        assert np.bincount(meta.labels).tolist() == [10] * 10
+        assert bool(set(train.rows.tolist()) & set(meta.rows.tolist())) == shared
+        assert convention in train.provenance
+        assert train.name(3) == f"train[{train.rows[3]}]"
+        np.testing.assert_array_equal(train.image(3), train.pixels[train.rows[3]])
+
+
+def test_real_cifar10(real_data):
+    root = real_data("cifar-10-batches-py").parent
+    train, test, names = read_cifar(CIFAR10, root, download=False)
+    assert (len(train), len(test), names[3]) == (50_000, 10_000, "cat")
+    assert np.bincount(train.labels).tolist() == [5000] * 10
+
+
+# --- digits
+
+
+def test_digits_hold_out_a_balanced_test_and_meta_set():
+    source = open_source("digits", imbalance_factor=20, seed=1)
+    train, meta, test = (source.splits[name] for name in ("train", "meta", "test"))
+    assert np.bincount(test.labels).tolist() == [40] * 10
+    assert np.bincount(meta.labels).tolist() == [10] * 10
+    counts = np.bincount(train.labels)
+    assert counts[0] / counts[-1] >= 20
+    assert (np.diff(counts) <= 0).all()
+    rows = [set(split.rows.tolist()) for split in (train, meta, test)]
+    assert sum(map(len, rows)) == len(set.union(*rows))
+    assert (train.pixels.min(), train.pixels.max(), train.image(0).shape) == (0, 255, (8, 8, 3))
+
+    again = open_source("digits", imbalance_factor=20, seed=1)
+    np.testing.assert_array_equal(again.splits["test"].rows, test.rows)
+    other = open_source("digits", imbalance_factor=20, seed=2)
+    assert set(other.splits["test"].rows.tolist()) != rows[2]
+    assert sum(len(split) for split in open_source("digits").splits.values()) == 1797
+
+
+# --- image folders
+
+
+def make_folder(root: Path, splits: dict[str, dict[str, int]]) -> Path:
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                save(folder / f"{i:03d}.{'PNG' if i % 2 else 'png'}", np.full((4, 5, 3), i, dtype=np.uint8))
+            (folder / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_a_folder_with_three_splits(tmp_path):
+    root = make_folder(tmp_path, {"train": {"b": 5, "a c": 4}, "val": {"b": 3, "a c": 3}, "test": {"b": 2, "a c": 1}})
+    source = open_source("image_folder", root=root, meta_per_class=2)
+    assert source.class_names == ("a c", "b")
+    assert {name: np.bincount(split.labels).tolist() for name, split in source.splits.items()} == {
+        "train": [4, 5],
+        "meta": [2, 2],
+        "test": [1, 2],
+    }
+    assert source.splits["meta"].name(1) == str(root / "val" / "a c" / "001.PNG")
+    assert (source.splits["train"].image(2) == 2).all()
+    assert source.splits["train"].subset(np.array([4, 0])).name(0).endswith("train/b/000.png")
+
+
+@pytest.mark.parametrize("test_folder", ["test", "val"])
+def test_without_a_meta_folder_images_are_held_out_of_train(tmp_path, test_folder):
+    root = make_folder(tmp_path, {"train": {"a": 30, "b": 30}, test_folder: {"a": 2, "b": 2}})
+    source = open_source("image_folder", root=root, meta_per_class=10, imbalance_factor=4)
+    assert np.bincount(source.splits["train"].labels).tolist() == [20, 5]
+    assert [Path(path).stem for path in source.splits["meta"].paths[:2]] == ["020", "021"]
+    assert source.splits["test"].paths[0].startswith(test_folder)
+    with pytest.raises(ValueError, match="holding 30 out"):
+        open_source("image_folder", root=root, meta_per_class=30)
+
+
+def test_folders_that_do_not_fit_together_are_refused(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 1}})
+    with pytest.raises(ValueError, match=r"test has no images of 1 of 2 classes: b"):
+        open_source("image_folder", root=root, meta_per_class=1)
+    make_folder(tmp_path, {"val": {"a": 1, "b": 1, "zebra": 1}})
+    (tmp_path / "test" / "b").mkdir()
+    save(tmp_path / "test" / "b" / "x.png", COLOUR)
+    with pytest.raises(ValueError, match="classes that train has not: zebra"):
+        open_source("image_folder", root=root, meta_per_class=1)
+    with pytest.raises(ValueError, match="holds 2 classes, num_classes says 3"):
+        open_source("image_folder", root=root, num_classes=3)
+    with pytest.raises(ValueError, match="no folder 'train'"):
+        open_source("image_folder", root=tmp_path / "test")
+    make_folder(tmp_path / "lone", {"train": {"a": 1}})
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        open_source("image_folder", root=tmp_path / "lone")
+
+
+# --- list files
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Images below images/, and lists of train (6 and 4 a class), meta (3) and test (1)."""
+    for split, counts in (("train", (6, 4)), ("meta", (3, 3)), ("test", (1, 1))):
+        lines = []
+        for label, count in enumerate(counts):
+            folder = tmp_path / "images" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                save(folder / f"{i} of it.png", np.full((2, 2, 3), i, dtype=np.uint8))
+                lines.append(f"{split}/class {label}/{i} of it.png {label}\n")
+        (tmp_path / f"{split}.txt").write_text("".join(lines) + "\n")
+    return tmp_path
+
+
+def open_lists(folder: Path, *, root: str = "images", meta: bool = True, **changes):
+    paths = {f"{split}_list": folder / f"{split}.txt" for split in ("train", "meta", "test")[:: 1 if meta else 2]}
+    return open_source("list_file", root=folder / root, **{**paths, "meta_per_class": 2, **changes})
+
+
+def test_lists_with_spaces_in_their_paths(lists):
+    source = open_lists(lists)
+    assert source.class_names == ("class 0", "class 1")
+    assert {name: np.bincount(split.labels).tolist() for name, split in source.splits.items()} == {
+        "train": [6, 4],
+        "meta": [2, 2],
+        "test": [1, 1],
+    }
+    assert source.splits["meta"].paths == [f"meta/class {c}/{i} of it.png" for c in (0, 1) for i in (0, 1)]
+    assert (source.splits["train"].image(5) == 5).all()
+
+
+def test_without_a_meta_list_images_are_held_out_of_train(lists):
+    source = open_lists(lists, meta=False)
+    assert np.bincount(source.splits["train"].labels).tolist() == [4, 2]
+    assert source.splits["meta"].paths[0] == "train/class 0/4 of it.png"
+
+
+def test_a_higher_imbalance_takes_prefixes_of_each_class(lists):
+    source = open_lists(lists, imbalance_factor=3)
+    assert source.splits["train"].paths == [f"train/class 0/{i} of it.png" for i in range(6)] + [
+        f"train/class 1/{i} of it.png" for i in range(2)
+    ]
+
+
+def test_malformed_lists_are_refused_with_line_numbers(lists):
+    path = lists / "train.txt"
+    for content, message in (
+        ("a.png 0\nb.png\n\nc.png -1\n", r"2 lines are not .*: line 2: 'b.png'; line 4: 'c.png -1'"),
+        ("a b.png 0\nc.png 1\na b.png 0\n", r"1 images are listed more than once: lines 1 and 3: a b.png"),
+        ("\n", "lists no images"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_list(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_list(lists / "absent.txt")
+    path.write_bytes(b"\xef\xbb\xbfa.png\t0\r\nb.png   1\r\n")
+    assert read_list(path).paths == ["a.png", "b.png"]
+
+
+def test_labels_that_do_not_fit_are_refused(lists):
+    with pytest.raises(ValueError, match="has label 1, but num_classes is 1"):
+        open_lists(lists, num_classes=1)
+    with pytest.raises(ValueError, match=r"train.txt has no image of 1 of 3 classes .*: 2"):
+        open_lists(lists, num_classes=3)
+    (lists / "test.txt").write_text("test/class 0/0 of it.png 2\n")
+    with pytest.raises(ValueError, match="has no image of 1 of 3"):
+        open_lists(lists)
+    with pytest.raises(ValueError, match="needs --train-list and --test-list"):
+        open_source("list_file", root=lists)
+
+
+def test_an_image_in_two_lists_is_refused(lists):
+    (lists / "test.txt").write_text((lists / "meta.txt").read_text())
+    with pytest.raises(ValueError, match=r"6 images are in both .*meta.txt and .*test.txt"):
+        open_lists(lists)
+
+
+def test_missing_files_are_counted_and_the_right_root_is_suggested(lists):
+    (lists / "images" / "train" / "class 1" / "2 of it.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"1 of 10 files of .*train.txt do not exist under .*train/class 1/2 of it.png"
+    ):
+        open_lists(lists)
+    with pytest.raises(ValueError, match=r"10 of 10 .* They are under .*images: give that as root"):
+        open_lists(lists, root=".")
+    text = (lists / "train.txt").read_text()
+    (lists / "train.txt").write_text(
+        text.replace("train/", "data_256/a/train/").replace("train/class 1/2 of", "train/class 1/3 of", 0)
+    )
+    with pytest.raises(ValueError, match=r"Without 'data_256/a/' they are under .*images: remove 'data_256/a/'"):
+        open_lists(lists)
+    (lists / "train.txt").write_text(text.replace("of it", "of them"))
+    with pytest.raises(ValueError, match="Is root the folder"):
+        open_lists(lists)
+
+
+def test_classes_without_a_folder_of_their_own_are_numbered(lists):
+    for split in ("train", "meta", "test"):
+        path = lists / f"{split}.txt"
+        path.write_text(
+            path.read_text()
+            .replace(f"{split}/class 0/0 of it.png 0", f"{split}/class 1/0 of it.png 0")
+            .replace(f"{split}/class 1/0 of it.png 1", f"{split}/class 0/0 of it.png 1")
+        )
+    assert open_lists(lists, meta=False, meta_per_class=1).class_names == ("0", "1")
+
+
+def test_real_lists(real_data):
+    folder = real_data("lists")
+    train = read_list(folder / "Places_LT_train.txt")
+    counts = np.bincount(train.labels)
+    assert (len(train.paths), len(counts), counts.max(), counts.min()) == (62_500, 365, 4980, 5)
+    assert len(read_list(folder / "ImageNet_LT_val.txt").paths) == 20_000
+    prefixed = read_list(folder / "oltr_prefix" / "Places_LT_val.txt")
+    plain = read_list(folder / "Places_LT_val.txt")
+    assert [Path(path).name for path in prefixed.paths] == [Path(path).name for path in plain.paths]
+    with pytest.raises(ValueError, match="62,500 of 62,500 files"):
+        open_source(
+            "list_file",
+            root=folder,
+            **{
+                f"{s}_list": folder / f"Places_LT_{v}.txt"
+                for s, v in (("train", "train"), ("meta", "val"), ("test", "test"))
+            },
+        )
+
+
+def test_real_odd_images(real_data):
+    paths = sorted(path for path in real_data("imagenet_samples").iterdir() if path.suffix.lower() in (".jpeg", ".jpg"))
+    assert len(paths) >= 100
+    for path in paths[:40]:
+        decoded = decode_image(path)
+        with Image.open(path) as image:
+            assert decoded.shape == (image.height, image.width, 3)
+            np.testing.assert_array_equal(decoded, np.asarray(image.convert("RGB")))
+
+
+# --- open_source
+
+
+def test_wrong_arguments_are_refused_with_advice(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        open_source("cifar-10")
+    with pytest.raises(ValueError, match="needs a root"):
+        open_source("image_folder")
+    with pytest.raises(ValueError, match="does not exist"):
+        open_source("cifar10", root=tmp_path / "absent", download=False)
+    for factor in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="imbalance_factor"):
+            open_source("digits", imbalance_factor=factor)
+    with pytest.raises(ValueError, match="meta_per_class is 0"):
+        open_source("digits", meta_per_class=0)
+    with pytest.raises(ValueError, match="digits has 10 classes, num_classes says 11"):
+        open_source("digits", num_classes=11)
+    with pytest.raises(ValueError, match="leaves the last of 10 classes"):
+        open_source("digits", imbalance_factor=5000)
