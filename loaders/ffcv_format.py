@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -235,6 +236,7 @@ def _writer_process(
     """The child: FFCV's writer, with a thread that watches its workers."""
     os.setpgrp()  # one group to kill, and Ctrl-C reaches the parent alone
     os.dup2(errors, 2)  # the workers' tracebacks are the reason that is reported
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the parent's may not write to descriptor 2
     np.random.seed(0)  # FFCV draws from it in mode "proportion"
     import cv2
     import ffcv.writer

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -107,7 +110,8 @@ def map_chunks(
 @contextmanager
 def _pool(workers: int, function: Callable, subject: object) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(function, subject))
+    arguments = (function, subject, os.getpid())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments)
     try:
         yield pool
     finally:
@@ -117,9 +121,18 @@ def _pool(workers: int, function: Callable, subject: object) -> Iterator[Process
 _task: tuple[Callable, object] | None = None  # of a worker process, set once when it is forked
 
 
-def _start(function: Callable, subject: object) -> None:
+def _start(function: Callable, subject: object, parent: int) -> None:
     global _task
     _task = (function, subject)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone; it would wait for work for ever, and keep the parent's lock."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
 
 
 def _run(chunk: range) -> object:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"  # the last file written; a folder that has it is one of ours, and complete
 LOCK = ".lock"
+LOCK_PATIENCE_S = 3.0
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -34,10 +36,8 @@ def work_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"cannot write next to {out}: {error.strerror} ({error.filename})") from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder") from None
+        if not _lock(lock):
+            raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder")
         try:
             for entry in work.iterdir():
                 if entry.name != LOCK:
@@ -47,6 +47,20 @@ def work_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock, unless it is held for longer than the processes of a killed conversion need to end."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:

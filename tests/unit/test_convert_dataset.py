@@ -1,0 +1,235 @@
+"""The command line of tools/convert_dataset.py: what it makes, what it says, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loaders.dataset import ConvertedDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "convert_dataset.py"
+sys.path.insert(0, str(TOOL.parent))
+
+import convert_dataset  # noqa: E402
+
+
+def run(*words: object, code: int = 0) -> None:
+    assert convert_dataset.main([str(word) for word in words]) == code
+
+
+def usage_error(capsys, *words: object) -> str:
+    """The message of a command line that argparse refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        convert_dataset.main([str(word) for word in words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "digits"
+    run("digits", "--out", out, "--imbalance", 20, "--quiet")
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An image folder with three noisy classes, 12 train and 3 test images each."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 3)):
+        for name in ("ant", "bee", "cow"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i:02d}.jpg")
+    return tmp_path / "images"
+
+
+def test_the_same_command_again_has_nothing_to_do(digits, capsys):
+    before = (digits / "manifest.json").stat()
+    run("digits", "--out", digits, "--imbalance", 20, "--workers", 1)
+    assert "already holds this data set: nothing to do" in capsys.readouterr().out
+    assert (digits / "manifest.json").stat() == before
+
+
+def test_another_data_set_is_not_overwritten_unasked(digits, capsys):
+    run("digits", "--out", digits, "--imbalance", 10, code=2)
+    assert "holds another data set" in capsys.readouterr().err
+    assert ConvertedDataset.open(digits).class_counts().counts[0] == 128
+
+
+def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
+    import shutil
+
+    run("--verify", digits, "--quiet")
+    assert "every checksum holds, and all 931 images decode" in capsys.readouterr().out
+    copy = Path(shutil.copytree(digits, tmp_path / "copy"))
+    with (copy / "meta.beton").open("r+b") as file:
+        file.seek(2**21)
+        file.write(b"damage")
+    run("--verify", copy, "--quiet", code=1)
+    assert "meta.beton: its sha256" in capsys.readouterr().err
+    run("--verify", tmp_path, "--quiet", code=2)
+    assert "not a converted data set" in capsys.readouterr().err
+
+
+def test_an_image_folder_is_converted_scaled_and_overwritten(folder, tmp_path, capsys):
+    words = ["image_folder", "--root", folder, "--out", tmp_path / "out", "--meta-per-class", 4, "--quiet"]
+    run(*words, "--imbalance", 4, "--mode", "jpg", "--max-resolution", 32)
+    out = capsys.readouterr().out
+    assert "train: 14 images of " in out
+    assert "3 classes of 8 to 2 training images" in out
+    dataset = ConvertedDataset.open(tmp_path / "out")
+    assert dataset.class_names == ("ant", "bee", "cow")
+    assert max(dataset.manifest["splits"]["train"]["image_size"]["max"]) == 32
+    run(*words, "--overwrite")
+    assert ConvertedDataset.open(tmp_path / "out").image_shape("train") is None
+    run("--verify", tmp_path / "out", "--quiet")
+
+
+def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys):
+    bad = folder / "train" / "bee" / "05.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    words = ["image_folder", "--root", folder, "--out", tmp_path / "out", "--meta-per-class", 4, "--quiet"]
+    run(*words, code=2)
+    error = capsys.readouterr().err
+    assert "1 of 45 images cannot be converted" in error
+    assert str(bad) in error
+    assert not (tmp_path / "out").exists()
+    run(*words, "--on-error", "skip")
+    assert "1 images could not be decoded" in capsys.readouterr().out
+    assert str(bad) in (tmp_path / "out" / "skipped.txt").read_text()
+    assert ConvertedDataset.open(tmp_path / "out").class_counts().counts.tolist() == [8, 7, 8]
+
+
+def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
+    run("image_folder", "--root", folder, "--out", tmp_path / "out", "--meta-per-class", 4)
+    error = capsys.readouterr().err
+    assert "check train" in error
+    assert "write train" in error
+    assert "img/s" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digitz", "--out", "x"], "did you mean 'digits'"),
+        ([], "a source and --out DIR are needed"),
+        (["digits"], "a source and --out DIR are needed"),
+        (["digits", "--out", "x", "--verify", "y"], "takes neither a source nor --out"),
+        (["digits", "--out", "x", "--train-list", "y"], "--train-list is for list_file only"),
+        (["image_folder", "--out", "x", "--convention", "ldam"], "--convention is for cifar10 and cifar100 only"),
+        (["digits", "--out", "x", "--imbalance", "ten"], "argument --imbalance: invalid float value"),
+        (["digits", "--out", "x", "--mode", "smart"], "argument --mode: invalid choice: 'smart'"),
+        (["digits", "--out", "x", "--format", "tar"], "argument --format: invalid choice"),
+    ],
+)
+def test_command_lines_that_make_no_sense(capsys, words, message):
+    assert message in usage_error(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digits", "--imbalance", "0.5"], "imbalance_factor is 0.5"),
+        (["digits", "--imbalance", "1000"], "it can be at most 128"),
+        (["digits", "--jpeg-quality", "0"], "jpeg_quality is 0"),
+        (["digits", "--workers", "0"], "num_workers is 0"),
+        (["digits", "--meta-per-class", "500"], "digits has room for 1 to"),
+        (["image_folder", "--root", "absent"], "does not exist"),
+        (["list_file", "--root", "."], "needs --train-list and --test-list"),
+        (["cifar10", "--root", ".", "--no-download"], "put cifar-10-python.tar.gz"),
+    ],
+)
+def test_bad_input_is_one_message_before_any_work(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    run(*words, "--out", "x", code=2)
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("convert_dataset.py: error: ")
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_usage_error_does_not_wait_for_torch(tmp_path):
+    """Nothing heavy may be imported to refuse a command line or a missing folder."""
+    script = (
+        f"import sys; sys.argv = ['x', 'image_folder', '--root', {str(tmp_path / 'absent')!r}, '--out', 'x']\n"
+        f"sys.path.insert(0, {str(TOOL.parent)!r}); import convert_dataset\n"
+        "assert convert_dataset.main() == 2\n"
+        "print(sorted({'torch', 'ffcv', 'sklearn', 'torchvision', 'numba', 'cv2'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (signal.SIGKILL, "out.partial/.lock"),
+        (signal.SIGKILL, "out.partial/train.beton.partial"),
+        (signal.SIGINT, "out.partial/train.beton.partial"),
+    ],
+    ids=["killed while checking", "killed while writing", "interrupted while writing"],
+)
+def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarted(tmp_path, how, when):
+    """Ended when the file `when` appears: its processes end, too, and the same command then succeeds."""
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    for split, count in (("train", 60), ("test", 2)):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pixels).save(folder / f"{i}.bmp")
+    words = ["image_folder", "--root", tmp_path / "images", "--out", tmp_path / "out", "--meta-per-class", 2]
+    words = [str(word) for word in [*words, "--workers", 2, "--quiet"]]
+    before = shared_memory()
+    process = subprocess.Popen([sys.executable, str(TOOL), *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / when).exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(how)
+    error = process.communicate(timeout=60)[1]
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert not (tmp_path / "out.partial").exists()
+    else:
+        assert process.returncode == -how
+    run(*words)
+    assert ConvertedDataset.open(tmp_path / "out").class_counts().counts.tolist() == [58, 58]
+    assert not (tmp_path / "out.partial").exists()
+    assert shared_memory() <= before
+
+
+def shared_memory() -> set[Path]:
+    return set(Path("/dev/shm").glob("psm_*"))
+
+
+def test_real_cifar10_by_both_conventions(real_data, tmp_path):
+    root = real_data("cifar-10-batches-py").parent
+    for convention, total in (("ldam", 12_406), ("paper", 12_380)):
+        out = tmp_path / convention
+        run("cifar10", "--root", root, "--out", out, "--imbalance", 100, "--convention", convention, "--quiet")
+        dataset = ConvertedDataset.open(out)
+        assert dataset.class_counts().counts.sum() == total
+        assert dataset.image_shape("test") == (32, 32)
+        run("--verify", out, "--quiet")
+
+
+def test_real_list_files(real_data, tmp_path):
+    root = real_data("tiny100_lt")
+    lists = [word for split in ("train", "meta", "test") for word in (f"--{split}-list", root / f"{split}.txt")]
+    run("list_file", "--root", root / "images", *lists, "--imbalance", 100, "--out", tmp_path / "out", "--quiet")
+    counts = ConvertedDataset.open(tmp_path / "out").class_counts().counts
+    assert (counts.sum(), counts[0], counts[-1]) == (10_626, 490, 4)

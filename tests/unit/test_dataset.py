@@ -1,0 +1,267 @@
+"""Converted data sets on disk: complete or refused, whatever happened to them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loaders import dataset as dataset_module
+from loaders.beton import Beton
+from loaders.dataset import ConvertedDataset, conversion_request, convert
+from loaders.ffcv_format import FfcvOptions
+from loaders.sources import FileSplit, Source, open_source
+from loaders.verify import verify
+
+OPTIONS = FfcvOptions(num_workers=2)
+REQUEST = conversion_request("digits", imbalance_factor=20, options=OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> ConvertedDataset:
+    source = open_source("digits", imbalance_factor=20)
+    return convert(source, tmp_path_factory.mktemp("data") / "digits", options=OPTIONS, request=REQUEST, progress=False)
+
+
+@pytest.fixture
+def copy(converted, tmp_path) -> Path:
+    return Path(shutil.copytree(converted.root, tmp_path / "copy"))
+
+
+@pytest.fixture
+def files(tmp_path) -> Source:
+    """A source of image files: 6 train, 2 meta and 2 test images of two classes; two of train are damaged."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    splits = {}
+    for name, count in (("train", 6), ("meta", 2), ("test", 2)):
+        paths = [f"{name}{i}.png" for i in range(count)]
+        for i, path in enumerate(paths):
+            Image.fromarray(np.full((6 + i, 9, 3), i, dtype=np.uint8)).save(folder / path)
+        splits[name] = FileSplit(folder, paths, np.arange(count) % 2, f"{name} of the test")
+    (folder / "train2.png").write_bytes(b"")
+    (folder / "train5.png").write_bytes(b"no image")
+    return Source("image_folder", ("cat", "dog"), splits)
+
+
+def edit(root: Path, **changes) -> None:
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_what_was_converted_opens(converted):
+    source = open_source("digits", imbalance_factor=20)
+    opened = ConvertedDataset.open(str(converted.root))
+    assert opened.class_names == tuple("0123456789")
+    assert opened.num_classes == 10
+    for name, split in source.splits.items():
+        assert opened.labels(name).dtype == np.int64
+        np.testing.assert_array_equal(opened.labels(name), split.labels)
+        beton = Beton.open(opened.beton(name))
+        np.testing.assert_array_equal(beton.labels, split.labels)
+        assert all((beton.image(i) == split.image(i)).all() for i in range(len(split)))
+        assert opened.image_shape(name) == (8, 8)
+    counts = opened.class_counts((50, 10))
+    np.testing.assert_array_equal(counts.counts, np.bincount(source.splits["train"].labels))
+    assert (counts.names, counts.shots) == (opened.class_names, (50, 10))
+    assert verify(opened, progress=False) == []
+    with pytest.raises(ValueError, match="did you mean 'test'"):
+        opened.labels("tests")
+
+
+def test_the_manifest_says_what_is_inside(converted):
+    manifest = converted.manifest
+    assert manifest["schema"] == dataset_module.SCHEMA
+    assert manifest["splits"]["test"] == {
+        "count": 400,
+        "class_counts": [40] * 10,
+        "provenance": "scikit-learn load_digits, seed 0: 40 a class",
+        "image_size": {"same": True, "min": [8, 8], "max": [8, 8]},
+        "skipped": 0,
+    }
+    assert set(manifest["files"]) == {"labels.npz", "train.beton", "meta.beton", "test.beton"}
+    assert manifest["formats"] == {"ffcv": {"mode": "raw", "max_resolution": None, "jpeg_quality": 90}}
+    assert set(manifest["versions"]) >= {"python", "numpy", "pillow", "ffcv"}
+    assert manifest["skipped"] == 0
+    assert sorted(path.name for path in converted.root.iterdir()) == sorted([*manifest["files"], "manifest.json"])
+
+
+def test_a_request_is_recognised(converted):
+    assert converted.matches(REQUEST)
+    assert converted.matches(conversion_request("digits", imbalance_factor=20.0, options=FfcvOptions(num_workers=7)))
+    for other in (
+        conversion_request("digits", imbalance_factor=10, options=OPTIONS),
+        conversion_request("digits", imbalance_factor=20, options=FfcvOptions("jpg")),
+        conversion_request("cifar10", imbalance_factor=20, options=OPTIONS),
+    ):
+        assert not converted.matches(other)
+    one, other = (conversion_request("list_file", train_list=f"{folder}/a.txt", options=OPTIONS) for folder in "xy")
+    assert one == other
+
+
+def test_folders_that_are_no_data_set_are_refused_with_the_command(copy, tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist.*convert_dataset.py SOURCE --out .*nowhere"):
+        ConvertedDataset.open(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="it is empty"):
+        ConvertedDataset.open(tmp_path / "empty")
+    (tmp_path / "empty" / "holiday.txt").touch()
+    with pytest.raises(ValueError, match=r"not a converted data set, it has no manifest.json \(it holds holiday.txt\)"):
+        ConvertedDataset.open(tmp_path / "empty")
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="unfinished or damaged"):
+        ConvertedDataset.open(copy)
+
+
+def test_damaged_data_sets_are_refused(copy):
+    with (copy / "train.beton").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"damaged: train.beton has [\d,]+ bytes, its manifest says"):
+        ConvertedDataset.open(copy)
+    (copy / "train.beton").unlink()
+    with pytest.raises(ValueError, match=r"damaged: train.beton is missing"):
+        ConvertedDataset.open(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not a manifest"):
+        ConvertedDataset.open(copy)
+
+
+def test_other_schemas_are_refused(copy):
+    edit(copy, schema=dataset_module.SCHEMA + 1)
+    with pytest.raises(ValueError, match="update fastlt"):
+        ConvertedDataset.open(copy)
+    edit(copy, schema=0)
+    with pytest.raises(ValueError, match="--overwrite"):
+        ConvertedDataset.open(copy)
+
+
+def test_another_format_only_is_said_to_lack_ffcv(copy):
+    edit(copy, formats={"dali": {}})
+    with pytest.raises(ValueError, match="was not converted to FFCV"):
+        ConvertedDataset.open(copy).beton("train")
+
+
+def test_verify_finds_a_changed_byte_and_disagreeing_labels(copy, converted):
+    data = bytearray((copy / "test.beton").read_bytes())
+    data[2**21 + 100] ^= 1
+    (copy / "test.beton").write_bytes(data)
+    problems = verify(ConvertedDataset.open(copy), progress=False)
+    assert len(problems) == 1
+    assert problems[0].startswith("test.beton: its sha256")
+
+    shutil.copy(converted.root / "test.beton", copy / "test.beton")
+    described = converted.manifest["splits"]
+    wrong = {**described["meta"], "class_counts": [100], "image_size": {"same": True, "min": [9, 9], "max": [9, 9]}}
+    edit(copy, splits={**described, "meta": wrong})
+    problems = verify(ConvertedDataset.open(copy), progress=False)
+    assert [problem.split(":")[0] for problem in problems] == ["meta", "meta"]
+
+
+def test_verify_decodes_every_jpeg(files, tmp_path):
+    out = tmp_path / "out"
+    dataset = convert(files, out, options=FfcvOptions("jpg"), request={}, on_error="skip", progress=False)
+    assert verify(dataset, progress=False) == []
+    beton = Beton.open(dataset.beton("test"))
+    data = bytearray(dataset.beton("test").read_bytes())
+    start = bytes(data).index(beton.encoded(1).tobytes())
+    data[start : start + 20] = bytes(20)
+    dataset.beton("test").write_bytes(data)
+    described = {
+        **dataset.manifest["files"],
+        "test.beton": {"bytes": len(data), "sha256": dataset_module.file_sha256(dataset.beton("test"))},
+    }
+    edit(out, files=described)
+    problems = verify(ConvertedDataset.open(out), progress=False)
+    assert len(problems) == 1
+    assert "test.beton, image 1: damaged" in problems[0]
+
+
+def test_bad_images_stop_the_conversion_and_are_listed(files, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"(?s)2 of 10 images .*skip:.*train2.png: the file is empty.*train5.png: not an"
+    ):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_bad_images_are_skipped_and_written_down(files, tmp_path):
+    dataset = convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert dataset.labels("train").tolist() == [0, 1, 1, 0]
+    assert dataset.manifest["skipped"] == dataset.manifest["splits"]["train"]["skipped"] == 2
+    assert dataset.image_shape("train") is None
+    assert dataset.manifest["splits"]["train"]["image_size"] == {"same": False, "min": [6, 9], "max": [10, 9]}
+    lines = (dataset.root / "skipped.txt").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [
+        ["train", str(tmp_path / f"images/train{i}.png")] for i in (2, 5)
+    ]
+    assert "skipped.txt" in dataset.manifest["files"]
+
+
+def test_skipping_never_loses_a_class(files, tmp_path):
+    for i in (1, 3):
+        (tmp_path / "images" / f"train{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="'train' has no image of 1 of 2 classes that can be decoded: dog"):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="must be 'stop' or 'skip'"):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="ignore")
+
+
+@pytest.mark.parametrize("failing", ["write_beton", "write_durably", "publish"])
+def test_a_conversion_that_fails_leaves_nothing(files, tmp_path, monkeypatch, failing):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset_module, failing, fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_what_a_killed_conversion_left_is_cleaned(files, tmp_path):
+    stale = tmp_path / "out.partial"
+    (stale / "folder").mkdir(parents=True)
+    (stale / "train.beton").write_bytes(b"half")
+    (stale / "manifest.json").write_text("{}")
+    dataset = convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert not stale.exists()
+    assert not (dataset.root / "folder").exists()
+    assert verify(dataset, progress=False) == []
+
+
+def test_two_conversions_do_not_write_the_same_folder(files, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with (tmp_path / "out.partial" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another conversion is writing"):
+            convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_only_converted_data_sets_are_replaced_and_only_when_asked(files, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    options = {"options": OPTIONS, "on_error": "skip", "progress": False}
+    convert(files, out, request={"a": 1}, **options)  # an empty folder is not in the way
+    with pytest.raises(ValueError, match="already holds a converted data set"):
+        convert(files, out, request={"a": 2}, **options)
+    assert convert(files, out, request={"a": 2}, overwrite=True, **options).matches({"a": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+    with pytest.raises(ValueError, match="is not a converted data set: give another folder"):
+        convert(files, tmp_path / "images", request={}, overwrite=True, **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="give another folder"):
+        convert(files, tmp_path / "file", request={}, overwrite=True, **options)
+    with pytest.raises(ValueError, match="cannot write next to"):
+        convert(files, tmp_path / "file" / "out", request={}, **options)
+
+
+def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(ValueError, match=r"need 0.0 GiB as raw pixels .* set max_resolution"):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)

@@ -1,0 +1,214 @@
+"""The FFCV writer: what is stored, what is refused, and that it always ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loaders.beton import Beton
+from loaders.ffcv_format import FfcvOptions, _page_and_workers, stored_sizes, write_beton
+from loaders.image_check import ImageCheck, check_images
+from loaders.sources import ArraySplit, FileSplit
+
+RNG = np.random.default_rng(0)
+
+
+def in_memory(count: int, height: int = 8, width: int = 8) -> ArraySplit:
+    pixels = RNG.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return ArraySplit.whole(pixels, RNG.integers(0, 10, count), origin="noise", provenance="noise")
+
+
+def in_files(folder: Path, shapes: list[tuple[int, int]]) -> FileSplit:
+    paths = []
+    for i, shape in enumerate(shapes):
+        paths.append(f"{i}.png")
+        Image.fromarray(RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(folder / paths[-1])
+    return FileSplit(folder, paths, np.arange(len(paths)) % 3, "noise")
+
+
+@dataclass(frozen=True)
+class Trouble(ArraySplit):
+    """Images in memory that pass the check; reading image `at` does something else."""
+
+    at: int = 0
+    what: str = ""
+
+    def image(self, i: int) -> np.ndarray:
+        if i == self.at:
+            if self.what == "raise":
+                raise RuntimeError("the disk went away")
+            if self.what == "die":
+                os.kill(os.getpid(), 9)
+            time.sleep(600)
+        return super().image(i)
+
+
+def troubled(what: str, at: int = 120) -> Trouble:
+    split = in_memory(250)
+    return Trouble(split.pixels, split.labels, split.rows, split.origin, split.provenance, at, what)
+
+
+def shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.glob("psm_*")} if folder.is_dir() else set()
+
+
+@pytest.mark.parametrize("count", [1, 3, 431])
+def test_raw_images_and_labels_come_back_in_split_order(tmp_path, count):
+    split = in_memory(count)
+    done = []
+    assert write_beton(tmp_path / "a.beton", split, FfcvOptions(), advance=done.append) == []
+    beton = Beton.open(tmp_path / "a.beton")
+    assert len(beton) == sum(done) == count
+    np.testing.assert_array_equal(beton.labels, split.labels)
+    for i in range(count):
+        np.testing.assert_array_equal(beton.image(i), split.image(i))
+    assert (tmp_path / "a.beton").stat().st_size < 5 * 2**20  # two pages of 2 MiB, not 8 MiB times the cores
+    assert [path.name for path in tmp_path.iterdir()] == ["a.beton"]
+
+
+def test_several_workers_write_what_one_writes(tmp_path):
+    split = in_memory(900, 64, 64)
+    for workers in (1, 3):
+        write_beton(tmp_path / f"{workers}.beton", split, FfcvOptions(num_workers=workers))
+        beton = Beton.open(tmp_path / f"{workers}.beton")
+        np.testing.assert_array_equal(beton.labels, split.labels)
+        assert all((beton.image(i) == split.image(i)).all() for i in range(len(split)))
+
+
+def test_jpeg_and_proportion_store_jpegs(tmp_path):
+    smooth = np.tile(np.linspace(0, 255, 40).astype(np.uint8)[None, None, :, None], (60, 30, 1, 3))
+    split = ArraySplit.whole(smooth, np.zeros(60), origin="ramp", provenance="ramp")
+    write_beton(tmp_path / "jpg.beton", split, FfcvOptions("jpg", jpeg_quality=95))
+    jpg = Beton.open(tmp_path / "jpg.beton")
+    assert jpg.is_jpeg.all()
+    assert np.abs(jpg.image(7).astype(int) - smooth[7]).mean() < 3
+    write_beton(tmp_path / "half.beton", split, FfcvOptions("proportion"))
+    assert 10 < Beton.open(tmp_path / "half.beton").is_jpeg.sum() < 50
+
+
+def test_long_sides_become_exactly_the_maximal_resolution(tmp_path):
+    split = in_files(tmp_path, [(30, 90), (90, 30), (64, 64), (20, 10), (1, 400), (47, 47)])
+    write_beton(tmp_path / "a.beton", split, FfcvOptions(max_resolution=45))
+    beton = Beton.open(tmp_path / "a.beton")
+    shapes = list(zip(beton.heights.tolist(), beton.widths.tolist(), strict=True))
+    assert shapes == [(15, 45), (45, 15), (45, 45), (20, 10), (1, 45), (45, 45)]
+    np.testing.assert_array_equal(beton.image(3), split.image(3))
+    assert abs(beton.image(2).mean() - split.image(2).mean()) < 2
+
+
+def test_every_size_scales_to_the_maximal_resolution():
+    sizes = np.stack(np.meshgrid(np.arange(1, 700, 7), np.arange(1, 700, 3)), axis=-1).reshape(-1, 2)
+    stored = stored_sizes(sizes, 256)
+    large = sizes.max(axis=1) > 256
+    assert (stored[large].max(axis=1) == 256).all()
+    assert (stored[~large] == sizes[~large]).all()
+    assert stored.min() >= 1
+    assert stored_sizes(sizes, None) is sizes
+
+
+def test_bad_images_are_left_out_and_returned(tmp_path):
+    split = in_files(tmp_path, [(5, 6)] * 70)
+    (tmp_path / "3.png").write_bytes(b"")
+    (tmp_path / "66.png").write_bytes((tmp_path / "66.png").read_bytes()[:60])
+    done = []
+    check = check_images(split, num_workers=2, advance=done.append)
+    assert sum(done) == 70
+    assert [(image.index, image.name) for image in check.bad] == [(i, str(tmp_path / f"{i}.png")) for i in (3, 66)]
+    assert "empty" in str(check.bad[0])
+    assert check.sizes[4].tolist() == [5, 6]
+
+    skipped = write_beton(tmp_path / "a.beton", split, FfcvOptions(num_workers=2))
+    assert [image.index for image in skipped] == [3, 66]
+    beton = Beton.open(tmp_path / "a.beton")
+    good = [i for i in range(70) if i not in (3, 66)]
+    np.testing.assert_array_equal(beton.labels, split.labels[good])
+    np.testing.assert_array_equal(beton.image(3), split.image(4))
+
+
+def test_a_split_without_a_good_image_is_refused(tmp_path):
+    split = in_files(tmp_path, [(5, 6)])
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        write_beton(tmp_path / "a.beton", split, FfcvOptions())
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("raise", r"a worker of FFCV's writer failed: ValueError: noise\[120\]: the disk went away"),
+        ("die", r"killed by signal 9 \(out of memory\?\)"),
+        ("hang", "no progress for 1.5 s"),
+    ],
+)
+def test_a_stuck_writer_is_ended_with_the_reason_and_leaves_nothing(tmp_path, what, reason):
+    before, children, start = shared_memory(), multiprocessing.active_children(), time.monotonic()
+    with pytest.raises(ValueError, match=reason):
+        write_beton(tmp_path / "a.beton", troubled(what), FfcvOptions(num_workers=2), timeout_s=1.5)
+    assert time.monotonic() - start < 60
+    assert list(tmp_path.iterdir()) == []
+    assert multiprocessing.active_children() == children
+    assert shared_memory() <= before
+
+
+def test_an_error_of_the_writer_itself_is_reported(tmp_path):
+    with pytest.raises(ValueError, match=r"FFCV's writer failed: FileNotFoundError: .*absent"):
+        write_beton(tmp_path / "absent" / "a.beton", in_memory(5), FfcvOptions())
+
+
+def test_a_dying_decoder_process_ends_the_check(tmp_path):
+    split = KillerSplit(**vars(in_files(tmp_path, [(3, 3)] * 100)))
+    with pytest.raises(ValueError, match="decoded images was killed, most likely because memory ran out"):
+        check_images(split, num_workers=2)
+
+
+class KillerSplit(FileSplit):
+    """Files whose decoding kills the process."""
+
+    def image(self, i: int) -> np.ndarray:
+        os.kill(os.getpid(), 9)
+        raise AssertionError("unreachable")
+
+
+def test_pages_hold_the_largest_image_and_workers_have_something_to_do():
+    assert _page_and_workers(np.full((400, 2), 8), 16) == (2**21, 1)
+    assert _page_and_workers(np.full((60_000, 2), 32), 16) == (2**23, 16)
+    page, workers = _page_and_workers(np.full((5000, 2), 4000), 64)
+    assert 3 * 4000**2 < page == 2**26
+    assert workers == 2**31 // 2**26
+    with pytest.raises(ValueError, match="set max_resolution"):
+        _page_and_workers(np.full((1, 2), 30_000), 2)
+
+
+def test_sides_that_ffcv_cannot_store_are_bad_images(tmp_path):
+    Image.new("RGB", (70_000, 1)).save(tmp_path / "long.png")
+    check = check_images(FileSplit(tmp_path, ["long.png"], np.zeros(1, dtype=np.int64), "x"))
+    assert "no side may be longer than 65535" in check.bad[0].reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "smart"}, "unknown mode 'smart': allowed are jpg, proportion, raw"),
+        ({"max_resolution": 0}, "max_resolution is 0"),
+        ({"jpeg_quality": 101}, "1 to 100"),
+        ({"num_workers": 0}, "at least 1"),
+    ],
+)
+def test_impossible_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(FfcvOptions(), **change)
+
+
+def test_a_check_may_be_given(tmp_path):
+    split = in_memory(4)
+    check = ImageCheck(np.full((4, 2), 8), ())
+    write_beton(tmp_path / "a.beton", split, FfcvOptions(), check=check)
+    assert len(Beton.open(tmp_path / "a.beton")) == 4
