@@ -1,0 +1,1 @@
+"""One module a benchmark; tools/benchmark.py names them."""
