@@ -32,6 +32,21 @@ def request(data: DataRecipe) -> dict[str, Any]:
     )
 
 
+def _formats(data: DataRecipe) -> tuple[str, ...]:
+    """What is written for a recipe: a data set made for the dali loader serves the others as well."""
+    return ("ffcv", "dali") if data.loader == "dali" else ("ffcv",)
+
+
+def _check_format(data: DataRecipe, folder: Path) -> None:
+    """ValueError when the folder lacks the one format that the recipe's loader reads."""
+    formats = ConvertedDataset.open(folder).formats
+    if data.loader in ("ffcv", "dali") and data.loader not in formats:
+        raise ValueError(
+            f"data.loader is {data.loader!r}, but {folder} was converted to {' and '.join(formats)} only; choose "
+            f"another loader, or convert it anew with\n  {conversion_command(data, folder, overwrite=True)}"
+        )
+
+
 def _options(data: DataRecipe) -> FfcvOptions:
     storage = data.storage
     return FfcvOptions(storage.mode, max_resolution=storage.max_resolution, jpeg_quality=storage.jpeg_quality)
@@ -43,7 +58,7 @@ def default_folder(data: DataRecipe) -> Path:
     return Path("data") / f"{data.source}-{digest}"
 
 
-def conversion_command(data: DataRecipe, folder: Path) -> str:
+def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
     """The command that makes the data set a recipe asks for."""
     words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder), "--root", data.root or "DIR"]
     for key in LIST_KEYS:
@@ -52,10 +67,14 @@ def conversion_command(data: DataRecipe, folder: Path) -> str:
     if data.imbalance_factor is not None:
         words += ["--imbalance", f"{data.imbalance_factor:g}"]
     words += ["--meta-per-class", str(data.meta_per_class), "--mode", data.storage.mode]
+    if data.loader == "dali":
+        words += ["--format", "both"]
     if data.storage.max_resolution is not None:
         words += ["--max-resolution", str(data.storage.max_resolution)]
     if data.storage.mode != "raw":
         words += ["--jpeg-quality", str(data.storage.jpeg_quality)]
+    if overwrite:
+        words.append("--overwrite")
     return shlex.join(words)
 
 
@@ -84,6 +103,7 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
     """Convert into `folder` unless what the recipe asks for is there; for one process. ValueError as above."""
     if (folder / MANIFEST).exists():
         _check_request(data, folder, ConvertedDataset.open(folder).manifest["request"])
+        _check_format(data, folder)
         return
     if data.source not in SMALL_SOURCES:
         raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
@@ -96,7 +116,7 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
         meta_per_class=data.meta_per_class,
         seed=SPLIT_SEED,
     )
-    convert(source, folder, options=_options(data), request=request(data))
+    convert(source, folder, options=_options(data), request=request(data), formats=_formats(data))
 
 
 def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlt.names import pick
+from fastlt.names import pick, unknown
+from loaders.dali_format import check_dali_options, write_shards
 from loaders.ffcv_format import FfcvOptions, stored_sizes, write_beton
 from loaders.image_check import BadImage, ImageCheck, check_images
 from loaders.progress import progress_bar
@@ -33,6 +34,7 @@ SCHEMA = 1
 LABELS, SKIPPED = "labels.npz", "skipped.txt"
 SPLITS = ("train", "meta", "test")
 SHOWN = 20  # how many bad images a message names
+FORMATS = ("ffcv", "dali")
 LIBRARIES = ("ffcv", "numpy", "opencv-python", "pillow")
 MAKE = "python tools/convert_dataset.py SOURCE --out {folder}"
 
@@ -95,10 +97,19 @@ class ConvertedDataset:
     def beton(self, split: str) -> Path:
         """The FFCV file of a split; sample i has label `labels(split)[i]`."""
         pick("split", split, self.manifest["splits"])
-        if "ffcv" not in self.manifest["formats"]:
-            make = MAKE.format(folder=self.root)
-            raise ValueError(f"{self.root} was not converted to FFCV: make it with `{make} --format ffcv`")
+        self._require("ffcv", "FFCV")
         return self.root / f"{split}.beton"
+
+    def shards(self, split: str) -> Path:
+        """The index of a split's shards, the DALI format; sample i has label `labels(split)[i]`."""
+        pick("split", split, self.manifest["splits"])
+        self._require("dali", "DALI's shards")
+        return self.root / "dali" / f"{split}.npz"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Which of FORMATS it holds."""
+        return tuple(self.manifest["formats"])
 
     def image_shape(self, split: str) -> tuple[int, int] | None:
         """(H, W) of a split's stored images when all have one size, else None."""
@@ -108,6 +119,11 @@ class ConvertedDataset:
     def matches(self, request: Mapping[str, Any]) -> bool:
         """Whether this is what `convert` would make of `request`."""
         return self.manifest["request"] == _plain(request)
+
+    def _require(self, kind: str, what: str) -> None:
+        if kind not in self.formats:
+            make = f"{MAKE.format(folder=self.root)} --format both --overwrite"
+            raise ValueError(f"{self.root} was not converted to {what}: make it with `{make}`")
 
 
 def conversion_request(
@@ -139,6 +155,7 @@ def convert(
     *,
     options: FfcvOptions,
     request: Mapping[str, Any],
+    formats: tuple[str, ...] = ("ffcv",),
     on_error: str = "stop",
     progress: bool = True,
     overwrite: bool = False,
@@ -147,6 +164,7 @@ def convert(
     """Write `source` to the folder `out`, whole or not at all.
 
     request: the arguments that `source` was opened with; they go into the manifest (`ConvertedDataset.matches`).
+    formats: which of FORMATS to write; each holds all images.
     on_error: "stop" raises a ValueError that lists the images that cannot be decoded, before anything is written;
         "skip" leaves them out and lists them in skipped.txt.
     overwrite: whether a converted data set that stands at `out` is replaced (after the new one is whole).
@@ -155,6 +173,7 @@ def convert(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error is {on_error!r}: it must be 'stop' or 'skip'")
+    _check_formats(formats, options)
     out = Path(out)
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
@@ -162,12 +181,17 @@ def convert(
         _judge(source, checks, on_error)
         sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
         labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
-        _check_space(work, sizes, options)
+        if "ffcv" in formats:
+            _check_space(work, sizes, options)
         for name, split in source.splits.items():
-            with progress_bar(f"write {name}", len(labels[name]), progress) as advance:
-                write_beton(
-                    work / f"{name}.beton", split, options, check=checks[name], advance=advance, timeout_s=timeout_s
-                )
+            if "ffcv" in formats:
+                with progress_bar(f"write {name}", len(labels[name]), progress) as advance:
+                    write_beton(
+                        work / f"{name}.beton", split, options, check=checks[name], advance=advance, timeout_s=timeout_s
+                    )
+            if "dali" in formats:
+                with progress_bar(f"write {name} shards", len(labels[name]), progress) as advance:
+                    write_shards(work / "dali" / f"{name}.npz", split, options, check=checks[name], advance=advance)
         np.savez(work / LABELS, **labels)
         bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
@@ -178,7 +202,7 @@ def convert(
             "source": source.name,
             "class_names": list(source.class_names),
             "splits": {name: _describe(source.splits[name], labels[name], sizes[name], bad[name]) for name in SPLITS},
-            "formats": {"ffcv": options.parameters()},
+            "formats": {kind: options.parameters() for kind in formats},
             "request": _plain(request),
             "skipped": sum(len(images) for images in bad.values()),
             "files": _files(work),
@@ -218,6 +242,16 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         advice = "update fastlt" if schema > SCHEMA else f"{make} --overwrite"
         raise ValueError(f"{root} has schema {schema}, this version reads {SCHEMA}: {advice}")
     return manifest
+
+
+def _check_formats(formats: tuple[str, ...], options: FfcvOptions) -> None:
+    if not formats or len(set(formats)) != len(formats):
+        raise ValueError(f"formats is {formats}: it must name {' or '.join(FORMATS)}, or both")
+    for kind in formats:
+        if kind not in FORMATS:
+            raise ValueError(unknown("format", kind, FORMATS))
+    if "dali" in formats:
+        check_dali_options(options)
 
 
 def _check(source: Source, options: FfcvOptions, progress: bool) -> dict[str, ImageCheck]:
@@ -273,8 +307,11 @@ def _describe(split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[Ba
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted(path for path in folder.iterdir() if path.name != LOCK)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -13,8 +13,9 @@ from fastlt.names import unknown
 from loaders.beton import Beton
 from loaders.crop import CropSpec, common_shape
 from loaders.plan import EpochPlan
-from loaders.protocol import BatchLoader
+from loaders.protocol import BatchLoader, StoredSplit
 from loaders.resident_loader import ResidentLoader, resident_bytes
+from loaders.tar_shards import TarShards
 from loaders.torch_loader import TorchLoader
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ def _ffcv(*args, **kwargs) -> BatchLoader:
     return FfcvLoader(*args, **kwargs)
 
 
-BACKENDS = {"resident": ResidentLoader, "ffcv": _ffcv, "torch": TorchLoader}
+def _dali(*args, **kwargs) -> BatchLoader:
+    from loaders.dali_loader import DaliLoader  # here, for a machine without DALI has the other backends
+
+    return DaliLoader(*args, **kwargs)
+
+
+BACKENDS = {"resident": ResidentLoader, "ffcv": _ffcv, "torch": TorchLoader, "dali": _dali}
 RESIDENT_SHARE = 0.4  # of the memory that is free now; model, activations and the other splits need the rest
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -50,25 +57,32 @@ def make_loader(
 ) -> BatchLoader:
     """The loader of one split of a converted data set.
 
-    backend: "resident", "ffcv", "torch", or "auto": resident when the split's pixels fit in `memory_budget_bytes`
-        (default: 40 % of the device's free memory) without approximating the crop, else ffcv; `loader.reason` says why.
+    backend: "resident", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
+        `memory_budget_bytes` (default: 40 % of the device's free memory) without approximating the crop, else ffcv, or
+        dali when the data set has no other format; `loader.reason` says why. "ffcv" reads .beton files and "dali"
+        shards; the others read what there is, .beton files first.
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
 
-    Raises ValueError for an unknown backend, a split that is damaged or disagrees with the data set's labels, mixed
-    image sizes without a crop, and a training batch that the split cannot fill.
+    Raises ValueError for an unknown backend, one whose format the data set lacks, a split that is damaged or disagrees
+    with the data set's labels, mixed image sizes without a crop, and a training batch that the split cannot fill.
     """
     if backend not in BACKENDS and backend != "auto":
         raise ValueError(unknown("loader backend", backend, [*BACKENDS, "auto"]))
-    beton = Beton.open(dataset.beton(split))
-    if not np.array_equal(beton.labels, dataset.labels(split)):
-        raise ValueError(f"{beton.path} and the data set's labels of {split!r} disagree: convert the data set again")
+    only_dali = "ffcv" not in dataset.formats
+    stored: StoredSplit
+    if backend == "dali" or (only_dali and backend != "ffcv"):
+        stored = TarShards.open(dataset.shards(split))
+    else:
+        stored = Beton.open(dataset.beton(split))
+    if not np.array_equal(stored.labels, dataset.labels(split)):
+        raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     plan = EpochPlan(
-        labels=beton.labels,
-        heights=beton.heights,
-        widths=beton.widths,
+        labels=stored.labels,
+        heights=stored.heights,
+        widths=stored.widths,
         crop=crop,
         batch_size=batch_size,
         train=train,
@@ -80,14 +94,16 @@ def make_loader(
     device = torch.device(device)
     reason = f"{backend}: asked for"
     if backend == "auto":
-        backend, reason = choose_backend(plan, device, memory_budget_bytes)
-    return BACKENDS[backend](beton, plan, device=device, num_workers=num_workers, reason=reason)
+        backend, reason = choose_backend(plan, device, memory_budget_bytes, reader="dali" if only_dali else "ffcv")
+    return BACKENDS[backend](stored, plan, device=device, num_workers=num_workers, reason=reason)
 
 
-def choose_backend(plan: EpochPlan, device: torch.device, memory_budget_bytes: int | None = None) -> tuple[str, str]:
-    """("resident" or "ffcv", one line that says why)."""
+def choose_backend(
+    plan: EpochPlan, device: torch.device, memory_budget_bytes: int | None = None, reader: str = "ffcv"
+) -> tuple[str, str]:
+    """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch."""
     if plan.crop.kind == "random_resized" and common_shape(plan.heights, plan.widths) is None:
-        return "ffcv", "ffcv: images differ in size, and random crops of them need the whole image"
+        return reader, f"{reader}: images differ in size, and random crops of them need the whole image"
     needed = resident_bytes(plan.crop, plan.heights, plan.widths)
     if memory_budget_bytes is None:
         budget, origin = (
@@ -96,7 +112,7 @@ def choose_backend(plan: EpochPlan, device: torch.device, memory_budget_bytes: i
         )
     else:
         budget, origin = memory_budget_bytes, "the memory budget"
-    backend, relation = ("resident", "fits in") if needed <= budget else ("ffcv", "is more than")
+    backend, relation = ("resident", "fits in") if needed <= budget else (reader, "is more than")
     return backend, f"{backend}: the split's {_size(needed)} of pixels {relation} {_size(budget)}, {origin}"
 
 

@@ -36,7 +36,7 @@ GRACE_S = 5.0  # for the writer's process to report before it is killed
 
 @dataclass(frozen=True)
 class FfcvOptions:
-    """How images are stored.
+    """How images are stored; for the dali format, `dali_format.write_shards` says what it makes of these.
 
     mode: "raw" pixels, "jpg", or "proportion": half of the images (FFCV draws which) as JPEG, the others raw. FFCV's
         "smart" is not offered: without a threshold it stores everything raw.
@@ -76,6 +76,16 @@ def stored_sizes(sizes: np.ndarray, max_resolution: int | None) -> np.ndarray:
     longer = sizes.max(axis=1, keepdims=True)
     scaled = np.maximum(np.rint(sizes * (max_resolution / np.maximum(longer, 1))), 1).astype(np.int64)
     return np.where(longer > max_resolution, scaled, sizes)
+
+
+def scaled(image: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The image, uint8 (H, W, 3), with the (height, width) it is stored with, by area interpolation."""
+    height, width = (int(side) for side in size)
+    if image.shape[:2] == (height, width):
+        return image
+    import cv2
+
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def write_beton(
@@ -144,11 +154,7 @@ class _Samples:
             image = self.split.image(i)
         except Exception as error:
             raise ValueError(f"{self.split.name(i)}: {error}") from error
-        height, width = (int(side) for side in self.sizes[position])
-        if image.shape[:2] != (height, width):
-            import cv2
-
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        image = scaled(image, self.sizes[position])
         with self.done.get_lock():
             self.done.value += 1
         return np.ascontiguousarray(image), int(self.split.labels[i])

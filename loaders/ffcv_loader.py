@@ -182,7 +182,7 @@ class FfcvLoader(HostLoader):
                 damaged, images = self._next(epoch)
                 if len(damaged):
                     raise RuntimeError(
-                        f"{self.beton.path}, image {index[damaged[0]]}: damaged JPEG data; convert the data set again"
+                        f"{self.stored.path}, image {index[damaged[0]]}: damaged JPEG data; convert the data set again"
                     )
                 yield images, batch
         finally:
@@ -201,12 +201,12 @@ class FfcvLoader(HostLoader):
             item = epoch.ready.get(timeout=STALL_S)
         except queue.Empty:
             raise RuntimeError(
-                f"{self.beton.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
+                f"{self.stored.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
                 "The 'torch' backend reads it without FFCV"
             ) from None
         if isinstance(item, BaseException):
             raise RuntimeError(
-                f"{self.beton.path}: FFCV's decoder stopped with {type(item).__name__}: {item}; "
+                f"{self.stored.path}: FFCV's decoder stopped with {type(item).__name__}: {item}; "
                 "the 'torch' backend reads the same file without FFCV's threads"
             ) from item
         assert item is not None, "the decoder ended before the epoch"

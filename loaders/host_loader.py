@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch
-from loaders.beton import Beton
 from loaders.plan import EpochPlan
+from loaders.protocol import StoredSplit
 
 STALL_S = 600.0  # a reader that delivers nothing for this long is taken to be stuck
 
@@ -23,8 +23,10 @@ class HostLoader:
     backend: str
     crops = True
 
-    def __init__(self, beton: Beton, plan: EpochPlan, *, device: torch.device | str, reason: str = "asked for") -> None:
-        self.beton, self.plan, self.device, self.reason = beton, plan, torch.device(device), reason
+    def __init__(
+        self, stored: StoredSplit, plan: EpochPlan, *, device: torch.device | str, reason: str = "asked for"
+    ) -> None:
+        self.stored, self.plan, self.device, self.reason = stored, plan, torch.device(device), reason
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
         self._labels = torch.from_numpy(plan.labels)
         self._running: Generator[Batch, None, None] | None = None

@@ -1,11 +1,33 @@
-"""What every loader backend offers to the trainer."""
+"""What every loader backend offers to the trainer, and what it reads from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from fastlt.state import Batch
+
+
+class StoredSplit(Protocol):
+    """One split on disk, read image by image; picklable, so that worker processes can open their own.
+
+    path: what to call it in messages.
+    labels, heights, widths: int64 (N,).
+    """
+
+    path: Path
+    labels: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> np.ndarray:
+        """Image `i` as RGB uint8 (H, W, 3), to be read only; ValueError naming it when it is damaged."""
+        ...
 
 
 class BatchLoader(Protocol):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch
-from loaders.beton import Beton
 from loaders.crop import CropSpec, center_boxes, common_shape, crop_boxes
 from loaders.host_loader import default_workers
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
+from loaders.protocol import StoredSplit
 
 FILL_BYTES = 64 << 20  # host memory used at a time while filling
 
@@ -32,7 +32,7 @@ class ResidentLoader:
 
     def __init__(
         self,
-        beton: Beton,
+        stored: StoredSplit,
         plan: EpochPlan,
         *,
         device: torch.device | str,
@@ -43,7 +43,7 @@ class ResidentLoader:
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
         self.crops = plan.crop.kind != "random_resized"
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
-        self._pixels: Tensor | None = _fill(beton, plan.crop, self.device, workers)
+        self._pixels: Tensor | None = _fill(stored, plan.crop, self.device, workers)
         self._labels = torch.from_numpy(plan.labels).to(self.device)
 
     def __len__(self) -> int:
@@ -91,20 +91,20 @@ def _kept_boxes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> np.n
     return crop_boxes(CropSpec("none"), heights, widths, np.random.default_rng(0))
 
 
-def _fill(beton: Beton, crop: CropSpec, device: torch.device, workers: int) -> Tensor:
+def _fill(stored: StoredSplit, crop: CropSpec, device: torch.device, workers: int) -> Tensor:
     """All images of the split on `device`, uint8 (N, H, W, 3), read in file order by `workers` threads."""
-    shape = resident_shape(crop, beton.heights, beton.widths)
-    boxes = _kept_boxes(crop, beton.heights, beton.widths)
-    pixels = torch.empty((len(beton), *shape, 3), dtype=torch.uint8, device=device)
+    shape = resident_shape(crop, stored.heights, stored.widths)
+    boxes = _kept_boxes(crop, stored.heights, stored.widths)
+    pixels = torch.empty((len(stored), *shape, 3), dtype=torch.uint8, device=device)
     chunk = max(1, FILL_BYTES // (3 * shape[0] * shape[1]))
 
     def read(start: int, out: np.ndarray) -> None:
         for i, image in enumerate(out, start):
-            resize_crop(beton.image(i), boxes[i], image)
+            resize_crop(stored.image(i), boxes[i], image)
 
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(beton), chunk):
-            host = np.empty((min(chunk, len(beton) - start), *shape, 3), dtype=np.uint8)
+        for start in range(0, len(stored), chunk):
+            host = np.empty((min(chunk, len(stored) - start), *shape, 3), dtype=np.uint8)
             share = -(-len(host) // workers)
             list(pool.map(lambda a, s=start, h=host, n=share: read(s + a, h[a : a + n]), range(0, len(host), share)))
             pixels[start : start + len(host)].copy_(torch.from_numpy(host))

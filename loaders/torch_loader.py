@@ -1,4 +1,4 @@
-"""The plain reference backend: a torch DataLoader whose workers read the .beton file image by image."""
+"""The plain reference backend: a torch DataLoader whose workers read the stored images one by one."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from loaders.beton import Beton
 from loaders.host_loader import STALL_S, HostLoader, default_workers
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
+from loaders.protocol import StoredSplit
 
 
 class _CroppedBatches(Dataset):
     """Asked with (index int64 (N,), boxes int32 (N, 4)), it answers with that batch's pixels."""
 
-    def __init__(self, beton: Beton, shape: tuple[int, int]) -> None:
-        self.beton, self.shape = beton, shape
+    def __init__(self, stored: StoredSplit, shape: tuple[int, int]) -> None:
+        self.stored, self.shape = stored, shape
 
     def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         index, boxes = asked
         images = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
         for i, box, out in zip(index, boxes, images, strict=True):
-            resize_crop(self.beton.image(i), box, out)
+            resize_crop(self.stored.image(i), box, out)
         return torch.from_numpy(images), torch.from_numpy(index)
 
 
@@ -56,14 +56,14 @@ class TorchLoader(HostLoader):
 
     def __init__(
         self,
-        beton: Beton,
+        stored: StoredSplit,
         plan: EpochPlan,
         *,
         device: torch.device | str,
         num_workers: int | None = None,
         reason: str = "asked for",
     ) -> None:
-        super().__init__(beton, plan, device=device, reason=reason)
+        super().__init__(stored, plan, device=device, reason=reason)
         workers = default_workers(plan.world_size) if num_workers is None else num_workers
         if workers < 0:
             raise ValueError(
@@ -71,7 +71,7 @@ class TorchLoader(HostLoader):
             )
         self._sampler = _PlannedSampler(plan.batch_size)
         self._loader: DataLoader | None = DataLoader(
-            _CroppedBatches(beton, plan.output_shape),
+            _CroppedBatches(stored, plan.output_shape),
             sampler=self._sampler,
             batch_size=None,  # the sampler's items are whole batches already
             num_workers=workers,

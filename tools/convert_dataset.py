@@ -4,6 +4,7 @@
     python tools/convert_dataset.py cifar100 --root ~/data --out data/cifar100-if100 --imbalance 100
     python tools/convert_dataset.py list_file --root /images --train-list train.txt --meta-list val.txt \
         --test-list test.txt --out data/places-lt --mode jpg --max-resolution 400
+    python tools/convert_dataset.py image_folder --root /images --out data/mine --format both
     python tools/convert_dataset.py --verify data/cifar100-if100
 
 A conversion that is interrupted leaves nothing that could be mistaken for a data set; the same command starts it again.
@@ -26,7 +27,7 @@ from loaders.ffcv_format import MODES, FfcvOptions  # noqa: E402
 from loaders.longtail import CONVENTIONS  # noqa: E402
 from loaders.sources import SOURCES, open_source  # noqa: E402
 
-FORMATS = ("ffcv",)
+FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
 ONLY_FOR = {
     "train_list": ("list_file",),
     "meta_list": ("list_file",),
@@ -61,7 +62,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="read a converted data set back and check all of it")
-    parser.add_argument("--format", choices=FORMATS, default="ffcv", help="file format (default: ffcv)")
+    parser.add_argument("--format", choices=FORMATS, default="ffcv", help="ffcv (default), dali's shards, or both")
 
     data = parser.add_argument_group("which images")
     data.add_argument("--root", metavar="DIR", help="folder with the images (not needed for digits)")
@@ -113,8 +114,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
     from loaders.dataset import ConvertedDataset, check_target, conversion_request, convert
 
     request = conversion_request(arguments.source, options=options, **chosen)
+    formats = FORMATS[arguments.format]
     if (out / "manifest.json").is_file() and not arguments.overwrite:
-        if ConvertedDataset.open(out).matches(request):
+        there = ConvertedDataset.open(out)
+        if there.matches(request) and not set(formats) <= set(there.formats):
+            raise ValueError(
+                f"{out} holds this data set as {' and '.join(there.formats)} only: "
+                "convert it anew with --format both --overwrite, or give another folder"
+            )
+        if there.matches(request):
             print(f"{out} already holds this data set: nothing to do")
             return 0
         raise ValueError(f"{out} holds another data set (see its manifest.json): give another folder, or --overwrite")
@@ -131,6 +139,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         out,
         options=options,
         request=request,
+        formats=formats,
         on_error=arguments.on_error,
         progress=not arguments.quiet,
         overwrite=arguments.overwrite,
@@ -159,7 +168,8 @@ def report(dataset) -> None:
     """Say what was made: images and bytes per split, the long tail, and what was left out."""
     counts = dataset.class_counts().counts
     for name, split in dataset.manifest["splits"].items():
-        size = dataset.manifest["files"][f"{name}.beton"]["bytes"]
+        of_split = f"{name}.beton", f"dali/{name}"
+        size = sum(f["bytes"] for path, f in dataset.manifest["files"].items() if path.startswith(of_split))
         low, high = (f"{width}x{height}" for height, width in (split["image_size"]["min"], split["image_size"]["max"]))
         pixels = low if split["image_size"]["same"] else f"{low} to {high}"
         print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB; {split['provenance']}")

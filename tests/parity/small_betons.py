@@ -1,16 +1,31 @@
-"""Small .beton files for the loader tests, written by FFCV itself so that no code under test takes part."""
+"""Small data sets for the loader tests: .beton files written by FFCV itself, so that no code under test takes part,
+and shards of the same images.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
+from loaders.dali_format import write_shards
+from loaders.factory import BACKENDS
+from loaders.ffcv_format import FfcvOptions
+from loaders.image_check import ImageCheck
 from loaders.native import keep_torch_threads
 
 NUM_CLASSES = 5
+SHARD_IMAGES = 20  # the tests' data sets have two or three shards
+needs_dali = pytest.mark.skipif(
+    not importlib.util.find_spec("nvidia") or not importlib.util.find_spec("nvidia.dali"),
+    reason="NVIDIA DALI is not installed",
+)
+BETON_BACKENDS = [backend for backend in BACKENDS if backend != "dali"]  # these resize with FFCV's kernel
+EVERY_BACKEND = [*BETON_BACKENDS, pytest.param("dali", marks=needs_dali)]
 
 
 @dataclass(frozen=True)
@@ -20,9 +35,13 @@ class SmallDataset:
     path: Path
     images: list[np.ndarray]
     split_labels: np.ndarray
+    formats: tuple[str, ...] = ("ffcv", "dali")
 
     def beton(self, split: str) -> Path:
         return self.path
+
+    def shards(self, split: str) -> Path:
+        return self.path.with_suffix(".npz")
 
     def labels(self, split: str) -> np.ndarray:
         return self.split_labels
@@ -44,6 +63,27 @@ def mixed_shapes(count: int, seed: int = 3) -> list[tuple[int, int]]:
     return [tuple(int(side) for side in pair) for pair in np.random.default_rng(seed).integers(40, 121, (count, 2))]
 
 
+@dataclass(frozen=True)
+class _Images:
+    """A split of images in memory, of any sizes."""
+
+    images: list[np.ndarray]
+    labels: np.ndarray
+    provenance: str = "made for a test"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, i: int) -> np.ndarray:
+        return self.images[i]
+
+    def encoded(self, i: int) -> None:
+        return None
+
+    def name(self, i: int) -> str:
+        return f"image {i}"
+
+
 def write_small(path: Path, shapes: list[tuple[int, int]], mode: str, seed: int = 0) -> SmallDataset:
     """A data set of one image a shape, stored as `mode` ("raw" or "jpg")."""
     with keep_torch_threads():
@@ -54,4 +94,8 @@ def write_small(path: Path, shapes: list[tuple[int, int]], mode: str, seed: int 
     fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=90), "label": IntField()}
     samples = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
+    sizes = np.array([image.shape[:2] for image in images])
+    options = FfcvOptions(mode, num_workers=1)
+    check = ImageCheck(sizes, ())
+    write_shards(path.with_suffix(".npz"), _Images(images, labels), options, check=check, shard_images=SHARD_IMAGES)
     return SmallDataset(path, images, labels)

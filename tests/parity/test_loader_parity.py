@@ -1,4 +1,7 @@
-"""All backends deliver the same images, and these are what an independent reference says."""
+"""All backends deliver the same images, and these are what an independent reference says.
+
+DALI's are the same up to how cut-outs are resized, which has bounds of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from small_betons import SmallDataset, mixed_shapes, write_small
+from PIL import Image
+from small_betons import BETON_BACKENDS, EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_small
 
 from loaders.crop import CropSpec, center_boxes
-from loaders.factory import BACKENDS, make_loader
+from loaders.dali_format import write_shards
+from loaders.factory import make_loader
+from loaders.ffcv_format import FfcvOptions
 from loaders.native import keep_torch_threads
+from loaders.sources import FileSplit
+from loaders.tar_shards import TarShards
 
 COUNT = 37
 SIZE = 24
@@ -51,12 +59,12 @@ def reference_center(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
     return cv2.resize(image[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_AREA)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_raw_images_without_a_crop_come_back_unchanged(raw32, backend):
     np.testing.assert_array_equal(pixels(raw32, backend, CropSpec("none")), np.stack(raw32.images))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BETON_BACKENDS)
 @pytest.mark.parametrize(("size", "ratio"), [(SIZE, 224 / 256), (96, 1.0)])
 def test_center_crops_of_raw_images_equal_opencv(raw_mixed, backend, size, ratio):
     expected = np.stack([reference_center(image, size, ratio) for image in raw_mixed.images])
@@ -74,11 +82,11 @@ def test_center_boxes_equal_ffcvs_own():
 
 def test_backends_agree_bit_for_bit_on_jpeg_storage(jpg_mixed):
     reference = pixels(jpg_mixed, "torch", CropSpec("center", SIZE))
-    for backend in BACKENDS:
+    for backend in BETON_BACKENDS:
         np.testing.assert_array_equal(pixels(jpg_mixed, backend, CropSpec("center", SIZE)), reference, err_msg=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BETON_BACKENDS)
 def test_jpeg_storage_stays_within_the_stated_bound_of_an_accurate_decoder(jpg_mixed, backend):
     expected = []
     for image in jpg_mixed.images:
@@ -97,3 +105,72 @@ def test_random_crops_are_a_function_of_seed_and_epoch_alone(dataset, request):
     first = pixels(dataset, "ffcv", crop, train=True, epoch=2)
     np.testing.assert_array_equal(pixels(dataset, "torch", crop, train=True, epoch=2), first)
     assert (pixels(dataset, "torch", crop, train=True, epoch=3) != first).any()
+
+
+# DALI resizes with Pillow's "bilinear", a triangular filter, and the other backends with OpenCV's area interpolation.
+# In levels of 255: against Pillow on the same rectangle away from its border and at it, where DALI repeats the last
+# pixel and Pillow does without; and against the other backends, on average over all images and over the worst one.
+PILLOW_INSIDE, PILLOW_BORDER = 1, 32
+OTHERS_MEAN, OTHERS_WORST_IMAGE = 2.0, 6.0
+
+
+def pillow_crops(images: list[np.ndarray], boxes: np.ndarray, size: int) -> np.ndarray:
+    """Each rectangle (top, left, height, width) cut out and resized with Pillow's bilinear filter."""
+    crops = []
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        cut = Image.fromarray(image[top : top + height, left : left + width])
+        crops.append(np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR)))
+    return np.stack(crops)
+
+
+def check_against_pillow(got: np.ndarray, expected: np.ndarray) -> None:
+    error = np.abs(got.astype(np.int64) - expected)
+    assert error[:, 1:-1, 1:-1].max() <= PILLOW_INSIDE
+    assert error.max() <= PILLOW_BORDER
+
+
+def check_against_other_backends(dataset: SmallDataset, crop: CropSpec, *, train: bool) -> None:
+    got, expected = (pixels(dataset, backend, crop, train=train, epoch=1) for backend in ("dali", "torch"))
+    error = np.abs(got.astype(np.int64) - expected).mean(axis=(1, 2, 3))
+    assert error.mean() <= OTHERS_MEAN
+    assert error.max() <= OTHERS_WORST_IMAGE  # an image that was cut or ordered differently would be far off
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [SIZE, 96])
+def test_dalis_center_crops_equal_pillows(raw_mixed, size):
+    heights, widths = np.array([image.shape[:2] for image in raw_mixed.images]).T
+    expected = pillow_crops(raw_mixed.images, center_boxes(heights, widths, 224 / 256), size)
+    check_against_pillow(pixels(raw_mixed, "dali", CropSpec("center", size)), expected)
+
+
+@needs_dali
+@pytest.mark.parametrize("dataset", ["raw_mixed", "jpg_mixed"])
+def test_dalis_crops_stay_near_the_other_backends(dataset, request):
+    dataset = request.getfixturevalue(dataset)
+    check_against_other_backends(dataset, CropSpec("center", SIZE), train=False)
+    check_against_other_backends(dataset, CropSpec("random_resized", SIZE), train=True)
+
+
+@needs_dali
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_dali_decodes_to_the_very_pixels_of_the_other_backends(tmp_path, mode):
+    dataset = write_small(tmp_path / "train.beton", [(45, 61)] * 9, mode)
+    reference = pixels(dataset, "torch", CropSpec("none"))
+    np.testing.assert_array_equal(pixels(dataset, "dali", CropSpec("none")), reference)
+
+
+@needs_dali
+def test_dali_cuts_real_jpegs_exactly_and_resizes_them_as_pillow_does(real_data, tmp_path):
+    """The bytes that were photographed, grayscale ones and odd sizes included; only rectangles of each are decoded."""
+    folder = real_data("imagenet_samples")
+    paths = sorted(path.name for path in folder.iterdir())
+    split = FileSplit(folder, paths, np.zeros(len(paths), dtype=np.int64), "photographs")
+    assert write_shards(tmp_path / "train.npz", split, FfcvOptions(num_workers=1)) == []
+    dataset = SmallDataset(tmp_path / "train.beton", [], split.labels, formats=("dali",))
+    stored = TarShards.open(dataset.shards("train"))
+    assert all(stored.encoded(i).tobytes() == split.encoded(i) for i in range(len(split)))
+    decoded = [stored.image(i) for i in range(len(stored))]
+    boxes = center_boxes(stored.heights, stored.widths, 224 / 256)
+    check_against_pillow(pixels(dataset, "dali", CropSpec("center", 160)), pillow_crops(decoded, boxes, 160))
+    check_against_other_backends(dataset, CropSpec("center", 160), train=False)

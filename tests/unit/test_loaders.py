@@ -10,19 +10,19 @@ import time
 import numpy as np
 import pytest
 import torch
-from loaders.sampling import epoch_order
-from small_betons import SmallDataset, mixed_shapes, write_small
+from small_betons import EVERY_BACKEND, SmallDataset, mixed_shapes, write_small
 
 from fastlt.state import Batch
 from loaders import host_loader
 from loaders.beton import Beton
 from loaders.crop import CropSpec
-from loaders.factory import BACKENDS, choose_backend, make_loader
+from loaders.factory import choose_backend, make_loader
 from loaders.plan import EpochPlan
 from loaders.resident_loader import resident_shape
+from loaders.sampling import epoch_order
 
 COUNT = 53
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND)
 
 
 @pytest.fixture(scope="module")
