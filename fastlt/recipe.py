@@ -56,7 +56,7 @@ class DataRecipe:
     meta_per_class: int = 10
     shots: tuple[int, int] = (100, 20)
     storage: StorageRecipe = field(default_factory=StorageRecipe)
-    loader: Literal["auto", "resident", "ffcv", "torch"] = "auto"
+    loader: Literal["auto", "resident", "ffcv", "torch", "dali"] = "auto"
     num_workers: int | None = None
     train_crop: Literal["none", "random_resized"] = "none"
     eval_crop: Literal["none", "center"] = "none"
