@@ -23,8 +23,8 @@ try:
     from nvidia.dali import fn, types
 except ImportError as error:
     raise ValueError(
-        f"the 'dali' backend needs NVIDIA DALI, which cannot be imported ({error}): install it with "
-        "`pip install fastlt[cuda13]` (or cuda12), or choose another data.loader"
+        f"the 'dali' backend needs NVIDIA DALI, which cannot be imported ({error}): install "
+        "nvidia-dali-cuda130 (or nvidia-dali-cuda120), as `make setup` does, or choose another data.loader"
     ) from error
 
 BATCHES_AHEAD = 2  # decoded while the consumer works
