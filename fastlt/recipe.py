@@ -283,6 +283,14 @@ def _check_names(recipe: Recipe) -> list[str]:
             build(STEPS[stage.method].Options, stage.options, f"stages.{name}.options")
         except RecipeError as error:
             mistakes.append(f"{error} (options of method {stage.method!r})")
+            continue
+        mistakes += [f"stages.{name}.{m}" for m in STEPS[stage.method].check_stage(stage, recipe)]
+        first = name == next(iter(recipe.stages))
+        if first and STEPS[stage.method].needs_stage_before and not recipe.model.checkpoint:
+            mistakes.append(
+                f"stages.{name}.method: is {stage.method!r} without a stage before it; it continues a trained model. "
+                "Put the stage that trains one first, or give its weights as model.checkpoint=FILE"
+            )
     return mistakes
 
 

@@ -98,6 +98,7 @@ class Trainer:
             drop_path_rate=recipe.model.drop_path_rate,
             image_size=recipe.data.image_size,
         ).to(self.device, memory_format=memory_format)
+        self._check_first_stage()
         self.evaluation_loaders: dict[str, BatchLoader] = {}
         self.log = RunLog(self.folder / "log.jsonl", enabled=self.main, track=self._tracker())
         self.progress = Progress()
@@ -155,6 +156,8 @@ class Trainer:
                 "classes; leave the key out to take what is there, or convert the data set that is meant"
             )
         for name, stage in self.recipe.stages.items():
+            # Built again when its turn comes; here so that the last stage's mistake does not cost the first stage.
+            build_loss(stage.loss, self.counts, **stage.loss_options)
             for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
                 size = self._batch_size(stage, split)
                 available = len(self.dataset.labels(split))
@@ -169,6 +172,16 @@ class Trainer:
                     raise ValueError(
                         f"stages.{name}.{key} is {size}, which does not divide into {self.reducer.world_size} processes"
                     )
+
+    def _check_first_stage(self) -> None:
+        """ValueError when the first stage goes on from a trained head and the checkpoint brought none that fits."""
+        name, stage = next(iter(self.recipe.stages.items()))
+        if STEPS[stage.method].needs_trained_head and not self.model.head_is_trained:
+            raise ValueError(
+                f"stages.{name}.method is {stage.method!r}, which goes on from a trained head, but "
+                f"{self.recipe.model.checkpoint} has none for {self.counts.num_classes} classes and "
+                f"model.head={self.recipe.model.head}; use method crt, which starts a new one, or another checkpoint"
+            )
 
     def _batch_size(self, stage: StageRecipe, split: str) -> int:
         """Over all processes."""
@@ -195,6 +208,8 @@ class Trainer:
             checkpoint.write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
         self.log.open(self.progress.done)
         stages = list(self.recipe.stages.items())
+        for _, done in stages[: self.progress.stage]:
+            self._prepare_model(done)
         with self._stop_on_signals():
             for index in range(self.progress.stage, len(stages)):
                 name, stage = stages[index]
@@ -222,7 +237,7 @@ class Trainer:
         per_epoch = len(train)
         unit = per_epoch if stage.epochs is not None else 1
         total, every = stage.length * unit, stage.evaluate_every * unit
-        self.model.train()
+        step.train_mode()
         self.say(f"stage {name}: {stage.method}, {stage.loss}, {total} iterations; loader {train.reason}")
         progress = self.progress
         bar = progress_bar(total, progress.iteration, name, enabled=self.main)
@@ -263,8 +278,9 @@ class Trainer:
     def _build_stage(self, stage: StageRecipe) -> tuple[Step, BatchLoader, BatchLoader | None]:
         """The step of a stage and its training and meta loaders."""
         data, kind = self.recipe.data, STEPS[stage.method]
+        options = self._prepare_model(stage)
         optimizer = torch.optim.SGD(
-            [p for p in self.model.parameters() if p.requires_grad],
+            kind.parameter_groups(self.model, options),
             lr=stage.lr,
             momentum=stage.momentum,
             nesterov=stage.nesterov,
@@ -302,7 +318,14 @@ class Trainer:
             autocast=self.accelerator.autocast,
             reducer=self.reducer,
         )
-        return kind(parts, build(kind.Options, stage.options)), train, meta
+        return kind(parts, options), train, meta
+
+    def _prepare_model(self, stage: StageRecipe) -> Any:
+        """Give the model the form that a stage trains; returns the options of the stage's method."""
+        kind = STEPS[stage.method]
+        options = build(kind.Options, stage.options)
+        kind.prepare_model(self.model, options, seed=self.recipe.seed)
+        return options
 
     def _augment(self, specs: list, loader: BatchLoader, *, offset: int):
         """The device part of the augmentation: with crops, where the loader delivers whole stored images."""
@@ -361,7 +384,7 @@ class Trainer:
             gamma=stage.gamma,
         )
         for group in step.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return normalise(images, self.recipe.data.mean, self.recipe.data.std, torch.float32)

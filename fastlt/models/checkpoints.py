@@ -68,6 +68,7 @@ def load_weights(classifier: nn.Module, path: str | Path) -> None:
         state.update({name: own[name] for name in own_head})
     _check_match(state, own, path)
     classifier.load_state_dict(state, strict=False)
+    classifier.head_is_trained = fits
 
 
 def _strip(name: str) -> str:

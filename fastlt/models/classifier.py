@@ -19,7 +19,10 @@ class Classifier(nn.Module):
     """A backbone that ends in pooled features, dropout, and a head.
 
     `forward` takes images (N, 3, H, W) to logits (N, C), `features` to pooled features (N, D) before the dropout.
+    `head_is_trained` says whether the head's weights came from a file.
     """
+
+    head_is_trained = False
 
     def __init__(self, backbone: nn.Module, head: nn.Module, drop_rate: float = 0.0) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.cdb import CdbStep
+from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.steps.plain import PlainStep
 
@@ -11,6 +12,10 @@ STEPS: dict[str, type[Step]] = {
     "plain": PlainStep,
     "difficulty": DifficultyStep,
     "cdb": CdbStep,
+    "crt": CrtStep,
+    "lws": LwsStep,
+    "las": LasStep,
+    "tau_norm": TauNormStep,
 }
 
 __all__ = ["STEPS", "Step", "StepParts"]

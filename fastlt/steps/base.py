@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,19 @@ class StepParts:
 class Step:
     """One training iteration: `step(batch, meta_batch) -> StepOutput`, with everything it has to remember.
 
-    Subclasses implement `__call__`, name their recipe options in `Options`, and say what they need.
+    Subclasses implement `__call__`, name their recipe options in `Options`, and say what they need. A method that
+    trains a part of the model only, or changes it first, overrides `prepare_model`, `parameter_groups` and
+    `train_mode`; the trainer calls them in this order.
+
+    needs_meta_batch, needs_accuracy: whether the step wants a meta batch each iteration, and A on the meta set.
+    needs_stage_before: whether it continues a trained model, so that it cannot be the first stage of a new one.
+    needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
     """
 
     needs_meta_batch = False
     needs_accuracy = False
+    needs_stage_before = False
+    needs_trained_head = False
 
     @dataclass(frozen=True)
     class Options:
@@ -56,6 +65,29 @@ class Step:
         self.model, self.loss = parts.model, parts.loss
         self.optimizer, self.reducer = parts.optimizer, parts.reducer
         self.parameters = [p for p in parts.model.parameters() if p.requires_grad]
+
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        """What the method does not allow about its stage of the recipe: "key: advice", one entry a mistake."""
+        return []
+
+    @classmethod
+    def prepare_model(cls, model: nn.Module, options: Any, *, seed: int) -> None:
+        """Change `model` in place for this stage: replace modules, freeze parameters. Everything is trained by default.
+
+        Called before the optimizer is built, and once more when a run resumes in a later stage: what it builds follows
+        from the model's structure and the seed, and trained values are loaded over it afterwards.
+        """
+        model.requires_grad_(True)
+
+    @classmethod
+    def parameter_groups(cls, model: nn.Module, options: Any) -> list[dict[str, Any]]:
+        """The optimizer's groups. A group may hold a "lr_factor", by which the stage's learning rate is multiplied."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    def train_mode(self) -> None:
+        """Put each module into the mode it is trained in; called once, before the first iteration."""
+        self.model.train()
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         """Train on one batch. Changes the model, the optimizer and the step's own state; does not synchronise."""

@@ -1,0 +1,208 @@
+"""Decoupled training, the second stage: the features of the stage before are frozen, only the head changes.
+
+cRT, LWS and tau-normalisation are Kang et al. 2020; LAS is the second stage of MiSLAS (Zhong et al. 2021). The
+supplement's Sec. 1.2 gives their length and learning rates for each data set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
+from fastlt.state import Batch, StepOutput
+from fastlt.steps.base import Step, StepParts
+
+
+class DecoupledStep(Step):
+    """SGD on the mean loss of a head over frozen features: one forward of the backbone, nothing backward through it.
+
+    The backbone is in eval mode: its parameters and its BatchNorm statistics stay as they are, bit for bit.
+    """
+
+    needs_stage_before = True
+
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        if stage.sampling == "instance":
+            return [
+                "sampling: is 'instance'; a head retrained on the long tail leans to its head classes again. "
+                "Set sampling: class_balanced (the papers' choice) or effective_number"
+            ]
+        return []
+
+    @classmethod
+    def prepare_model(cls, model: nn.Module, options: Any, *, seed: int) -> None:
+        model.requires_grad_(False)
+        cls.prepare_head(model, seed)
+
+    @classmethod
+    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+        """Change `model.head` as the method wants it, and mark what of it is trained."""
+        raise NotImplementedError
+
+    def train_mode(self) -> None:
+        self.model.train()
+        self.model.backbone.eval()
+
+    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.loss.draw(len(labels))
+        with self.parts.autocast():
+            with torch.no_grad():
+                features = self.model.features(images)
+            return self.loss(self.model.head(self.model.dropout(features)), labels)
+
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        objective = self.losses(self.parts.augment(batch.images), batch.labels).mean()
+        self.descend(objective)
+        head = self.model.head
+        return StepOutput(
+            objective.detach(),
+            per_class={"scale": head.scale.detach().clone()} if isinstance(head, ScaledHead) else {},
+        )
+
+
+class CrtStep(DecoupledStep):
+    """Classifier re-training (cRT): a new random head, drawn from the recipe's seed."""
+
+    @classmethod
+    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+        model.head = fresh_head(model.head, seed)
+        model.head.requires_grad_(True)
+
+
+class LwsStep(DecoupledStep):
+    """Learnable weight scaling (LWS): W and b stay, one scale a class is learned, logits are (W x + b) ⊙ s."""
+
+    needs_trained_head = True
+
+    @classmethod
+    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+        model.head = ScaledHead(model.head)
+        model.head.scale.requires_grad_(True)
+
+
+class LasStep(LwsStep):
+    """Label-aware smoothing (LAS): a scale a class as in LWS, the head trained along, under the smoothed loss.
+
+    MiSLAS trains the stage-1 head at a fraction of the scales' learning rate, and lets BatchNorm's statistics follow
+    the class-balanced batches ("shifted BatchNorm"). Difficulty-Net's release trains head and scales at one rate on
+    CIFAR-LT with BatchNorm fixed, and on ImageNet-LT and Places-LT the scales alone with BatchNorm shifted. The
+    options reach each of them.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """head_lr_factor: learning rate of the head over that of the scales; 0 leaves the head as it is.
+        shift_batch_norm: whether BatchNorm's running statistics follow the batches of this stage.
+        """
+
+        head_lr_factor: float = 1.0
+        shift_batch_norm: bool = False
+
+        def __post_init__(self) -> None:
+            if self.head_lr_factor < 0:
+                raise ValueError(f"head_lr_factor is {self.head_lr_factor}: give a number >= 0")
+
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        mistakes = super().check_stage(stage, recipe)
+        if stage.loss != "label_aware_smoothing":
+            mistakes.append(
+                f"loss: is {stage.loss!r}; las is named after its loss: set loss: label_aware_smoothing, or take "
+                "method lws for scales under another loss"
+            )
+        return mistakes
+
+    @classmethod
+    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+        super().prepare_model(model, options, seed=seed)
+        model.head.requires_grad_(options.head_lr_factor > 0)
+        model.head.scale.requires_grad_(True)
+
+    @classmethod
+    def parameter_groups(cls, model: nn.Module, options: Options) -> list[dict[str, Any]]:
+        # The scales first: the learning rate that is logged is the first group's.
+        groups = [{"params": [model.head.scale]}]
+        if options.head_lr_factor > 0:
+            groups.append({"params": list(model.head.inner.parameters()), "lr_factor": options.head_lr_factor})
+        return groups
+
+    def train_mode(self) -> None:
+        super().train_mode()
+        if self.options.shift_batch_norm:
+            for module in self.model.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train()
+
+
+class TauNormStep(DecoupledStep):
+    """Tau-normalisation: w_c / ||w_c||^tau without a bias; no gradient, one value of tau an iteration.
+
+    The stage evaluates after every iteration and the trainer keeps the best on validation, so that is how tau is
+    chosen (of equals, the larger). The trained weights are remembered, so each value starts from them.
+    """
+
+    needs_trained_head = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """taus: the values that are tried, in this order; by default 0, 0.1, ... 2 as in the authors' release."""
+
+        taus: list[float] | None = None
+
+        def __post_init__(self) -> None:
+            if self.taus is not None and (not self.taus or any(t < 0 for t in self.taus)):
+                raise ValueError(f"taus is {self.taus}: give numbers >= 0, at least one")
+
+        @property
+        def grid(self) -> list[float]:
+            """The values that are tried."""
+            return [k / 10 for k in range(21)] if self.taus is None else self.taus
+
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        mistakes = []
+        size = len(cls.Options(**stage.options).grid)
+        if stage.iterations != size or stage.evaluate_every != 1:
+            mistakes.append(
+                f"iterations: is {stage.iterations} with evaluate_every {stage.evaluate_every}; tau_norm tries one of "
+                f"its {size} taus an iteration and validates each: set iterations: {size} and evaluate_every: 1"
+            )
+        if recipe.model.head != "linear" or any(s.method in ("lws", "las") for s in recipe.stages.values()):
+            mistakes.append(
+                "method: is 'tau_norm', which shortens the weights of a plain linear head; a cosine head's have unit "
+                "length, and those of lws and las are scaled already. Set model.head: linear and leave those stages out"
+            )
+        return mistakes
+
+    @classmethod
+    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+        assert isinstance(model.head, nn.Linear), model.head
+        # No gradient reaches it; an optimizer needs something to hold.
+        model.head.requires_grad_(True)
+
+    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+        super().__init__(parts, options)
+        self.trained = self.model.head.weight.detach().clone()
+        self.tried = 0
+
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        tau = self.options.grid[self.tried]
+        self.tried += 1
+        with torch.no_grad():
+            self.model.head.weight.copy_(tau_normalised(self.trained, tau))
+            self.model.head.bias.zero_()
+            loss = self.losses(self.parts.augment(batch.images), batch.labels).mean()
+        return StepOutput(loss, metrics={"tau": torch.tensor(tau)})
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "trained": self.trained, "tried": self.tried}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.trained.copy_(state["trained"])
+        self.tried = state["tried"]
