@@ -1,0 +1,121 @@
+"""What the loaders are compared with, written as these libraries' own users write it: FFCV, DALI and torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from loaders.crop import CropSpec
+from loaders.native import keep_torch_threads
+from loaders.sources import ArraySplit, FileSplit
+from loaders.tar_shards import TarShards
+
+Epochs = Callable[[], Iterator[Tensor]]  # each call is one epoch of full batches, shuffled
+
+
+def bare_ffcv(beton: Path, *, crop: CropSpec, batch: int, workers: int, device: torch.device) -> Epochs:
+    """FFCV's Loader with its own random-resized crop, or with none."""
+    with keep_torch_threads():
+        from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import ToDevice, ToTensor
+
+        if crop.kind == "none":
+            decoder = SimpleRGBImageDecoder()
+        else:
+            decoder = RandomResizedCropRGBImageDecoder((crop.size, crop.size), scale=crop.scale, ratio=crop.aspect)
+        upload = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
+        loader = Loader(
+            str(beton),
+            batch_size=batch,
+            num_workers=workers,
+            order=OrderOption.RANDOM,
+            os_cache=True,
+            drop_last=True,
+            pipelines={"image": [decoder, ToTensor(), *upload], "label": [IntDecoder(), ToTensor(), *upload]},
+        )
+
+    def epochs() -> Iterator[Tensor]:
+        with keep_torch_threads():
+            for images, _ in loader:
+                yield images
+
+    return epochs
+
+
+def bare_dali(index: Path, *, crop: CropSpec, batch: int, workers: int, device: torch.device) -> Epochs:
+    """A DALI pipeline over its own WebDataset reader, shuffling in a buffer, with its own random crop, or with none."""
+    from nvidia.dali import Pipeline, fn, types
+
+    shards = TarShards.open(index)
+    gpu = device.type == "cuda"
+    pipeline = Pipeline(batch_size=batch, num_threads=workers, device_id=torch.cuda.current_device() if gpu else None)
+    with pipeline:
+        encoded, label = fn.readers.webdataset(
+            paths=[str(tar) for tar in shards.tars],
+            index_paths=[str(tar.with_suffix(".idx")) for tar in shards.tars],
+            ext=["jpg;png", "cls"],
+            random_shuffle=True,
+            name="reader",
+        )
+        decode_on = "mixed" if gpu else "cpu"
+        if crop.kind == "none":
+            images = fn.decoders.image(encoded, device=decode_on, output_type=types.RGB)
+        else:
+            ranges = {"random_area": list(crop.scale), "random_aspect_ratio": list(crop.aspect)}
+            images = fn.decoders.image_random_crop(encoded, device=decode_on, output_type=types.RGB, **ranges)
+            images = fn.resize(images, size=[crop.size, crop.size])
+        pipeline.set_outputs(images, label)
+    pipeline.build()
+
+    def epochs() -> Iterator[Tensor]:
+        for _ in range(len(shards) // batch):
+            yield torch.from_dlpack(pipeline.run()[0].as_tensor())
+
+    return epochs
+
+
+class _PilImages(Dataset):
+    """Images as torchvision's data sets give them to their transform: files through PIL, arrays as PIL images."""
+
+    def __init__(self, split: ArraySplit | FileSplit, transform: Callable) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if isinstance(self.split, ArraySplit):
+            return self.transform(Image.fromarray(self.split.image(i))), 0
+        with Image.open(self.split.root / self.split.paths[i]) as image:
+            return self.transform(image.convert("RGB")), 0
+
+
+def torchvision_loader(
+    split: ArraySplit | FileSplit, *, crop: CropSpec, batch: int, workers: int, device: torch.device
+) -> Epochs:
+    """torch's DataLoader over PIL images and torchvision's transforms, to uint8 batches."""
+    steps = [transforms.PILToTensor()]
+    if crop.kind != "none":
+        steps.insert(0, transforms.RandomResizedCrop(crop.size, scale=crop.scale, ratio=crop.aspect))
+    loader = DataLoader(
+        _PilImages(split, transforms.Compose(steps)),
+        batch_size=batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+
+    def epochs() -> Iterator[Tensor]:
+        for images, _ in loader:
+            yield images.to(device, non_blocking=True)
+
+    return epochs

@@ -1,0 +1,147 @@
+"""The loaders, from converted files to uint8 batches on the device, against bare FFCV, bare DALI and torchvision.
+
+    python tools/benchmark.py data --images DIR
+
+Two jobs: random-resized crops of the JPEGs below DIR, repeated up to --count, and small images without a crop, as
+CIFAR's. Bare FFCV and DALI read the very files that ours do and do the same work with their own operators and random
+numbers; torchvision's DataLoader decodes the originals with PIL. All shuffle, and use --workers threads or processes.
+Without --images only the second job is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loaders.crop import CropSpec
+from loaders.dataset import ConvertedDataset, convert
+from loaders.factory import make_loader
+from loaders.ffcv_format import FfcvOptions
+from loaders.host_loader import available_cores
+from loaders.sources import ArraySplit, FileSplit, Source
+from tools.benchmarks.bare_loaders import bare_dali, bare_ffcv, torchvision_loader
+from tools.benchmarks.rounds import Row, interleaved, report, row
+
+EXTENSIONS = (".jpg", ".jpeg")
+BARE = {"fastlt ffcv": "bare ffcv", "fastlt dali": "bare dali"}
+TORCHVISION = "torchvision"
+
+
+def main(arguments: list[str]) -> int:
+    """Convert, measure and print; returns the exit code. ValueError when there is no image or a split is too small."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
+    parser.add_argument("--count", type=int, default=1024, help="images of the first job (default: 1024)")
+    parser.add_argument("--small-count", type=int, default=20_000, help="images of the second job (default: 20000)")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops (default: 224)")
+    parser.add_argument("--mode", choices=("raw", "jpg"), default="jpg", help="FFCV's storage of the first job")
+    parser.add_argument("--max-resolution", type=int, metavar="PIXELS", help="scale longer sides down to this")
+    parser.add_argument("--batch", type=int, default=128, help="batch size (default: 128)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="default: all cores")
+    parser.add_argument("--rounds", type=int, default=5, help="measured epochs of each (default: 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    words = parser.parse_args(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if words.images:
+            rows += _measure_photographs(words, Path(folder) / "photographs")
+        rows += _measure_small(words, Path(folder) / "small")
+    settings = {key: getattr(words, key) for key in ("count", "small_count", "mode", "max_resolution", "batch")}
+    settings |= {key: getattr(words, key) for key in ("workers", "rounds", "device")}
+    report(rows, as_json=words.json, settings=settings)
+    return 0
+
+
+def _measure_photographs(words: argparse.Namespace, folder: Path) -> list[Row]:
+    found = sorted(p for p in words.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not found:
+        raise ValueError(f"{words.images} has no file that ends in {' or '.join(EXTENSIONS)}: give a folder of JPEGs")
+    paths = [str(found[i % len(found)].relative_to(words.images)) for i in range(words.count)]
+    split = FileSplit(words.images, paths, np.zeros(len(paths), dtype=np.int64), "benchmark")
+    options = FfcvOptions(words.mode, max_resolution=words.max_resolution, num_workers=words.workers)
+    dataset = _convert(split, folder, options)
+    crop = CropSpec("random_resized", words.size)
+    return _measure(f"JPEGs to {words.size} px", ("ffcv", "dali", "torch"), dataset, split, crop, words)
+
+
+def _measure_small(words: argparse.Namespace, folder: Path) -> list[Row]:
+    pixels = np.random.default_rng(0).integers(0, 256, (words.small_count, 8, 8, 3), dtype=np.uint8)
+    pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)
+    labels = np.zeros(len(pixels), dtype=np.int64)
+    split = ArraySplit.whole(pixels, labels, origin="random", provenance="benchmark")
+    dataset = _convert(split, folder, FfcvOptions("raw", num_workers=words.workers))
+    return _measure("32 px", ("resident", "ffcv", "dali", "torch"), dataset, split, CropSpec("none"), words)
+
+
+def _convert(split: ArraySplit | FileSplit, folder: Path, options: FfcvOptions) -> ConvertedDataset:
+    one = split.subset(np.arange(1))
+    source = Source("benchmark", ("one class",), {"train": split, "meta": one, "test": one})
+    return convert(source, folder, options=options, request={}, formats=("ffcv", "dali"), progress=False)
+
+
+def _measure(
+    job: str,
+    backends: tuple[str, ...],
+    dataset: ConvertedDataset,
+    split: ArraySplit | FileSplit,
+    crop: CropSpec,
+    words: argparse.Namespace,
+) -> list[Row]:
+    device = torch.device(words.device)
+    with contextlib.ExitStack() as stack:
+        variants: dict[str, Callable[[], int]] = {}
+        for backend in backends:
+            loader = make_loader(
+                dataset,
+                "train",
+                backend=backend,
+                batch_size=words.batch,
+                device=device,
+                train=True,
+                crop=crop,
+                num_workers=words.workers,
+            )
+            stack.callback(loader.close)
+            variants[f"fastlt {backend}"] = _Epochs(loader, device)
+        same = {"crop": crop, "batch": words.batch, "workers": words.workers, "device": device}
+        others = {
+            "bare ffcv": bare_ffcv(dataset.beton("train"), **same),
+            "bare dali": bare_dali(dataset.shards("train"), **same),
+            TORCHVISION: torchvision_loader(split, **same),
+        }
+        for name, epoch in others.items():
+            variants[name] = lambda epoch=epoch: _drain(epoch(), device)
+        speeds = interleaved(variants, words.rounds)
+    return [row(speeds, name, bare=BARE.get(name), torchvision=TORCHVISION, prefix=f"{job}: ") for name in speeds]
+
+
+class _Epochs:
+    """Runs one of our loader's epochs a call, each another one."""
+
+    def __init__(self, loader, device: torch.device) -> None:
+        self.loader, self.device, self.number = loader, device, 0
+
+    def __call__(self) -> int:
+        self.number += 1
+        return _drain((batch.images for batch in self.loader.epoch(self.number)), self.device)
+
+
+def _drain(batches: Iterable[Tensor], device: torch.device) -> int:
+    """The number of images of all batches, once they have arrived on the device."""
+    images = 0
+    for batch in batches:
+        assert batch.device.type == device.type, batch.device
+        images += len(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images

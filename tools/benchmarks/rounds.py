@@ -1,0 +1,77 @@
+"""Timing several ways to do one thing: in turns within one run, after a warm-up, by the median of the rounds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+Speeds = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to do it: images a second, and how many times as fast as the two it is compared with (None: neither).
+
+    The ratios are medians of the ratios within each round, so that what slows the machine down slows both.
+    """
+
+    name: str
+    img_s: float
+    ratio_bare: float | None = None
+    ratio_torchvision: float | None = None
+
+
+def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> Speeds:
+    """Images a second of each variant in each round; a variant does its work and returns the number of images.
+
+    Each runs once before, unmeasured: what is compiled, started or read for the first time is no part of the speed.
+    """
+    for run in variants.values():
+        run()
+    speeds: Speeds = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            images = run()
+            speeds[name].append(images / (time.perf_counter() - started))
+    return speeds
+
+
+def row(speeds: Speeds, name: str, *, bare: str | None = None, torchvision: str | None = None, prefix: str = "") -> Row:
+    """The row of one variant, compared with the variants that are named."""
+    return Row(
+        prefix + name, statistics.median(speeds[name]), ratio(speeds, name, bare), ratio(speeds, name, torchvision)
+    )
+
+
+def ratio(speeds: Speeds, name: str, other: str | None) -> float | None:
+    """How many times as fast as another variant, the median over the rounds; None without one."""
+    if other is None or other == name:
+        return None
+    return statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True))
+
+
+def report(rows: list[Row], *, as_json: bool, settings: dict[str, Any]) -> None:
+    """Print the rows as a table, or all of it as one JSON object."""
+    settings = {**settings, "torch": torch.__version__, "python": platform.python_version()}
+    if as_json:
+        print(json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
+        return
+    width = max(len(one.name) for one in rows)
+    print(f"{'':{width}}  {'img/s':>10}  {'x bare':>8}  {'x torchvision':>13}")
+    for one in rows:
+        print(
+            f"{one.name:{width}}  {one.img_s:10,.0f}  {_times(one.ratio_bare):>8}  {_times(one.ratio_torchvision):>13}"
+        )
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
