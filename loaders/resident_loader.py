@@ -61,8 +61,10 @@ class ResidentLoader:
 
     def _batches(self, index: Tensor) -> Iterator[Batch]:
         pixels, labels = self._pixels, self._labels
+        # As rows, for on a CPU torch copies these whole: 0.02 instead of 0.8 ms for 128 images of 32x32.
+        rows = pixels.view(len(pixels), -1)
         for places in index.split(self.batch_size) if len(index) else ():
-            images = pixels.index_select(0, places).permute(0, 3, 1, 2)
+            images = rows.index_select(0, places).view(-1, *pixels.shape[1:]).permute(0, 3, 1, 2)
             yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 
 
