@@ -78,16 +78,15 @@ def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int =
 
     With more than `max_classes` classes only the largest and the smallest ones are listed.
     """
-    test = result["test"]
     masks = counts.shot_masks()
     lines = [f"{'':16}{'classes':>9}{'images':>9}{'top-1 %':>10}"]
-    lines.append(f"{'overall':16}{counts.num_classes:>9}{int(counts.counts.sum()):>9}{percent(test['top1']):>10}")
+    lines.append(f"{'overall':16}{counts.num_classes:>9}{int(counts.counts.sum()):>9}{percent(result['top1']):>10}")
     for group, mask in masks.items():
         images = int(counts.counts[mask].sum())
-        lines.append(f"{group + '-shot':16}{int(mask.sum()):>9}{images:>9}{percent(test[group]):>10}")
+        lines.append(f"{group + '-shot':16}{int(mask.sum()):>9}{images:>9}{percent(result[group]):>10}")
     lines.append(
-        f"\ntop-5 {percent(test['top5'])} %   macro-F1 {percent(test['macro_f1'])} %   ECE {percent(test['ece'])} %"
-        f"   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
+        f"\ntop-5 {percent(result['top5'])} %   macro-F1 {percent(result['macro_f1'])} %   "
+        f"ECE {percent(result['ece'])} %   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
     )
     weights = result.get("class_weights")
     lines.append(f"\n{'class':24}{'images':>8}{'weight':>9}{'top-1 %':>10}")
@@ -97,6 +96,6 @@ def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int =
         if len(shown) < len(order) and position == max_classes // 2:
             lines.append(f"... {len(order) - len(shown)} more classes in result.json ...")
         weight = "-" if weights is None else f"{weights[c]:.3f}"
-        accuracy = percent(test["per_class_accuracy"][c])
+        accuracy = percent(result["per_class_accuracy"][c])
         lines.append(f"{counts.names[c][:23]:24}{int(counts.counts[c]):>8}{weight:>9}{accuracy:>10}")
     return "\n".join(lines)

@@ -430,7 +430,7 @@ class Trainer:
         best = checkpoint.load(self._best(last_stage))
         return {
             "name": self.recipe.name,
-            "test": self.evaluate("test"),
+            **self.evaluate("test"),
             "validation_top1": best["top1"],
             "best_iteration": best["iteration"],
             "class_names": list(self.counts.names),

@@ -65,7 +65,7 @@ def table(groups: list[list[tuple[Recipe, dict[str, Any]]]]) -> str:
     for group in groups:
         results = [result for _, result in group]
         cells = [label(group), str(len(group))]
-        cells += [spread([r["test"][metric] for r in results]) for metric in METRICS]
+        cells += [spread([r[metric] for r in results]) for metric in METRICS]
         cells.append(spread([r["train_s"] for r in results], scale=1.0))
         weights = [w for r in results for w in (r["class_weights"] or [])]
         cells.append(f"{min(weights):.2f} … {max(weights):.2f}" if weights else "-")

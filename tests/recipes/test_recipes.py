@@ -87,4 +87,4 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
             words += [f"{where}.meta_batch_size=4"]
     result = Trainer(load_recipe(path, words)).fit()
     assert result["iterations"] == 2 * len(recipe.stages)
-    assert 0 <= result["test"]["top1"] <= 1
+    assert 0 <= result["top1"] <= 1

@@ -35,6 +35,11 @@ def words_of(digits_words, *more):
     return [*digits_words, "stages.end_to_end.method=plain", *more]
 
 
+def measured(result):
+    """What the test split says, without times."""
+    return {key: result[key] for key in ("top1", "per_class_accuracy", "ece", "best_iteration")}
+
+
 # The heads, against numpy in float64
 
 
@@ -211,7 +216,7 @@ def test_resuming_inside_the_second_stage_agrees_bit_for_bit(digits_words, case)
         for key in ("train_s", "wait_s"):
             del state["progress"][key]
     assert_same(one, other)
-    assert result["test"] == again["test"]
+    assert measured(result) == measured(again)
 
 
 def test_a_third_stage_resumes_on_the_model_that_the_second_built(digits_words):
@@ -222,7 +227,7 @@ def test_a_third_stage_resumes_on_the_model_that_the_second_built(digits_words):
     stopped = stop_after(Trainer(load_recipe(RECIPE, [*words, "name=stopped"])), 20)
     with pytest.raises(Interrupted):
         stopped.fit()
-    assert Trainer(load_recipe(RECIPE, [*words, "name=stopped"])).fit()["test"] == result["test"]
+    assert measured(Trainer(load_recipe(RECIPE, [*words, "name=stopped"])).fit()) == measured(result)
     # An end-to-end stage after decoupled ones trains everything again.
     model = build_model("cifar_resnet8", num_classes=10)
     for method in ("las", "plain"):

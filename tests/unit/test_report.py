@@ -22,8 +22,8 @@ def run(tmp_path):
         folder = tmp_path / recipe.name
         folder.mkdir()
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
-        test = {"top1": top1, "many": top1, "medium": top1, "few": None, "macro_f1": top1}
-        result = {"test": test, "train_s": 10.0, "class_weights": list(weights), "class_counts": [9, 3]}
+        measured = {"top1": top1, "many": top1, "medium": top1, "few": None, "macro_f1": top1}
+        result = {**measured, "train_s": 10.0, "class_weights": list(weights), "class_counts": [9, 3]}
         (folder / "result.json").write_text(json.dumps(result))
         lines = [{"kind": "evaluation", "iteration": i, "weight": [1.0, 1.0 + i / 10]} for i in (1, 2)]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

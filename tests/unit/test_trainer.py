@@ -72,7 +72,7 @@ def test_a_run_leaves_all_that_a_reader_needs(digits_words, backend):
     folder = trainer.folder
     assert json.loads((folder / "result.json").read_text()) == result
     for key in ("top1", "top5", "many", "medium", "few", "macro_f1", "ece", "per_class_accuracy"):
-        assert key in result["test"], key
+        assert key in result, key
     for key in ("class_counts", "shots", "seed", "versions", "img_s", "class_weights", "validation_top1"):
         assert key in result, key
     assert math.isclose(sum(result["class_weights"]), 10, rel_tol=1e-4)
@@ -213,7 +213,7 @@ def test_a_large_source_without_its_conversion_is_refused_with_the_command(tmp_p
 def test_bfloat16_trains(digits_words):
     result = make(digits_words, "precision=bf16").fit()
     assert result["precision"] == "bf16"
-    assert 0 <= result["test"]["top1"] <= 1
+    assert 0 <= result["top1"] <= 1
 
 
 class Counting:
