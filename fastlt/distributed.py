@@ -38,3 +38,15 @@ class Reducer:
             return
         torch._foreach_div_(list(tensors), self.world_size)
         self.sum_(tensors)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, concatenated along the first axis in the order of ranks; all have one shape."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def mine(self, gathered: Tensor) -> Tensor:
+        """This process's part of what `gather` returned."""
+        return gathered.chunk(self.world_size)[self.rank]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from fastlt.steps.base import Step, StepParts
+from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.steps.plain import PlainStep
+from fastlt.steps.sample_weights import MetaWeightNetStep, SampleDifficultyStep
 
 STEPS: dict[str, type[Step]] = {
     "plain": PlainStep,
     "difficulty": DifficultyStep,
     "cdb": CdbStep,
+    "mwn": MetaWeightNetStep,
+    "sample_difficulty": SampleDifficultyStep,
+    "cb_da": CbDaStep,
     "crt": CrtStep,
     "lws": LwsStep,
     "las": LasStep,

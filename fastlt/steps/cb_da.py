@@ -1,0 +1,73 @@
+"""Class balance seen as domain adaptation (Jamal et al. 2020): class weights plus a correction for each sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastlt.losses.class_balanced import effective_number_weights
+from fastlt.state import Batch, StepOutput
+from fastlt.steps.base import StepParts
+from fastlt.steps.meta import MetaStep
+
+
+class CbDaStep(MetaStep):
+    """CB-DA: the mean loss until `from_epoch`, then weights w_CB[y_i] + eps_i.
+
+    eps is one gradient step from 0 on the meta loss at the lookahead, made anew in every iteration. As in the authors'
+    code the lookahead descends the sum of the weighted losses, not their mean, and weights are neither clipped nor
+    normalised. For a run that starts from a trained model, give `from_epoch: 0`.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """from_epoch: the first epoch (from 0) with the weights. beta: of the effective number of samples, for w_CB.
+        eps_lr: of the step on eps.
+        """
+
+        from_epoch: int = 160
+        beta: float = 0.9999
+        eps_lr: float = 0.01
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.beta < 1:
+                raise ValueError(f"beta is {self.beta}: give a number in [0, 1)")
+            for name in ("from_epoch", "eps_lr"):
+                if getattr(self, name) < 0:
+                    raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
+
+    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+        super().__init__(parts, options)
+        balanced = effective_number_weights(parts.class_counts.counts, self.options.beta)
+        self.balanced = torch.from_numpy(balanced).to(self.parameters[0])
+        self.epoch = 0
+
+    def start_epoch(self, epoch: int) -> None:
+        super().start_epoch(epoch)
+        self.epoch = epoch
+
+    def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
+        run = self.training_pass(batch)
+        if self.epoch < self.options.from_epoch:
+            objective = run.losses.mean()
+            self.descend(objective)
+            return StepOutput(objective.detach())
+        weights = self.balanced[run.labels]
+        size = len(run.labels) * self.reducer.world_size
+        own_gradient, meta_loss = self.per_sample_gradient(run, weights, meta_batch, lr=self.lr * size)
+        eps = own_gradient * (-self.options.eps_lr / self.reducer.world_size)
+        objective = ((weights + eps) * run.losses).mean()
+        self.descend(objective)
+        return StepOutput(
+            objective.detach(),
+            metrics={"meta_loss": meta_loss, "eps_norm": eps.norm()},
+            per_class={"weight": self.balanced},
+        )
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.epoch = state["epoch"]
