@@ -16,12 +16,16 @@ Every function here is pure: parameters and buffers are passed in and left as th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastlt.recorded_forward import ForwardChangedError, ForwardRecord
 
 Tensors = dict[str, Tensor]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
@@ -69,22 +73,50 @@ def mean_loss_gradient(losses: LossOfParameters, parameters: Tensors) -> tuple[T
     return value.detach(), list(gradients)
 
 
-def directional_derivative(losses: LossOfParameters, parameters: Tensors, direction: Sequence[Tensor]) -> Tensor:
+def directional_derivative(
+    losses: LossOfParameters, parameters: Tensors, direction: Sequence[Tensor], record: ForwardRecord | None = None
+) -> Tensor:
     """d/de losses(parameters + e * direction) at e = 0, for all samples at once: (b,), in the losses' dtype.
 
     The tangent is scaled to unit norm for the pass and the result scaled back: late in training the meta-gradient is
     small, and products of small tangents lose their low bits first. A zero direction gives zeros.
+
+    record: of a pass `losses(parameters)` that was made before; its activations are used instead of new ones. A pass
+    that cannot be repeated gives a warning and a Jacobian-vector product without it.
     """
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction))))
         scale = torch.where(norm > 0, norm, torch.ones_like(norm))
         unit = torch._foreach_div(list(direction), scale)
-        primals = {name: p.detach() for name, p in parameters.items()}
         tangents = dict(zip(parameters, unit, strict=True))
         # Fused attention kernels have no forward-mode derivative; the plain matrix products are the same function.
         with sdpa_kernel(SDPBackend.MATH):
-            _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
+            derivative = None if record is None else _reusing(losses, parameters, tangents, record)
+            if derivative is None:
+                primals = {name: p.detach() for name, p in parameters.items()}
+                _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
         return derivative * norm
+
+
+def _reusing(losses: LossOfParameters, parameters: Tensors, tangents: Tensors, record: ForwardRecord) -> Tensor | None:
+    """The losses' tangents from a recorded pass, or None, with a warning, when the pass does not repeat itself."""
+    device = next(iter(parameters.values())).device
+    state = random_state(device)
+    try:
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(p.data, tangents[name]) for name, p in parameters.items()}
+            with record.reused():
+                values = losses(duals)
+            primal, tangent = forward_ad.unpack_dual(values)
+            return torch.zeros_like(primal) if tangent is None else tangent
+    except ForwardChangedError as change:
+        warnings.warn(
+            f"the model does not do the same twice on one batch ({change}); its forward pass is computed again for the "
+            "meta-gradient, which takes longer and is as exact",
+            stacklevel=3,
+        )
+        set_random_state(state, device)
+        return None
 
 
 def weight_gradient(derivative: Tensor, lr: float | Tensor, batch_size: int) -> Tensor:

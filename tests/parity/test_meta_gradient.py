@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastlt.class_accuracy import ClassAccuracy
 from fastlt.difficulty import DifficultyNet, difficulty_gradient_loss
 from fastlt.losses import build_loss
 from fastlt.models import build_model
+from fastlt.recorded_forward import ForwardRecord
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 
@@ -172,6 +174,40 @@ def test_dropout_and_stochastic_depth_see_the_same_noise_twice():
         ]
     )
     assert relative_error(derivative, by_backward) <= 1e-10
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("name", "size"), [*BACKBONES, ("densenet121", 32)])
+def test_tangent_from_a_recorded_pass_equals_the_one_computed_anew(name, size, memory_format):
+    model, _, _, batch, _ = make(name, memory_format=memory_format, size=size)
+    parameters = meta_gradient.trainable_parameters(model)
+    losses_of = meta_gradient.functional_losses(model, cross_entropy, *batch)
+    direction = [torch.randn_like(p) for p in parameters.values()]
+    record = ForwardRecord()
+    with record.recording():
+        losses = losses_of(parameters)
+    before = torch.autograd.grad(losses.mean(), list(parameters.values()), retain_graph=True, materialize_grads=True)
+    assert len(record.calls) > 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fast = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
+    assert relative_error(fast, meta_gradient.directional_derivative(losses_of, parameters, direction)) <= 1e-12
+    after = torch.autograd.grad(losses.mean(), list(parameters.values()), materialize_grads=True)
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True)), "activations were changed"
+
+
+def test_a_pass_that_changes_is_computed_anew_with_a_warning():
+    model, _, _, batch, _ = make("cifar_resnet8")
+    parameters = meta_gradient.trainable_parameters(model)
+    losses_of = meta_gradient.functional_losses(model, cross_entropy, *batch)
+    direction = [torch.randn_like(p) for p in parameters.values()]
+    record = ForwardRecord()
+    with record.recording():
+        losses_of(parameters)
+    record.calls.pop()
+    with pytest.warns(UserWarning, match="does not do the same twice"):
+        fast = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
+    assert torch.equal(fast, meta_gradient.directional_derivative(losses_of, parameters, direction))
 
 
 def test_zero_direction_gives_zeros_and_not_nan():
