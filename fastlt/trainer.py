@@ -190,6 +190,12 @@ class Trainer:
     def _tracker(self):
         if not self.recipe.trackers:
             return None
+        # Accelerate passes over a tracker whose package is absent.
+        absent = set(self.recipe.trackers) - {str(getattr(t, "value", t)) for t in self.accelerator.log_with}
+        if absent:
+            raise ValueError(
+                f"trackers: the packages of {sorted(absent)} are not installed; pip install them, or leave them out"
+            )
         self.accelerator.init_trackers("fastlt", init_kwargs={})
         return lambda values, iteration: self.accelerator.log(values, step=iteration)
 

@@ -176,6 +176,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(digits
 REFUSED = [
     (["data.num_classes=11"], "num_classes is 11"),
     ([f"{STAGE}.batch_size=100000"], "batch_size is 100000, but the train split has"),
+    (["trackers=[comet_ml]"], "not installed"),
+    (["trackers=[nonsense]"], "nonsense"),
     ([f"{STAGE}.meta_batch_size=101"], "meta_batch_size is 101, but the meta split has 100"),
 ]
 
