@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlt import meta_gradient
+from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch
 from fastlt.steps.base import Step, StepParts
 
@@ -25,12 +26,14 @@ class TrainingPass:
 
     images: augmented. labels, losses: (b,); the losses keep their graph.
     random_state: of the generators before the forward, for models that draw random numbers in it; else None.
+    record: what the forward computed, for the tangent; None where it could not use it.
     """
 
     images: Tensor
     labels: Tensor
     losses: Tensor
     random_state: Mapping[str, Tensor] | None
+    record: ForwardRecord | None = None
 
 
 class MetaStep(Step):
@@ -51,7 +54,17 @@ class MetaStep(Step):
         """Augment a batch and run it forward."""
         images = self.parts.augment(batch.images)
         random_state = meta_gradient.random_state(images.device) if self.stochastic else None
-        return TrainingPass(images, batch.labels, self.losses(images, batch.labels), random_state)
+        if not self._records(images):
+            return TrainingPass(images, batch.labels, self.losses(images, batch.labels), random_state)
+        record = ForwardRecord()
+        with record.recording():
+            losses = self.losses(images, batch.labels)
+        return TrainingPass(images, batch.labels, losses, random_state, record)
+
+    def _records(self, images: Tensor) -> bool:
+        """Not in mixed precision: activations in bfloat16 are too coarse for the tangent."""
+        with self.parts.autocast():
+            return recordable(images) and not torch.is_autocast_enabled(images.device.type)
 
     def per_sample_gradient(
         self, run: TrainingPass, weights: Tensor, meta_batch: Batch, lr: float | None = None
@@ -82,12 +95,14 @@ class MetaStep(Step):
             meta_loss, direction = meta_gradient.mean_loss_gradient(meta_losses, ahead)
         self.reducer.mean_(direction)
         derivative = self._tangent(run, parameters, direction)
+        if run.record is not None:
+            run.record.clear()  # activations it holds would otherwise outlive the last backward pass's need of them
         return meta_gradient.weight_gradient(derivative, lr, len(run.labels)), meta_loss
 
     def _tangent(self, run: TrainingPass, parameters: meta_gradient.Tensors, direction: list[Tensor]) -> Tensor:
         # Outside autocast: a bfloat16 tangent was 4e-2 off, the float32 one 4e-7.
         losses = meta_gradient.functional_losses(self.model, self.loss, run.images, run.labels)
         if run.random_state is None:
-            return meta_gradient.directional_derivative(losses, parameters, direction)
+            return meta_gradient.directional_derivative(losses, parameters, direction, run.record)
         with meta_gradient.replayed_randomness(run.random_state, run.images.device):
-            return meta_gradient.directional_derivative(losses, parameters, direction)
+            return meta_gradient.directional_derivative(losses, parameters, direction, run.record)
