@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         stage = recipe.stages[name]
         step, train, meta = trainer._build_stage(stage)  # a loop of its own: the trainer's also logs and evaluates
         step.start_epoch(0)
-        trainer.model.train()
+        step.train_mode()
         trainer._set_lr(step, stage, 0.0)
         loop = _Loop(step, endless(train, 0), endless(meta, 0) if meta is not None else None, words.iterations)
         try:
