@@ -1,0 +1,79 @@
+"""tools/benchmark.py and its `step`: the rows agree on the gradient, absent packages are named, typing errors too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools import benchmark  # noqa: E402
+from tools.benchmarks import meta_steps, step  # noqa: E402
+
+SMALL = [
+    *("--backbone", "cifar_resnet8", "--batch", "12", "--meta-batch", "8", "--image-size", "12"),
+    *("--rounds", "1", "--threads", "1", "--device", "cpu"),
+]
+
+
+def run(capsys, *words):
+    assert benchmark.main(["step", *SMALL, "--json", *words]) == 0
+    return {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+
+
+def test_every_row_computes_the_gradient_of_float64_and_absent_packages_are_named(capsys):
+    rows = run(capsys, "--no-memory")
+    names = ["plain", "ours_frozen", "ours_exact", "ours_rolling", "double_backward", "higher", "torchopt"]
+    assert list(rows) == names
+    for name, row in rows.items():
+        if meta_steps.missing(name):
+            assert row["ms"] is None
+            assert f"{name} is not installed" in row["why"]
+            assert "[bench]" in row["why"]
+            continue
+        assert row["ms"] > 0
+        assert row["why"] is None
+        if name == "plain":
+            assert row["grad_rel_error"] is None
+            assert row["ratio_plain"] == 1
+        else:
+            assert row["grad_rel_error"] < 1e-3
+
+
+def test_an_absent_package_is_a_row_that_says_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setattr(meta_steps.importlib.util, "find_spec", lambda name: None)
+    rows = run(capsys, "--no-memory", "--rows", "plain", "higher")
+    assert rows["higher"]["ms"] is None
+    assert "pip install" in rows["higher"]["why"]
+    assert rows["plain"]["ratio_frozen"] is None
+
+
+def test_a_wrong_gradient_is_seen():
+    problem = step.problem_of(step.parse(SMALL))
+    way = meta_steps.DoubleBackward(problem)
+    right = way.theta_gradient
+
+    def wrong():
+        return 1.1 * right()
+
+    way.theta_gradient = wrong
+    assert step.gradient_errors(problem, {"way": way})["way"] == pytest.approx(0.1, rel=1e-2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_of_a_row_is_measured_in_a_process_of_its_own(capsys):
+    rows = run(capsys, "--rows", "plain", "--batch", "64", "--image-size", "32")
+    # The activations of 64 images alone: 16 channels of 32x32 float32 behind each of the first three convolutions.
+    assert rows["plain"]["peak_bytes"] > 3 * 64 * 16 * 32 * 32 * 4
+
+
+def test_a_wrong_word_is_one_message(capsys):
+    assert benchmark.main(["stepp"]) == 2
+    assert "did you mean 'step'" in capsys.readouterr().err
+    assert benchmark.main(["step", "--backbone", "cifar_resnet33", "--threads", str(torch.get_num_threads())]) == 2
+    assert "cifar_resnet3" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""Seven ways to take a training step: plain, ours, and three that differentiate twice for the same meta-gradient.
+
+The three get what ours has: one forward of the training batch serves lookahead and update (both are backward passes
+through one graph). All start from one model, one Difficulty-Net, one pair of batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlt.augment import build_augment
+from fastlt.class_accuracy import ClassAccuracy
+from fastlt.difficulty import DifficultyNet, class_weights
+from fastlt.losses import build_loss
+from fastlt.models import build_model
+from fastlt.state import Batch, ClassCounts
+from fastlt.steps import STEPS, StepParts
+from fastlt.steps.difficulty import DifficultyStep
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
+META_PER_CLASS = 10
+WINDOW = 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained on what; `make_problem` draws it from a seed."""
+
+    model: nn.Module
+    net: DifficultyNet
+    accuracy: Tensor
+    batch: Batch
+    meta_batch: Batch
+    meta_set: tuple[Tensor, Tensor]
+    num_classes: int
+    memory_format: torch.memory_format
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.images.device
+
+    def autocast(self):
+        """The context of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def augment(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normalised images in the model's memory format, without random changes: they would be noise in the times."""
+        return self._normalise(images, dtype).contiguous(memory_format=self.memory_format)
+
+    def _normalise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        return build_augment([], image_size=images.shape[-1], mean=MEAN, std=STD, seed=0, device=images.device)(
+            images, dtype
+        )
+
+
+def make_problem(
+    *,
+    backbone: str,
+    num_classes: int,
+    batch: int,
+    meta_batch: int,
+    image_size: int,
+    channels_last: bool,
+    precision: str,
+    device: str,
+) -> Problem:
+    """Random images and labels, a network as it is initialised, accuracies between 0.2 and 0.9."""
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = build_model(backbone, num_classes=num_classes, image_size=image_size)
+
+    def draw(count: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = torch.randint(0, 256, (count, 3, image_size, image_size), dtype=torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last).to(device), labels.to(device)
+
+    meta_labels = torch.arange(META_PER_CLASS * num_classes) % num_classes
+    return Problem(
+        model=model.to(device, memory_format=memory_format).train(),
+        net=DifficultyNet(num_classes).to(device),
+        accuracy=torch.linspace(0.9, 0.2, num_classes, device=device),
+        batch=Batch(*draw(batch, torch.randint(num_classes, (batch,))), torch.arange(batch)),
+        meta_batch=Batch(*draw(meta_batch, torch.randint(num_classes, (meta_batch,))), torch.arange(meta_batch)),
+        meta_set=draw(len(meta_labels), meta_labels),
+        num_classes=num_classes,
+        memory_format=memory_format,
+        precision=precision,
+    )
+
+
+class Way:
+    """One way to take a step, on a model of its own: `step()` trains, `theta_gradient()` trains and tells its gradient.
+
+    accuracy: A of the latest step, None where there is none.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.accuracy: Tensor | None = None
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def theta_gradient(self) -> Tensor | None:
+        """The gradient of the meta loss in the parameters of Difficulty-Net, flat; None for plain training."""
+        raise NotImplementedError
+
+
+class FrozenAccuracy(ClassAccuracy):
+    """Stands in for the accuracy on the meta set: always the same, at no cost."""
+
+    def __init__(self, accuracy: Tensor) -> None:
+        self.frozen = accuracy
+
+    def update(self, model: nn.Module) -> Tensor:
+        return self.frozen
+
+
+class OwnStep(Way):
+    """A step of fastlt itself, as the trainer builds it, without the driver loss (the others have none)."""
+
+    def __init__(self, problem: Problem, method: str, class_accuracy: ClassAccuracy | None) -> None:
+        super().__init__(problem)
+        counts = ClassCounts(np.full(problem.num_classes, 100), tuple(str(c) for c in range(problem.num_classes)))
+        model = copy.deepcopy(problem.model)
+        parts = StepParts(
+            model=model,
+            loss=build_loss("cross_entropy", counts),
+            optimizer=new_sgd(list(model.parameters())),
+            augment=problem.augment,
+            meta_augment=problem.augment,
+            class_counts=counts,
+            class_accuracy=class_accuracy,
+            autocast=problem.autocast,
+        )
+        options = DifficultyStep.Options(driver_weight=0.0) if method == "difficulty" else None
+        self.of_fastlt = STEPS[method](parts, options)
+        if method == "difficulty":
+            self.of_fastlt.net.load_state_dict(problem.net.state_dict())
+
+    def step(self) -> None:
+        output = self.of_fastlt(self.problem.batch, self.problem.meta_batch)
+        self.accuracy = output.per_class.get("meta_accuracy")
+
+    def theta_gradient(self) -> Tensor | None:
+        if not isinstance(self.of_fastlt, DifficultyStep):
+            self.step()
+            return None
+        seen: list[Tensor] = []
+        net = self.of_fastlt.net
+        hook = self.of_fastlt.net_optimizer.register_step_pre_hook(
+            lambda *_: seen.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        )
+        self.step()
+        hook.remove()
+        return seen[0]
+
+
+class TwiceDifferentiated(Way):
+    """The lookahead kept in autograd's graph and differentiated; subclasses say by whose means."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype = torch.float32, accuracy: Tensor | None = None) -> None:
+        super().__init__(problem)
+        self.dtype = dtype
+        self.model = copy.deepcopy(problem.model).to(dtype)
+        self.net = copy.deepcopy(problem.net).to(dtype)
+        self.accuracy = (problem.accuracy if accuracy is None else accuracy).to(dtype)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = new_sgd(self.parameters)
+        self.net_optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4, foreach=True)
+
+    def losses(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        """Per-sample cross-entropy (b,)."""
+        with self.problem.autocast():
+            logits = model(self.problem.augment(batch.images).to(self.dtype))
+        return F.cross_entropy(logits.to(self.dtype), batch.labels, reduction="none")
+
+    def weights(self) -> Tensor:
+        return class_weights(self.net(self.accuracy))[self.problem.batch.labels]
+
+    def meta_gradient(self) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+        """Losses of the training batch, the parameters they depend on, and the gradient in theta."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        self.theta_gradient()
+
+    def theta_gradient(self) -> Tensor:
+        losses, parameters, gradients = self.meta_gradient()
+        flat = torch.cat([g.flatten() for g in gradients])
+        apply(self.net_optimizer, list(self.net.parameters()), gradients)
+        with torch.no_grad():
+            weights = self.weights()
+        apply(self.optimizer, self.parameters, torch.autograd.grad((weights * losses).mean(), parameters))
+        return flat
+
+
+class DoubleBackward(TwiceDifferentiated):
+    """torch alone: create_graph, and a functional call at the lookahead."""
+
+    def meta_gradient(self):
+        named = dict(self.model.named_parameters())
+        losses = self.losses(self.model, self.problem.batch)
+        inner = torch.autograd.grad((self.weights() * losses).mean(), self.parameters, create_graph=True)
+        ahead = {name: p - LR * g for (name, p), g in zip(named.items(), inner, strict=True)}
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+
+        def looking_ahead(images: Tensor) -> Tensor:
+            return torch.func.functional_call(self.model, {**buffers, **ahead}, (images,))
+
+        meta = self.losses(looking_ahead, self.problem.meta_batch).mean()
+        return losses, self.parameters, torch.autograd.grad(meta, list(self.net.parameters()), retain_graph=True)
+
+
+class Higher(TwiceDifferentiated):
+    """The package `higher`: a functional copy of the model and a differentiable SGD."""
+
+    def meta_gradient(self):
+        import higher
+
+        inner = torch.optim.SGD(self.parameters, lr=LR)
+        with higher.innerloop_ctx(self.model, inner, copy_initial_weights=False) as (functional, optimizer):
+            losses = self.losses(functional, self.problem.batch)
+            optimizer.step((self.weights() * losses).mean())
+            meta = self.losses(functional, self.problem.meta_batch).mean()
+            gradients = torch.autograd.grad(meta, list(self.net.parameters()), retain_graph=True)
+            return losses, list(functional.parameters(time=0)), gradients
+
+
+class TorchOpt(TwiceDifferentiated):
+    """The package `torchopt`: MetaSGD moves the model differentiably, and its state is put back."""
+
+    def meta_gradient(self):
+        import torchopt
+
+        before = torchopt.extract_state_dict(self.model, by="reference")
+        losses = self.losses(self.model, self.problem.batch)
+        torchopt.MetaSGD(self.model, lr=LR).step((self.weights() * losses).mean())
+        meta = self.losses(self.model, self.problem.meta_batch).mean()
+        gradients = torch.autograd.grad(meta, list(self.net.parameters()), retain_graph=True)
+        torchopt.recover_state_dict(self.model, before)
+        return losses, self.parameters, gradients
+
+
+def new_sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of every way."""
+    return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
+
+
+def apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
+    """One step with these gradients."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
+    return ClassAccuracy(
+        *problem.meta_set,
+        problem.num_classes,
+        prepare=problem.augment,
+        refresh=refresh,
+        window=WINDOW,
+        autocast=problem.autocast,
+    )
+
+
+WAYS: dict[str, Callable[[Problem], Way]] = {
+    "plain": lambda problem: OwnStep(problem, "plain", None),
+    "ours_frozen": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy)),
+    "ours_exact": lambda problem: OwnStep(problem, "difficulty", _refreshed(problem, "exact")),
+    "ours_rolling": lambda problem: OwnStep(problem, "difficulty", _refreshed(problem, "rolling")),
+    "double_backward": DoubleBackward,
+    "higher": Higher,
+    "torchopt": TorchOpt,
+}
+NEEDS_PACKAGE = ("higher", "torchopt")
+
+
+def missing(name: str) -> str | None:
+    """Why a way cannot be measured here, with what to do about it; None when it can."""
+    if name in NEEDS_PACKAGE and importlib.util.find_spec(name) is None:
+        return f"{name} is not installed: pip install -c constraints.txt -e '.[bench]'"
+    return None
+
+
+def float64_gradient(problem: Problem, accuracy: Tensor) -> Tensor:
+    """The gradient in theta in float64, by differentiating twice; for float32 and bf16 problems alike."""
+    exact = copy.copy(problem)
+    object.__setattr__(exact, "precision", "fp32")
+    return DoubleBackward(exact, torch.float64, accuracy).theta_gradient()

@@ -1,0 +1,250 @@
+"""Time, memory and exactness of a training step: plain, ours, and other ways to the same meta-gradient.
+
+plain            descent on the mean loss: what a step costs without a learned weighting
+ours_frozen      fastlt's step, the class accuracies given: the cost of the exact meta-gradient alone
+ours_exact       ... with the accuracies measured on the whole meta set (10 images a class) in every step
+ours_rolling     ... on a tenth of it in every step
+double_backward  the same gradient by torch's create_graph
+higher, torchopt the same gradient by these packages
+
+Times are medians of rounds in which every way takes one step in turn, in one process on the same data, after a step
+that is not measured. Ratios are medians of the ratios within a round, so that what slows the machine down slows both.
+The gradient is that of the meta loss in the parameters of Difficulty-Net, in the first step; its error is relative, in
+norm, to the same gradient in float64. The peak memory of a CPU is that of the resident set over two steps, in a process
+for each way, above what was resident before (torch, model, data, and a step on 8 images, so that libraries are
+loaded); it holds the activations and everything the libraries allocate for themselves. Linux only. On a GPU it is
+the allocator's peak above what was allocated before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastlt.models.classifier import check_model
+from tools.benchmarks.meta_steps import WAYS, Problem, float64_gradient, make_problem, missing
+
+ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way; None where it has no value, with the reason in `why` when it could not be measured at all."""
+
+    name: str
+    ms: float | None = None
+    ratio_plain: float | None = None
+    ratio_frozen: float | None = None
+    peak_bytes: int | None = None
+    grad_rel_error: float | None = None
+    why: str | None = None
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print; returns the exit code."""
+    words = parse(arguments)
+    if words.threads:
+        torch.set_num_threads(words.threads)
+    if words.peak_of:
+        print(peak_on_cpu(words))
+        return 0
+    check_model(words.backbone)
+    rows = measure(words)
+    settings = {k: v for k, v in vars(words).items() if k not in ("json", "peak_of", "rows")}
+    settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    if words.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
+    else:
+        print_table(rows)
+        print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; exits with code 2 and one message when they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    parser.add_argument("--backbone", default="cifar_resnet32", metavar="NAME", help="default: cifar_resnet32")
+    parser.add_argument("--classes", type=positive, default=10, metavar="C", help="default: 10")
+    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="training batch (default: 128)")
+    parser.add_argument("--meta-batch", type=positive, default=128, metavar="N", help="meta batch (default: 128)")
+    parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS", help="default: 32")
+    parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", nargs="+", choices=list(WAYS), default=list(WAYS), help="default: all")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def problem_of(words: argparse.Namespace, **changes: int) -> Problem:
+    """The problem that the options describe."""
+    options = {"batch": words.batch, "meta_batch": words.meta_batch, **changes}
+    return make_problem(
+        backbone=words.backbone,
+        num_classes=words.classes,
+        image_size=words.image_size,
+        channels_last=words.channels_last,
+        precision=words.precision,
+        device=words.device,
+        **options,
+    )
+
+
+def measure(words: argparse.Namespace) -> list[Row]:
+    """A row for each way that was asked for, in order."""
+    problem = problem_of(words)
+    reasons = {name: missing(name) for name in words.rows}
+    ways = {name: WAYS[name](problem) for name in words.rows if reasons[name] is None}
+    errors = gradient_errors(problem, ways)
+    peaks = {name: None for name in ways}
+    if words.memory:
+        peaks = {name: peak_on_gpu(way) if problem.device.type == "cuda" else ask_child(name, words)
+                 for name, way in ways.items()}  # fmt: skip
+    times = interleaved(ways, words.rounds)
+    rows = []
+    for name in words.rows:
+        row = Row(name, why=reasons[name])
+        if name in ways:
+            row = replace(
+                row,
+                ms=1e3 * statistics.median(times[name]),
+                ratio_plain=ratio(times, name, "plain"),
+                ratio_frozen=ratio(times, name, "ours_frozen"),
+                peak_bytes=peaks[name],
+                grad_rel_error=errors[name],
+            )
+        rows.append(row)
+    return rows
+
+
+def gradient_errors(problem: Problem, ways: dict) -> dict[str, float | None]:
+    """The relative error of each way's gradient in its first step; all start from the same state."""
+    exact: dict[tuple, torch.Tensor] = {}
+    errors: dict[str, float | None] = {}
+    for name, way in ways.items():
+        gradient = way.theta_gradient()
+        if gradient is None:
+            errors[name] = None
+            continue
+        key = tuple(way.accuracy.tolist())
+        if key not in exact:
+            exact[key] = float64_gradient(problem, way.accuracy)
+        errors[name] = ((gradient.double() - exact[key]).norm() / exact[key].norm()).item()
+    return errors
+
+
+def interleaved(ways: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round."""
+    device = next(iter(ways.values())).problem.device if ways else None
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        for name, way in ways.items():
+            wait_for(device)
+            started = time.perf_counter()
+            way.step()
+            wait_for(device)
+            # The first round is a warm-up.
+            if round_:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(times: dict[str, list[float]], name: str, other: str) -> float | None:
+    """How many times as long as another way, the median over the rounds; None when that one was not measured."""
+    if other not in times:
+        return None
+    return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+
+
+def peak_on_gpu(way) -> int:
+    """Bytes of torch's allocator at the peak of two steps, above those before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    way.step()
+    way.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ask_child(name: str, words: argparse.Namespace) -> int | None:
+    """`peak_on_cpu` in a process of its own; None on systems that do not tell."""
+    if not Path("/proc/self/status").exists():
+        return None
+    layout = "--channels-last" if words.channels_last else "--no-channels-last"
+    command = [sys.executable, "-W", "ignore", str(ENTRY), "step", "--peak-of", name, layout, "--device", words.device]
+    for key in ("backbone", "classes", "batch", "meta_batch", "image_size", "precision", "threads"):
+        if getattr(words, key) is not None:
+            command += [f"--{key.replace('_', '-')}", str(getattr(words, key))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def peak_on_cpu(words: argparse.Namespace) -> int:
+    """Bytes by which the resident set of this process grew, at its peak, over two steps of one way."""
+    WAYS[words.peak_of](problem_of(words, batch=8, meta_batch=8)).step()
+    way = WAYS[words.peak_of](problem_of(words))
+    gc.collect()
+    before = resident("VmRSS")
+    way.step()
+    way.step()
+    return resident("VmHWM") - before
+
+
+def resident(entry: str) -> int:
+    """VmRSS (now) or VmHWM (at the peak) of this process, in bytes. `getrusage` would include the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(entry + ":"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(entry)
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows for people."""
+    print(f"{'':16} {'ms':>8} {'x plain':>8} {'x frozen':>9} {'peak MiB':>9} {'gradient error':>15}")
+    for row in rows:
+        if row.why:
+            print(f"{row.name:16} {row.why}")
+            continue
+        cells = (
+            f"{row.ms:8.1f}",
+            _cell(row.ratio_plain, "8.2f"),
+            _cell(row.ratio_frozen, "9.2f"),
+            _cell(row.peak_bytes and row.peak_bytes / 2**20, "9.0f"),
+            _cell(row.grad_rel_error, "15.1e"),
+        )
+        print(f"{row.name:16} {' '.join(cells)}")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'' if value is None else format(value, form):>{form.split('.')[0]}}"
