@@ -75,7 +75,9 @@ class Trainer:
             log_with=recipe.trackers or None,
             project_dir=str(self.folder),
         )
-        self.device = self.accelerator.device
+        # Accelerate numbers CPUs by process, and torch cannot read a checkpoint back to a device "cpu:1".
+        device = self.accelerator.device
+        self.device = torch.device("cpu") if device.type == "cpu" else device
         self.reducer = Reducer(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
         self._set_threads()
@@ -239,6 +241,8 @@ class Trainer:
             mine = self.resumed["processes"][self.reducer.rank]
             step.load_state_dict({**self.resumed["step"], **mine["step"]})
             checkpoint.restore_random_states(mine["random"])
+            for buffer_name, buffer in self.model.named_buffers():
+                buffer.copy_(mine["buffers"][buffer_name])
             self.resumed = None
         per_epoch = len(train)
         unit = per_epoch if stage.epochs is not None else 1
@@ -265,15 +269,16 @@ class Trainer:
                     self._log_training(name, output, step, bar)
                 self._tick()
                 bar.update()
+                # Asked once: between two questions a signal could come that ends the run without a checkpoint.
+                stop = self._asked_to_stop(log_now)
                 if progress.iteration % every == 0 or progress.iteration == total:
                     self._validate(name, output)
                     self._save(name, step, output)
-                elif self._asked_to_stop(log_now) or self._save_is_due():
+                elif stop or self._save_is_due():
                     self._save(name, step, output)
-                if self._asked_to_stop(log_now):
-                    raise Interrupted(
-                        f"stopped by signal {self.stop_signal} at iteration {progress.iteration} of {name}"
-                    )
+                if stop:
+                    self.stop_signal = stop
+                    raise Interrupted(f"stopped by signal {stop} at iteration {progress.iteration} of {name}")
                 self.clock = time.perf_counter()
         finally:
             bar.close()
@@ -485,8 +490,13 @@ class Trainer:
         )
 
     def _finite(self, output: StepOutput) -> float:
-        """The loss as a number; FloatingPointError when it is not finite, so that no checkpoint holds such a state."""
-        loss = output.loss.item()
+        """The loss as a number; FloatingPointError when it is not finite, so that no checkpoint holds such a state.
+
+        It is the mean over processes: if one of them gave up alone, the others would wait for it.
+        """
+        mean = output.loss.detach().clone()
+        self.reducer.mean_([mean])
+        loss = mean.item()
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise FloatingPointError(
                 f"the loss is {loss} at iteration {self.progress.iteration}; the last checkpoint in {self.folder} is "
@@ -503,6 +513,8 @@ class Trainer:
         self._finite(output)
         state = step.state_dict()
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": checkpoint.random_states()}
+        # BatchNorm's running statistics are those of each process's own batches.
+        own["buffers"] = {k: b.cpu() for k, b in self.model.named_buffers()}
         processes = gather_object([own])
         if self.main:
             state = {
@@ -569,15 +581,14 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _asked_to_stop(self, log_now: bool) -> bool:
-        """Whether any process got a signal; several processes agree on it at log intervals only."""
+    def _asked_to_stop(self, log_now: bool) -> int:
+        """The signal that any process got, else 0; several processes agree on it, at log intervals only."""
         if self.reducer.world_size == 1:
-            return self.stop_signal is not None
+            return self.stop_signal or 0
         if not log_now:
-            return False
-        flag = torch.tensor([float(self.stop_signal or 0)], device=self.device)
-        self.reducer.sum_([flag])
-        return bool(flag.item())
+            return 0
+        signals = self.reducer.gather(torch.tensor([self.stop_signal or 0], device=self.device))
+        return int(signals.max().item())
 
 
 def endless(loader: BatchLoader, start: int) -> Iterator[Batch]:

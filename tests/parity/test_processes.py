@@ -1,0 +1,109 @@
+"""Two processes with half a batch each take the steps of one process with the whole batch, and resume as one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from two_processes import CASES, train
+
+from fastlt.distributed import Reducer
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+IDS = [f"{method}-{refresh}" for method, refresh in CASES]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The results of all cases, as each of the two processes has them."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py"))]
+    processes = [subprocess.Popen([*command, str(rank), str(folder)], env=ENVIRONMENT) for rank in range(2)]
+    try:
+        assert [p.wait(timeout=240) for p in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("method", "refresh"), CASES, ids=IDS)
+def test_two_processes_equal_one(method, refresh, ranks):
+    for part, tensors in train(method, refresh, Reducer()).items():
+        for name, alone in tensors.items():
+            first, second = (r[f"{method}-{refresh}"][part][name] for r in ranks)
+            assert torch.equal(first, second), f"{part}.{name} differs between the processes"
+            assert torch.allclose(first, alone, rtol=1e-10, atol=1e-12), f"{part}.{name}"
+
+
+def launch(words, name):
+    """The digits on two processes; `accelerate launch --cpu` would start only one of them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    stage = "stages.end_to_end"
+    more = [f"{stage}.iterations=40", f"{stage}.evaluate_every=10", "log_every=2", f"name={name}"]
+    return subprocess.Popen(
+        [*command, "fastlt/train.py", "recipes/digits_lt.yaml", *words, *more],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children(process):
+    listed = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
+    )
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def comparable(folder):
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    for key in ("train_s", "wait_s"):
+        del state["progress"][key]
+    return state
+
+
+def assert_same(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "one process"])
+def test_two_processes_stop_together_and_resume_bit_for_bit(digits_words, tmp_path, to):
+    runs = tmp_path / "runs"
+    process = launch(digits_words, "stopped")
+    last = runs / "stopped" / "checkpoints" / "last.pt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid if to == "launcher" else children(process)[-1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by signal 15 at iteration" in output
+    assert not (runs / "stopped" / "result.json").exists()
+    for name in ("stopped", "whole"):
+        process = launch(digits_words, name)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert ("resuming" in output) == (name == "stopped")
+    assert_same(comparable(runs / "whole"), comparable(runs / "stopped"))
+    assert json.loads((runs / "whole" / "result.json").read_text())["processes"] == 2

@@ -1,0 +1,111 @@
+"""One of two processes that train on their halves of the batches: `two_processes.py RANK FOLDER`.
+
+Saves, for every case, the model and what the method learns beside it to FOLDER/<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastlt.class_accuracy import ClassAccuracy
+from fastlt.distributed import Reducer
+from fastlt.losses import build_loss
+from fastlt.state import Batch, ClassCounts
+from fastlt.steps import STEPS, StepParts
+
+CLASSES, ITERATIONS = 5, 6
+# method, and how A is refreshed where the method wants it
+CASES = [
+    ("plain", "exact"),
+    ("cdb", "epoch"),
+    ("difficulty", "exact"),
+    ("difficulty", "rolling"),
+    ("mwn", "exact"),
+    ("sample_difficulty", "exact"),
+    ("cb_da", "exact"),
+]
+COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
+
+
+class Scaled:
+    """uint8 to float64 around 0."""
+
+    def __call__(self, images, dtype=None):
+        return images.double() / 128 - 1
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def network() -> nn.Module:
+    """Without BatchNorm, whose statistics are those of each process's own batch."""
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(72, CLASSES)).double().train()
+
+
+def draw(size: int, generator: torch.Generator) -> Batch:
+    images = torch.randint(0, 256, (size, 3, 11, 11), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (size,), generator=generator)
+    return Batch(images, labels, torch.arange(size))
+
+
+def share(batch: Batch, reducer: Reducer) -> Batch:
+    """This process's images of a batch that all processes know."""
+    return Batch(*(reducer.mine(t) for t in (batch.images, batch.labels, batch.index)))
+
+
+def train(method: str, refresh: str, reducer: Reducer) -> dict:
+    """What a model and its method become in a few iterations."""
+    torch.manual_seed(0)
+    model = network()
+    generator = torch.Generator().manual_seed(1)
+    kind = STEPS[method]
+    accuracy = None
+    if kind.needs_accuracy:
+        images = torch.randint(0, 256, (30, 3, 11, 11), dtype=torch.uint8, generator=generator)
+        labels = torch.arange(30) % CLASSES
+        accuracy = ClassAccuracy(
+            images, labels, CLASSES, prepare=Scaled(), refresh=refresh, window=3, batch_size=4, reducer=reducer
+        )
+    parts = StepParts(
+        model=model,
+        loss=build_loss("cross_entropy", COUNTS),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, foreach=True),
+        augment=Scaled(),
+        meta_augment=Scaled(),
+        class_counts=COUNTS,
+        class_accuracy=accuracy,
+        reducer=reducer,
+    )
+    step = kind(parts, kind.Options(from_epoch=0, eps_lr=1.0) if method == "cb_da" else None)
+    step.start_epoch(0)
+    for _ in range(ITERATIONS):
+        step(share(draw(12, generator), reducer), share(draw(10, generator), reducer))
+    state = {"model": model.state_dict()}
+    if hasattr(step, "net"):
+        state["net"] = step.net.state_dict()
+    if accuracy is not None:
+        state["accuracy"] = {"A": accuracy.accuracy()}
+    return state
+
+
+def main(rank: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    reducer = Reducer(int(rank), 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=reducer.rank, world_size=2)
+    results = {f"{method}-{refresh}": train(method, refresh, reducer) for method, refresh in CASES}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
