@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,25 @@ def real_data():
         return Path(folder) / name
 
     return find
+
+
+@pytest.fixture
+def no_shared_memory_left():
+    """Afterwards, no segment of shared memory is left that was not there before.
+
+    The folder is the whole machine's: segments of other programs come and go, one that was leaked stays.
+    """
+
+    def segments() -> set[str]:
+        return {path.name for path in Path("/dev/shm").glob("psm_*")}
+
+    before = segments()
+    yield
+    new = segments() - before
+    deadline = time.monotonic() + 30
+    while new & segments() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not new & segments()
 
 
 @pytest.fixture(scope="session")
