@@ -40,16 +40,17 @@ def trainable_parameters(model: nn.Module) -> Tensors:
 def functional_losses(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
 ) -> LossOfParameters:
-    """The per-sample losses of `model` on one batch as a function of its trainable parameters.
+    """The per-sample losses of `model` on one batch as a function of its parameters, or of some of them.
 
     The returned function runs the model in the mode it is in, on copies of its buffers: BatchNorm normalises with the
-    batch in training mode, and its running statistics stay as they are.
+    batch in training mode, and its running statistics stay as they are. Parameters that it is not given are constants.
     """
 
     def losses(parameters: Tensors) -> Tensor:
         # Cloned on every call: forward-mode derivatives refuse the in-place update of a buffer they did not create.
         buffers = {name: b.clone() for name, b in model.named_buffers()}
-        logits = torch.func.functional_call(model, {**buffers, **parameters}, (images,))
+        constants = {name: p.detach() for name, p in model.named_parameters() if name not in parameters}
+        logits = torch.func.functional_call(model, {**buffers, **constants, **parameters}, (images,))
         return loss(logits, labels)
 
     return losses

@@ -100,7 +100,7 @@ class Trainer:
             drop_path_rate=recipe.model.drop_path_rate,
             image_size=recipe.data.image_size,
         ).to(self.device, memory_format=memory_format)
-        self._check_first_stage()
+        self._check_against_model()
         self.evaluation_loaders: dict[str, BatchLoader] = {}
         self.log = RunLog(self.folder / "log.jsonl", enabled=self.main, track=self._tracker())
         self.progress = Progress()
@@ -175,8 +175,14 @@ class Trainer:
                         f"stages.{name}.{key} is {size}, which does not divide into {self.reducer.world_size} processes"
                     )
 
-    def _check_first_stage(self) -> None:
-        """ValueError when the first stage goes on from a trained head and the checkpoint brought none that fits."""
+    def _check_against_model(self) -> None:
+        """What only the network can tell: options that name parts of it, and a trained head that is not there."""
+        for name, stage in self.recipe.stages.items():
+            kind = STEPS[stage.method]
+            try:
+                kind.check_model(self.model, build(kind.Options, stage.options))
+            except ValueError as error:
+                raise ValueError(f"stages.{name}.options: {error}") from None
         name, stage = next(iter(self.recipe.stages.items()))
         if STEPS[stage.method].needs_trained_head and not self.model.head_is_trained:
             raise ValueError(

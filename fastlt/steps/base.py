@@ -72,6 +72,10 @@ class Step:
         return []
 
     @classmethod
+    def check_model(cls, model: nn.Module, options: Any) -> None:
+        """ValueError for options that do not fit the network, which the recipe alone does not tell."""
+
+    @classmethod
     def prepare_model(cls, model: nn.Module, options: Any, *, seed: int) -> None:
         """Change `model` in place for this stage: replace modules, freeze parameters. Everything is trained by default.
 
@@ -113,14 +117,24 @@ class Step:
         with self.parts.autocast():
             return self.loss(self.model(images), labels)
 
-    def descend(self, objective: Tensor) -> None:
-        """One optimizer step down the gradient of `objective`, averaged over processes; frees its graph."""
-        gradients = torch.autograd.grad(objective, self.parameters, allow_unused=True, materialize_grads=True)
+    def gradients(self, objective: Tensor, parameters: list[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
+        """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""
+        gradients = torch.autograd.grad(
+            objective, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
         self.reducer.mean_(gradients)
+        return list(gradients)
+
+    def apply(self, gradients: list[Tensor]) -> None:
+        """One optimizer step with these gradients of `self.parameters`."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def descend(self, objective: Tensor) -> None:
+        """One optimizer step down the gradient of `objective`, averaged over processes; frees its graph."""
+        self.apply(self.gradients(objective, self.parameters))
 
     def state_dict(self) -> dict:
         """Everything that the next iteration depends on, apart from the batches."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlt import meta_gradient
 from fastlt.recorded_forward import ForwardRecord, recordable
-from fastlt.state import Batch
+from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
 
 
@@ -49,6 +50,8 @@ class MetaStep(Step):
     def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
         super().__init__(parts, options)
         self.stochastic = meta_gradient.is_stochastic(parts.model)
+        # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
+        self.ahead = meta_gradient.trainable_parameters(parts.model)
 
     def training_pass(self, batch: Batch) -> TrainingPass:
         """Augment a batch and run it forward."""
@@ -75,18 +78,15 @@ class MetaStep(Step):
         lookahead and the meta loss are those of all their batches, and b is still this process's: the mean over
         processes of sums over these values is the derivative.
         """
-        lr = self.lr if lr is None else lr
-        parameters = meta_gradient.trainable_parameters(self.model)
-        gradients = torch.autograd.grad(
-            (weights * run.losses).mean(),
-            list(parameters.values()),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        self.reducer.mean_(gradients)
-        ahead = meta_gradient.lookahead(parameters, gradients, lr)
+        gradients = self.gradients((weights * run.losses).mean(), list(self.ahead.values()), retain_graph=True)
+        return self.gradient_at(run, gradients, meta_batch, lr)
 
+    def gradient_at(
+        self, run: TrainingPass, gradients: list[Tensor], meta_batch: Batch, lr: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `per_sample_gradient`, from the gradients of the weighted mean loss in `self.ahead`, in its order."""
+        lr = self.lr if lr is None else lr
+        ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
         meta_images = self.parts.meta_augment(meta_batch.images)
         with self.parts.autocast():
             meta_losses = meta_gradient.functional_losses(
@@ -94,15 +94,169 @@ class MetaStep(Step):
             )
             meta_loss, direction = meta_gradient.mean_loss_gradient(meta_losses, ahead)
         self.reducer.mean_(direction)
-        derivative = self._tangent(run, parameters, direction)
+        derivative = self._tangent(run, direction)
         if run.record is not None:
             run.record.clear()  # activations it holds would otherwise outlive the last backward pass's need of them
         return meta_gradient.weight_gradient(derivative, lr, len(run.labels)), meta_loss
 
-    def _tangent(self, run: TrainingPass, parameters: meta_gradient.Tensors, direction: list[Tensor]) -> Tensor:
+    def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         # Outside autocast: a bfloat16 tangent was 4e-2 off, the float32 one 4e-7.
         losses = meta_gradient.functional_losses(self.model, self.loss, run.images, run.labels)
         if run.random_state is None:
-            return meta_gradient.directional_derivative(losses, parameters, direction, run.record)
+            return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
         with meta_gradient.replayed_randomness(run.random_state, run.images.device):
-            return meta_gradient.directional_derivative(losses, parameters, direction, run.record)
+            return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Ways below the cost of the exact meta-gradient; by default none of them is taken.
+
+    late_weights: the update takes the weights of the lookahead, and theta's new value counts from the next iteration
+        on (Eq. 11 with theta_t in the place of theta_{t+1}). The two gradients are then one: a backward pass less.
+    every: theta moves in every k-th iteration only; the others are plain iterations with the weights it gives.
+    lookahead_only: names of submodules (`head`, `backbone.layer3`, ...); only their parameters take the lookahead of
+        Eq. 9. The backward passes and the tangent of the meta-gradient end there. None is all of them.
+    """
+
+    late_weights: bool = False
+    every: int = 1
+    lookahead_only: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"approximate.every is {self.every}: give a number of iterations >= 1; 1 is exact")
+        if self.lookahead_only is not None and not self.lookahead_only:
+            raise ValueError("approximate.lookahead_only is empty: name a submodule, such as head, or leave it out")
+
+    def parameters_of(self, model: nn.Module) -> meta_gradient.Tensors:
+        """The trainable parameters of `model` that the lookahead moves, by name; ValueError for a name without any."""
+        trainable = meta_gradient.trainable_parameters(model)
+        if self.lookahead_only is None:
+            return trainable
+        for module in self.lookahead_only:
+            if not any(name.startswith(f"{module}.") for name in trainable):
+                modules = sorted(
+                    {".".join(n.split(".")[:depth]) for n in trainable for depth in (1, 2)} - set(trainable)
+                )
+                raise ValueError(
+                    f"approximate.lookahead_only names {module!r}, which has no trained parameters; "
+                    f"allowed are modules of the network, such as {', '.join(modules)}"
+                )
+        return {name: p for name, p in trainable.items() if any(name.startswith(f"{m}.") for m in self.lookahead_only)}
+
+
+class LearnedWeightStep(MetaStep):
+    """A network with parameters theta says what each sample weighs; Eq. 9 to 11 in turn, one Adam step on theta.
+
+    Subclasses say what the network is, what it sees, and what its Adam step minimises.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`."""
+
+        lr: float = 1e-3
+        weight_decay: float = 1e-4
+        approximate: Approximation = field(default_factory=Approximation)
+
+        def __post_init__(self) -> None:
+            for name in ("lr", "weight_decay"):
+                check_not_negative(name, getattr(self, name))
+
+    @classmethod
+    def check_model(cls, model: nn.Module, options: Options) -> None:
+        options.approximate.parameters_of(model)
+
+    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+        super().__init__(parts, options)
+        self.ahead = self.options.approximate.parameters_of(parts.model)
+        self.ahead_positions = [i for i, p in enumerate(self.parameters) if any(p is a for a in self.ahead.values())]
+        first = self.parameters[0]
+        self.net = self.make_net().to(device=first.device, dtype=first.dtype)
+        self.net_parameters = list(self.net.parameters())
+        self.net_optimizer = torch.optim.Adam(
+            self.net_parameters, lr=self.options.lr, weight_decay=self.options.weight_decay, foreach=True
+        )
+        self.iteration = 0
+        self.metrics: dict[str, Tensor] = {}  # of the latest step on theta
+
+    def make_net(self) -> nn.Module:
+        """The network with parameters theta, as it is initialised."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
+        """The training pass, and what the network sees in this iteration."""
+        raise NotImplementedError
+
+    def sample_weights(self, seen: Tensor, run: TrainingPass) -> Tensor:
+        """The weights (b,) of this process's batch under the current theta."""
+        raise NotImplementedError
+
+    def objective(self, seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What Adam minimises in theta (0-d, with a graph), the same on every process, and metrics of it.
+
+        per_sample: dL_meta/dw_i (b,) of this process, see `per_sample_gradient`.
+        """
+        raise NotImplementedError
+
+    def per_class(self, seen: Tensor) -> dict[str, Tensor]:
+        """What the log shows of every class."""
+        return {}
+
+    def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
+        run, seen = self.forward(batch)
+        weights = self.sample_weights(seen, run)
+        due = self.iteration % self.options.approximate.every == 0
+        self.iteration += 1
+        if due and self.options.approximate.late_weights:
+            objective = (weights * run.losses).mean()
+            gradients = self.gradients(objective, self.parameters, retain_graph=True)
+            ahead = [gradients[i] for i in self.ahead_positions]
+            self._update_net(seen, run, *self.gradient_at(run, ahead, meta_batch))
+            self.apply(gradients)
+        else:
+            if due:
+                self._update_net(seen, run, *self.per_sample_gradient(run, weights, meta_batch))
+                weights = self.sample_weights(seen, run)
+            objective = (weights * run.losses).mean()
+            self.descend(objective)
+        return StepOutput(
+            objective.detach(), metrics={**self.metrics, "weight_std": weights.std()}, per_class=self.per_class(seen)
+        )
+
+    def _update_net(self, seen: Tensor, run: TrainingPass, per_sample: Tensor, meta_loss: Tensor) -> None:
+        """Eq. 10: one Adam step on theta."""
+        objective, metrics = self.objective(seen, run, per_sample)
+        gradients = torch.autograd.grad(objective, self.net_parameters)
+        for parameter, gradient in zip(self.net_parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.net_optimizer.step()
+        self.net_optimizer.zero_grad(set_to_none=True)
+        self.metrics = {"meta_loss": meta_loss, **metrics}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "net": self.net.state_dict(),
+            "net_optimizer": self.net_optimizer.state_dict(),
+            "iteration": self.iteration,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.net.load_state_dict(state["net"])
+        self.net_optimizer.load_state_dict(state["net_optimizer"])
+        self.iteration = state["iteration"]
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """ValueError for an option below 0."""
+    if value < 0:
+        raise ValueError(f"{name} is {value}: give a number >= 0")
+
+
+def check_hidden(hidden: int | None) -> None:
+    """ValueError for a width that no layer has."""
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"hidden is {hidden}: give a width >= 1, or leave it out")

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fastlt.difficulty import DRIVER_TARGETS, driver_loss, hidden_width
 from fastlt.names import pick
-from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepParts
-from fastlt.steps.meta import MetaStep
+from fastlt.state import Batch
+from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden, check_not_negative
 
 
 def batch_weights(values: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ class SampleNet(nn.Module):
         return self.layers(losses[:, None])[:, 0]
 
 
-class SampleWeightStep(MetaStep):
+class SampleWeightStep(LearnedWeightStep):
     """A lookahead with w_i = batch_weights(V(l_i)), one Adam step on V, and the update with the new weights.
 
     The losses that V sees are constants, in the lookahead as in the update: weights say how much a sample counts, not
@@ -48,23 +47,17 @@ class SampleWeightStep(MetaStep):
     """
 
     @dataclass(frozen=True)
-    class Options:
-        """hidden: width of V's hidden layers. lr, weight_decay: of Adam for V (supplement, Sec. 1.2)."""
+    class Options(LearnedWeightStep.Options):
+        """hidden: width of V's hidden layers."""
 
         hidden: int = 100
-        lr: float = 1e-3
-        weight_decay: float = 1e-4
 
         def __post_init__(self) -> None:
-            _check_adam(self)
+            super().__post_init__()
+            check_hidden(self.hidden)
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
-        super().__init__(parts, options)
-        first = self.parameters[0]
-        self.net = SampleNet(self.widths()).to(device=first.device, dtype=first.dtype)
-        self.net_optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=self.options.lr, weight_decay=self.options.weight_decay, foreach=True
-        )
+    def make_net(self) -> SampleNet:
+        return SampleNet(self.widths())
 
     def widths(self) -> tuple[int, ...]:
         """The hidden layers of V."""
@@ -74,50 +67,25 @@ class SampleWeightStep(MetaStep):
         """What is added to the meta loss, 0-d, from V's values (B,) and the losses (B,) they belong to."""
         return None
 
-    def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
+    def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
+        """What V sees are the losses (B,) of all processes."""
         run = self.training_pass(batch)
-        seen = self.reducer.gather(run.losses.detach()).to(self.parameters[0].dtype)
+        return run, self.reducer.gather(run.losses.detach()).to(self.parameters[0].dtype)
+
+    def sample_weights(self, seen: Tensor, run: TrainingPass) -> Tensor:
         with torch.no_grad():
-            weights = self.reducer.mine(batch_weights(self.net(seen)))
-        own_gradient, meta_loss = self.per_sample_gradient(run, weights, meta_batch)
-        gradient = self.reducer.gather(own_gradient) / self.reducer.world_size
-        metrics = self._update_net(seen, gradient)
+            return self.reducer.mine(batch_weights(self.net(seen)))
 
-        with torch.no_grad():
-            weights = self.reducer.mine(batch_weights(self.net(seen)))
-        objective = (weights * run.losses).mean()
-        self.descend(objective)
-        return StepOutput(
-            objective.detach(),
-            metrics={"meta_loss": meta_loss, "meta_grad_norm": gradient.norm(), "weight_std": weights.std(), **metrics},
-        )
-
-    def _update_net(self, losses: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        """One Adam step on V. gradient: dL_meta/dw (B,), whose inner product with w has the meta loss's gradient."""
-        values = self.net(losses)
-        scalar, metrics = torch.dot(gradient.detach().to(values.dtype), batch_weights(values)), {}
-        regulariser = self.regulariser(values, losses)
-        if regulariser is not None:
-            scalar = scalar + regulariser
-            metrics["driver_loss"] = regulariser.detach()
-        parameters = list(self.net.parameters())
-        for parameter, g in zip(parameters, torch.autograd.grad(scalar, parameters), strict=True):
-            parameter.grad = g
-        self.net_optimizer.step()
-        self.net_optimizer.zero_grad(set_to_none=True)
-        return metrics
-
-    def state_dict(self) -> dict:
-        return {
-            **super().state_dict(),
-            "net": self.net.state_dict(),
-            "net_optimizer": self.net_optimizer.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.net.load_state_dict(state["net"])
-        self.net_optimizer.load_state_dict(state["net_optimizer"])
+    def objective(self, seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        gradient = self.reducer.gather(per_sample) / self.reducer.world_size
+        values = self.net(seen)
+        # The inner product with dL_meta/dw has the gradient of the meta loss.
+        scalar = torch.dot(gradient.detach().to(values.dtype), batch_weights(values))
+        metrics = {"meta_grad_norm": gradient.norm()}
+        regulariser = self.regulariser(values, seen)
+        if regulariser is None:
+            return scalar, metrics
+        return scalar + regulariser, {"driver_loss": regulariser.detach(), **metrics}
 
 
 class MetaWeightNetStep(SampleWeightStep):
@@ -135,22 +103,20 @@ class SampleDifficultyStep(SampleWeightStep):
     """
 
     @dataclass(frozen=True)
-    class Options:
-        """hidden: width H, by default the supplement's rule for the number of classes. lr, weight_decay: of Adam.
+    class Options(LearnedWeightStep.Options):
+        """hidden: width H, by default the supplement's rule for the number of classes.
         driver_weight: lambda of Eq. 10. driver_target: relative or absolute, see `fastlt.difficulty.driver_target`.
         """
 
         hidden: int | None = None
-        lr: float = 1e-3
-        weight_decay: float = 1e-4
         driver_weight: float = 0.3
         driver_target: str = "relative"
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-            _check_adam(self)
-            if self.driver_weight < 0:
-                raise ValueError(f"driver_weight is {self.driver_weight}: give a number >= 0")
+            check_not_negative("driver_weight", self.driver_weight)
+            check_hidden(self.hidden)
 
     def widths(self) -> tuple[int, ...]:
         width = self.options.hidden or hidden_width(self.parts.class_counts.num_classes)
@@ -160,12 +126,3 @@ class SampleDifficultyStep(SampleWeightStep):
         # A loss that is no cross-entropy may be negative; a probability is 1 at most.
         confidence = torch.exp(-losses).clamp_max(1)
         return self.options.driver_weight * driver_loss(values, confidence, self.options.driver_target)
-
-
-def _check_adam(options) -> None:
-    """ValueError for options that no network or Adam can have."""
-    for name in ("lr", "weight_decay"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name} is {getattr(options, name)}: give a number >= 0")
-    if options.hidden is not None and options.hidden < 1:
-        raise ValueError(f"hidden is {options.hidden}: give a width >= 1, or leave it out")

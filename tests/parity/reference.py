@@ -46,8 +46,12 @@ def meta_objective(
     lr: float,
     loss,
     weights=None,
+    moved=None,
 ) -> Tensor:
-    """L_meta(phi_hat(theta)) with the graph of the lookahead kept; `weights` stands in for Eq. 4 when given."""
+    """L_meta(phi_hat(theta)) with the graph of the lookahead kept; `weights` stands in for Eq. 4 when given.
+
+    moved: names of the parameters that take the lookahead; the others stay where they are. None is all of them.
+    """
     (images, labels), (meta_images, meta_labels) = batch, meta_batch
     parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     w = eq4(net, accuracy) if weights is None else weights
@@ -56,6 +60,8 @@ def meta_objective(
         inner = inner + w[labels[i]] * sample_loss
     gradients = torch.autograd.grad(inner / len(labels), list(parameters.values()), create_graph=True)
     ahead = {n: p - lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+    if moved is not None:
+        ahead = {n: p if n in moved else parameters[n].detach() for n, p in ahead.items()}
     return F.cross_entropy(forward(model, ahead, meta_images), meta_labels)
 
 
