@@ -23,6 +23,7 @@ from fastlt import checkpoint
 from fastlt.augment import build_augment, normalise
 from fastlt.class_accuracy import ClassAccuracy, evaluation_mode
 from fastlt.distributed import Reducer
+from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
 from fastlt.metrics import Metrics
 from fastlt.models import build_model
@@ -81,6 +82,8 @@ class Trainer:
         self.reducer = Reducer(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
         self._set_threads()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         set_seed(recipe.seed)
         self.dataset = prepare_dataset(recipe.data, self.accelerator)
         self.counts = self.dataset.class_counts(recipe.data.shots)
