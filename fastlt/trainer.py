@@ -461,10 +461,7 @@ class Trainer:
             "train_s": progress.train_s,
             "img_s": progress.images / progress.train_s,
             "data_wait_share": progress.wait_s / progress.train_s,
-            "versions": {
-                "python": platform.python_version(),
-                **{p: version(p) for p in ("fastlt", "torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")},
-            },
+            "versions": versions(),
         }
 
     # Logging, saving, stopping
@@ -592,6 +589,12 @@ class Trainer:
             return 0
         signals = self.reducer.gather(torch.tensor([self.stop_signal or 0], device=self.device))
         return int(signals.max().item())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    packages = ("fastlt", "torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
 def endless(loader: BatchLoader, start: int) -> Iterator[Batch]:
