@@ -5,8 +5,8 @@
     python tools/reproduce.py table8 --scale short --rows Ours cRT --columns 100
 
 Each cell's run is `fastlt/train.py RECIPE overrides... seed=S` in a process of its own; a finished run is not run
-again, an interrupted one goes on. A cell of several runs ends with tools/ensemble.py on them. Leaves TABLE.md, TABLE.csv
-and TABLE.json in --out. The paper's numbers, and which recipe belongs to which row, are in tools/paper_tables.yaml.
+again, an interrupted one goes on. A cell of several runs ends with tools/ensemble.py on them. Leaves TABLE.md, .csv
+and .json in --out. The paper's numbers, and which recipe belongs to which row, are in tools/paper_tables.yaml.
 `--data` names folders with CIFAR's files or converted data sets.
 Exit code: 0 done, 1 when a run failed, 2 for a mistake on the command line, 130 when stopped.
 """

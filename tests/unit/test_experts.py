@@ -211,7 +211,7 @@ def ride_step(model, options, lr=0.1, **loss_options):
 
 
 def objective_in_words(z, labels, k, temperature, weights):
-    """sum_e LDAM - k * divergence, in the mean over images."""
+    """sum_e LDAM, in the mean by weight over images, - k * divergence, in the plain mean."""
     margin = COUNTS.counts**-0.25
     margin *= 0.5 / margin.max()
     total = 0.0
@@ -220,7 +220,7 @@ def objective_in_words(z, labels, k, temperature, weights):
             shifted = z[e, i].copy()
             shifted[y] -= 30.0 * margin[y]
             total -= weights[y] * np.log(softmax(shifted)[y])
-    return total / len(labels) - k * divergence_in_words(z, temperature).mean()
+    return total / weights[labels].sum() - k * divergence_in_words(z, temperature).mean()
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
@@ -247,7 +247,7 @@ def test_an_iteration_equals_the_objective_and_its_slope_written_out(epoch):
     for e in range(3):
         for i, y in enumerate(labels):
             shifted = z[e, i] - margin[y] * np.eye(4)[y]
-            slope = weights[y] * (softmax(shifted) - np.eye(4)[y])
+            slope = 6 * weights[y] / weights[labels].sum() * (softmax(shifted) - np.eye(4)[y])
             q, p = softmax(z[:, i].mean(0) / temperature), softmax(z[e, i] / temperature)
             slope -= 0.45 * scale * (p - q) / temperature
             moved = z[e, i] - model.z[e, i].detach().numpy()
