@@ -67,12 +67,6 @@ class RideStep(Step):
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
         return [] if recipe.model.experts is not None else [WITHOUT_EXPERTS.format("ride")]
 
-    @classmethod
-    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
-        super().prepare_model(model, options, seed=seed)
-        # One that was trained on other experts would judge these wrongly.
-        model.router = None
-
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
         super().__init__(parts, options)
         options, like = self.options, self.parameters[0]
@@ -173,6 +167,11 @@ class RideRouterStep(Step):
             mistakes.append(WITHOUT_EXPERTS.format("ride_router"))
         elif recipe.model.experts < 2:
             mistakes.append("method: is 'ride_router' with model.experts=1; there is nothing to route between")
+        if stage is not list(recipe.stages.values())[-1]:
+            mistakes.append(
+                "method: is 'ride_router' with a stage after it, which would change the experts that the router "
+                "learned to judge; put this stage last"
+            )
         if stage.loss != "cross_entropy" or stage.loss_options:
             mistakes.append(
                 f"loss: is {stage.loss!r}; ride_router has a loss of its own: leave loss and its options out"

@@ -56,8 +56,6 @@ def network() -> nn.Module:
 class Experts(nn.Module):
     """Two networks whose logits are averaged."""
 
-    router = None
-
     def __init__(self) -> None:
         super().__init__()
         self.networks = nn.ModuleList([network(), network()])
