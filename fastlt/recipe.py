@@ -72,6 +72,8 @@ class ModelRecipe:
     """A timm backbone (ours included) and a head.
 
     head_scale: what a cosine head multiplies its cosines by, default 30. checkpoint: local file of pretrained weights.
+    experts: so many branches for the last two stages of a ResNet, each with a head and of `expert_width` times the
+        width; their logits are averaged. None is the plain network. For the methods plain, ride and ride_router.
     """
 
     name: str
@@ -81,6 +83,8 @@ class ModelRecipe:
     checkpoint: str | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    experts: int | None = None
+    expert_width: float = 0.75
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,10 @@ def check(recipe: Recipe) -> list[str]:
         mistakes.append(
             f"model.head_scale: is {recipe.model.head_scale}; allowed: a number > 0, with model.head=cosine"
         )
+    if recipe.model.experts is not None and recipe.model.experts < 1:
+        mistakes.append(f"model.experts: is {recipe.model.experts}; allowed: an integer >= 1, or null")
+    if not 0.5 <= recipe.model.expert_width <= 1:
+        mistakes.append(f"model.expert_width: is {recipe.model.expert_width}; allowed: a number from 0.5 to 1")
     mistakes += _check_names(recipe)
     for name, stage in recipe.stages.items():
         mistakes += _check_stage(f"stages.{name}", stage)
@@ -262,7 +270,7 @@ def _check_names(recipe: Recipe) -> list[str]:
     from fastlt.models import check_model
     from fastlt.steps import STEPS
 
-    checks = [("model.name", lambda: check_model(recipe.model.name, recipe.model.pretrained))]
+    checks = [("model.name", lambda: check_model(recipe.model.name, recipe.model.pretrained, recipe.model.experts))]
     for key in ("augment", "meta_augment"):
         specs = getattr(recipe.data, key) or []
         checks.append((f"data.{key}", lambda specs=specs: check_augment(specs, recipe.data.image_size)))
@@ -285,6 +293,12 @@ def _check_names(recipe: Recipe) -> list[str]:
             mistakes.append(f"{error} (options of method {stage.method!r})")
             continue
         mistakes += [f"stages.{name}.{m}" for m in STEPS[stage.method].check_stage(stage, recipe)]
+        if recipe.model.experts is not None and not STEPS[stage.method].trains_experts:
+            able = ", ".join(method for method, step in STEPS.items() if step.trains_experts)
+            mistakes.append(
+                f"stages.{name}.method: is {stage.method!r}, which trains one network with one head, but model.experts "
+                f"is {recipe.model.experts}; leave model.experts out, or take a method of {able}"
+            )
         first = name == next(iter(recipe.stages))
         if first and STEPS[stage.method].needs_stage_before and not recipe.model.checkpoint:
             mistakes.append(

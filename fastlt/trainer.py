@@ -93,15 +93,7 @@ class Trainer:
             return
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = build_model(
-            recipe.model.name,
-            num_classes=self.counts.num_classes,
-            head=recipe.model.head,
-            head_scale=recipe.model.head_scale,
-            pretrained=recipe.model.pretrained,
-            checkpoint=recipe.model.checkpoint,
-            drop_rate=recipe.model.drop_rate,
-            drop_path_rate=recipe.model.drop_path_rate,
-            image_size=recipe.data.image_size,
+            **vars(recipe.model), num_classes=self.counts.num_classes, image_size=recipe.data.image_size
         ).to(self.device, memory_format=memory_format)
         self._check_against_model()
         self.evaluation_loaders: dict[str, BatchLoader] = {}
@@ -419,11 +411,16 @@ class Trainer:
             self.evaluation_loaders[split] = self._loader(split, size, train=False)
         self._average_buffers()
         metrics = Metrics(self.counts.num_classes, device=self.device)
+        counters = self.model.counters()
+        for counter in counters.values():
+            counter.zero_()
         with evaluation_mode(self.model), self.accelerator.autocast():
             for batch in self.evaluation_loaders[split].epoch(0):
                 metrics.update(self.model(self._normalise(batch.images)), batch.labels)
-        self.reducer.sum_([metrics.state])
-        return metrics.summary(self.counts)
+        counted = [counter.double() for counter in counters.values()]
+        self.reducer.sum_([metrics.state, *counted])
+        means = {name: (total / images).item() for name, (total, images) in zip(counters, counted, strict=True)}
+        return {**metrics.summary(self.counts), **means}
 
     def _average_buffers(self) -> None:
         """Give every process the mean of the floating-point buffers: each has seen its own share of the batches."""
@@ -467,10 +464,7 @@ class Trainer:
             "train_s": progress.train_s,
             "img_s": progress.images / progress.train_s,
             "data_wait_share": progress.wait_s / progress.train_s,
-            "versions": {
-                "python": platform.python_version(),
-                **{p: version(p) for p in ("fastlt", "torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")},
-            },
+            "versions": versions(),
         }
 
     # Logging, saving, stopping
@@ -598,6 +592,12 @@ class Trainer:
             return 0
         signals = self.reducer.gather(torch.tensor([self.stop_signal or 0], device=self.device))
         return int(signals.max().item())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    packages = ("fastlt", "torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
 def endless(loader: BatchLoader, start: int) -> Iterator[Batch]:

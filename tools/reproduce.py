@@ -5,9 +5,9 @@
     python tools/reproduce.py table8 --scale short --rows Ours cRT --columns 100
 
 Each cell's run is `fastlt/train.py RECIPE overrides... seed=S` in a process of its own; a finished run is not run
-again, an interrupted one goes on. Leaves TABLE.md, TABLE.csv and TABLE.json in --out. The paper's numbers, and which
-recipe belongs to which row, are in tools/paper_tables.yaml. `--data` names folders with CIFAR's files or converted data
-sets.
+again, an interrupted one goes on. A cell of several runs ends with tools/ensemble.py on them. Leaves TABLE.md, .csv
+and .json in --out. The paper's numbers, and which recipe belongs to which row, are in tools/paper_tables.yaml.
+`--data` names folders with CIFAR's files or converted data sets.
 Exit code: 0 done, 1 when a run failed, 2 for a mistake on the command line, 130 when stopped.
 """
 
@@ -71,6 +71,7 @@ class Cell:
 
     recipe: stem of a file of recipes/. overrides: words that make the recipe this cell's. metric: key of result.json.
     problem: why it was not run, None when it can be. results: one result.json a seed, in order.
+    members: of an ensemble, its runs; `recipe` then names all of theirs, and `overrides` holds all of theirs.
     """
 
     row: str
@@ -81,6 +82,7 @@ class Cell:
     metric: str
     problem: str | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
+    members: list[Cell] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
@@ -123,8 +125,12 @@ def load_table(name: str, tables: Path = PAPER) -> tuple[str, list[Cell]]:
                 *row.get("overrides", []),
                 *row.get("by_column", {}).get(column["name"], []),
             ]
-            recipe = row.get("recipe") or column["recipe"]
-            cells.append(Cell(row["name"], column["name"], value, recipe, overrides, column.get("metric", "top1")))
+            recipes = row.get("ensemble") or [row.get("recipe") or column["recipe"]]
+            place = (row["name"], column["name"], value)
+            metric = column.get("metric", "top1")
+            members = [Cell(*place, recipe, overrides, metric) for recipe in recipes]
+            ensemble = Cell(*place, "+".join(recipes), overrides, metric, members=members)
+            cells.append(ensemble if len(members) > 1 else members[0])
     return table["title"], cells
 
 
@@ -141,6 +147,12 @@ def chosen(cells: list[Cell], rows: Sequence[str] | None, columns: Sequence[str]
 
 def resolve(cell: Cell, data: Sequence[Path], scale: str, extra: Sequence[str]) -> None:
     """Complete the overrides with budget, `extra` and where the data are, or say in `problem` why it cannot run."""
+    if cell.members:
+        for member in cell.members:
+            resolve(member, data, scale, extra)
+        cell.overrides = list(dict.fromkeys(word for member in cell.members for word in member.overrides))
+        cell.problem = next((m.problem for m in cell.members if m.problem is not None), None)
+        return
     if not cell.path.is_file():
         cell.problem = f"no recipe yet: recipes/{cell.recipe}.yaml"
         return
@@ -196,8 +208,12 @@ def run_name(cell: Cell, scale: str, seed: int) -> str:
     return f"{cell.recipe}-{scale}-{digest}-{seed}"
 
 
-def command(cell: Cell, runs: Path, name: str, seed: int) -> list[str]:
-    """The command line of one run."""
+def command(cell: Cell, runs: Path, scale: str, seed: int) -> list[str]:
+    """The command line of one run, or of what puts the runs of an ensemble together."""
+    name = run_name(cell, scale, seed)
+    if cell.members:
+        folders = [str(runs / run_name(member, scale, seed)) for member in cell.members]
+        return [sys.executable, str(ROOT / "tools" / "ensemble.py"), *folders, "--out", str(runs / name)]
     words = [*cell.overrides, f"runs={runs}", f"name={name}", f"seed={seed}"]
     return [sys.executable, str(ROOT / "fastlt" / "train.py"), str(cell.path), *words]
 
@@ -209,7 +225,7 @@ def run_cells(cells: Sequence[Cell], runs: Path, scale: str, seeds: int) -> int:
         for seed in range(seeds):
             name = run_name(cell, scale, seed)
             if cell.problem is None and name not in failed:
-                problem = run_one(cell, runs, name, seed)
+                problem = run_one(cell, runs, scale, seed)
                 if problem is not None:
                     failed[name] = problem
             if name in failed:
@@ -217,11 +233,15 @@ def run_cells(cells: Sequence[Cell], runs: Path, scale: str, seeds: int) -> int:
     return len(failed)
 
 
-def run_one(cell: Cell, runs: Path, name: str, seed: int) -> str | None:
+def run_one(cell: Cell, runs: Path, scale: str, seed: int) -> str | None:
     """One run, unless it is finished; its result goes into the cell. Returns why it failed, None when it did not."""
-    words = command(cell, runs, name, seed)
+    for member in cell.members:
+        problem = run_one(member, runs, scale, seed)
+        if problem is not None:
+            return problem
+    name, words = run_name(cell, scale, seed), command(cell, runs, scale, seed)
     folder = runs / name
-    if not _finished(folder, words):
+    if not (_put_together(folder, cell, seed) if cell.members else _finished(folder, words)):
         print(f"running {name}: {cell.row}, {cell.column}", file=sys.stderr, flush=True)
         runs.mkdir(parents=True, exist_ok=True)
         log = runs / f"{name}.log"
@@ -242,6 +262,14 @@ def _finished(folder: Path, words: list[str]) -> bool:
     if not (folder / "result.json").is_file() or not recorded.is_file():
         return False
     return recorded.read_text(encoding="utf-8") == load_recipe(words[2], words[3:]).to_yaml()
+
+
+def _put_together(folder: Path, cell: Cell, seed: int) -> bool:
+    """Whether the folder holds the ensemble of the members' results as they are now."""
+    if not (folder / "result.json").is_file():
+        return False
+    recorded = [(m["seed"], m["top1"]) for m in read_json(folder / "result.json")["members"]]
+    return recorded == [(seed, m.results[-1]["top1"]) for m in cell.members]
 
 
 # Telling

@@ -37,7 +37,8 @@ class DeferredWeights(PerSampleLoss):
         weights = torch.from_numpy(effective_number_weights(class_counts.counts, beta)).float()
         self.from_epoch = None if from_epoch is None else int(check_number("from_epoch", from_epoch, 0))
         self.register_buffer("balanced_weights", weights, persistent=False)
-        self.register_buffer("class_weights", torch.ones_like(weights), persistent=False)
+        # Saved: a run that resumes within an epoch is told of no epoch until the next one begins.
+        self.register_buffer("class_weights", torch.ones_like(weights))
         self.on_epoch(0)
 
     def on_epoch(self, epoch: int) -> None:

@@ -1,7 +1,16 @@
 """Backbones and heads; importing this registers ours with timm."""
 
 from fastlt.models import cifar_resnet, resnet10  # noqa: F401  (registers)
-from fastlt.models.classifier import Classifier, build_model, check_model, forward_mode_safe
+from fastlt.models.classifier import Classifier, ExpertClassifier, build_model, check_model, forward_mode_safe
 from fastlt.models.heads import HEADS, CosineHead, LinearHead
 
-__all__ = ["HEADS", "Classifier", "CosineHead", "LinearHead", "build_model", "check_model", "forward_mode_safe"]
+__all__ = [
+    "HEADS",
+    "Classifier",
+    "CosineHead",
+    "ExpertClassifier",
+    "LinearHead",
+    "build_model",
+    "check_model",
+    "forward_mode_safe",
+]

@@ -56,6 +56,7 @@ class CifarResNet(nn.Module):
     """Three stages of 16, 32 and 64 channels with `blocks` blocks each: depth 6 * blocks + 2.
 
     Input (N, in_chans, H, W), usually 32x32; pooled features (N, 64). Convolutions start as in He et al. 2015.
+    channels: of the three stages, for other widths.
     """
 
     def __init__(
@@ -66,28 +67,29 @@ class CifarResNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        channels: tuple[int, int, int] = WIDTHS,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, padding=1, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0], **dd)
+        self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(channels[0], **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = []
-        channels, depth, index = WIDTHS[0], 3 * blocks, 0
-        for stage, width in enumerate(WIDTHS, start=1):
+        inputs, depth, index = channels[0], 3 * blocks, 0
+        for stage, width in enumerate(channels, start=1):
             layers = []
             for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 # Stochastic depth grows linearly with depth, from 0 at the first block.
-                layers.append(CifarBlock(channels, width, stride, drop_path_rate * index / max(depth - 1, 1), **dd))
-                channels, index = width, index + 1
+                layers.append(CifarBlock(inputs, width, stride, drop_path_rate * index / max(depth - 1, 1), **dd))
+                inputs, index = width, index + 1
             self.add_module(f"layer{stage}", nn.Sequential(*layers))
             self.feature_info.append({"num_chs": width, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
-        self.num_features = self.head_hidden_size = channels
-        self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool, **dd)
+        self.num_features = self.head_hidden_size = inputs
+        self.global_pool, self.fc = create_classifier(inputs, num_classes, pool_type=global_pool, **dd)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)

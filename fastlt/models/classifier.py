@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+from functools import partial
 from pathlib import Path
 
 import timm
+import torch
 from torch import Tensor, nn
 
-from fastlt.models.checkpoints import load_weights
+from fastlt.models.checkpoints import load_weights, read_weights
+from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family
 from fastlt.models.heads import HEADS
 from fastlt.names import pick
 
@@ -37,6 +41,86 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))
 
+    def counters(self) -> dict[str, Tensor]:
+        """What the model counts of its own while it is evaluated: by name, an int64 (2,) of a sum and of images."""
+        return {}
+
+
+class ExpertClassifier(Classifier):
+    """Experts on a shared stem, RIDE's network: logits are the mean of the experts' logits.
+
+    features: (E, N, D), head: to (E, N, C). Once it has a `router`, an image in eval mode is shown to one expert after
+    another until the router asks for no further one, and its logits are the mean over those that were asked.
+    """
+
+    def __init__(self, backbone: ExpertBackbone, head: ExpertHead, drop_rate: float = 0.0) -> None:
+        super().__init__(backbone, head, drop_rate)
+        self.register_module("router", None)
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """Logits (E, N, C) of every expert for images (N, 3, H, W)."""
+        return self.head(self.dropout(self.features(images)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.router is not None and not self.training:
+            return self._routed(images)
+        return _wide(self.expert_logits(images)).mean(0)
+
+    def _routed(self, images: Tensor) -> Tensor:
+        """Logits (N, C); what an image is not shown to is not computed. Waits for the device between experts."""
+        maps = self.backbone.shared(images)
+        waiting = torch.arange(len(images), device=images.device)
+        asked = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+        total = None
+        for i, (expert, head) in enumerate(zip(self.backbone.experts, self.head.heads, strict=True)):
+            features = expert(maps)
+            logits = _wide(head(self.dropout(features)))
+            total = torch.zeros_like(logits) if total is None else total
+            total[waiting] += logits
+            asked[waiting] += 1
+            if i == len(self.head.heads) - 1:
+                break
+            further = self.router(i, features, total[waiting] / (i + 1)) > 0
+            maps, waiting = maps[further], waiting[further]
+            if len(waiting) == 0:
+                break
+        self.router.asked += torch.stack([asked.sum(), torch.ones_like(asked).sum()])
+        return total / asked
+
+    def counters(self) -> dict[str, Tensor]:
+        return {} if self.router is None else {"experts_asked": self.router.asked}
+
+    def add_router(self, top: int, seed: int) -> None:
+        """Give the model a new router with weights drawn from `seed`; the default generator stays where it is."""
+        like = self.head.heads[0].weight
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            router = ExpertRouter(len(self.head.heads), like.shape[1], like.shape[0], top)
+        self.router = router.to(device=like.device, dtype=like.dtype)
+
+    def teacher(self, path: str | Path) -> ExpertClassifier:
+        """The model of the same backbone, width and head in a file of weights, with as many experts as the file has.
+
+        In eval mode and frozen. Raises ValueError when the file holds no experts or does not match.
+        """
+        numbers = [n.split(".")[2] for n in read_weights(path) if n.startswith("backbone.experts.")]
+        if not numbers:
+            raise ValueError(f"{path} holds no model with experts; give a checkpoint of a run with model.experts set")
+        count = 1 + max(map(int, numbers))
+        other = copy.deepcopy(self)
+        other.router = None
+        other.backbone.experts = nn.ModuleList(copy.deepcopy(self.backbone.experts[0]) for _ in range(count))
+        other.head.heads = nn.ModuleList(copy.deepcopy(self.head.heads[0]) for _ in range(count))
+        load_weights(other, path)
+        if not other.head_is_trained:
+            raise ValueError(f"{path}: its heads do not fit this model's number of classes and kind of head")
+        return other.eval().requires_grad_(False)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    # Half types have too few digits for a mean that is to be compared with its terms.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
 
 def build_model(
     name: str,
@@ -49,6 +133,8 @@ def build_model(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     image_size: int | None = None,
+    experts: int | None = None,
+    expert_width: float = 0.75,
 ) -> Classifier:
     """A classifier of `num_classes` classes on the timm backbone `name` (ours are registered with timm too).
 
@@ -57,21 +143,28 @@ def build_model(
     checkpoint: a local file instead, see `load_weights`.
     drop_rate: dropout before the head. drop_path_rate: stochastic depth, for backbones that have it.
     image_size: for backbones that are built for one input size (ViT, Swin, ...); others take any size and ignore it.
+    experts: an `ExpertClassifier` of so many, each of `expert_width` times the backbone's width, for ResNets.
     Raises ValueError for an unknown name, a name without pretrained weights, or an option the backbone does not take.
     """
-    check_model(name, pretrained)
+    check_model(name, pretrained, experts)
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
     options: dict = {"num_classes": 0, "pretrained": pretrained}
     if image_size is not None and _fixed_input_size(name):
         options["img_size"] = image_size
-    backbone = _create_backbone(name, drop_path_rate, options)
-    width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     head_type = pick("head", head, HEADS)
     if head_scale is not None and head != "cosine":
         raise ValueError(f"head_scale belongs to head: cosine; the {head} head has no scale")
     head_options = {} if head_scale is None else {"scale": head_scale}
-    classifier = Classifier(backbone, head_type(width, num_classes, **head_options), drop_rate)
+    create = partial(_create_backbone, name, drop_path_rate, options)
+    if experts is None:
+        backbone = create()
+        width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        classifier = Classifier(backbone, head_type(width, num_classes, **head_options), drop_rate)
+    else:
+        backbone = ExpertBackbone(create, expert_family(name), experts, expert_width)
+        create_head = partial(head_type, backbone.num_features, num_classes, **head_options)
+        classifier = ExpertClassifier(backbone, ExpertHead(create_head, experts), drop_rate)
     if checkpoint is not None:
         load_weights(classifier, checkpoint)
     return classifier
@@ -89,7 +182,8 @@ def forward_mode_safe(model: nn.Module) -> nn.Module:
     return model
 
 
-def _create_backbone(name: str, drop_path_rate: float, options: dict) -> nn.Module:
+def _create_backbone(name: str, drop_path_rate: float, options: dict, **more) -> nn.Module:
+    options = {**options, **more}
     # The rate is given even when it is 0: some networks of timm (Swin) have another default.
     try:
         return timm.create_model(name, drop_path_rate=drop_path_rate, **options)
@@ -106,8 +200,10 @@ def _fixed_input_size(name: str) -> bool:
     return bool(cfg and cfg.fixed_input_size)
 
 
-def check_model(name: str, pretrained: bool = False) -> None:
-    """Refuse a name that no backbone has, and pretrained weights that timm does not know, by a ValueError."""
+def check_model(name: str, pretrained: bool = False, experts: int | None = None) -> None:
+    """Refuse a name that no backbone has, pretrained weights that timm does not know, and experts of what cannot be
+    split, by a ValueError.
+    """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
@@ -120,3 +216,9 @@ def check_model(name: str, pretrained: bool = False) -> None:
             f"{name} has no pretrained weights: set pretrained: false, give a local file as checkpoint, or choose a "
             "name of timm.list_pretrained()"
         )
+    if experts is not None:
+        expert_family(name)
+        if pretrained:
+            raise ValueError(
+                "experts are narrower than the backbone, so its pretrained weights do not fit: set pretrained: false"
+            )

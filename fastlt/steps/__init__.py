@@ -8,6 +8,7 @@ from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.steps.plain import PlainStep
+from fastlt.steps.ride import RideRouterStep, RideStep
 from fastlt.steps.sample_weights import MetaWeightNetStep, SampleDifficultyStep
 
 STEPS: dict[str, type[Step]] = {
@@ -21,6 +22,8 @@ STEPS: dict[str, type[Step]] = {
     "lws": LwsStep,
     "las": LasStep,
     "tau_norm": TauNormStep,
+    "ride": RideStep,
+    "ride_router": RideRouterStep,
 }
 
 __all__ = ["STEPS", "Step", "StepParts"]

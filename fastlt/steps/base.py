@@ -48,12 +48,14 @@ class Step:
     needs_meta_batch, needs_accuracy: whether the step wants a meta batch each iteration, and A on the meta set.
     needs_stage_before: whether it continues a trained model, so that it cannot be the first stage of a new one.
     needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
+    trains_experts: whether the model may be one of several experts (`model.experts`).
     """
 
     needs_meta_batch = False
     needs_accuracy = False
     needs_stage_before = False
     needs_trained_head = False
+    trains_experts = False
 
     @dataclass(frozen=True)
     class Options:

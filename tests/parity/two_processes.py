@@ -29,6 +29,7 @@ CASES = [
     ("mwn", "exact"),
     ("sample_difficulty", "exact"),
     ("cb_da", "exact"),
+    ("ride", "exact"),
 ]
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
 
@@ -52,6 +53,20 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(72, CLASSES)).double().train()
 
 
+class Experts(nn.Module):
+    """Two networks whose logits are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList([network(), network()])
+
+    def expert_logits(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([one(images) for one in self.networks])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.expert_logits(images).mean(0)
+
+
 def draw(size: int, generator: torch.Generator) -> Batch:
     images = torch.randint(0, 256, (size, 3, 11, 11), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, CLASSES, (size,), generator=generator)
@@ -66,7 +81,7 @@ def share(batch: Batch, reducer: Reducer) -> Batch:
 def train(method: str, refresh: str, reducer: Reducer) -> dict:
     """What a model and its method become in a few iterations."""
     torch.manual_seed(0)
-    model = network()
+    model = Experts() if method == "ride" else network()
     generator = torch.Generator().manual_seed(1)
     kind = STEPS[method]
     accuracy = None
@@ -78,7 +93,8 @@ def train(method: str, refresh: str, reducer: Reducer) -> dict:
         )
     parts = StepParts(
         model=model,
-        loss=build_loss("cross_entropy", COUNTS),
+        # RIDE divides by the weights' sum over all processes.
+        loss=build_loss("class_balanced" if method == "ride" else "cross_entropy", COUNTS).double(),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, foreach=True),
         augment=Scaled(),
         meta_augment=Scaled(),

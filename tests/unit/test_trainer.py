@@ -93,9 +93,10 @@ def test_a_run_leaves_all_that_a_reader_needs(digits_words, backend):
         [f"{STAGE}.accuracy.refresh=rolling", f"{STAGE}.accuracy.window=5"],
         [f"{STAGE}.accuracy.refresh=epoch", "model.drop_rate=0.3"],
         [f"{STAGE}.method=cdb", f"{STAGE}.accuracy.refresh=epoch"],
+        [f"{STAGE}.method=plain", f"{STAGE}.loss=class_balanced", f"{STAGE}.loss_options={{from_epoch: 1}}"],
         [f"{STAGE}.method=plain", f"{STAGE}.loss=balanced_softmax", "data.augment=[{random_crop: {padding: 1}}, flip]"],
     ],
-    ids=["resident", "ffcv", "rolling", "epoch-dropout", "cdb", "plain"],
+    ids=["resident", "ffcv", "rolling", "epoch-dropout", "cdb", "deferred", "plain"],
 )
 def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words, more):
     whole = make(digits_words, *more, "name=whole")
