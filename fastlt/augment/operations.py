@@ -182,8 +182,9 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 class ColorJitter(SameSize):
     """Brightness, contrast, saturation and hue by random factors, in an order of its own for each image.
 
-    p: probability that an image is changed at all. Each other option is a number s, for factors in [max(0, 1 - s), 1 + s] (hue: shifts in [-s, s]), or a range [min, max]; 0
-    leaves that property alone. The meaning is torchvision's ColorJitter, called on each image.
+    p: probability that an image is changed at all. Each other option is a number s, for factors in [max(0, 1 - s),
+    1 + s] (hue: shifts in [-s, s]), or a range [min, max]; 0 leaves that property alone. The meaning is torchvision's
+    ColorJitter, called on each image.
     """
 
     brightness: float | tuple[float, float] = 0
