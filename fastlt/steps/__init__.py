@@ -7,6 +7,7 @@ from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.paco import PacoStep
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.sample_weights import MetaWeightNetStep, SampleDifficultyStep
 
@@ -17,6 +18,7 @@ STEPS: dict[str, type[Step]] = {
     "mwn": MetaWeightNetStep,
     "sample_difficulty": SampleDifficultyStep,
     "cb_da": CbDaStep,
+    "paco": PacoStep,
     "crt": CrtStep,
     "lws": LwsStep,
     "las": LasStep,
