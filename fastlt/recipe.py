@@ -277,6 +277,13 @@ def _check_names(recipe: Recipe) -> list[str]:
             run()
         except ValueError as error:
             mistakes.append(f"{where}: {error}")
+    methods = [STEPS[s.method] for s in recipe.stages.values() if s.method in STEPS]
+    if recipe.data.second_augment is not None and not any(m.needs_second_view for m in methods):
+        able = ", ".join(name for name, step in STEPS.items() if step.needs_second_view)
+        mistakes.append(
+            "data.second_augment: is set, but no stage looks at an image twice; leave it out, or take a method that "
+            f"does: {able}"
+        )
     for name, stage in recipe.stages.items():
         if stage.method not in STEPS:
             mistakes.append(f"stages.{name}.method: {unknown('method', stage.method, STEPS)}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_trainer import assert_same, final_state, log_lines, stop_after
 
+from fastlt.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.losses.contrastive import robust_contrastive
 from fastlt.models import build_model
@@ -211,6 +212,13 @@ def test_what_cannot_be_is_refused_by_the_recipe(digits_words, case):
     robust, expected = REFUSED[case]
     with pytest.raises(ValueError, match=expected):
         load_recipe(RECIPE, words_of(digits_words, robust=robust))
+
+
+def test_a_process_gets_whole_groups_of_a_class(digits_words):
+    trainer = Trainer(load_recipe(RECIPE, words_of(digits_words)))
+    trainer.reducer = Reducer(0, 16)
+    with pytest.raises(ValueError, match=r"stages\.robust\.batch_size is 32 .* give a multiple of 64"):
+        trainer._check_against_dataset()
 
 
 def test_it_is_no_first_stage(digits_words):

@@ -309,6 +309,11 @@ def test_what_cannot_be_is_refused_by_the_recipe(digits_words, case):
         load_recipe(RECIPE, words_of(digits_words, *(f"stages.end_to_end.{w}" for w in words)))
 
 
+def test_a_second_augmentation_without_a_second_view_is_refused(digits_words):
+    with pytest.raises(ValueError, match=r"data\.second_augment: is set, but no stage .*: paco"):
+        load_recipe(RECIPE, [*digits_words, "data.second_augment=[flip]"])
+
+
 def test_a_mistake_in_the_second_views_augmentation_is_named(digits_words):
     with pytest.raises(ValueError, match=r"data\.second_augment: .*did you mean 'grayscale'"):
         load_recipe(RECIPE, words_of(digits_words, "data.second_augment=[{greyscale: {p: 0.2}}]"))
