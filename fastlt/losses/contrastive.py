@@ -25,8 +25,8 @@ def parametric_contrastive(
     class_logits: (b, C), with the log prior added where balanced softmax is wanted. similarities: (b, S), q·k / T.
     labels: int64 (b,); other_labels: int64 (S,). own: int64 (b,), the column of `similarities` that is the anchor.
     Float32 or float64; nothing is changed. alpha = 0 is cross-entropy over C + S - 1 candidates, and with no samples
-    but the anchor it is that of the class logits alone. Source: Cui et al. 2021, Eq. 4, with the weights of the
-    authors' release (beta = gamma = 1).
+    but the anchor it is that of the class logits alone. Source: Cui et al. 2021, with the weights of the authors'
+    release (beta = gamma = 1).
     """
     itself = torch.zeros_like(similarities, dtype=torch.bool).scatter_(1, own[:, None], True)
     candidates = torch.cat([class_logits, similarities.masked_fill(itself, -torch.inf)], dim=1)
