@@ -47,6 +47,27 @@ class Reducer:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
+    def gather_with_gradient(self, tensor: Tensor) -> Tensor:
+        """As `gather`, differentiable: each process's part gets the gradients of the losses of all processes, summed.
+
+        Every process has to run the backward pass. With `mean_` over the parameters' gradients, processes then descend
+        the mean of their losses as one process does that has the whole batch.
+        """
+        return tensor if self.world_size == 1 else _Gather.apply(tensor, self)
+
     def mine(self, gathered: Tensor) -> Tensor:
         """This process's part of what `gather` returned."""
         return gathered.chunk(self.world_size)[self.rank]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context, tensor: Tensor, reducer: Reducer) -> Tensor:
+        context.reducer = reducer
+        return reducer.gather(tensor)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        context.reducer.sum_([gradient])
+        return context.reducer.mine(gradient), None

@@ -37,6 +37,7 @@ class DataRecipe:
     train_crop, eval_crop: how a stored image becomes that size; eval_ratio is the side of the central square over the
         shorter side of the image. crop_scale, crop_aspect: range of area and aspect ratio of `random_resized` crops.
     augment: what is done to a training batch on the device; meta_augment: to a meta batch (default: the same).
+    second_augment: to the second view of each training image, for methods that have two (default: the same).
     mean, std: of the pixels in [0, 1], per RGB channel.
     """
 
@@ -65,6 +66,7 @@ class DataRecipe:
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     augment: list[str | dict[str, Any]] = field(default_factory=list)
     meta_augment: list[str | dict[str, Any]] | None = None
+    second_augment: list[str | dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class StageRecipe:
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
     meta_batch_size: int | None = None
-    sampling: Literal["instance", "class_balanced", "effective_number"] = "instance"
+    sampling: Literal["instance", "class_balanced", "effective_number", "class_aware_4"] = "instance"
     accuracy: AccuracyRecipe = field(default_factory=AccuracyRecipe)
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
     warmup: float = 0.0
@@ -271,7 +273,7 @@ def _check_names(recipe: Recipe) -> list[str]:
     from fastlt.steps import STEPS
 
     checks = [("model.name", lambda: check_model(recipe.model.name, recipe.model.pretrained, recipe.model.experts))]
-    for key in ("augment", "meta_augment"):
+    for key in ("augment", "meta_augment", "second_augment"):
         specs = getattr(recipe.data, key) or []
         checks.append((f"data.{key}", lambda specs=specs: check_augment(specs, recipe.data.image_size)))
     for name, stage in recipe.stages.items():
@@ -283,6 +285,13 @@ def _check_names(recipe: Recipe) -> list[str]:
             run()
         except ValueError as error:
             mistakes.append(f"{where}: {error}")
+    methods = [STEPS[s.method] for s in recipe.stages.values() if s.method in STEPS]
+    if recipe.data.second_augment is not None and not any(m.needs_second_view for m in methods):
+        able = ", ".join(name for name, step in STEPS.items() if step.needs_second_view)
+        mistakes.append(
+            "data.second_augment: is set, but no stage looks at an image twice; leave it out, or take a method that "
+            f"does: {able}"
+        )
     for name, stage in recipe.stages.items():
         if stage.method not in STEPS:
             mistakes.append(f"stages.{name}.method: {unknown('method', stage.method, STEPS)}")
@@ -323,6 +332,11 @@ def _check_stage(where: str, stage: StageRecipe) -> list[str]:
         mistakes.append(f"{where}.momentum: is {stage.momentum}; allowed: a number in [0, 1)")
     if stage.nesterov and stage.momentum == 0:
         mistakes.append(f"{where}.nesterov: is true, but momentum is 0; Nesterov's step needs momentum > 0")
+    if stage.sampling == "class_aware_4" and stage.batch_size % 4:
+        mistakes.append(
+            f"{where}.batch_size: is {stage.batch_size} with sampling class_aware_4, which fills batches with groups "
+            "of 4 images of a class; allowed: a multiple of 4 for each process"
+        )
     if stage.meta_batch_size is not None and stage.meta_batch_size < 1:
         mistakes.append(f"{where}.meta_batch_size: is {stage.meta_batch_size}; allowed: an integer >= 1")
     for key in ("window", "batch_size"):

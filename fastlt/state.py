@@ -16,11 +16,14 @@ class Batch:
     images: uint8 (N, 3, H, W) in channels_last memory, RGB, 0..255, not normalised.
     labels: int64 (N,), in [0, C).
     index: int64 (N,), each image's position in its converted split; evaluation removes duplicates by it.
+    second_crop: the same images under a second random crop, like `images`; None except in the training batches of
+        methods with two views, where the loader does the cropping.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
+    second_crop: Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]

@@ -37,10 +37,13 @@ from fastlt.typed_yaml import build
 from loaders.crop import CropSpec
 from loaders.factory import make_loader
 from loaders.protocol import BatchLoader
+from loaders.two_views import TwoViewLoader
 
 EVALUATION_BATCH = 512
 # What a step holds that differs between processes: each has its own stream of augmentations and share of the meta set.
-PER_PROCESS = ("augment", "meta_augment", "class_accuracy")
+PER_PROCESS = ("augment", "meta_augment", "class_accuracy", "second_augment")
+# The streams of random augmentations of one process.
+TRAIN_STREAM, META_STREAM, SECOND_STREAM = range(3)
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
@@ -169,6 +172,11 @@ class Trainer:
                     raise ValueError(
                         f"stages.{name}.{key} is {size}, which does not divide into {self.reducer.world_size} processes"
                     )
+            if stage.sampling == "class_aware_4" and stage.batch_size // self.reducer.world_size % 4:
+                raise ValueError(
+                    f"stages.{name}.batch_size is {stage.batch_size} with sampling class_aware_4, which gives each "
+                    f"process whole groups of 4 images of a class; give a multiple of {4 * self.reducer.world_size}"
+                )
 
     def _check_against_model(self) -> None:
         """What only the network can tell: options that name parts of it, and a trained head that is not there."""
@@ -300,11 +308,12 @@ class Trainer:
             foreach=True,
         )
         processes = self.reducer.world_size
-        train = self._loader("train", stage.batch_size // processes, train=True, sampling=stage.sampling)
+        train = self._training_loader(stage, second_view=kind.needs_second_view)
         meta = None
         if kind.needs_meta_batch:
             meta = self._loader("meta", self._batch_size(stage, "meta") // processes, train=True)
         meta_specs = data.augment if data.meta_augment is None else data.meta_augment
+        second_specs = data.augment if data.second_augment is None else data.second_augment
         accuracy = None
         if kind.needs_accuracy:
             everything = self._whole_split("meta")
@@ -323,8 +332,10 @@ class Trainer:
             model=self.model,
             loss=build_loss(stage.loss, self.counts, **stage.loss_options).to(self.device),
             optimizer=optimizer,
-            augment=self._augment(data.augment, train, offset=0),
-            meta_augment=self._augment(meta_specs, meta, offset=1) if meta is not None else None,
+            augment=self._augment(data.augment, train, TRAIN_STREAM),
+            meta_augment=self._augment(meta_specs, meta, META_STREAM) if meta is not None else None,
+            second_augment=self._augment(second_specs, train, SECOND_STREAM) if kind.needs_second_view else None,
+            training_images=self._training_images if kind.needs_training_images else None,
             class_counts=self.counts,
             class_accuracy=accuracy,
             autocast=self.accelerator.autocast,
@@ -339,19 +350,39 @@ class Trainer:
         kind.prepare_model(self.model, options, seed=self.recipe.seed)
         return options
 
-    def _augment(self, specs: list, loader: BatchLoader, *, offset: int):
+    def _augment(self, specs: list, loader: BatchLoader, stream: int):
         """The device part of the augmentation: with crops, where the loader delivers whole stored images."""
         data = self.recipe.data
         if data.train_crop == "random_resized" and not loader.crops:
             specs = [{"random_resized_crop": {"scale": list(data.crop_scale), "ratio": list(data.crop_aspect)}}, *specs]
-        # Every process and both kinds of batch draw from streams of their own.
-        seed = 1_000_003 * self.recipe.seed + 2 * self.reducer.rank + offset
+        # Every process and each kind of batch draws from a stream of its own.
+        seed = 1_000_003 * self.recipe.seed + 3 * self.reducer.rank + stream
         return build_augment(
             specs, image_size=data.image_size, mean=data.mean, std=data.std, seed=seed, device=self.device
         )
 
+    def _training_loader(self, stage: StageRecipe, *, second_view: bool) -> BatchLoader:
+        """The training batches of this process; for two views with two crops of each image, if the loader crops."""
+        size = stage.batch_size // self.reducer.world_size
+        first = self._loader("train", size, train=True, sampling=stage.sampling)
+        if not (second_view and self.recipe.data.train_crop == "random_resized" and first.crops):
+            return first
+        return TwoViewLoader(first, self._loader("train", size, train=True, sampling=stage.sampling, view=1))
+
+    def _training_images(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the training set, see `StepParts`."""
+        for batch in self._evaluation_loader("train").epoch(0):
+            yield self._normalise(batch.images), batch.labels
+
     def _loader(
-        self, split: str, batch_size: int, *, train: bool, sampling: str = "instance", whole: bool = False
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        train: bool,
+        sampling: str = "instance",
+        whole: bool = False,
+        view: int = 0,
     ) -> BatchLoader:
         """A loader of this process's share of a split, or of the `whole` of it; batch_size: per process."""
         data = self.recipe.data
@@ -371,6 +402,7 @@ class Trainer:
             seed=self.recipe.seed,
             rank=0 if whole else self.reducer.rank,
             world_size=1 if whole else self.reducer.world_size,
+            view=view,
             num_workers=data.num_workers,
         )
 
@@ -405,22 +437,26 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Metrics of the current model on "meta" (validation) or "test", over all processes."""
-        if split not in self.evaluation_loaders:
-            # Kept for the whole run: opening one again at every evaluation would cost more than the images do.
-            size = min(EVALUATION_BATCH, max(1, len(self.dataset.labels(split)) // self.reducer.world_size))
-            self.evaluation_loaders[split] = self._loader(split, size, train=False)
         self._average_buffers()
         metrics = Metrics(self.counts.num_classes, device=self.device)
         counters = self.model.counters()
         for counter in counters.values():
             counter.zero_()
         with evaluation_mode(self.model), self.accelerator.autocast():
-            for batch in self.evaluation_loaders[split].epoch(0):
+            for batch in self._evaluation_loader(split).epoch(0):
                 metrics.update(self.model(self._normalise(batch.images)), batch.labels)
         counted = [counter.double() for counter in counters.values()]
         self.reducer.sum_([metrics.state, *counted])
         means = {name: (total / images).item() for name, (total, images) in zip(counters, counted, strict=True)}
         return {**metrics.summary(self.counts), **means}
+
+    def _evaluation_loader(self, split: str) -> BatchLoader:
+        """This process's share of a split in order, cropped as for evaluation."""
+        if split not in self.evaluation_loaders:
+            # Kept for the whole run: opening one again at every evaluation would cost more than the images do.
+            size = min(EVALUATION_BATCH, max(1, len(self.dataset.labels(split)) // self.reducer.world_size))
+            self.evaluation_loaders[split] = self._loader(split, size, train=False)
+        return self.evaluation_loaders[split]
 
     def _average_buffers(self) -> None:
         """Give every process the mean of the floating-point buffers: each has seen its own share of the batches."""

@@ -52,6 +52,7 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    view: int = 0,
     num_workers: int | None = None,
     memory_budget_bytes: int | None = None,
 ) -> BatchLoader:
@@ -64,6 +65,7 @@ def make_loader(
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
+    view: another one has the same images in the same order under other random crops.
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
 
     Raises ValueError for an unknown backend, one whose format the data set lacks, a split that is damaged or disagrees
@@ -90,6 +92,7 @@ def make_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        view=view,
     )
     device = torch.device(device)
     reason = f"{backend}: asked for"

@@ -10,7 +10,7 @@ import numpy as np
 from loaders.crop import CropSpec, crop_boxes
 from loaders.sampling import epoch_order, shard
 
-CROP_STREAM = 1  # keeps the crops' random numbers apart from other uses of (seed, epoch)
+CROP_STREAM = 1  # keeps the crops' random numbers apart from other uses of (seed, epoch); the last stream in use
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,7 @@ class EpochPlan:
     labels, heights, widths: int64 (N,), of the split.
     train: True shuffles and drops what does not fill a batch on every process; False keeps split order and covers each
         image exactly once over the processes.
+    view: plans that differ in nothing else visit the same images under other random crops.
 
     Raises ValueError when a training split does not fill one batch, or a random crop is asked for in evaluation.
     """
@@ -34,6 +35,7 @@ class EpochPlan:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    view: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
@@ -72,7 +74,7 @@ class EpochPlan:
     def boxes(self, epoch: int, first_batch: int = 0) -> np.ndarray:
         """The crop rectangle of each entry of `index`, int32 (n, 4) as (top, left, height, width)."""
         order = self._order(epoch)
-        rng = np.random.default_rng([self.seed, epoch, CROP_STREAM])
+        rng = np.random.default_rng([self.seed, epoch, CROP_STREAM + self.view])
         boxes = crop_boxes(self.crop, self.heights[order], self.widths[order], rng)
         return boxes[self._from_batch(len(order), first_batch)]
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from fastlt.names import pick
 
+GROUP = 4  # images of one class that class_aware_4 draws in a row, Liu et al. 2019 and Samuel and Chechik 2021
 BETA = 0.9999  # of the effective number of samples, Cui et al. 2019
 ORDER_STREAM = 0  # keeps these random numbers apart from other uses of (seed, epoch), such as crops
 
@@ -15,8 +16,9 @@ def epoch_order(labels: np.ndarray, *, sampling: str, seed: int, epoch: int, shu
 
     labels: int64 (N,).
     sampling: "instance", each image once; "class_balanced", each class equally often; "effective_number", each class as
-        often as its images' class-balanced loss weights say. In the last two, every image of a class comes once before
-        any of them comes again.
+        often as its images' class-balanced loss weights say; "class_aware_4", each class equally often and four of its
+        images in a row, so that a batch whose size is a multiple of four is made of whole groups. In the last three,
+        every image of a class comes once before any of them comes again.
     shuffle: False keeps split order, and needs "instance".
     Raises ValueError for an unknown sampling, and for another one than "instance" without shuffling.
     """
@@ -68,10 +70,26 @@ def _class_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Source: the class-aware sampler of Shen et al. 2016, as cRT uses it.
     """
-    present = np.unique(labels)
-    rounds = -(-len(labels) // max(len(present), 1))
-    classes = rng.permuted(np.tile(present, (rounds, 1)), axis=1).reshape(-1)[: len(labels)]
+    return _images_of(_class_rounds(labels, len(labels), rng), labels, rng)
+
+
+def _class_aware_4(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As `_class_balanced`, each class drawn for `GROUP` images in a row; the last group may be cut short.
+
+    A group holds an image twice only where its class's list ends and starts anew within it. Source: the class-aware
+    sampler of OLTR's release with num_samples_cls = 4, which DRO-LT's has too; there an epoch is C times the largest
+    class long.
+    """
+    groups = -(-len(labels) // GROUP)
+    classes = np.repeat(_class_rounds(labels, groups, rng), GROUP)[: len(labels)]
     return _images_of(classes, labels, rng)
+
+
+def _class_rounds(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` classes in rounds that visit every class with images once, each round in a new order: int64 (count,)."""
+    present = np.unique(labels)
+    rounds = -(-count // max(len(present), 1))
+    return rng.permuted(np.tile(present, (rounds, 1)), axis=1).reshape(-1)[:count]
 
 
 def _effective_number(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -99,4 +117,9 @@ def _images_of(classes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     return order
 
 
-SAMPLINGS = {"instance": _instance, "class_balanced": _class_balanced, "effective_number": _effective_number}
+SAMPLINGS = {
+    "instance": _instance,
+    "class_balanced": _class_balanced,
+    "effective_number": _effective_number,
+    "class_aware_4": _class_aware_4,
+}

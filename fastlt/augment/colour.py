@@ -8,6 +8,7 @@ uint8, which makes the results equal bit by bit to its functions on tensors.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -119,6 +120,28 @@ def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     blurred = images.to(torch.float32)
     blurred[:, :, 1:-1, 1:-1] = (total / 13).round_()
     return _blend(images, blurred, factor)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur by a Gaussian of standard deviation `sigma` (N,) pixels, cut off `radius` pixels from its centre.
+
+    The image is mirrored at its border (the border row itself is not repeated), so `radius` is cut to the image's
+    shorter side - 1. Two batched matrix products with banded weights, one a direction.
+    """
+    height, width = images.shape[2:]
+    radius = min(radius, height - 1, width - 1)
+    planes = F.pad(images.to(torch.float32, memory_format=torch.contiguous_format), (radius,) * 4, mode="reflect")
+    rows = torch.matmul(planes, _gaussian_band(sigma, radius, width).unsqueeze(1).transpose(2, 3))
+    out = torch.matmul(_gaussian_band(sigma, radius, height).unsqueeze(1), rows)
+    return out.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _gaussian_band(sigma: Tensor, radius: int, length: int) -> Tensor:
+    """float32 (N, length, length + 2 * radius): how much each padded position gives to each output, rows sum to 1."""
+    padded = torch.arange(length + 2 * radius, device=sigma.device)
+    offset = padded - radius - torch.arange(length, device=sigma.device).view(-1, 1)
+    weights = torch.exp(-0.5 * (offset / _rows(sigma)) ** 2) * (offset.abs() <= radius)
+    return weights / weights.sum(2, keepdim=True)
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:

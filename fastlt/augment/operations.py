@@ -182,16 +182,19 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 class ColorJitter(SameSize):
     """Brightness, contrast, saturation and hue by random factors, in an order of its own for each image.
 
-    Each option is a number s, for factors in [max(0, 1 - s), 1 + s] (hue: shifts in [-s, s]), or a range [min, max]; 0
-    leaves that property alone. The meaning is torchvision's ColorJitter, called on each image.
+    p: probability that an image is changed at all. Each other option is a number s, for factors in [max(0, 1 - s),
+    1 + s] (hue: shifts in [-s, s]), or a range [min, max]; 0 leaves that property alone. The meaning is torchvision's
+    ColorJitter, called on each image.
     """
 
     brightness: float | tuple[float, float] = 0
     contrast: float | tuple[float, float] = 0
     saturation: float | tuple[float, float] = 0
     hue: float | tuple[float, float] = 0
+    p: float = 1.0
 
     def __post_init__(self) -> None:
+        require_number("color_jitter", "p", self.p, 0, 1)
         for name, centre, low, high in JITTER:
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -214,6 +217,9 @@ class ColorJitter(SameSize):
         names = self.active
         order = torch.rand(shape.count, len(names), generator=generator).argsort(dim=1)
         factors = {name: uniform(shape.count, *getattr(self, name), generator) for name in names}
+        if self.p < 1:
+            # No turn of an image that is left alone: places beyond the last.
+            order[~chance(shape.count, self.p, generator)] = len(names)
         turns = {}
         for turn in range(len(names)):
             rows = {name: Rows.of(order[:, turn] == place, shape.static) for place, name in enumerate(names)}
@@ -243,6 +249,49 @@ ADJUST = {
     "saturation": colour.saturate,
     "hue": colour.shift_hue,
 }
+
+
+@dataclass(frozen=True)
+class Grayscale(SameSize):
+    """Make each image grey, in all three channels, with probability `p`."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        require_number("grayscale", "p", self.p, 0, 1)
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+        return {"rows": Rows.of(chance(shape.count, self.p, generator), shape.static)}
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        rows = draws["rows"]
+        return rows.put(images, colour.grey(rows.take(images)).unsqueeze(1).expand(-1, 3, -1, -1))
+
+
+@dataclass(frozen=True)
+class GaussianBlur(SameSize):
+    """Blur each image with probability `p` by a Gaussian whose standard deviation, in pixels, is uniform in `sigma`.
+
+    The Gaussian is cut off at three of the largest standard deviation. SimCLR's range is [0.1, 2].
+    """
+
+    p: float
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        require_number("gaussian_blur", "p", self.p, 0, 1)
+        object.__setattr__(self, "sigma", require_range("gaussian_blur", "sigma", self.sigma, 1e-2, 1e3))
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+        rows = Rows.of(chance(shape.count, self.p, generator), shape.static)
+        return {"rows": rows, "sigma": rows.take(uniform(shape.count, *self.sigma, generator))}
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        rows = draws["rows"]
+        if rows.empty:
+            return images
+        blurred = colour.gaussian_blur(rows.take(images), draws["sigma"], math.ceil(3 * self.sigma[1]))
+        return rows.put(images, blurred)
 
 
 class Policy(SameSize):

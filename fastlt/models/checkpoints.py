@@ -46,11 +46,12 @@ def read_weights(path: str | Path) -> Tensors:
 def load_weights(classifier: nn.Module, path: str | Path) -> None:
     """Load a file into `classifier`: one of ours (backbone.*, head.*) or a plain backbone's (timm, torchvision).
 
-    A head that does not fit (another number of classes, another kind) is left out and a warning says so; the head then
-    stays as initialised. Everything else has to match: raises ValueError with the names that are missing, unexpected or
-    of another shape, and leaves `classifier` as it was.
+    auxiliary.* of ours is passed over. A head that does not fit (another number of classes, another kind) is left out
+    and a warning says so; the head then stays as initialised. Everything else has to match: raises ValueError with the
+    names that are missing, unexpected or of another shape, and leaves `classifier` as it was.
     """
-    state = read_weights(path)
+    # What a method trained beside the network (`Classifier.auxiliary`) is of no use to another run.
+    state = {name: t for name, t in read_weights(path).items() if not name.startswith("auxiliary.")}
     if not any(name.startswith("backbone.") for name in state):
         state = _from_backbone(state, classifier.backbone)
     own = classifier.state_dict()

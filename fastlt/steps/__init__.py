@@ -7,6 +7,8 @@ from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.dro_lt import DroLtStep
+from fastlt.steps.paco import PacoStep
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.ride import RideRouterStep, RideStep
 from fastlt.steps.sample_weights import MetaWeightNetStep, SampleDifficultyStep
@@ -18,6 +20,8 @@ STEPS: dict[str, type[Step]] = {
     "mwn": MetaWeightNetStep,
     "sample_difficulty": SampleDifficultyStep,
     "cb_da": CbDaStep,
+    "paco": PacoStep,
+    "dro_lt": DroLtStep,
     "crt": CrtStep,
     "lws": LwsStep,
     "las": LasStep,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,10 @@ class StepParts:
 
     loss: per-sample loss, (logits (b, C), labels (b,)) -> (b,).
     augment, meta_augment: uint8 (N, 3, H, W) -> normalised float, for the training and the meta batch.
+    second_augment: likewise for the second view of a training batch; None for methods with `needs_second_view = False`.
+    training_images: goes once over this process's share of the training set, each image once in split order and
+        cropped and normalised as for evaluation: (float (N, 3, H, W), labels (N,)), on the device; None for methods
+        with `needs_training_images = False`.
     class_accuracy: A on the meta set; None for methods with `needs_accuracy = False`.
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
     """
@@ -34,6 +38,8 @@ class StepParts:
     meta_augment: Augment | None
     class_counts: ClassCounts
     class_accuracy: ClassAccuracy | None = None
+    second_augment: Augment | None = None
+    training_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     autocast: Callable[[], object] = nullcontext
     reducer: Reducer = field(default_factory=Reducer)
 
@@ -46,6 +52,8 @@ class Step:
     `train_mode`; the trainer calls them in this order.
 
     needs_meta_batch, needs_accuracy: whether the step wants a meta batch each iteration, and A on the meta set.
+    needs_second_view, needs_training_images: whether it looks at each training image under two augmentations, and goes
+        over the whole training set now and then.
     needs_stage_before: whether it continues a trained model, so that it cannot be the first stage of a new one.
     needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
     trains_experts: whether the model may be one of several experts (`model.experts`).
@@ -53,6 +61,8 @@ class Step:
 
     needs_meta_batch = False
     needs_accuracy = False
+    needs_second_view = False
+    needs_training_images = False
     needs_stage_before = False
     needs_trained_head = False
     trains_experts = False
@@ -148,6 +158,7 @@ class Step:
             "augment": parts.augment.state_dict(),
             "meta_augment": parts.meta_augment.state_dict() if parts.meta_augment else None,
             "class_accuracy": parts.class_accuracy.state_dict() if parts.class_accuracy else None,
+            "second_augment": parts.second_augment.state_dict() if parts.second_augment else None,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -161,3 +172,5 @@ class Step:
             parts.meta_augment.load_state_dict(state["meta_augment"])
         if parts.class_accuracy:
             parts.class_accuracy.load_state_dict(state["class_accuracy"])
+        if parts.second_augment:
+            parts.second_augment.load_state_dict(state["second_augment"])

@@ -13,7 +13,7 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 
 from fastlt.augment import build_augment, colour, geometry, normalise, policies
-from fastlt.augment.operations import ColorJitter, RandomResizedCrop, Shape, draw_boxes
+from fastlt.augment.operations import ColorJitter, GaussianBlur, Grayscale, RandomResizedCrop, Shape, draw_boxes
 
 SIZES = [(32, 32), (8, 8), (33, 47), (2, 3)]
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -240,6 +240,57 @@ def test_color_jitter_applies_each_images_factors_in_its_order():
         orders.add(tuple(order))
         assert torch.equal(out[n], image)
     assert len(orders) > 15
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_color_jitter_leaves_the_share_of_images_alone_that_p_says(static):
+    images = images_of_many_kinds(16, 16)[:2].repeat(1000, 1, 1, 1)
+    jitter = ColorJitter(brightness=(0.3, 0.5), hue=(0.2, 0.4), p=0.8)
+    out = jitter.apply(images, jitter.draw(Shape(len(images), 16, 16, static), torch.Generator().manual_seed(0)))
+    changed = (out != images).flatten(1).any(1)
+    assert abs(changed.double().mean() - 0.8) < 0.05
+    always = ColorJitter(brightness=(0.3, 0.5), hue=(0.2, 0.4))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    want = always.apply(images, always.draw(Shape(len(images), 16, 16, static), generators[0]))
+    assert torch.equal(out[changed], want[changed])
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_grayscale_equals_torchvision(height, width):
+    images = images_of_many_kinds(height, width)
+    operation = Grayscale(1.0)
+    out = operation.apply(images, operation.draw(Shape(len(images), height, width), torch.Generator()))
+    assert torch.equal(out, TF.rgb_to_grayscale(images, num_output_channels=3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (33, 47)])
+def test_gaussian_blur_equals_torchvision(height, width):
+    images = images_of_many_kinds(height, width)
+    sigma = torch.linspace(0.1, 2.0, len(images), dtype=torch.float64)
+    radius = min(6, height - 1)
+    out = colour.gaussian_blur(images, sigma, 6)
+    side = 2 * radius + 1
+    want = torch.stack([TF.gaussian_blur(i, [side, side], [float(s)] * 2) for i, s in zip(images, sigma, strict=True)])
+    # The order of the sums differs, so a value that falls between two levels may become either.
+    assert (out.int() - want.int()).abs().max() <= 1
+    assert (out == want).double().mean() >= 0.999
+
+
+def test_gaussian_blur_blurs_the_chosen_images_by_their_own_sigma():
+    images = images_of_many_kinds(32, 32)[:1].repeat(500, 1, 1, 1)
+    operation = GaussianBlur(0.5, (1.0, 2.0))
+    draws = operation.draw(Shape(len(images), 32, 32), torch.Generator().manual_seed(0))
+    out = operation.apply(images, draws)
+    chosen = draws["rows"].index
+    assert abs(len(chosen) / 500 - 0.5) < 0.12
+    left = torch.ones(500, dtype=torch.bool)
+    left[chosen] = False
+    assert torch.equal(out[left], images[left])
+    assert draws["sigma"].min() >= 1
+    assert draws["sigma"].max() < 2
+    for place in (0, 7):
+        row = chosen[place]
+        assert torch.equal(out[row], colour.gaussian_blur(images[:1], draws["sigma"][place : place + 1], 6)[0])
 
 
 def test_color_jitter_draws_factors_and_orders_uniformly():

@@ -6,16 +6,18 @@ Saves, for every case, the model and what the method learns beside it to FOLDER/
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fastlt.class_accuracy import ClassAccuracy
 from fastlt.distributed import Reducer
 from fastlt.losses import build_loss
+from fastlt.models import Classifier, LinearHead
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 
@@ -30,15 +32,25 @@ CASES = [
     ("sample_difficulty", "exact"),
     ("cb_da", "exact"),
     ("ride", "exact"),
+    ("paco", "exact"),
+    ("dro_lt", "exact"),
 ]
+OPTIONS = {
+    "cb_da": {"from_epoch": 0, "eps_lr": 1.0},
+    "paco": {"dim": 4, "queue": 20, "momentum": 0.5, "alpha": 0.2},
+    "dro_lt": {"radius": 0.5},
+}
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
 
 
 class Scaled:
-    """uint8 to float64 around 0."""
+    """uint8 to float64 around 0, times a factor."""
+
+    def __init__(self, factor=1.0):
+        self.factor = factor
 
     def __call__(self, images, dtype=None):
-        return images.double() / 128 - 1
+        return (images.double() / 128 - 1) * self.factor
 
     def state_dict(self):
         return {}
@@ -50,7 +62,14 @@ class Scaled:
 def network() -> nn.Module:
     """Without BatchNorm, whose statistics are those of each process's own batch."""
     layers = [nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(72, CLASSES)).double().train()
+    return Classifier(nn.Sequential(*layers), LinearHead(72, CLASSES)).double().train()
+
+
+def training_images(reducer: Reducer) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of a training set, in batches that are not all of one size."""
+    whole = draw(32, torch.Generator().manual_seed(7))
+    batch = share(Batch(whole.images, torch.arange(32) % CLASSES, whole.index), reducer)
+    yield from zip(Scaled()(batch.images).split(9), batch.labels.split(9), strict=True)
 
 
 class Experts(nn.Module):
@@ -84,6 +103,10 @@ def train(method: str, refresh: str, reducer: Reducer) -> dict:
     model = Experts() if method == "ride" else network()
     generator = torch.Generator().manual_seed(1)
     kind = STEPS[method]
+    options = kind.Options(**OPTIONS.get(method, {}))
+    kind.prepare_model(model, options, seed=2)
+    if method == "paco":
+        model.auxiliary.layers[1] = nn.Identity()  # its BatchNorm
     accuracy = None
     if kind.needs_accuracy:
         images = torch.randint(0, 256, (30, 3, 11, 11), dtype=torch.uint8, generator=generator)
@@ -95,20 +118,28 @@ def train(method: str, refresh: str, reducer: Reducer) -> dict:
         model=model,
         # RIDE divides by the weights' sum over all processes.
         loss=build_loss("class_balanced" if method == "ride" else "cross_entropy", COUNTS).double(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, foreach=True),
+        optimizer=torch.optim.SGD(
+            kind.parameter_groups(model, options), lr=0.2, momentum=0.9, weight_decay=5e-4, foreach=True
+        ),
         augment=Scaled(),
         meta_augment=Scaled(),
         class_counts=COUNTS,
         class_accuracy=accuracy,
+        second_augment=Scaled(0.5),
+        training_images=lambda: training_images(reducer),
         reducer=reducer,
     )
-    step = kind(parts, kind.Options(from_epoch=0, eps_lr=1.0) if method == "cb_da" else None)
+    step = kind(parts, options)
     step.start_epoch(0)
     for _ in range(ITERATIONS):
         step(share(draw(12, generator), reducer), share(draw(10, generator), reducer))
     state = {"model": model.state_dict()}
     if hasattr(step, "net"):
         state["net"] = step.net.state_dict()
+    if method == "paco":
+        state["queue"] = {"keys": step.queue.keys, "labels": step.queue.labels}
+    if method == "dro_lt":
+        state["centroids"] = {"mu": step.centroids}
     if accuracy is not None:
         state["accuracy"] = {"A": accuracy.accuracy()}
     return state

@@ -23,6 +23,11 @@ CHAINS = {
         {"auto_augment": {"policy": "imagenet"}},
     ],
     "rand_augment": [{"rand_augment": {"num_ops": 3, "magnitude": 9}}],
+    "simclr": [
+        {"color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "p": 0.8}},
+        {"grayscale": {"p": 0.2}},
+        {"gaussian_blur": {"p": 0.5}},
+    ],
     "svhn": [{"auto_augment": {"policy": "svhn"}}],
 }
 # Operations whose result the host reads, or whose output's shape depends on values: each one waits for a GPU.
@@ -216,6 +221,11 @@ def test_static_draws_have_the_same_shapes_in_every_batch(chain):
         ([{"random_resized_crop": {"scale": [0.5, 1.5]}}], ["augment.random_resized_crop.scale", "<= 1"]),
         ([{"random_resized_crop": {"ratio": 1.0}}], ["augment.random_resized_crop.ratio", "two numbers"]),
         (["color_jitter"], ["color_jitter", "does nothing"]),
+        ([{"color_jitter": {"hue": 0.1, "p": 2}}], ["augment.color_jitter.p", "2", "from 0 to 1"]),
+        (["grayscale"], ["grayscale needs p"]),
+        ([{"grayscale": {"p": -1}}], ["augment.grayscale.p", "-1"]),
+        ([{"gaussian_blur": {"p": 1, "sigma": [0, 2]}}], ["augment.gaussian_blur.sigma", "0.01 <= min"]),
+        ([{"gaussian_blur": {"sigma": [0.1, 2]}}], ["gaussian_blur needs p"]),
         ([{"color_jitter": {"hue": 0.7}}], ["augment.color_jitter.hue", "0.7", "0.5"]),
         ([{"color_jitter": {"brightness": -0.1}}], ["augment.color_jitter.brightness", "-0.1"]),
         ([{"color_jitter": {"contrast": [1.2, 0.8]}}], ["augment.color_jitter.contrast", "min <= max"]),

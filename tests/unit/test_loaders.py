@@ -20,6 +20,7 @@ from loaders.factory import choose_backend, make_loader
 from loaders.plan import EpochPlan
 from loaders.resident_loader import resident_shape
 from loaders.sampling import epoch_order
+from loaders.two_views import TwoViewLoader
 
 COUNT = 53
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND)
@@ -94,6 +95,33 @@ def test_resuming_gives_the_batches_an_uninterrupted_epoch_would_have_had(small,
     for resumed, original in zip(rest, whole[4:], strict=True):
         assert torch.equal(resumed.images, original.images)
         assert torch.equal(resumed.index, original.index)
+
+
+@pytest.mark.parametrize("backend", [b for b in EVERY_BACKEND if b != "resident"])
+def test_two_views_are_two_crops_of_the_same_images_and_resume(mixed, make, backend):
+    arguments = {"crop": CropSpec("random_resized", 12), "seed": 1, "sampling": "class_aware_4"}
+    alone = list(make(mixed, backend, **arguments).epoch(2))
+    loader = TwoViewLoader(make(mixed, backend, **arguments), make(mixed, backend, **arguments, view=1))
+    whole, rest = list(loader.epoch(2)), list(loader.epoch(2, first_batch=4))
+    assert len(whole) == len(loader) == len(rest) + 4
+    assert indices(whole) == indices(alone)
+    for batch, same in zip(whole, alone, strict=True):
+        assert torch.equal(batch.images, same.images)
+        assert batch.second_crop.shape == batch.images.shape
+        assert all((a != b).any() for a, b in zip(batch.images, batch.second_crop, strict=True))
+    for resumed, original in zip(rest, whole[4:], strict=True):
+        assert torch.equal(resumed.second_crop, original.second_crop)
+    other = make(mixed, backend, **{**arguments, "crop": CropSpec("center", 12)})
+    centre = {i: image for batch in other.epoch(2) for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
+    # Both show the image of their index: crops of one image are nearer to its centre than to another image's.
+    for batch in whole:
+        own = torch.stack([centre[i] for i in batch.index.tolist()]).float()
+        views = (batch.images.float(), batch.second_crop.float())
+        near = [(v - own).abs().mean() for v in views]
+        far = [(v - own.roll(4, 0)).abs().mean() for v in views]
+        assert near[0] < far[0]
+        assert near[1] < far[1]
+    loader.close()
 
 
 @every_backend

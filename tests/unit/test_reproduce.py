@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,8 +142,11 @@ def test_a_mistake_is_one_message(words, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
-def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, capsys):
-    """The row's own recipe on the digits, a few iterations long."""
+def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, capsys, monkeypatch):
+    """The row's own recipe on the digits, a few iterations long, beside a row whose recipe is not there."""
+    tables = reproduce.PAPER.read_text().replace("recipe: cifar100_lt_paco,", "recipe: cifar100_lt_unwritten,")
+    (tmp_path / "tables.yaml").write_text(tables)
+    monkeypatch.setattr(reproduce, "load_table", partial(reproduce.load_table, tables=tmp_path / "tables.yaml"))
     words = ["table8", "--rows", "cRT", "PaCo", "--columns", "100", "--scale", "short", "--seeds", "2"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set"]
     words += ["data.source=digits", "data.num_classes=10", f"data.converted={digits}", "data.image_size=8"]
@@ -154,7 +158,7 @@ def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, ca
     assert told.err.count("running cifar100_lt_crt-short-") == 2
     rows = json.loads((tmp_path / "out" / "table8.json").read_text())
     paco, crt = sorted(rows, key=lambda r: r["row"])
-    assert (paco["ours"], paco["not_run"]) == (None, "no recipe yet: recipes/cifar100_lt_paco.yaml")
+    assert (paco["ours"], paco["not_run"]) == (None, "no recipe yet: recipes/cifar100_lt_unwritten.yaml")
     assert crt["runs"] == 2
     results = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*/result.json"))]
     assert [r["iterations"] for r in results] == [4, 4]

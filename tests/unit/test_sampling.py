@@ -43,7 +43,39 @@ def test_class_balanced_visits_each_class_once_a_round(labels, seed):
     assert counts.max() - counts.min() <= 1
 
 
-@pytest.mark.parametrize("sampling", ["class_balanced", "effective_number"])
+@given(labels=labels_strategy, seed=seeds)
+def test_class_aware_4_visits_each_class_once_a_round_with_four_images_in_a_row(labels, seed):
+    drawn = labels[epoch_order(labels, sampling="class_aware_4", seed=seed, epoch=2)]
+    whole = drawn[: len(drawn) // 4 * 4].reshape(-1, 4)
+    assert (whole == whole[:, :1]).all()
+    assert len(set(drawn[len(whole) * 4 :].tolist())) <= 1
+    groups, present = drawn[::4], np.unique(labels)
+    for start in range(0, len(groups), len(present)):
+        part = groups[start : start + len(present)].tolist()
+        assert len(set(part)) == len(part)
+        assert set(part) <= set(present.tolist())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_class_aware_4_gives_every_process_whole_groups_of_distinct_images(world_size):
+    labels = np.repeat(np.arange(10), 40)
+    order = epoch_order(labels, sampling="class_aware_4", seed=3, epoch=5)
+    size = 32 // world_size
+    for rank in range(world_size):
+        own = shard(order, rank, world_size, drop_last=True, batch_size=size).reshape(-1, size // 4, 4)
+        assert (labels[own] == labels[own[:, :, :1]]).all()
+        assert all(len(set(group.tolist())) == 4 for batch in own for group in batch)
+
+
+def test_class_aware_4_repeats_images_only_of_classes_that_have_too_few():
+    labels = np.repeat([0, 1], [60, 3])
+    order = epoch_order(labels, sampling="class_aware_4", seed=0, epoch=0)
+    groups = order[:60].reshape(-1, 4)
+    assert {len(set(g.tolist())) for g in groups if labels[g[0]] == 0} == {4}
+    assert {len(set(g.tolist())) for g in groups if labels[g[0]] == 1} == {3}
+
+
+@pytest.mark.parametrize("sampling", ["class_balanced", "effective_number", "class_aware_4"])
 @settings(max_examples=60)
 @given(labels=labels_strategy, seed=seeds)
 def test_all_images_of_a_class_come_before_any_comes_again(sampling, labels, seed):

@@ -1,0 +1,137 @@
+"""Distributionally robust features (DRO-LT; Samuel and Chechik 2021): classes around centroids, at a worst distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlt.class_accuracy import evaluation_mode
+from fastlt.losses.base import at_least_float32
+from fastlt.losses.contrastive import robust_contrastive
+from fastlt.models.auxiliary import ClassRadii
+from fastlt.state import Batch, StepOutput
+from fastlt.steps.base import Step, StepParts
+
+
+class DroLtStep(Step):
+    """SGD on a weighted cross-entropy plus `robust_contrastive`, over a trained model whose head stays as it is.
+
+    Batches are class-aware, so that every class in them has samples to compare; the weights n_y / max n give the
+    cross-entropy the long tail back. A radius a class is learned with the features. As in the authors' release the
+    head only passes gradients on: what retrains it is the next stage (`crt`), which here starts a new head where the
+    release goes on with this one.
+
+    Centroids are the mean features of each class's training images, taken anew at the start of every epoch in eval
+    mode; unlike the release's, from unaugmented images, each once. With several processes the features of all of them
+    are compared, so that the batch alone decides.
+
+    The derivative of the loss by a radius is never negative, so learned radii shrink; below 0 they are radii no more,
+    and the term fades as the samples' own logits grow. The release lets them; `radius_floor: 0` stops them there.
+    """
+
+    needs_stage_before = True
+    needs_trained_head = True
+    needs_training_images = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """temperature: T of the softmax over distances. robust_weight: of the contrastive term, where cross-entropy has
+        1. radius: where every class's starts. radius_floor: the smallest that is allowed, None for no limit.
+        """
+
+        temperature: float = 1.0
+        robust_weight: float = 1.0
+        radius: float = 1.0
+        radius_floor: float | None = None
+
+        def __post_init__(self) -> None:
+            if self.temperature <= 0:
+                raise ValueError(f"temperature is {self.temperature}: give a number > 0; the authors take 1")
+            if self.robust_weight <= 0:
+                raise ValueError(f"robust_weight is {self.robust_weight}: give a number > 0, or use method plain")
+            if self.radius_floor is not None and self.radius < self.radius_floor:
+                raise ValueError(f"radius is {self.radius}, below radius_floor {self.radius_floor}: start above it")
+
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        if stage.sampling != "class_aware_4":
+            return [
+                f"sampling: is {stage.sampling!r}; dro_lt compares the images of a class in a batch and weights "
+                "cross-entropy for batches that are balanced over classes: set sampling: class_aware_4"
+            ]
+        return []
+
+    @classmethod
+    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+        like = model.head.weight
+        model.auxiliary = ClassRadii(like.shape[0], options.radius).to(device=like.device, dtype=like.dtype)
+        model.requires_grad_(True)
+        model.head.requires_grad_(False)
+
+    def train_mode(self) -> None:
+        self.model.train()
+        self.model.head.eval()
+
+    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+        super().__init__(parts, options)
+        self.radius = self.model.auxiliary.radius
+        counts = torch.from_numpy(parts.class_counts.counts).to(self.radius)
+        self.class_weights = counts / counts.max()
+        self.centroids = torch.zeros_like(self.model.head.weight)
+
+    def start_epoch(self, epoch: int) -> None:
+        super().start_epoch(epoch)
+        self.centroids = self._class_means()
+
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        self.loss.draw(len(batch))
+        with self.parts.autocast():
+            features = self.model.features(self.parts.augment(batch.images))
+            losses = self.loss(self.model.head(self.model.dropout(features)), batch.labels)
+        weights = self.class_weights[batch.labels]
+        total = weights.sum()
+        self.reducer.sum_([total])
+        cross_entropy = (weights * losses).sum() * (self.reducer.world_size / total)
+        robust = robust_contrastive(
+            self.reducer.gather_with_gradient(at_least_float32(features)),
+            self.reducer.gather(batch.labels),
+            self.centroids,
+            self.radius,
+            self.options.temperature,
+        )
+        objective = cross_entropy + self.options.robust_weight * robust
+        self.descend(objective)
+        if self.options.radius_floor is not None:
+            with torch.no_grad():
+                self.radius.clamp_min_(self.options.radius_floor)
+        return StepOutput(
+            objective.detach(),
+            metrics={"robust_loss": robust.detach()},
+            per_class={"radius": self.radius.detach().clone()},
+        )
+
+    def _class_means(self) -> Tensor:
+        """Mean features of each class over the training set of all processes: (C, D). Moves nothing of the model."""
+        sums = torch.zeros_like(self.centroids)
+        counts = sums.new_zeros(len(sums))
+        with evaluation_mode(self.model):
+            for images, labels in self.parts.training_images():
+                with self.parts.autocast():
+                    features = self.model.features(images)
+                # A product and not index_add_, whose order of summation changes from call to call on a GPU.
+                members = F.one_hot(labels, len(sums)).to(sums.dtype)
+                sums += members.T @ features.to(sums.dtype)
+                counts += members.sum(0)
+        self.reducer.sum_([sums, counts])
+        return sums / counts[:, None]
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "centroids": self.centroids}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.centroids = state["centroids"].clone()
