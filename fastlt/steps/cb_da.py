@@ -41,11 +41,6 @@ class CbDaStep(MetaStep):
         super().__init__(parts, options)
         balanced = effective_number_weights(parts.class_counts.counts, self.options.beta)
         self.balanced = torch.from_numpy(balanced).to(self.parameters[0])
-        self.epoch = 0
-
-    def start_epoch(self, epoch: int) -> None:
-        super().start_epoch(epoch)
-        self.epoch = epoch
 
     def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
         run = self.training_pass(batch)
@@ -64,10 +59,3 @@ class CbDaStep(MetaStep):
             metrics={"meta_loss": meta_loss, "eps_norm": eps.norm()},
             per_class={"weight": self.balanced},
         )
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "epoch": self.epoch}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.epoch = state["epoch"]
