@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastlt.steps.balms import BalmsStep
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
@@ -21,6 +22,7 @@ STEPS: dict[str, type[Step]] = {
     "lws": LwsStep,
     "las": LasStep,
     "tau_norm": TauNormStep,
+    "balms": BalmsStep,
 }
 
 __all__ = ["STEPS", "Step", "StepParts"]
