@@ -8,6 +8,7 @@ from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.mixup import CutmixStep, MixupStep
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.sample_weights import MetaWeightNetStep, SampleDifficultyStep
 
@@ -23,6 +24,8 @@ STEPS: dict[str, type[Step]] = {
     "las": LasStep,
     "tau_norm": TauNormStep,
     "balms": BalmsStep,
+    "mixup": MixupStep,
+    "cutmix": CutmixStep,
 }
 
 __all__ = ["STEPS", "Step", "StepParts"]
