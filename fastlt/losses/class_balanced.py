@@ -79,6 +79,8 @@ class ClassBalanced(DeferredWeights):
     With the two sigmoid kinds the paper starts the last layer's bias at -log(C - 1); at 0 the first losses are large.
     """
 
+    corrects_prior = True
+
     def __init__(
         self,
         class_counts: ClassCounts,

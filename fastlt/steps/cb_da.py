@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fastlt.losses import LOSSES
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts
@@ -36,6 +38,21 @@ class CbDaStep(MetaStep):
             for name in ("from_epoch", "eps_lr"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
+
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        mistakes = []
+        if stage.sampling != "instance":
+            mistakes.append(
+                f"sampling: is {stage.sampling!r}; cb_da weights classes by their counts, for batches that have the "
+                "training set's frequencies: set sampling: instance"
+            )
+        if stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+            mistakes.append(
+                f"loss: is {stage.loss!r}, which makes up for class frequencies as cb_da's weights do: together they "
+                "do it twice. Set loss: cross_entropy"
+            )
+        return mistakes
 
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
         super().__init__(parts, options)
