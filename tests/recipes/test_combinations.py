@@ -64,7 +64,7 @@ def test_every_method_is_in_the_matrix():
     assert set(STEPS) - set(FIRST) - set(SECOND) == OTHERS
 
 
-@pytest.mark.parametrize("method", FIRST)
+@pytest.mark.parametrize("method", [m for m in FIRST if m != "cutmix"])  # which is mixup's step
 def test_end_to_end_methods_with_every_loss(method, train):
     stages = []
     for loss in LOSSES:
