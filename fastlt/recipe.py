@@ -234,9 +234,22 @@ def check(recipe: Recipe) -> list[str]:
     mistakes += _check_names(recipe)
     for name, stage in recipe.stages.items():
         mistakes += _check_stage(f"stages.{name}", stage)
-        if stage.loss == "ldam" and recipe.model.head != "cosine":
-            mistakes.append(f"stages.{name}.loss: is 'ldam', whose margins are between cosines; set model.head=cosine")
+        if stage.loss == "ldam":
+            mistakes += _check_ldam(f"stages.{name}", stage, recipe.model)
     return mistakes
+
+
+def _check_ldam(where: str, stage: StageRecipe, model: ModelRecipe) -> list[str]:
+    """Its margins are of cosines times a scale: head and loss have to agree on both."""
+    if model.head != "cosine":
+        return [f"{where}.loss: is 'ldam', whose margins are between cosines; set model.head=cosine"]
+    scale, head_scale = stage.loss_options.get("scale", 30.0), model.head_scale or 30.0
+    if scale != head_scale:
+        return [
+            f"{where}.loss_options.scale: is {scale}, but the head multiplies cosines by {head_scale}; "
+            f"give both the same: model.head_scale={scale}"
+        ]
+    return []
 
 
 def _check_data(data: DataRecipe) -> list[str]:
@@ -268,7 +281,7 @@ def _check_data(data: DataRecipe) -> list[str]:
 def _check_names(recipe: Recipe) -> list[str]:
     """Names and options that live in the tables of other modules, imported late: reading a recipe stays light."""
     from fastlt.augment import check_augment
-    from fastlt.losses import check_loss
+    from fastlt.losses import LOSSES, check_loss
     from fastlt.models import check_model
     from fastlt.steps import STEPS
 
@@ -293,6 +306,11 @@ def _check_names(recipe: Recipe) -> list[str]:
             f"does: {able}"
         )
     for name, stage in recipe.stages.items():
+        if stage.sampling != "instance" and stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+            mistakes.append(
+                f"stages.{name}.loss: is {stage.loss!r} with sampling {stage.sampling!r}: the loss makes up for class "
+                "frequencies that such batches do not have. Set sampling: instance, or loss: cross_entropy"
+            )
         if stage.method not in STEPS:
             mistakes.append(f"stages.{name}.method: {unknown('method', stage.method, STEPS)}")
             continue

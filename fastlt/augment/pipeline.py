@@ -167,6 +167,11 @@ def check_augment(specs: Sequence[str | Mapping], image_size: int) -> list[Opera
 def _operation(spec: str | Mapping, position: int, image_size: int) -> Operation:
     """One entry of the list as an operation."""
     name, options = _name_and_options(spec, position)
+    if name in ("mixup", "cutmix"):
+        raise ValueError(
+            f"augment[{position}] is {name}, which mixes labels as well as images: it is what a stage does, "
+            f"method: {name} with options: {{alpha: 1.0}}, and not in this list"
+        )
     kind = pick("augmentation", name, AUGMENTATIONS)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     # The output size is the recipe's image_size, in one place for the whole run, not an option of the entry.

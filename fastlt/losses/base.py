@@ -10,7 +10,11 @@ class PerSampleLoss(nn.Module):
     """Logits float (N, C) and labels int64 (N,) to losses (N,): float32, or float64 for float64 logits.
 
     Between epochs and iterations a loss is told two things; most losses do nothing with them.
+
+    corrects_prior: whether the loss makes up for class frequencies, and so needs batches that have them.
     """
+
+    corrects_prior = False
 
     def on_epoch(self, epoch: int) -> None:
         """Called before the first iteration of `epoch` (from 0 in each stage); for deferred re-weighting."""

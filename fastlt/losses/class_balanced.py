@@ -37,8 +37,7 @@ class DeferredWeights(PerSampleLoss):
         weights = torch.from_numpy(effective_number_weights(class_counts.counts, beta)).float()
         self.from_epoch = None if from_epoch is None else int(check_number("from_epoch", from_epoch, 0))
         self.register_buffer("balanced_weights", weights, persistent=False)
-        # Saved: a run that resumes within an epoch is told of no epoch until the next one begins.
-        self.register_buffer("class_weights", torch.ones_like(weights))
+        self.register_buffer("class_weights", torch.ones_like(weights), persistent=False)
         self.on_epoch(0)
 
     def on_epoch(self, epoch: int) -> None:
@@ -79,6 +78,8 @@ class ClassBalanced(DeferredWeights):
     kind: "softmax", "sigmoid" or "focal"; gamma is the focal loss's. from_epoch: 0 is the paper's loss, later is DRW.
     With the two sigmoid kinds the paper starts the last layer's bias at -log(C - 1); at 0 the first losses are large.
     """
+
+    corrects_prior = True
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ class CrossEntropy(PerSampleLoss):
 class BalancedSoftmax(PerSampleLoss):
     """Cross-entropy of z + log n (Ren et al. 2020, Eq. 4); evaluation takes z as it is."""
 
+    corrects_prior = True
+
     def __init__(self, class_counts: ClassCounts) -> None:
         super().__init__()
         # log(n / sum n): the common shift does not change the loss and keeps the logits near zero.

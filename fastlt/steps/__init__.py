@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fastlt.steps.balms import BalmsStep
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.steps.dro_lt import DroLtStep
+from fastlt.steps.mixup import CutmixStep, MixupStep
 from fastlt.steps.paco import PacoStep
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.ride import RideRouterStep, RideStep
@@ -28,6 +30,9 @@ STEPS: dict[str, type[Step]] = {
     "tau_norm": TauNormStep,
     "ride": RideStep,
     "ride_router": RideRouterStep,
+    "balms": BalmsStep,
+    "mixup": MixupStep,
+    "cutmix": CutmixStep,
 }
 
 __all__ = ["STEPS", "Step", "StepParts"]

@@ -77,6 +77,7 @@ class Step:
         self.model, self.loss = parts.model, parts.loss
         self.optimizer, self.reducer = parts.optimizer, parts.reducer
         self.parameters = [p for p in parts.model.parameters() if p.requires_grad]
+        self.epoch = 0
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
@@ -116,6 +117,7 @@ class Step:
 
     def start_epoch(self, epoch: int) -> None:
         """Called by the trainer before the first iteration of every epoch."""
+        self.epoch = epoch
         self.loss.on_epoch(epoch)
         if self.parts.class_accuracy is not None:
             self.parts.class_accuracy.start_epoch()
@@ -152,6 +154,7 @@ class Step:
         """Everything that the next iteration depends on, apart from the batches."""
         parts = self.parts
         return {
+            "epoch": self.epoch,
             "model": parts.model.state_dict(),
             "loss": parts.loss.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
@@ -166,6 +169,9 @@ class Step:
         parts = self.parts
         parts.model.load_state_dict(state["model"])
         parts.loss.load_state_dict(state["loss"])
+        # In mid-epoch the trainer does not start the epoch again; what a loss derives from it is not in its state.
+        self.epoch = state["epoch"]
+        parts.loss.on_epoch(self.epoch)
         parts.optimizer.load_state_dict(state["optimizer"])
         parts.augment.load_state_dict(state["augment"])
         if parts.meta_augment:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fastlt.losses import LOSSES
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts
@@ -37,15 +39,25 @@ class CbDaStep(MetaStep):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
 
+    @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        mistakes = []
+        if stage.sampling != "instance":
+            mistakes.append(
+                f"sampling: is {stage.sampling!r}; cb_da weights classes by their counts, for batches that have the "
+                "training set's frequencies: set sampling: instance"
+            )
+        if stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+            mistakes.append(
+                f"loss: is {stage.loss!r}, which makes up for class frequencies as cb_da's weights do: together they "
+                "do it twice. Set loss: cross_entropy"
+            )
+        return mistakes
+
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
         super().__init__(parts, options)
         balanced = effective_number_weights(parts.class_counts.counts, self.options.beta)
         self.balanced = torch.from_numpy(balanced).to(self.parameters[0])
-        self.epoch = 0
-
-    def start_epoch(self, epoch: int) -> None:
-        super().start_epoch(epoch)
-        self.epoch = epoch
 
     def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
         run = self.training_pass(batch)
@@ -64,10 +76,3 @@ class CbDaStep(MetaStep):
             metrics={"meta_loss": meta_loss, "eps_norm": eps.norm()},
             per_class={"weight": self.balanced},
         )
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "epoch": self.epoch}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.epoch = state["epoch"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlt.losses import LOSSES
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
@@ -27,10 +28,12 @@ class DecoupledStep(Step):
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
-        if stage.sampling == "instance":
+        loss = LOSSES.get(stage.loss)
+        if stage.sampling == "instance" and loss is not None and not loss.corrects_prior:
             return [
                 "sampling: is 'instance'; a head retrained on the long tail leans to its head classes again. "
-                "Set sampling: class_balanced (the papers' choice) or effective_number"
+                "Set sampling: class_balanced (the papers' choice) or effective_number, or take a loss that makes up "
+                "for class frequencies (balanced_softmax, class_balanced)"
             ]
         return []
 
@@ -172,12 +175,22 @@ class TauNormStep(DecoupledStep):
                 f"iterations: is {stage.iterations} with evaluate_every {stage.evaluate_every}; tau_norm tries one of "
                 f"its {size} taus an iteration and validates each: set iterations: {size} and evaluate_every: 1"
             )
-        if recipe.model.head != "linear" or any(s.method in ("lws", "las") for s in recipe.stages.values()):
+        if recipe.model.head != "linear" or cls._scaled_before(stage, recipe):
             mistakes.append(
                 "method: is 'tau_norm', which shortens the weights of a plain linear head; a cosine head's have unit "
                 "length, and those of lws and las are scaled already. Set model.head: linear and leave those stages out"
             )
         return mistakes
+
+    @staticmethod
+    def _scaled_before(stage: Any, recipe: Any) -> bool:
+        """Whether the head has scales when the stage begins: of a stage lws or las with no new head after it."""
+        scaled = False
+        for before in recipe.stages.values():
+            if before is stage:
+                break
+            scaled = before.method in ("lws", "las") or (scaled and before.method not in ("crt", "balms"))
+        return scaled
 
     @classmethod
     def prepare_head(cls, model: nn.Module, seed: int) -> None:

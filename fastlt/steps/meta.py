@@ -25,12 +25,12 @@ def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class TrainingPass:
     """The one forward of a training batch, which lookahead, tangent and update share.
 
-    images: augmented. labels, losses: (b,); the losses keep their graph.
+    inputs: what the step's network took. labels, losses: (b,); the losses keep their graph.
     random_state: of the generators before the forward, for models that draw random numbers in it; else None.
     record: what the forward computed, for the tangent; None where it could not use it.
     """
 
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
     losses: Tensor
     random_state: Mapping[str, Tensor] | None
@@ -43,31 +43,39 @@ class MetaStep(Step):
     The training batch goes forward once: the lookahead and the update are two backward passes through the same graph
     with different weights, so BatchNorm's running statistics move once. Lookahead, meta and tangent passes leave no
     trace in the model's buffers.
+
+    network: what the passes run: the model. A method that trains a part of it only sets the part here and its
+    parameters in `ahead`, and overrides `inputs` and `losses` to feed it.
     """
 
     needs_meta_batch = True
 
     def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
         super().__init__(parts, options)
+        self.network: nn.Module = parts.model
         self.stochastic = meta_gradient.is_stochastic(parts.model)
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
         self.ahead = meta_gradient.trainable_parameters(parts.model)
 
+    def inputs(self, images: Tensor) -> Tensor:
+        """What `network` takes, from augmented images."""
+        return images
+
     def training_pass(self, batch: Batch) -> TrainingPass:
         """Augment a batch and run it forward."""
-        images = self.parts.augment(batch.images)
-        random_state = meta_gradient.random_state(images.device) if self.stochastic else None
-        if not self._records(images):
-            return TrainingPass(images, batch.labels, self.losses(images, batch.labels), random_state)
+        inputs = self.inputs(self.parts.augment(batch.images))
+        random_state = meta_gradient.random_state(inputs.device) if self.stochastic else None
+        if not self._records(inputs):
+            return TrainingPass(inputs, batch.labels, self.losses(inputs, batch.labels), random_state)
         record = ForwardRecord()
         with record.recording():
-            losses = self.losses(images, batch.labels)
-        return TrainingPass(images, batch.labels, losses, random_state, record)
+            losses = self.losses(inputs, batch.labels)
+        return TrainingPass(inputs, batch.labels, losses, random_state, record)
 
-    def _records(self, images: Tensor) -> bool:
+    def _records(self, inputs: Tensor) -> bool:
         """Not in mixed precision: activations in bfloat16 are too coarse for the tangent."""
         with self.parts.autocast():
-            return recordable(images) and not torch.is_autocast_enabled(images.device.type)
+            return recordable(inputs) and not torch.is_autocast_enabled(inputs.device.type)
 
     def per_sample_gradient(
         self, run: TrainingPass, weights: Tensor, meta_batch: Batch, lr: float | None = None
@@ -84,13 +92,16 @@ class MetaStep(Step):
     def gradient_at(
         self, run: TrainingPass, gradients: list[Tensor], meta_batch: Batch, lr: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `per_sample_gradient`, from the gradients of the weighted mean loss in `self.ahead`, in its order."""
+        """As `per_sample_gradient`, from the gradients of the weighted mean loss in `self.ahead`, in its order.
+
+        Any other direction that the lookahead is to take may stand in their place, if it has the same derivative in w.
+        """
         lr = self.lr if lr is None else lr
         ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
-        meta_images = self.parts.meta_augment(meta_batch.images)
+        meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
             meta_losses = meta_gradient.functional_losses(
-                self.model, meta_cross_entropy, meta_images, meta_batch.labels
+                self.network, meta_cross_entropy, meta_inputs, meta_batch.labels
             )
             meta_loss, direction = meta_gradient.mean_loss_gradient(meta_losses, ahead)
         self.reducer.mean_(direction)
@@ -101,10 +112,10 @@ class MetaStep(Step):
 
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         # Outside autocast: a bfloat16 tangent was 4e-2 off, the float32 one 4e-7.
-        losses = meta_gradient.functional_losses(self.model, self.loss, run.images, run.labels)
+        losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
         if run.random_state is None:
             return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
-        with meta_gradient.replayed_randomness(run.random_state, run.images.device):
+        with meta_gradient.replayed_randomness(run.random_state, run.inputs.device):
             return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
 
 

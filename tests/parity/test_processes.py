@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import balms_reference
 import pytest
 import torch
-from two_processes import CASES, train
+from two_processes import CASES, COUNTS, Scaled, balms_batches, balms_step, train
 
 from fastlt.distributed import Reducer
 
@@ -42,6 +43,20 @@ def test_two_processes_equal_one(method, refresh, ranks):
             first, second = (r[f"{method}-{refresh}"][part][name] for r in ranks)
             assert torch.equal(first, second), f"{part}.{name} differs between the processes"
             assert torch.allclose(first, alone, rtol=1e-10, atol=1e-12), f"{part}.{name}"
+
+
+def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):
+    step = balms_step(Reducer())
+    head = {name: p.detach().clone() for name, p in step.model.head.named_parameters()}
+    with torch.no_grad():
+        pairs = [[(step.inputs(Scaled()(b.images)), b.labels) for b in pair] for pair in balms_batches()]
+    counts = torch.from_numpy(COUNTS.counts).double()
+    options = {"power": 0.3, "factor": 3, "processes": 2, "seed": 0}
+    head["rates"] = balms_reference.follow(head, lambda features: features, pairs, counts, **options)
+    for name, expected in head.items():
+        first, second = (r["balms"][name] for r in ranks)
+        assert torch.equal(first, second), f"{name} differs between the processes"
+        assert torch.allclose(first, expected, rtol=1e-9, atol=1e-11), name
 
 
 def launch(words, name):

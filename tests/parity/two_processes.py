@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import balms_reference
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -145,11 +146,43 @@ def train(method: str, refresh: str, reducer: Reducer) -> dict:
     return state
 
 
+def balms_step(reducer: Reducer):
+    """BALMS on the frozen features of `network()`, at the learning rates of its reference."""
+    torch.manual_seed(0)
+    kind, model = STEPS["balms"], Classifier(network()[:-1], LinearHead(72, CLASSES)).double()
+    options = kind.Options(lr=balms_reference.RATE_LR, init_pow=0.3, pool_factor=3)
+    kind.prepare_model(model, options, seed=1)
+    optimizer = torch.optim.SGD(
+        kind.parameter_groups(model, options),
+        lr=balms_reference.LR,
+        momentum=balms_reference.MOMENTUM,
+        weight_decay=balms_reference.DECAY,
+    )
+    loss = build_loss("balanced_softmax", COUNTS).double()
+    loss.log_prior.copy_(torch.from_numpy(COUNTS.counts / COUNTS.counts.sum()).log())
+    step = kind(StepParts(model, loss, optimizer, Scaled(), Scaled(), COUNTS, reducer=reducer), options)
+    step.train_mode()
+    return step
+
+
+def balms_batches() -> list[tuple[Batch, Batch]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(draw(24, generator), draw(10, generator)) for _ in range(ITERATIONS)]
+
+
+def train_balms(reducer: Reducer) -> dict:
+    step = balms_step(reducer)
+    for batch, meta_batch in balms_batches():
+        step(share(batch, reducer), share(meta_batch, reducer))
+    return {**step.model.head.state_dict(), "rates": step.rate_logits.detach()}
+
+
 def main(rank: str, folder: str) -> None:
     torch.set_num_threads(1)
     reducer = Reducer(int(rank), 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=reducer.rank, world_size=2)
     results = {f"{method}-{refresh}": train(method, refresh, reducer) for method, refresh in CASES}
+    results["balms"] = train_balms(reducer)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -25,6 +25,8 @@ STAGES = {
     "lws": f"{{method: lws, {SECOND}}}",
     "las": f"{{method: las, loss: label_aware_smoothing, options: {{head_lr_factor: 0.2}}, {SECOND}}}",
     "las-shifted": f"{{method: las, loss: label_aware_smoothing, options: {{shift_batch_norm: true}}, {SECOND}}}",
+    "balms": "{method: balms, loss: balanced_softmax, batch_size: 32, lr: 0.1, meta_batch_size: 50, iterations: 6, "
+    "evaluate_every: 3}",
     "tau_norm": "{method: tau_norm, lr: 0.1, batch_size: 32, iterations: 6, evaluate_every: 1, "
     "options: {taus: [0, 0.5, 1, 1.5, 2, 3]}}",
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlt.losses import LOSSES, build_loss, check_loss
 from fastlt.losses.class_balanced import effective_number_weights
+from fastlt.losses.cross_entropy import BalancedSoftmax
 from fastlt.losses.ldam import margins
 from fastlt.losses.smoothing import smoothing_by_class
 from fastlt.state import ClassCounts
@@ -217,6 +218,25 @@ def test_balanced_softmax_ignores_a_common_factor_and_becomes_cross_entropy_as_c
     torch.testing.assert_close(uniform, cross_entropy(logits, labels), rtol=1e-6, atol=1e-6)
 
 
+def test_balanced_softmax_with_uniform_counts_is_cross_entropy():
+    # By the class itself: `build_loss` refuses such a training set.
+    logits, labels = batch()
+    expected = [ref_cross_entropy(z, y) for z, y in zip(logits.numpy(), labels.tolist(), strict=True)]
+    uniform = BalancedSoftmax(class_counts([50] * 6))(logits, labels)
+    torch.testing.assert_close(uniform, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_class_balanced_as_beta_tends_to_one_weighs_by_inverse_frequency():
+    logits, labels = batch()
+    inverse = [1 / n for n in COUNTS.tolist()]
+    expected = [
+        len(COUNTS) * inverse[y] / sum(inverse) * ref_cross_entropy(z, y)
+        for z, y in zip(logits.numpy(), labels.tolist(), strict=True)
+    ]
+    limit = build_loss("class_balanced", class_counts(), beta=1 - 1e-12)(logits, labels)
+    torch.testing.assert_close(limit, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
 def test_effective_number_weights_at_both_ends():
     assert effective_number_weights(COUNTS, 0.0) == pytest.approx(np.ones(len(COUNTS)))
     inverse = 1 / COUNTS
@@ -282,12 +302,44 @@ def test_smoothing_at_its_end_points():
     torch.testing.assert_close(constant(logits, labels), expected)
 
 
+def test_smoothing_of_the_largest_and_the_smallest_class_is_head_and_tail():
+    logits, _ = batch()
+    loss = build_loss("label_aware_smoothing", class_counts(), head=0.4, tail=0.1)
+    for y, eps in ((int(COUNTS.argmax()), 0.4), (int(COUNTS.argmin()), 0.1)):
+        expected = []
+        for z in logits.numpy():
+            target = np.full(len(z), eps / len(z))
+            target[y] += 1 - eps
+            expected.append(-(target * np.log(softmax(z))).sum())
+        value = loss(logits, torch.full((len(logits),), y))
+        torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+
+
+def test_ldam_pulls_the_label_back_by_scale_times_margin():
+    logits, _ = batch()
+    loss = build_loss("ldam", class_counts(), max_margin=0.5, scale=30)
+    for y, n in enumerate(COUNTS.tolist()):
+        margin = 0.5 * (min(COUNTS.tolist()) / n) ** 0.25
+        expected = []
+        for z in logits.numpy():
+            others = sum(math.exp(v) for k, v in enumerate(z) if k != y)
+            expected.append(math.log1p(others / math.exp(z[y] - 30 * margin)))
+        value = loss(logits, torch.full((len(logits),), y))
+        torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=3e-6, atol=1e-6)
+
+
 class TestEqualization:
     """The draws: when they matter, that they are held, and that they resume."""
 
     def test_without_rare_classes_it_is_cross_entropy(self):
         logits, labels = batch()
         loss = build_loss("equalization", class_counts(), threshold=COUNTS.min() / COUNTS.sum())
+        loss.draw(len(labels))
+        torch.testing.assert_close(loss(logits, labels), cross_entropy(logits, labels))
+
+    def test_with_gamma_zero_it_is_cross_entropy(self):
+        logits, labels = batch()
+        loss = build_loss("equalization", class_counts(), gamma=0, threshold=0.05)
         loss.draw(len(labels))
         torch.testing.assert_close(loss(logits, labels), cross_entropy(logits, labels))
 

@@ -101,10 +101,19 @@ def test_a_run_leaves_all_that_a_reader_needs(digits_words, backend):
         [f"{STAGE}.accuracy.refresh=rolling", f"{STAGE}.accuracy.window=5"],
         [f"{STAGE}.accuracy.refresh=epoch", "model.drop_rate=0.3"],
         [f"{STAGE}.method=cdb", f"{STAGE}.accuracy.refresh=epoch"],
-        [f"{STAGE}.method=plain", f"{STAGE}.loss=class_balanced", f"{STAGE}.loss_options={{from_epoch: 1}}"],
         [f"{STAGE}.method=plain", f"{STAGE}.loss=balanced_softmax", "data.augment=[{random_crop: {padding: 1}}, flip]"],
+        [f"{STAGE}.method=cutmix", f"{STAGE}.loss=balanced_softmax"],
+        # What starts with the second of the two epochs: the run is stopped in the middle of it.
+        [
+            f"{STAGE}.method=plain",
+            f"{STAGE}.loss=ldam",
+            f"{STAGE}.loss_options.reweight_from_epoch=1",
+            "model.head=cosine",
+        ],
+        [f"{STAGE}.loss=class_balanced", f"{STAGE}.loss_options.from_epoch=1"],
+        [f"{STAGE}.method=plain", f"{STAGE}.loss=equalization", f"{STAGE}.loss_options.threshold=0.1"],
     ],
-    ids=["resident", "ffcv", "rolling", "epoch-dropout", "cdb", "deferred", "plain"],
+    ids=["resident", "ffcv", "rolling", "epoch-dropout", "cdb", "plain", "cutmix", "drw", "difficulty-drw", "eql"],
 )
 def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words, more):
     whole = make(digits_words, *more, "name=whole")
