@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,23 +38,51 @@ def trainable_parameters(model: nn.Module) -> Tensors:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def losses_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The per-sample losses of `model` as a function of all that they depend on.
+
+    The function takes (parameters, constants, buffers, images, labels), the first three by name, and returns (b,). It
+    runs the model in the mode it is in, on copies of the buffers: BatchNorm normalises with the batch in training mode,
+    and its running statistics stay as they are.
+    """
+
+    def losses(parameters: Tensors, constants: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+        # Cloned on every call: forward-mode derivatives refuse the in-place update of a buffer they did not create.
+        copies = {name: b.clone() for name, b in buffers.items()}
+        logits = torch.func.functional_call(model, {**copies, **constants, **parameters}, (images,))
+        return loss(logits, labels)
+
+    return losses
+
+
+def tangents_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The derivative of `losses_at` in the parameters along a direction, by a Jacobian-vector product.
+
+    The function takes (parameters, direction, constants, buffers, images, labels) and returns (b,).
+    """
+    losses = losses_at(model, loss)
+
+    def tangents(parameters: Tensors, direction: Tensors, *rest: Any) -> Tensor:
+        return torch.func.jvp(lambda p: losses(p, *rest), (parameters,), (direction,))[1]
+
+    return tangents
+
+
+def what_stays(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """The (constants, buffers) of `losses_at` for a model of which `parameters` are varied; tensors, not copies."""
+    constants = {name: p.detach() for name, p in model.named_parameters() if name not in parameters}
+    return constants, dict(model.named_buffers())
+
+
 def functional_losses(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
 ) -> LossOfParameters:
     """The per-sample losses of `model` on one batch as a function of its parameters, or of some of them.
 
-    The returned function runs the model in the mode it is in, on copies of its buffers: BatchNorm normalises with the
-    batch in training mode, and its running statistics stay as they are. Parameters that it is not given are constants.
+    Parameters that it is not given are constants; otherwise see `losses_at`.
     """
-
-    def losses(parameters: Tensors) -> Tensor:
-        # Cloned on every call: forward-mode derivatives refuse the in-place update of a buffer they did not create.
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
-        constants = {name: p.detach() for name, p in model.named_parameters() if name not in parameters}
-        logits = torch.func.functional_call(model, {**buffers, **constants, **parameters}, (images,))
-        return loss(logits, labels)
-
-    return losses
+    losses = losses_at(model, loss)
+    return lambda parameters: losses(parameters, *what_stays(model, parameters), images, labels)
 
 
 def lookahead(parameters: Tensors, gradients: Sequence[Tensor], lr: float | Tensor) -> Tensors:
@@ -79,24 +108,31 @@ def directional_derivative(
 ) -> Tensor:
     """d/de losses(parameters + e * direction) at e = 0, for all samples at once: (b,), in the losses' dtype.
 
-    The tangent is scaled to unit norm for the pass and the result scaled back: late in training the meta-gradient is
-    small, and products of small tangents lose their low bits first. A zero direction gives zeros.
-
     record: of a pass `losses(parameters)` that was made before; its activations are used instead of new ones. A pass
     that cannot be repeated gives a warning and a Jacobian-vector product without it.
+    """
+
+    def tangents(primals: Tensors, unit: Tensors) -> Tensor:
+        reused = None if record is None else _reusing(losses, parameters, unit, record)
+        return torch.func.jvp(losses, (primals,), (unit,))[1] if reused is None else reused
+
+    return along_unit_direction(tangents, parameters, direction)
+
+
+def along_unit_direction(
+    tangents: Callable[[Tensors, Tensors], Tensor], parameters: Tensors, direction: Sequence[Tensor]
+) -> Tensor:
+    """`tangents` of (detached parameters, direction) by way of a direction of unit norm: (b,). A zero gives zeros.
+
+    Late in training the meta-gradient is small, and products of small tangents lose their low bits first.
     """
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction))))
         scale = torch.where(norm > 0, norm, torch.ones_like(norm))
-        unit = torch._foreach_div(list(direction), scale)
-        tangents = dict(zip(parameters, unit, strict=True))
+        unit = dict(zip(parameters, torch._foreach_div(list(direction), scale), strict=True))
         # Fused attention kernels have no forward-mode derivative; the plain matrix products are the same function.
         with sdpa_kernel(SDPBackend.MATH):
-            derivative = None if record is None else _reusing(losses, parameters, tangents, record)
-            if derivative is None:
-                primals = {name: p.detach() for name, p in parameters.items()}
-                _, derivative = torch.func.jvp(losses, (primals,), (tangents,))
-        return derivative * norm
+            return tangents({name: p.detach() for name, p in parameters.items()}, unit) * norm
 
 
 def _reusing(losses: LossOfParameters, parameters: Tensors, tangents: Tensors, record: ForwardRecord) -> Tensor | None:

@@ -140,6 +140,7 @@ class Recipe:
 
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     checkpoint_every_s: seconds between checkpoints, besides the one at every evaluation.
+    compile: inductor takes the passes of a step through torch.compile, where the method allows it.
     num_threads: CPU threads of torch; default: the cores this process may use, shared among processes.
     """
 
@@ -149,6 +150,7 @@ class Recipe:
     stages: dict[str, StageRecipe]
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: Literal["none", "inductor"] = "none"
     channels_last: bool = True
     runs: str = "runs"
     resume: Literal["auto", "never"] = "auto"

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fastlt import checkpoint
 from fastlt.augment import build_augment, normalise
 from fastlt.class_accuracy import ClassAccuracy, evaluation_mode
+from fastlt.compiled import Compiler, warm_up
 from fastlt.distributed import Reducer
 from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
@@ -269,7 +270,10 @@ class Trainer:
                     step.start_epoch(progress.iteration // per_epoch)
                 self._set_lr(step, stage, progress.iteration / unit)
                 batch = next(batches)
-                output = step(batch, next(meta_batches) if meta_batches is not None else None)
+                meta_batch = next(meta_batches) if meta_batches is not None else None
+                if step.parts.compiler.active and not step.parts.compiler.warm:
+                    self._compile(name, step, batch, meta_batch)
+                output = step(batch, meta_batch)
                 progress.iteration += 1
                 progress.done += 1
                 progress.images += len(batch) * self.reducer.world_size
@@ -294,6 +298,16 @@ class Trainer:
             train.close()
             if meta is not None:
                 meta.close()
+
+    def _compile(self, name: str, step: Step, batch: Batch, meta_batch: Batch | None) -> None:
+        """Compile the step on the first batches; they are trained on afterwards, as if nothing had been."""
+        self._tick()
+        reason = warm_up(step, batch, meta_batch)
+        took = time.perf_counter() - self.clock
+        self.say(
+            f"stage {name}: compiled in {took:.0f} s" if reason is None else f"stage {name}: not compiled: {reason}"
+        )
+        self.clock = time.perf_counter()
 
     def _build_stage(self, stage: StageRecipe) -> tuple[Step, BatchLoader, BatchLoader | None]:
         """The step of a stage and its training and meta loaders."""
@@ -340,6 +354,7 @@ class Trainer:
             class_accuracy=accuracy,
             autocast=self.accelerator.autocast,
             reducer=self.reducer,
+            compiler=Compiler(self.recipe.compile),
         )
         return kind(parts, options), train, meta
 

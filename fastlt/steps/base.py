@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlt.augment import Augment
 from fastlt.class_accuracy import ClassAccuracy
+from fastlt.compiled import Compiler
 from fastlt.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.state import Batch, ClassCounts, StepOutput
@@ -29,6 +30,7 @@ class StepParts:
         with `needs_training_images = False`.
     class_accuracy: A on the meta set; None for methods with `needs_accuracy = False`.
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
+    compiler: what the step's forward, backward and tangent passes are compiled by.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class StepParts:
     training_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     autocast: Callable[[], object] = nullcontext
     reducer: Reducer = field(default_factory=Reducer)
+    compiler: Compiler = field(default_factory=Compiler)
 
 
 class Step:
@@ -56,6 +59,7 @@ class Step:
         over the whole training set now and then.
     needs_stage_before: whether it continues a trained model, so that it cannot be the first stage of a new one.
     needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
+    compiles: whether the passes that cost the most go through `parts.compiler`.
     trains_experts: whether the model may be one of several experts (`model.experts`).
     """
 
@@ -65,6 +69,7 @@ class Step:
     needs_training_images = False
     needs_stage_before = False
     needs_trained_head = False
+    compiles = False
     trains_experts = False
 
     @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Step:
         self.optimizer, self.reducer = parts.optimizer, parts.reducer
         self.parameters = [p for p in parts.model.parameters() if p.requires_grad]
         self.epoch = 0
+        model, loss = parts.model, parts.loss
+        self.compiled_losses = parts.compiler(lambda images, labels: loss(model(images), labels))
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
@@ -110,6 +117,10 @@ class Step:
         """Train on one batch. Changes the model, the optimizer and the step's own state; does not synchronise."""
         raise NotImplementedError
 
+    def why_not_compiled(self) -> str | None:
+        """Why `parts.compiler` cannot serve this step, None when it can."""
+        return None if self.compiles else "the method has passes of its own, which are not compiled"
+
     @property
     def lr(self) -> float:
         """The current learning rate, alpha of Eq. 9."""
@@ -129,7 +140,7 @@ class Step:
         """
         self.loss.draw(len(labels))
         with self.parts.autocast():
-            return self.loss(self.model(images), labels)
+            return self.compiled_losses(images, labels)
 
     def gradients(self, objective: Tensor, parameters: list[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""

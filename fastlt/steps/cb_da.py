@@ -22,6 +22,8 @@ class CbDaStep(MetaStep):
     normalised. For a run that starts from a trained model, give `from_epoch: 0`.
     """
 
+    compiles = True
+
     @dataclass(frozen=True)
     class Options:
         """from_epoch: the first epoch (from 0) with the weights. beta: of the effective number of samples, for w_CB.

@@ -27,6 +27,7 @@ class CdbStep(Step):
     """SGD on (1/b) sum_i w_{y_i} l_i with CDB weights; A comes from the validation set, usually once an epoch."""
 
     needs_accuracy = True
+    compiles = True
 
     @dataclass(frozen=True)
     class Options:

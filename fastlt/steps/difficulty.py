@@ -18,6 +18,7 @@ class DifficultyStep(LearnedWeightStep):
     """Algorithm 1 of the supplement, one iteration; the inner loss is any per-sample loss ("Ours + Bal. Softmax")."""
 
     needs_accuracy = True
+    compiles = True
 
     @dataclass(frozen=True)
     class Options(LearnedWeightStep.Options):

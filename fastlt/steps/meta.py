@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,21 @@ class MetaStep(Step):
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
         self.ahead = meta_gradient.trainable_parameters(parts.model)
 
+    @functools.cached_property
+    def meta_losses(self) -> Callable[..., Tensor]:
+        """The meta loss of each image as a function of everything, see `meta_gradient.losses_at`."""
+        return self.parts.compiler(meta_gradient.losses_at(self.network, meta_cross_entropy))
+
+    @functools.cached_property
+    def tangents(self) -> Callable[..., Tensor]:
+        """The tangents of the losses as a function of everything, see `meta_gradient.tangents_at`."""
+        return self.parts.compiler(meta_gradient.tangents_at(self.network, self.loss))
+
+    def why_not_compiled(self) -> str | None:
+        if self.stochastic:
+            return "the network draws random numbers, and compiled passes over one batch would not draw the same"
+        return super().why_not_compiled()
+
     def inputs(self, images: Tensor) -> Tensor:
         """What `network` takes, from augmented images."""
         return images
@@ -73,7 +89,9 @@ class MetaStep(Step):
         return TrainingPass(inputs, batch.labels, losses, random_state, record)
 
     def _records(self, inputs: Tensor) -> bool:
-        """Not in mixed precision: activations in bfloat16 are too coarse for the tangent."""
+        """Not what is compiled. Not in mixed precision: activations in bfloat16 are too coarse for the tangent."""
+        if self.parts.compiler.active:
+            return False
         with self.parts.autocast():
             return recordable(inputs) and not torch.is_autocast_enabled(inputs.device.type)
 
@@ -100,10 +118,10 @@ class MetaStep(Step):
         ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
         meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
-            meta_losses = meta_gradient.functional_losses(
-                self.network, meta_cross_entropy, meta_inputs, meta_batch.labels
+            stays = meta_gradient.what_stays(self.network, ahead)
+            meta_loss, direction = meta_gradient.mean_loss_gradient(
+                lambda parameters: self.meta_losses(parameters, *stays, meta_inputs, meta_batch.labels), ahead
             )
-            meta_loss, direction = meta_gradient.mean_loss_gradient(meta_losses, ahead)
         self.reducer.mean_(direction)
         derivative = self._tangent(run, direction)
         if run.record is not None:
@@ -111,12 +129,22 @@ class MetaStep(Step):
         return meta_gradient.weight_gradient(derivative, lr, len(run.labels)), meta_loss
 
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
-        # Outside autocast: a bfloat16 tangent was 4e-2 off, the float32 one 4e-7.
-        losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
         if run.random_state is None:
-            return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
+            return self._tangent_of_pass(run, direction)
         with meta_gradient.replayed_randomness(run.random_state, run.inputs.device):
-            return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
+            return self._tangent_of_pass(run, direction)
+
+    def _tangent_of_pass(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
+        # Outside autocast: a bfloat16 tangent was 4e-2 off, the float32 one 4e-7.
+        if self.parts.compiler.active:
+            stays = meta_gradient.what_stays(self.network, self.ahead)
+            return meta_gradient.along_unit_direction(
+                lambda primals, unit: self.tangents(primals, unit, *stays, run.inputs, run.labels),
+                self.ahead,
+                direction,
+            )
+        losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
+        return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
 
 
 @dataclass(frozen=True)
@@ -259,6 +287,7 @@ class LearnedWeightStep(MetaStep):
         self.net.load_state_dict(state["net"])
         self.net_optimizer.load_state_dict(state["net_optimizer"])
         self.iteration = state["iteration"]
+        self.metrics = {}
 
 
 def check_not_negative(name: str, value: float) -> None:

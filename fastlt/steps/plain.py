@@ -10,6 +10,7 @@ class PlainStep(Step):
     """SGD on (1/b) sum_i l_i: cross-entropy, balanced softmax and every other row that is only a loss."""
 
     trains_experts = True
+    compiles = True
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         objective = self.losses(self.parts.augment(batch.images), batch.labels).mean()

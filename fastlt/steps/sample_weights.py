@@ -46,6 +46,8 @@ class SampleWeightStep(LearnedWeightStep):
     over the whole batch and every process makes the same step on V.
     """
 
+    compiles = True
+
     @dataclass(frozen=True)
     class Options(LearnedWeightStep.Options):
         """hidden: width of V's hidden layers."""
