@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastlt.distributed import Reducer
+from fastlt.folded_forward import FoldedForward
 
 REFRESHES = ("exact", "rolling", "epoch")
+# Up to this size the images are kept as the network takes them. CIFAR-100-LT's 1000 are 12 MB, ImageNet-LT's 10,000
+# would be 6 GB and are prepared batch by batch.
+PREPARED_BYTES = 256 * 2**20
 
 
 @contextmanager
@@ -44,6 +48,7 @@ class ClassAccuracy:
 
     images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
     are summed over processes. Per-image results stay on the device; nothing here waits for it.
+    prepare: uint8 images -> what the network takes, image by image. autocast: makes the context of the forward passes.
 
     refresh: how much of the meta set is scored when `update` is called once an iteration.
         exact: all of it (step 2 of Algorithm 1).
@@ -79,7 +84,8 @@ class ClassAccuracy:
         self.labels = labels[mine]
         self.total = total
         self.num_classes = num_classes
-        self.prepare, self.autocast = prepare, autocast or torch.no_grad
+        self.prepare, self.autocast = self._prepared(prepare), autocast or torch.no_grad
+        self.folded: FoldedForward | None = None
         self.refresh, self.window, self.batch_size = refresh, window, batch_size
         self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
         self.calls = 0
@@ -108,12 +114,33 @@ class ClassAccuracy:
         self.reducer.sum_([correct])
         return correct / self.total
 
+    def _prepared(self, prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Prepare all images now, if they fit; returns what is left to do with a batch of them.
+
+        On a CPU that saves 0.4 % of a pass (ResNet-32, 32 px), on a GPU half a dozen launches a batch.
+        """
+        one = prepare(self.images[:1])
+        if one.numel() * one.element_size() * len(self.labels) > PREPARED_BYTES:
+            return prepare
+        self.images = prepare(self.images)
+        return lambda images: images
+
     def _score(self, model: nn.Module, start: int, stop: int) -> None:
+        if start == stop:
+            return
         with evaluation_mode(model), self.autocast():
-            for first in range(start, stop, self.batch_size):
-                part = slice(first, min(first + self.batch_size, stop))
-                logits = model(self.prepare(self.images[part]))
-                self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
+            forward = self._forward(model)
+            with forward.weights():
+                for first in range(start, stop, self.batch_size):
+                    part = slice(first, min(first + self.batch_size, stop))
+                    logits = forward(self.prepare(self.images[part]))
+                    self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
+
+    def _forward(self, model: nn.Module) -> FoldedForward:
+        """Planned for `model` once, on one image: results never come from a pass that a resumed run would not make."""
+        if self.folded is None or self.folded.model is not model:
+            self.folded = FoldedForward(model, self.prepare(self.images[:1]))
+        return self.folded
 
     def state_dict(self) -> dict:
         """The latest result of every image of this process and the position in the round of slices."""
