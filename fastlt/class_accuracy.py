@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,9 @@ REFRESHES = ("exact", "rolling", "epoch")
 # Up to this size the images are kept as the network takes them. CIFAR-100-LT's 1000 are 12 MB, ImageNet-LT's 10,000
 # would be 6 GB and are prepared batch by batch.
 PREPARED_BYTES = 256 * 2**20
+# Images a pass from which folding BatchNorm pays. ResNet-32 on an AMD EPYC core, 32 px, times faster than without:
+# NCHW 0.96 with 10 images, 1.07 with 100, 1.11 with 1000; channels_last 0.97, 1.10, 1.08.
+FOLD_FROM = 64
 
 
 @contextmanager
@@ -88,6 +91,7 @@ class ClassAccuracy:
         self.folded: FoldedForward | None = None
         self.refresh, self.window, self.batch_size = refresh, window, batch_size
         self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
+        self.latest: Tensor | None = None
         self.calls = 0
         self.due = True
 
@@ -100,13 +104,17 @@ class ClassAccuracy:
         size = len(self.labels)
         if self.refresh == "exact" or self.due:
             self._score(model, 0, size)
+            self.latest = None
         elif self.refresh == "rolling":
             # Slice boundaries k*M/K differ in size by one at most and cover every image once in K calls.
             k = self.calls % self.window
             self._score(model, k * size // self.window, (k + 1) * size // self.window)
+            self.latest = None
         self.due = False
         self.calls += 1
-        return self.accuracy()
+        if self.latest is None:
+            self.latest = self.accuracy()
+        return self.latest
 
     def accuracy(self) -> Tensor:
         """A from the latest result of every image: float32 (C,)."""
@@ -128,19 +136,25 @@ class ClassAccuracy:
     def _score(self, model: nn.Module, start: int, stop: int) -> None:
         if start == stop:
             return
-        with evaluation_mode(model), self.autocast():
-            forward = self._forward(model)
-            with forward.weights():
-                for first in range(start, stop, self.batch_size):
-                    part = slice(first, min(first + self.batch_size, stop))
-                    logits = forward(self.prepare(self.images[part]))
-                    self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
+        with evaluation_mode(model), self.autocast(), self._forward(model, stop - start) as forward:
+            for first in range(start, stop, self.batch_size):
+                part = slice(first, min(first + self.batch_size, stop))
+                logits = forward(self.prepare(self.images[part]))
+                self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
 
-    def _forward(self, model: nn.Module) -> FoldedForward:
-        """Planned for `model` once, on one image: results never come from a pass that a resumed run would not make."""
+    @contextmanager
+    def _forward(self, model: nn.Module, count: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The eval pass of `model` for `count` images in all, with BatchNorm folded where there are enough of them.
+
+        The plan for it is made once, on one image whose logits are not used: a resumed run gets the same results.
+        """
+        if count < FOLD_FROM:
+            yield model
+            return
         if self.folded is None or self.folded.model is not model:
             self.folded = FoldedForward(model, self.prepare(self.images[:1]))
-        return self.folded
+        with self.folded.weights():
+            yield self.folded
 
     def state_dict(self) -> dict:
         """The latest result of every image of this process and the position in the round of slices."""
@@ -149,4 +163,4 @@ class ClassAccuracy:
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""
         self.correct.copy_(state["correct"])
-        self.calls, self.due = state["calls"], state["due"]
+        self.calls, self.due, self.latest = state["calls"], state["due"], None

@@ -76,6 +76,7 @@ class ModelRecipe:
     head_scale: what a cosine head multiplies its cosines by, default 30. checkpoint: local file of pretrained weights.
     experts: so many branches for the last two stages of a ResNet, each with a head and of `expert_width` times the
         width; their logits are averaged. None is the plain network. For the methods plain, ride and ride_router.
+    sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     """
 
     name: str
@@ -87,15 +88,20 @@ class ModelRecipe:
     drop_path_rate: float = 0.0
     experts: int | None = None
     expert_width: float = 0.75
+    sync_batch_norm: bool = False
 
 
 @dataclass(frozen=True)
 class AccuracyRecipe:
-    """How A_t is kept up to date, see `fastlt.class_accuracy.ClassAccuracy`."""
+    """How A_t is kept up to date, see `fastlt.class_accuracy.ClassAccuracy`.
+
+    precision: of the passes that score the meta set; default: the recipe's.
+    """
 
     refresh: Literal["exact", "rolling", "epoch"] = "exact"
     window: int = 10
     batch_size: int = 1024
+    precision: Literal["fp32", "bf16"] | None = None
 
 
 @dataclass(frozen=True)
