@@ -187,8 +187,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
     if tree.get("precision") == "fp16":
         raise RecipeError(
-            "precision: is 'fp16'; allowed: fp32 or bf16. float16 gradients underflow without loss scaling, and those of "
-            "the meta-step first, which are products of two of them; set precision=bf16, which has float32's range"
+            "precision: is 'fp16'; allowed: fp32 or bf16. float16 gradients underflow without loss scaling, and those "
+            "of the meta-step first, which are products of two of them; set precision=bf16, which has float32's range"
         )
     recipe = build(Recipe, tree)
     mistakes = check(recipe)

@@ -181,8 +181,9 @@ def report(rows: list[Row], settings: dict, *, as_json: bool) -> None:
     titles = f"{'mean |dA|':>9}  {'second':>7}  {'max |dA|':>8}  {'mean |dw|':>9}  {'max |dw|':>8}  {'w std':>6}"
     print(f"{'window':>6}  {titles}")
     for one in rows:
+        spread = f"{settings['exact_weight_std']:6.3f}"
         print(
             f"{one.window:6}  {one.mean_accuracy_error:9.4f}  {one.second_half_mean_accuracy_error:7.4f}  "
-            f"{one.max_accuracy_error:8.3f}  {one.mean_weight_error:9.5f}  {one.max_weight_error:8.4f}  {settings['exact_weight_std']:6.3f}"
+            f"{one.max_accuracy_error:8.3f}  {one.mean_weight_error:9.5f}  {one.max_weight_error:8.4f}  {spread}"
         )
     print(", ".join(f"{key} {value}" for key, value in settings.items()))
