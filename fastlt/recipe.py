@@ -76,7 +76,6 @@ class ModelRecipe:
     head_scale: what a cosine head multiplies its cosines by, default 30. checkpoint: local file of pretrained weights.
     experts: so many branches for the last two stages of a ResNet, each with a head and of `expert_width` times the
         width; their logits are averaged. None is the plain network. For the methods plain, ride and ride_router.
-    sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     """
 
     name: str
@@ -88,7 +87,6 @@ class ModelRecipe:
     drop_path_rate: float = 0.0
     experts: int | None = None
     expert_width: float = 0.75
-    sync_batch_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,7 @@ class Recipe:
 
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     checkpoint_every_s: seconds between checkpoints, besides the one at every evaluation.
+    sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     num_threads: CPU threads of torch; default: the cores this process may use, shared among processes.
     """
 
@@ -156,6 +155,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
+    sync_batch_norm: bool = False
     runs: str = "runs"
     resume: Literal["auto", "never"] = "auto"
     log_every: int = 20

@@ -350,7 +350,7 @@ class Trainer:
         kind = STEPS[stage.method]
         options = build(kind.Options, stage.options)
         kind.prepare_model(self.model, options, seed=self.recipe.seed)
-        if self.recipe.model.sync_batch_norm and self.reducer.world_size > 1:
+        if self.recipe.sync_batch_norm and self.reducer.world_size > 1:
             synchronise_batch_norm(self.model, self.reducer)
         return options
 

@@ -129,7 +129,7 @@ def synchronise_batch_norm(model: nn.Module, reducer: Reducer) -> None:
     unknown = sorted({type(layer).__name__ for layer in layers} - {kind.__name__ for kind in SYNCHRONISED})
     if unknown:
         raise ValueError(
-            f"model.sync_batch_norm: is true, but the model has {', '.join(unknown)}; "
+            f"sync_batch_norm: is true, but the model has {', '.join(unknown)}; "
             f"only {', '.join(kind.__name__ for kind in SYNCHRONISED)} can be synchronised. Set it to false"
         )
     for layer in layers:

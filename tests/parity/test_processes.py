@@ -152,7 +152,7 @@ def test_two_processes_stop_together_and_resume_bit_for_bit(digits_words, tmp_pa
 @pytest.mark.slow
 def test_two_processes_save_by_the_clock_between_evaluations(digits_words, tmp_path):
     last = tmp_path / "runs" / "timed" / "checkpoints" / "last.pt"
-    words = ["stages.end_to_end.evaluate_every=40", "checkpoint_every_s=0.001", "model.sync_batch_norm=true"]
+    words = ["stages.end_to_end.evaluate_every=40", "checkpoint_every_s=0.001", "sync_batch_norm=true"]
     process = launch(digits_words, "timed", *words)
     saved = set()
     while process.poll() is None:

@@ -82,7 +82,7 @@ MISTAKES = [
     ("data.source=cifar", ["data.source", "'cifar'", "cifar10"]),
     ("precision=fp16", ["precision", "fp16", "underflow", "set precision=bf16"]),
     (f"{STAGE}.accuracy.precision=fp16", [f"{STAGE}.accuracy.precision", "fp16", "bf16"]),
-    ("model.sync_batch_norm=1", ["model.sync_batch_norm", "true or false"]),
+    ("sync_batch_norm=1", ["sync_batch_norm", "true or false"]),
     ("precision=bf61", ["precision", "bf61", "did you mean 'bf16'"]),
     (f"{STAGE}.method=dificulty", [f"{STAGE}.method", "difficulty", "did you mean"]),
     (f"{STAGE}.options.driver_target=absolute", [f"{STAGE}.options.driver_target", "plain"]),
