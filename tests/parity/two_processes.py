@@ -163,7 +163,7 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
 def balms_step(reducer: Reducer):
     """BALMS on the frozen features of `network()`, at the learning rates of its reference."""
     torch.manual_seed(0)
-    kind, model = STEPS["balms"], Classifier(network()[:-1], LinearHead(72, CLASSES)).double()
+    kind, model = STEPS["balms"], Classifier(network().backbone, LinearHead(72, CLASSES)).double()
     options = kind.Options(lr=balms_reference.RATE_LR, init_pow=0.3, pool_factor=3)
     kind.prepare_model(model, options, seed=1)
     optimizer = torch.optim.SGD(
