@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fastlt.distributed import Reducer
+from fastlt.folded_forward import FoldedForward
 
 REFRESHES = ("exact", "rolling", "epoch")
+# Up to this size the images are kept as the network takes them. CIFAR-100-LT's 1000 are 12 MB, ImageNet-LT's 10,000
+# would be 6 GB and are prepared batch by batch.
+PREPARED_BYTES = 256 * 2**20
+# Images a pass from which folding BatchNorm pays. ResNet-32 on an AMD EPYC core, 32 px, times faster than without:
+# NCHW 0.96 with 10 images, 1.07 with 100, 1.11 with 1000; channels_last 0.97, 1.10, 1.08.
+FOLD_FROM = 64
 
 
 @contextmanager
@@ -44,6 +51,7 @@ class ClassAccuracy:
 
     images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
     are summed over processes. Per-image results stay on the device; nothing here waits for it.
+    prepare: uint8 images -> what the network takes, image by image. autocast: makes the context of the forward passes.
 
     refresh: how much of the meta set is scored when `update` is called once an iteration.
         exact: all of it (step 2 of Algorithm 1).
@@ -79,9 +87,11 @@ class ClassAccuracy:
         self.labels = labels[mine]
         self.total = total
         self.num_classes = num_classes
-        self.prepare, self.autocast = prepare, autocast or torch.no_grad
+        self.prepare, self.autocast = self._prepared(prepare), autocast or torch.no_grad
+        self.folded: FoldedForward | None = None
         self.refresh, self.window, self.batch_size = refresh, window, batch_size
         self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
+        self.latest: Tensor | None = None
         self.calls = 0
         self.due = True
 
@@ -94,13 +104,17 @@ class ClassAccuracy:
         size = len(self.labels)
         if self.refresh == "exact" or self.due:
             self._score(model, 0, size)
+            self.latest = None
         elif self.refresh == "rolling":
             # Slice boundaries k*M/K differ in size by one at most and cover every image once in K calls.
             k = self.calls % self.window
             self._score(model, k * size // self.window, (k + 1) * size // self.window)
+            self.latest = None
         self.due = False
         self.calls += 1
-        return self.accuracy()
+        if self.latest is None:
+            self.latest = self.accuracy()
+        return self.latest
 
     def accuracy(self) -> Tensor:
         """A from the latest result of every image: float32 (C,)."""
@@ -108,12 +122,39 @@ class ClassAccuracy:
         self.reducer.sum_([correct])
         return correct / self.total
 
+    def _prepared(self, prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Prepare all images now, if they fit; returns what is left to do with a batch of them.
+
+        On a CPU that saves 0.1 % of a pass (ResNet-32; 1 % with 10 images), on a GPU a few launches a batch.
+        """
+        one = prepare(self.images[:1])
+        if one.numel() * one.element_size() * len(self.labels) > PREPARED_BYTES:
+            return prepare
+        self.images = prepare(self.images)
+        return lambda images: images
+
     def _score(self, model: nn.Module, start: int, stop: int) -> None:
-        with evaluation_mode(model), self.autocast():
+        if start == stop:
+            return
+        with evaluation_mode(model), self.autocast(), self._forward(model, stop - start) as forward:
             for first in range(start, stop, self.batch_size):
                 part = slice(first, min(first + self.batch_size, stop))
-                logits = model(self.prepare(self.images[part]))
+                logits = forward(self.prepare(self.images[part]))
                 self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
+
+    @contextmanager
+    def _forward(self, model: nn.Module, count: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The eval pass of `model` for `count` images in all, with BatchNorm folded where there are enough of them.
+
+        The plan for it is made once, on one image whose logits are not used: a resumed run gets the same results.
+        """
+        if count < FOLD_FROM:
+            yield model
+            return
+        if self.folded is None or self.folded.model is not model:
+            self.folded = FoldedForward(model, self.prepare(self.images[:1]))
+        with self.folded.weights():
+            yield self.folded
 
     def state_dict(self) -> dict:
         """The latest result of every image of this process and the position in the round of slices."""
@@ -122,4 +163,4 @@ class ClassAccuracy:
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""
         self.correct.copy_(state["correct"])
-        self.calls, self.due = state["calls"], state["due"]
+        self.calls, self.due, self.latest = state["calls"], state["due"], None

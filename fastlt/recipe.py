@@ -91,11 +91,15 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class AccuracyRecipe:
-    """How A_t is kept up to date, see `fastlt.class_accuracy.ClassAccuracy`."""
+    """How A_t is kept up to date, see `fastlt.class_accuracy.ClassAccuracy`.
+
+    precision: of the passes that score the meta set; default: the recipe's.
+    """
 
     refresh: Literal["exact", "rolling", "epoch"] = "exact"
     window: int = 10
     batch_size: int = 1024
+    precision: Literal["fp32", "bf16"] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class Recipe:
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     checkpoint_every_s: seconds between checkpoints, besides the one at every evaluation.
     compile: inductor takes the passes of a step through torch.compile, where the method allows it.
+    sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     num_threads: CPU threads of torch; default: the cores this process may use, shared among processes.
     """
 
@@ -152,6 +157,7 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: Literal["none", "inductor"] = "none"
     channels_last: bool = True
+    sync_batch_norm: bool = False
     runs: str = "runs"
     resume: Literal["auto", "never"] = "auto"
     log_every: int = 20
@@ -183,7 +189,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
     if tree.get("precision") == "fp16":
         raise RecipeError(
-            "precision: is 'fp16'; allowed: fp32 or bf16. float16 gradients underflow without loss scaling"
+            "precision: is 'fp16'; allowed: fp32 or bf16. float16 gradients underflow without loss scaling, and those "
+            "of the meta-step first, which are products of two of them; set precision=bf16, which has float32's range"
         )
     recipe = build(Recipe, tree)
     mistakes = check(recipe)
@@ -219,6 +226,8 @@ def check(recipe: Recipe) -> list[str]:
     for key in ("log_every", "checkpoint_every_s"):
         if getattr(recipe, key) <= 0:
             mistakes.append(f"{key}: is {getattr(recipe, key)}; allowed: a number > 0")
+    if recipe.sync_batch_norm and recipe.compile != "none":
+        mistakes.append("compile: is 'inductor' with sync_batch_norm, whose exchange it does not compile; choose one")
     if recipe.num_threads is not None and recipe.num_threads < 1:
         mistakes.append(f"num_threads: is {recipe.num_threads}; allowed: an integer >= 1")
     if recipe.model.checkpoint and not Path(recipe.model.checkpoint).is_file():

@@ -6,9 +6,10 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
 from fastlt.metrics import Metrics
 from fastlt.models import build_model
+from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.prepare import prepare_dataset
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
 from fastlt.runlog import RunLog, percent, progress_bar
@@ -283,11 +285,11 @@ class Trainer:
                 self._tick()
                 bar.update()
                 # Asked once: between two questions a signal could come that ends the run without a checkpoint.
-                stop = self._asked_to_stop(log_now)
+                stop, save_is_due = self._agreed(log_now)
                 if progress.iteration % every == 0 or progress.iteration == total:
                     self._validate(name, output)
                     self._save(name, step, output)
-                elif stop or self._save_is_due():
+                elif stop or save_is_due:
                     self._save(name, step, output)
                 if stop:
                     self.stop_signal = stop
@@ -340,7 +342,7 @@ class Trainer:
                 window=stage.accuracy.window,
                 batch_size=stage.accuracy.batch_size,
                 reducer=self.reducer,
-                autocast=self.accelerator.autocast,
+                autocast=self._accuracy_autocast(stage),
             )
         parts = StepParts(
             model=self.model,
@@ -363,7 +365,16 @@ class Trainer:
         kind = STEPS[stage.method]
         options = build(kind.Options, stage.options)
         kind.prepare_model(self.model, options, seed=self.recipe.seed)
+        if self.recipe.sync_batch_norm and self.reducer.world_size > 1:
+            synchronise_batch_norm(self.model, self.reducer)
         return options
+
+    def _accuracy_autocast(self, stage: StageRecipe) -> Callable[[], Any]:
+        """Makes the context in which the meta set is scored: in the recipe's precision unless the stage has another."""
+        precision = stage.accuracy.precision
+        if precision is None:
+            return self.accelerator.autocast
+        return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def _augment(self, specs: list, loader: BatchLoader, stream: int):
         """The device part of the augmentation: with crops, where the loader delivers whole stored images."""
@@ -558,11 +569,6 @@ class Trainer:
             )
         return loss
 
-    def _save_is_due(self) -> bool:
-        due = time.monotonic() - self.last_saved > self.recipe.checkpoint_every_s
-        # Clocks differ between processes; only alone is it enough to look at one's own.
-        return due and self.reducer.world_size == 1
-
     def _save(self, name: str, step: Step, output: StepOutput) -> None:
         self._finite(output)
         state = step.state_dict()
@@ -635,14 +641,20 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _asked_to_stop(self, log_now: bool) -> int:
-        """The signal that any process got, else 0; several processes agree on it, at log intervals only."""
+    def _agreed(self, log_now: bool) -> tuple[int, bool]:
+        """The signal that any process got (0: none), and whether one's clock says that a checkpoint is due.
+
+        Signals reach processes at different moments, and their clocks differ; several of them agree, at log intervals
+        only, so that all do the same in the same iteration.
+        """
+        due = time.monotonic() - self.last_saved > self.recipe.checkpoint_every_s
         if self.reducer.world_size == 1:
-            return self.stop_signal or 0
+            return self.stop_signal or 0, due
         if not log_now:
-            return 0
-        signals = self.reducer.gather(torch.tensor([self.stop_signal or 0], device=self.device))
-        return int(signals.max().item())
+            return 0, False
+        answers = self.reducer.gather(torch.tensor([[self.stop_signal or 0, due]], device=self.device))
+        stop, due = answers.amax(0).tolist()
+        return stop, bool(due)
 
 
 def versions() -> dict[str, str]:

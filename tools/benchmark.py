@@ -4,6 +4,7 @@
     python tools/benchmark.py data      the loaders, from files to a batch on the device
     python tools/benchmark.py augment   the on-device augmentation against the usual one, image by image
     python tools/benchmark.py train     images a second of a whole training, with the time spent waiting for data
+    python tools/benchmark.py drift     a rolling class accuracy against the exact one, while a network trains
 
 Each command has its own --help; --json prints one JSON object instead of a table.
 """
@@ -26,6 +27,7 @@ COMMANDS = {
     "data": "tools.benchmarks.data",
     "augment": "tools.benchmarks.augment",
     "train": "tools.benchmarks.train",
+    "drift": "tools.benchmarks.drift",
 }
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import balms_reference
 import pytest
 import torch
-from two_processes import CASES, COUNTS, Scaled, balms_batches, balms_step, train
+from two_processes import BATCH_NORMS, CASES, COUNTS, ITERATIONS, Scaled, balms_batches, balms_step, train
 
 from fastlt.distributed import Reducer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-IDS = [f"{method}-{refresh}" for method, refresh in CASES]
+IDS = ["-".join(case) for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize(("method", "refresh"), CASES, ids=IDS)
-def test_two_processes_equal_one(method, refresh, ranks):
-    for part, tensors in train(method, refresh, Reducer()).items():
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_two_processes_equal_one(case, ranks):
+    for part, tensors in train(*case, Reducer()).items():
         for name, alone in tensors.items():
-            first, second = (r[f"{method}-{refresh}"][part][name] for r in ranks)
+            first, second = (r["-".join(case)][part][name] for r in ranks)
             assert torch.equal(first, second), f"{part}.{name} differs between the processes"
-            assert torch.allclose(first, alone, rtol=1e-10, atol=1e-12), f"{part}.{name}"
+            assert torch.allclose(first.double(), alone.double(), rtol=1e-10, atol=1e-12), f"{part}.{name}"
 
 
 def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):
@@ -59,11 +59,36 @@ def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):
         assert torch.allclose(first, expected, rtol=1e-9, atol=1e-11), name
 
 
-def launch(words, name):
+# What an iteration waits for: the gradient of the update, alone in plain training; the lookahead's and the meta
+# gradient; and the counts of A and the gradient in the class weights, or the losses and the gradient in the weights of
+# all samples. Each of them is needed before the next can be computed.
+COLLECTIVES = {
+    "plain": {"all_reduce": 1, "all_gather": 0},
+    "cdb": {"all_reduce": 1 + 1 / ITERATIONS, "all_gather": 0},  # A once, in the only epoch
+    "difficulty": {"all_reduce": 5, "all_gather": 0},
+    "mwn": {"all_reduce": 3, "all_gather": 2},
+    "sample_difficulty": {"all_reduce": 3, "all_gather": 2},
+    "cb_da": {"all_reduce": 3, "all_gather": 0},
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in COLLECTIVES], ids="-".join)
+def test_an_iteration_communicates_no_more_than_it_must(case, ranks):
+    method, _, normalisation = case
+    expected = dict(COLLECTIVES[method])
+    if normalisation == "batch":
+        # Forward and backward; with a meta-step the lookahead's backward, the meta batch's two passes, and the tangent,
+        # which carries the values along.
+        expected["all_reduce"] += BATCH_NORMS * (2 if method == "plain" else 7)
+    for results in ranks:
+        assert results["-".join(case)]["collectives"] == pytest.approx(expected)
+
+
+def launch(words, name, *last_words):
     """The digits on two processes; `accelerate launch --cpu` would start only one of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     stage = "stages.end_to_end"
-    more = [f"{stage}.iterations=40", f"{stage}.evaluate_every=10", "log_every=2", f"name={name}"]
+    more = [f"{stage}.iterations=40", f"{stage}.evaluate_every=10", "log_every=2", f"name={name}", *last_words]
     return subprocess.Popen(
         [*command, "fastlt/train.py", "recipes/digits_lt.yaml", *words, *more],
         cwd=ROOT,
@@ -122,3 +147,21 @@ def test_two_processes_stop_together_and_resume_bit_for_bit(digits_words, tmp_pa
         assert ("resuming" in output) == (name == "stopped")
     assert_same(comparable(runs / "whole"), comparable(runs / "stopped"))
     assert json.loads((runs / "whole" / "result.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_save_by_the_clock_between_evaluations(digits_words, tmp_path):
+    last = tmp_path / "runs" / "timed" / "checkpoints" / "last.pt"
+    words = ["stages.end_to_end.evaluate_every=40", "checkpoint_every_s=0.001", "sync_batch_norm=true"]
+    process = launch(digits_words, "timed", *words)
+    saved = set()
+    while process.poll() is None:
+        if last.exists():
+            saved.add(torch.load(last, weights_only=True)["progress"]["done"])
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert min(saved) < 40, saved
+    assert all(done % 2 == 0 for done in saved), "off the log interval the processes have not agreed"
+    buffers = [p["buffers"] for p in torch.load(last, weights_only=True)["processes"]]
+    assert_same(*buffers)

@@ -13,29 +13,37 @@ import balms_reference
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fastlt.class_accuracy import ClassAccuracy
 from fastlt.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, LinearHead
+from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 
 CLASSES, ITERATIONS = 5, 6
-# method, and how A is refreshed where the method wants it
+# method, how A is refreshed where the method wants it, and what normalises: BatchNorm over the batches of all
+# processes, or something that has no statistics of the batch
 CASES = [
-    ("plain", "exact"),
-    ("cdb", "epoch"),
-    ("difficulty", "exact"),
-    ("difficulty", "rolling"),
-    ("mwn", "exact"),
-    ("sample_difficulty", "exact"),
-    ("cb_da", "exact"),
-    ("ride", "exact"),
-    ("paco", "exact"),
-    ("dro_lt", "exact"),
+    ("plain", "exact", "group"),
+    ("cdb", "epoch", "group"),
+    ("difficulty", "exact", "group"),
+    ("difficulty", "rolling", "group"),
+    ("mwn", "exact", "group"),
+    ("sample_difficulty", "exact", "group"),
+    ("cb_da", "exact", "group"),
+    ("ride", "exact", "group"),
+    ("paco", "exact", "group"),
+    ("dro_lt", "exact", "group"),
+    ("plain", "exact", "batch"),
+    ("difficulty", "exact", "batch"),
+    ("difficulty", "rolling", "batch"),
+    ("mwn", "exact", "batch"),
 ]
+BATCH_NORMS = 2  # layers in the network that has them
 OPTIONS = {
     "cb_da": {"from_epoch": 0, "eps_lr": 1.0},
     "paco": {"dim": 4, "queue": 20, "momentum": 0.5, "alpha": 0.2},
@@ -60,9 +68,13 @@ class Scaled:
         assert state == {}
 
 
-def network() -> nn.Module:
-    """Without BatchNorm, whose statistics are those of each process's own batch."""
-    layers = [nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten()]
+def network(normalisation: str = "group") -> nn.Module:
+    """Two convolutions and a head; the second BatchNorm, in timm's class, brings its own activation."""
+    if normalisation == "batch":
+        norms = [nn.BatchNorm2d(8), BatchNormAct2d(8, act_layer=nn.Tanh, inplace=False)]
+    else:
+        norms = [nn.GroupNorm(2, 8), nn.Tanh()]
+    layers = [nn.Conv2d(3, 8, 3, 2), norms[0], nn.ReLU(), nn.Conv2d(8, 8, 3), norms[1], nn.Flatten()]
     return Classifier(nn.Sequential(*layers), LinearHead(72, CLASSES)).double().train()
 
 
@@ -98,10 +110,12 @@ def share(batch: Batch, reducer: Reducer) -> Batch:
     return Batch(*(reducer.mine(t) for t in (batch.images, batch.labels, batch.index)))
 
 
-def train(method: str, refresh: str, reducer: Reducer) -> dict:
+def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> dict:
     """What a model and its method become in a few iterations."""
     torch.manual_seed(0)
-    model = Experts() if method == "ride" else network()
+    model = Experts() if method == "ride" else network(normalisation)
+    if reducer.world_size > 1:
+        synchronise_batch_norm(model, reducer)
     generator = torch.Generator().manual_seed(1)
     kind = STEPS[method]
     options = kind.Options(**OPTIONS.get(method, {}))
@@ -142,7 +156,7 @@ def train(method: str, refresh: str, reducer: Reducer) -> dict:
     if method == "dro_lt":
         state["centroids"] = {"mu": step.centroids}
     if accuracy is not None:
-        state["accuracy"] = {"A": accuracy.accuracy()}
+        state["accuracy"] = {"A": accuracy.latest}
     return state
 
 
@@ -177,11 +191,36 @@ def train_balms(reducer: Reducer) -> dict:
     return {**step.model.head.state_dict(), "rates": step.rate_logits.detach()}
 
 
+class Counter:
+    """Counts the calls of torch's collectives."""
+
+    def __init__(self) -> None:
+        self.calls = {"all_reduce": 0, "all_gather": 0}
+        for name in self.calls:
+            setattr(dist, name, self._counted(name, getattr(dist, name)))
+
+    def _counted(self, name, collective):
+        def counted(*arguments):
+            self.calls[name] += 1
+            return collective(*arguments)
+
+        return counted
+
+    def an_iteration(self) -> dict[str, float]:
+        """The mean since the last question."""
+        counts = {name: number / ITERATIONS for name, number in self.calls.items()}
+        self.calls.update(dict.fromkeys(self.calls, 0))
+        return counts
+
+
 def main(rank: str, folder: str) -> None:
     torch.set_num_threads(1)
     reducer = Reducer(int(rank), 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=reducer.rank, world_size=2)
-    results = {f"{method}-{refresh}": train(method, refresh, reducer) for method, refresh in CASES}
+    counter, results = Counter(), {}
+    for case in CASES:
+        results["-".join(case)] = train(*case, reducer)
+        results["-".join(case)]["collectives"] = counter.an_iteration()
     results["balms"] = train_balms(reducer)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

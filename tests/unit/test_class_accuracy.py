@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastlt import class_accuracy
 from fastlt.class_accuracy import ClassAccuracy, stratified_order
 from fastlt.distributed import Reducer
+from fastlt.models import build_model
 
 CLASSES, PER_CLASS = 7, 10
 
@@ -107,6 +109,30 @@ def test_buffers_and_modes_stay_as_they_are():
     assert not model.norm.training
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("limit", [class_accuracy.PREPARED_BYTES, 0])
+def test_a_network_with_batchnorm_is_scored_as_its_own_eval_pass_does(limit, monkeypatch):
+    """With enough images to be folded; rolling slices of 10 are not. Images are kept prepared, or not."""
+    monkeypatch.setattr(class_accuracy, "PREPARED_BYTES", limit)
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet8", num_classes=CLASSES).train()
+    images, labels = torch.randint(0, 256, (70, 3, 8, 8), dtype=torch.uint8), torch.arange(70) % CLASSES
+
+    def prepare(x):
+        return x.float() / 64 - 2
+
+    rolling = ClassAccuracy(images, labels, CLASSES, prepare=prepare, refresh="rolling", window=7, batch_size=32)
+    assert (rolling.images.dtype == torch.uint8) == (limit == 0)
+    for round_ in range(2):
+        model(prepare(images[:16]))  # moves BatchNorm's statistics
+        with class_accuracy.evaluation_mode(model):
+            right = (model(prepare(images)).argmax(1) == labels).float()
+        expected = torch.stack([right[labels == c].mean() for c in range(CLASSES)])
+        for _ in range(7 if round_ else 1):
+            latest = rolling.update(model)
+        assert torch.equal(latest, expected)
+    assert len(rolling.folded.pairs) == 7
 
 
 def test_state_continues_in_the_middle_of_a_round():

@@ -226,6 +226,41 @@ def test_a_large_source_without_its_conversion_is_refused_with_the_command(tmp_p
     assert "tools/convert_dataset.py list_file" in capsys.readouterr().err
 
 
+class ReducerOfTwo:
+    """Stands in for two processes of which the other one got signal 15 and finds a checkpoint due."""
+
+    world_size = 2
+    asked = 0
+
+    def gather(self, own):
+        self.asked += 1
+        return torch.cat([own, torch.tensor([[15, 1]])])
+
+
+def test_processes_agree_on_stopping_and_saving_at_log_intervals_only(digits_words):
+    trainer = make(digits_words)
+    assert trainer._agreed(log_now=False) == (0, False)
+    trainer.last_saved = -math.inf
+    assert trainer._agreed(log_now=False) == (0, True), "alone, there is nobody to ask"
+    trainer.last_saved, trainer.reducer = math.inf, ReducerOfTwo()
+    assert trainer._agreed(log_now=False) == (0, False)
+    assert trainer.reducer.asked == 0
+    assert trainer._agreed(log_now=True) == (15, True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "low"),
+    [("fp32", None, False), ("bf16", None, True), ("fp32", "bf16", True), ("bf16", "fp32", False)],
+)
+def test_the_meta_set_is_scored_in_the_precision_that_the_stage_says(digits_words, recipe, stage, low):
+    trainer = make(digits_words, f"precision={recipe}", f"{STAGE}.accuracy.precision={stage or 'null'}")
+    step, train, meta = trainer._build_stage(trainer.recipe.stages["end_to_end"])
+    with trainer.accelerator.autocast(), step.parts.class_accuracy.autocast():
+        assert torch.is_autocast_enabled("cpu") == low
+    train.close()
+    meta.close()
+
+
 def test_bfloat16_trains(digits_words):
     result = make(digits_words, "precision=bf16").fit()
     assert result["precision"] == "bf16"

@@ -1,0 +1,137 @@
+"""BatchNorm over the batches of all processes, with a forward-mode derivative.
+
+torch's SyncBatchNorm has none, and refuses tensors on a CPU; the meta-gradient needs the one, tests the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from fastlt.distributed import Reducer
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """y = sum of x over processes, on each of them; backward and tangent are sums over processes as well.
+
+    The gradient is that of the sum of all processes' objectives; the tangent supposes that all of them perturb their
+    parameters alike. Every process has to call it in the same order, in all three directions.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return SumOverProcesses.apply(tangent)
+
+
+def moments(x: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over the batches of all processes: (C,) each.
+
+    x: (N, C, ...), of the same shape on every process. One all-reduce of two numbers a channel and process: the moments
+    of each process are put side by side, because E[x^2] - E[x]^2 would lose the variance where the mean is large.
+    """
+    variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    own = torch.stack([mean, variance])
+    rows = [own if rank == reducer.rank else torch.zeros_like(own) for rank in range(reducer.world_size)]
+    means, variances = SumOverProcesses.apply(torch.stack(rows, 1))
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
+
+
+class Synchronised:
+    """What the BatchNorm classes below have in common; `synchronise_batch_norm` makes their instances.
+
+    In training mode the statistics are those of all processes' batches, which have one size; the running ones are then
+    the same everywhere, bit for bit. Moves them as nn.BatchNorm does. In eval mode nothing is communicated.
+    """
+
+    reducer: Reducer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y = self.normalised(x)
+        # timm's BatchNormAct2d does this too; nn.BatchNorm has neither.
+        for layer in ("drop", "act"):
+            if hasattr(self, layer):
+                y = getattr(self, layer)(y)
+        return y
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """x (N, C, ...) normalised, scaled and shifted, in its own dtype; statistics in float32 at least."""
+        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        mean, variance = moments(values, self.reducer)
+        if self.track_running_stats:
+            count = values.numel() // values.shape[1] * self.reducer.world_size
+            self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
+        factor = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            factor = factor * self.weight
+        shift = -mean * factor if self.bias is None else self.bias - mean * factor
+        channels = [1, -1, *[1] * (x.dim() - 2)]
+        return (values * factor.view(channels) + shift.view(channels)).to(x.dtype)
+
+    def _follow(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            share = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(unbiased_variance, share)
+
+
+class SyncBatchNorm1d(Synchronised, nn.BatchNorm1d):
+    pass
+
+
+class SyncBatchNorm2d(Synchronised, nn.BatchNorm2d):
+    pass
+
+
+class SyncBatchNorm3d(Synchronised, nn.BatchNorm3d):
+    pass
+
+
+class SyncBatchNormAct2d(Synchronised, BatchNormAct2d):
+    pass
+
+
+SYNCHRONISED: dict[type, type] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    BatchNormAct2d: SyncBatchNormAct2d,
+}
+
+
+def synchronise_batch_norm(model: nn.Module, reducer: Reducer) -> None:
+    """Make every BatchNorm of `model`, in place, normalise with the batches of all processes.
+
+    Parameters, buffers, names and hooks stay; what is synchronised already stays too. ValueError for a kind of
+    BatchNorm that has no synchronised counterpart here, before anything is changed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [layer for layer in layers if not isinstance(layer, Synchronised)]
+    unknown = sorted({type(layer).__name__ for layer in layers} - {kind.__name__ for kind in SYNCHRONISED})
+    if unknown:
+        raise ValueError(
+            f"sync_batch_norm: is true, but the model has {', '.join(unknown)}; "
+            f"only {', '.join(kind.__name__ for kind in SYNCHRONISED)} can be synchronised. Set it to false"
+        )
+    for layer in layers:
+        layer.__class__ = SYNCHRONISED[type(layer)]
+        layer.reducer = reducer

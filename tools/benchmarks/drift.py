@@ -1,0 +1,189 @@
+"""How far a rolling class accuracy is from the exact one while a network trains, and what that does to the weights.
+
+    python tools/benchmark.py drift recipes/cifar10_lt.yaml data.root=DIR --windows 2 5 10
+
+Trains a stage of the recipe (method: difficulty) with the accuracy measured on the whole meta set in every iteration,
+and beside it, on the same network, one rolling accuracy for each window. Its weights are those that the same
+Difficulty-Net gives to it. Nothing is validated or saved.
+
+|dA|      difference between rolling and exact accuracy of a class: mean, and largest, over classes and iterations
+second    the same mean over the second half of the iterations
+|dw|      difference between the class weights that follow from them
+w std     for comparison: the standard deviation of the exact weights over classes, mean over iterations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlt.class_accuracy import ClassAccuracy
+from fastlt.difficulty import class_weights
+from fastlt.recipe import load_recipe
+from fastlt.steps.difficulty import DifficultyStep
+from fastlt.trainer import Trainer, endless
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One window; accuracies are in 0..1, weights have mean 1."""
+
+    window: int
+    mean_accuracy_error: float
+    second_half_mean_accuracy_error: float
+    max_accuracy_error: float
+    mean_weight_error: float
+    max_weight_error: float
+
+
+def main(arguments: list[str]) -> int:
+    """Train, compare and print; returns the exit code. A mistake in the recipe is a ValueError."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py drift", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    parser.add_argument("recipe", nargs="?", default=str(ROOT / "recipes" / "digits_lt.yaml"))
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--stage", help="which stage of the recipe (default: the first)")
+    parser.add_argument("--iterations", type=positive, help="default: the whole stage")
+    parser.add_argument("--windows", type=positive, nargs="+", default=[2, 5, 10, 20], metavar="K")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    words = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as runs:
+        settings, exact, rolling = follow(words, runs)
+    rows = [row(window, exact, rolling[window]) for window in words.windows]
+    exact_accuracy, exact_weights = exact
+    settings |= {
+        "exact_accuracy_at_the_end": exact_accuracy[-1].mean().item(),
+        "exact_weight_std": exact_weights.std(1).mean().item(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    report(rows, settings, as_json=words.json)
+    return 0
+
+
+Course = tuple[Tensor, Tensor]  # accuracies and weights (iterations, C), float32
+
+
+def follow(words: argparse.Namespace, runs: str) -> tuple[dict, Course, dict[int, Course]]:
+    """Train; returns the settings, the exact course, and that of every window."""
+    recipe = load_recipe(words.recipe, [*words.overrides, f"runs={runs}"])
+    name = words.stage or next(iter(recipe.stages))
+    if name not in recipe.stages:
+        raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
+    if recipe.stages[name].method != "difficulty":
+        raise ValueError(
+            f"stage {name} of {recipe.name} has method {recipe.stages[name].method!r}; rolling accuracies are compared "
+            f"in Difficulty-Net: set stages.{name}.method=difficulty"
+        )
+    trainer = Trainer(load_recipe(words.recipe, [*words.overrides, f"runs={runs}", *exactly(name)]))
+    stage = trainer.recipe.stages[name]
+    step, train, meta = trainer._build_stage(stage)  # a loop of its own: the trainer's also logs and evaluates
+    try:
+        unit = len(train) if stage.epochs is not None else 1
+        iterations = min(words.iterations or stage.length * unit, stage.length * unit)
+        observed = _Observed(step, trainer, words.windows)
+        batches, meta_batches = endless(train, 0), endless(meta, 0)
+        step.train_mode()
+        for iteration in range(iterations):
+            if iteration % len(train) == 0:
+                step.start_epoch(iteration // len(train))
+            trainer._set_lr(step, stage, iteration / unit)
+            observed.step(next(batches), next(meta_batches))
+    finally:
+        train.close()
+        meta.close()
+    settings = {"recipe": trainer.recipe.name, "stage": name, "iterations": iterations, "device": str(trainer.device)}
+    settings |= {"meta_images": len(trainer.dataset.labels("meta")), "threads": torch.get_num_threads()}
+    return settings, observed.exact.stacked(), {k: c.stacked() for k, c in observed.rolling.items()}
+
+
+def exactly(stage: str) -> list[str]:
+    """The words that make a stage measure the accuracy on the whole meta set in every iteration."""
+    return [f"stages.{stage}.accuracy.refresh=exact"]
+
+
+class _Course:
+    def __init__(self) -> None:
+        self.accuracies: list[Tensor] = []
+        self.weights: list[Tensor] = []
+
+    def stacked(self) -> Course:
+        return torch.stack(self.accuracies).cpu(), torch.stack(self.weights).cpu()
+
+
+class _Observed:
+    """A step whose network is scored by rolling accuracies as well, before each iteration."""
+
+    def __init__(self, step: DifficultyStep, trainer: Trainer, windows: Sequence[int]) -> None:
+        self.of_fastlt = step
+        everything = trainer._whole_split("meta")
+        self.trackers = {
+            window: ClassAccuracy(
+                everything.images,
+                everything.labels,
+                trainer.counts.num_classes,
+                prepare=trainer._normalise,
+                refresh="rolling",
+                window=window,
+                autocast=step.parts.class_accuracy.autocast,
+            )
+            for window in windows
+        }
+        self.exact = _Course()
+        self.rolling = {window: _Course() for window in windows}
+
+    def step(self, batch, meta_batch) -> None:
+        accuracies = {window: tracker.update(self.of_fastlt.model) for window, tracker in self.trackers.items()}
+        output = self.of_fastlt(batch, meta_batch)
+        self.exact.accuracies.append(output.per_class["meta_accuracy"])
+        self.exact.weights.append(output.per_class["weight"])
+        with torch.no_grad():
+            for window, accuracy in accuracies.items():
+                self.rolling[window].accuracies.append(accuracy)
+                self.rolling[window].weights.append(class_weights(self.of_fastlt.net(accuracy)))
+
+
+def row(window: int, exact: Course, rolling: Course) -> Row:
+    """The differences of one window from the exact course."""
+    accuracy, weight = ((one - other).abs() for one, other in zip(rolling, exact, strict=True))
+    return Row(
+        window,
+        mean_accuracy_error=accuracy.mean().item(),
+        second_half_mean_accuracy_error=accuracy[len(accuracy) // 2 :].mean().item(),
+        max_accuracy_error=accuracy.max().item(),
+        mean_weight_error=weight.mean().item(),
+        max_weight_error=weight.max().item(),
+    )
+
+
+def report(rows: list[Row], settings: dict, *, as_json: bool) -> None:
+    """The rows as a table, or all of it as one JSON object."""
+    if as_json:
+        print(json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
+        return
+    titles = f"{'mean |dA|':>9}  {'second':>7}  {'max |dA|':>8}  {'mean |dw|':>9}  {'max |dw|':>8}  {'w std':>6}"
+    print(f"{'window':>6}  {titles}")
+    for one in rows:
+        spread = f"{settings['exact_weight_std']:6.3f}"
+        print(
+            f"{one.window:6}  {one.mean_accuracy_error:9.4f}  {one.second_half_mean_accuracy_error:7.4f}  "
+            f"{one.max_accuracy_error:8.3f}  {one.mean_weight_error:9.5f}  {one.max_weight_error:8.4f}  {spread}"
+        )
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
