@@ -28,6 +28,7 @@ COMMANDS = {
     "augment": "tools.benchmarks.augment",
     "train": "tools.benchmarks.train",
     "drift": "tools.benchmarks.drift",
+    "approximations": "tools.benchmarks.approximations",
 }
 
 

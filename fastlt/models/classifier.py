@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
     `forward` takes images (N, 3, H, W) to logits (N, C), `features` to pooled features (N, D) before the dropout.
     `head_is_trained` says whether the head's weights came from a file. `auxiliary` is what a method trains beside the
-    two and evaluation does without (a projection, say); it is in the state_dict only where a method has put it there.
+    two and evaluation does without (a projection, say); it is there only where a method has put it.
     """
 
     head_is_trained = False
@@ -34,7 +34,6 @@ class Classifier(nn.Module):
         self.backbone, self.head = backbone, head
         # A module and not the backbone's own: timm's is often a bare function call, which nothing can see from outside.
         self.dropout = nn.Dropout(drop_rate) if drop_rate > 0 else nn.Identity()
-        self.register_module("auxiliary", None)
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (N, D) of images (N, 3, H, W)."""

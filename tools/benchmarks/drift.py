@@ -20,18 +20,15 @@ import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastlt.class_accuracy import ClassAccuracy
 from fastlt.difficulty import class_weights
-from fastlt.recipe import load_recipe
 from fastlt.steps.difficulty import DifficultyStep
-from fastlt.trainer import Trainer, endless
-
-ROOT = Path(__file__).resolve().parents[2]
+from fastlt.trainer import Trainer
+from tools.benchmarks.stage_loop import DifficultyLoop, parser, positive
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,9 @@ class Row:
 
 def main(arguments: list[str]) -> int:
     """Train, compare and print; returns the exit code. A mistake in the recipe is a ValueError."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py drift", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-        return int(text)
-
-    parser.add_argument("recipe", nargs="?", default=str(ROOT / "recipes" / "digits_lt.yaml"))
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--stage", help="which stage of the recipe (default: the first)")
-    parser.add_argument("--iterations", type=positive, help="default: the whole stage")
-    parser.add_argument("--windows", type=positive, nargs="+", default=[2, 5, 10, 20], metavar="K")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    words = parser.parse_args(arguments)
+    options = parser("drift", __doc__)
+    options.add_argument("--windows", type=positive, nargs="+", default=[2, 5, 10, 20], metavar="K")
+    words = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:
         settings, exact, rolling = follow(words, runs)
     rows = [row(window, exact, rolling[window]) for window in words.windows]
@@ -83,35 +67,11 @@ Course = tuple[Tensor, Tensor]  # accuracies and weights (iterations, C), float3
 
 def follow(words: argparse.Namespace, runs: str) -> tuple[dict, Course, dict[int, Course]]:
     """Train; returns the settings, the exact course, and that of every window."""
-    recipe = load_recipe(words.recipe, [*words.overrides, f"runs={runs}"])
-    name = words.stage or next(iter(recipe.stages))
-    if name not in recipe.stages:
-        raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
-    if recipe.stages[name].method != "difficulty":
-        raise ValueError(
-            f"stage {name} of {recipe.name} has method {recipe.stages[name].method!r}; rolling accuracies are compared "
-            f"in Difficulty-Net: set stages.{name}.method=difficulty"
-        )
-    trainer = Trainer(load_recipe(words.recipe, [*words.overrides, f"runs={runs}", *exactly(name)]))
-    stage = trainer.recipe.stages[name]
-    step, train, meta = trainer._build_stage(stage)  # a loop of its own: the trainer's also logs and evaluates
-    try:
-        unit = len(train) if stage.epochs is not None else 1
-        iterations = min(words.iterations or stage.length * unit, stage.length * unit)
-        observed = _Observed(step, trainer, words.windows)
-        batches, meta_batches = endless(train, 0), endless(meta, 0)
-        step.train_mode()
-        for iteration in range(iterations):
-            if iteration % len(train) == 0:
-                step.start_epoch(iteration // len(train))
-            trainer._set_lr(step, stage, iteration / unit)
-            observed.step(next(batches), next(meta_batches))
-    finally:
-        train.close()
-        meta.close()
-    settings = {"recipe": trainer.recipe.name, "stage": name, "iterations": iterations, "device": str(trainer.device)}
-    settings |= {"meta_images": len(trainer.dataset.labels("meta")), "threads": torch.get_num_threads()}
-    return settings, observed.exact.stacked(), {k: c.stacked() for k, c in observed.rolling.items()}
+    loop = DifficultyLoop(words, runs, exactly)
+    observed = _Observed(loop.step, loop.trainer, words.windows)
+    for batch, meta_batch in loop.batches():
+        observed.step(batch, meta_batch)
+    return loop.settings, observed.exact.stacked(), {k: c.stacked() for k, c in observed.rolling.items()}
 
 
 def exactly(stage: str) -> list[str]:

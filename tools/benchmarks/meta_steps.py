@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.meta import Approximation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -129,7 +131,7 @@ class FrozenAccuracy(ClassAccuracy):
 class OwnStep(Way):
     """A step of fastlt itself, as the trainer builds it, without the driver loss (the others have none)."""
 
-    def __init__(self, problem: Problem, method: str, class_accuracy: ClassAccuracy | None) -> None:
+    def __init__(self, problem: Problem, method: str, class_accuracy: ClassAccuracy | None, **approximate: Any) -> None:
         super().__init__(problem)
         counts = ClassCounts(np.full(problem.num_classes, 100), tuple(str(c) for c in range(problem.num_classes)))
         model = copy.deepcopy(problem.model)
@@ -143,7 +145,11 @@ class OwnStep(Way):
             class_accuracy=class_accuracy,
             autocast=problem.autocast,
         )
-        options = DifficultyStep.Options(driver_weight=0.0) if method == "difficulty" else None
+        options = (
+            DifficultyStep.Options(driver_weight=0.0, approximate=Approximation(**approximate))
+            if method == "difficulty"
+            else None
+        )
         self.of_fastlt = STEPS[method](parts, options)
         if method == "difficulty":
             self.of_fastlt.net.load_state_dict(problem.net.state_dict())
@@ -276,6 +282,10 @@ def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
     )
 
 
+def _approximate(problem: Problem, **approximate: Any) -> OwnStep:
+    return OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), **approximate)
+
+
 WAYS: dict[str, Callable[[Problem], Way]] = {
     "plain": lambda problem: OwnStep(problem, "plain", None),
     "ours_frozen": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy)),
@@ -284,7 +294,12 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "double_backward": DoubleBackward,
     "higher": Higher,
     "torchopt": TorchOpt,
+    "late_weights": lambda problem: _approximate(problem, late_weights=True),
+    "every_4": lambda problem: _approximate(problem, every=4),
+    "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
+    "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
+APPROXIMATE = ("late_weights", "every_4", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 
