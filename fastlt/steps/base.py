@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,14 @@ from fastlt.class_accuracy import ClassAccuracy
 from fastlt.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.state import Batch, ClassCounts, StepOutput
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """What an earlier stage left: its best model, frozen and in eval mode, and the classes it trained on, bool (C,)."""
+
+    model: nn.Module
+    classes: np.ndarray
 
 
 @dataclass
@@ -29,6 +38,8 @@ class StepParts:
         with `needs_training_images = False`.
     class_accuracy: A on the meta set; None for methods with `needs_accuracy = False`.
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
+    trained_classes: bool (C,), the classes whose images the batches hold; None for all of them.
+    stage_models: of the earlier stages that the method's `models_of_stages` names.
     """
 
     model: nn.Module
@@ -42,6 +53,8 @@ class StepParts:
     training_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     autocast: Callable[[], object] = nullcontext
     reducer: Reducer = field(default_factory=Reducer)
+    trained_classes: np.ndarray | None = None
+    stage_models: dict[str, StageModel] = field(default_factory=dict)
 
 
 class Step:
@@ -57,6 +70,8 @@ class Step:
     needs_stage_before: whether it continues a trained model, so that it cannot be the first stage of a new one.
     needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
     trains_experts: whether the model may be one of several experts (`model.experts`).
+    needs_first_pass: whether `first_pass` wants to see the training images before the first iteration.
+    trains_part: whether its stage may train on a part of the classes (`classes` of the stage).
     """
 
     needs_meta_batch = False
@@ -66,6 +81,8 @@ class Step:
     needs_stage_before = False
     needs_trained_head = False
     trains_experts = False
+    needs_first_pass = False
+    trains_part = False
 
     @dataclass(frozen=True)
     class Options:
@@ -101,6 +118,22 @@ class Step:
     def parameter_groups(cls, model: nn.Module, options: Any) -> list[dict[str, Any]]:
         """The optimizer's groups. A group may hold a "lr_factor", by which the stage's learning rate is multiplied."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    @classmethod
+    def models_of_stages(cls, options: Any) -> Sequence[str]:
+        """Names of the earlier stages whose best models the step wants, as `parts.stage_models`."""
+        return ()
+
+    def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:
+        """See the training set once before the first iteration; for methods with `needs_first_pass`.
+
+        Called at the start of a stage with the model it starts from, in eval mode and without gradients, and not again
+        when the run resumes inside the stage: what it finds belongs into the model or into `state_dict`.
+
+        batches: this process's share of the training split, cropped as for evaluation: over all processes each image
+        comes exactly once. prepare: uint8 (N, 3, H, W) -> normalised float, not augmented.
+        """
+        raise NotImplementedError
 
     def train_mode(self) -> None:
         """Put each module into the mode it is trained in; called once, before the first iteration."""
