@@ -87,7 +87,7 @@ class ModulatedAttention(nn.Module):
             for layer in (self.query, self.key, self.value):
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        self.mask = nn.Conv2d(inner, channels, 1, bias=False)
+            self.mask = nn.Conv2d(inner, channels, 1, bias=False)
         nn.init.zeros_(self.mask.weight)
 
     def forward(self, x: Tensor) -> Tensor:
