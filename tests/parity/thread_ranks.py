@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastlt.distributed import Reducer
 
-
 # Threads share the default random generator: who seeds it and draws holds this.
 SEEDED = threading.Lock()
 
