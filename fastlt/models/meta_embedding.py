@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -118,3 +119,12 @@ def insert_attention(backbone: nn.Module, side: int, seed: int) -> ModulatedAtte
     attention = ModulatedAttention(backbone.num_features, side, seed).to(device=like.device, dtype=like.dtype)
     backbone.global_pool = nn.Sequential(attention, pool)
     return attention
+
+
+def side_of_maps(name: str, image_size: int) -> int | None:
+    """Side of the last feature maps of the timm network `name`; None where timm says nothing of it."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None or not cfg.pool_size or cfg.pool_size[-1] <= 1:
+        return None
+    reduction = cfg.input_size[-1] // cfg.pool_size[-1]
+    return -(-image_size // reduction)

@@ -57,8 +57,8 @@ class LfmeStep(Step):
     sees about as much of every part, and of the large ones what is easy. Weights grow linearly to 1 until epoch
     `curriculum_epochs`. Classes that no expert knows weigh 1 and are not distilled.
 
-    v multiplies the loss as in the paper (the authors' release multiplies the logits by it), and stays 1 once it is
-    (there it grows on to 2 - v). A class whose images all have one confidence weighs 1 (there: not a number).
+    Against the authors' release: v multiplies the loss, not the logits, of an image; it stays at 1 once it is there and
+    does not grow on to 2 - v; a class whose images have one confidence weighs 1 where theirs divides by zero.
     """
 
     needs_accuracy = True

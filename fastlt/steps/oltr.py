@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention
+from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, side_of_maps
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step
 
@@ -72,7 +71,7 @@ class OltrStep(Step):
                 "and put oltr behind a stage that leaves the head one"
             )
         side = cls.Options(**stage.options).attention_side
-        expected = _side_of_maps(recipe.model.name, recipe.data.image_size)
+        expected = side_of_maps(recipe.model.name, recipe.data.image_size)
         if side and expected and side != expected:
             mistakes.append(
                 f"options.attention_side: is {side}, but the last feature maps of {recipe.model.name} at image_size "
@@ -158,12 +157,3 @@ class OltrStep(Step):
         slope = (over_all < self.options.margin).to(others.dtype)
         repel = slope * (self.options.margin - over_all - (others - others.detach()))
         return attract, repel, pull
-
-
-def _side_of_maps(name: str, image_size: int) -> int | None:
-    """Side of a network's last feature maps, from what timm says of it; None where it says nothing."""
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if cfg is None or not cfg.pool_size or cfg.pool_size == (1, 1):
-        return None
-    reduction = cfg.input_size[-1] // cfg.pool_size[-1]
-    return -(-image_size // reduction)
