@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import assert_same, final_state, log_lines, stop_after
+from test_trainer import assert_same, comparable, log_lines, stop_after
 from thread_ranks import SEEDED, run_ranks
 from torch import nn
 
@@ -381,13 +381,6 @@ def test_a_resumed_run_agrees_bit_for_bit(digits_words):
         again = resumed.fit()
         assert_same(one, comparable(resumed.folder), f"stopped at {at}")
         assert result["per_class_accuracy"] == again["per_class_accuracy"]
-
-
-def comparable(folder):
-    state = final_state(folder)
-    for key in ("train_s", "wait_s"):
-        del state["progress"][key]
-    return state
 
 
 def test_a_student_goes_on_to_further_stages(digits_words):
