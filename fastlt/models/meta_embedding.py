@@ -104,20 +104,22 @@ class ModulatedAttention(nn.Module):
         return x + spatial.view(-1, 1, self.side, self.side) * mask
 
 
-def insert_attention(backbone: nn.Module, side: int, seed: int) -> ModulatedAttention:
-    """Put a `ModulatedAttention` between the last feature maps of `backbone` and its pooling; changes it in place.
-
-    For networks whose maps go through a module `global_pool`: timm's and our ResNets and their kin. Else ValueError.
-    """
+def pooling_of(backbone: nn.Module) -> nn.Module:
+    """The module that pools the last feature maps of a ResNet, timm's or ours; ValueError for a network without one."""
     pool = getattr(backbone, "global_pool", None)
     if not isinstance(pool, nn.Module):
         raise ValueError(
-            f"{type(backbone).__name__} has no pooling module to put attention before: take a ResNet, or set "
-            "options.attention_side to 0"
+            f"attention_side is set, but {type(backbone).__name__} has no pooling module to put attention before: take "
+            "a ResNet, or leave the option out"
         )
+    return pool
+
+
+def insert_attention(backbone: nn.Module, side: int, seed: int) -> ModulatedAttention:
+    """Put a `ModulatedAttention` between the last feature maps of `backbone` and its pooling; changes it in place."""
     like = next(backbone.parameters())
     attention = ModulatedAttention(backbone.num_features, side, seed).to(device=like.device, dtype=like.dtype)
-    backbone.global_pool = nn.Sequential(attention, pool)
+    backbone.global_pool = nn.Sequential(attention, pooling_of(backbone))
     return attention
 
 

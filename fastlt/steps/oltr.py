@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, side_of_maps
+from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step
 
@@ -78,6 +78,11 @@ class OltrStep(Step):
                 f"{recipe.data.image_size} are {expected} x {expected}; set attention_side: {expected}, or 0 for none"
             )
         return mistakes
+
+    @classmethod
+    def check_model(cls, model: nn.Module, options: Options) -> None:
+        if options.attention_side:
+            pooling_of(model.backbone)
 
     @classmethod
     def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:

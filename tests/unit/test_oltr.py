@@ -150,8 +150,10 @@ def test_attention_starts_as_the_identity_and_learns_on_any_resnet(name, size, s
 
 
 def test_attention_is_refused_where_it_has_no_place():
+    transformer = Classifier(timm.create_model("vit_tiny_patch16_224", num_classes=0), LinearHead(192, 3))
+    OltrStep.check_model(transformer, OltrStep.Options())
     with pytest.raises(ValueError, match="no pooling module"):
-        insert_attention(timm.create_model("vit_tiny_patch16_224", num_classes=0), 7, 0)
+        OltrStep.check_model(transformer, OltrStep.Options(attention_side=7))
     with pytest.raises(ValueError, match="attention_side to the side of the maps"):
         ModulatedAttention(4, 3, 0)(torch.zeros(1, 4, 2, 2))
 
