@@ -32,14 +32,6 @@ def final_state(folder):
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
 
-def comparable(folder):
-    """The final state without times, which no two runs share."""
-    state = final_state(folder)
-    for key in ("train_s", "wait_s"):
-        del state["progress"][key]
-    return state
-
-
 def assert_same(one, other, where=""):
     """Equal bit for bit, through containers."""
     if isinstance(one, torch.Tensor):
