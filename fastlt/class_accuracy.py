@@ -116,6 +116,14 @@ class ClassAccuracy:
             self.latest = self.accuracy()
         return self.latest
 
+    def of(self, model: nn.Module) -> Tensor:
+        """A of another model: float32 (C,). What `accuracy` reports stays the results of the model that is trained."""
+        kept = self.correct.clone()
+        self._score(model, 0, len(self.labels))
+        accuracy = self.accuracy()
+        self.correct.copy_(kept)
+        return accuracy
+
     def accuracy(self) -> Tensor:
         """A from the latest result of every image: float32 (C,)."""
         correct = torch.zeros(self.num_classes, device=self.correct.device).index_add_(0, self.labels, self.correct)

@@ -109,6 +109,8 @@ class StageRecipe:
     iterations | epochs: the length; exactly one of them.
     batch_size: over all processes. meta_batch_size: likewise, default `batch_size`.
     method, options: a name of `fastlt.steps.STEPS` and its options. loss, loss_options: of `fastlt.losses.LOSSES`.
+    start: the model it starts from: the best of the stage before, or a fresh one as the first stage gets.
+    classes: the classes whose images it trains on, by their shots; a part of them only with method expert.
     """
 
     method: str
@@ -117,6 +119,8 @@ class StageRecipe:
     iterations: int | None = None
     epochs: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    start: Literal["previous", "fresh"] = "previous"
+    classes: Literal["all", "many", "medium", "few"] = "all"
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
     meta_batch_size: int | None = None
@@ -169,6 +173,15 @@ class Recipe:
     def folder(self) -> Path:
         """Where the run keeps its files."""
         return Path(self.runs) / self.name
+
+    def lineage(self, stage: StageRecipe) -> list[StageRecipe]:
+        """The stages that the model of `stage` goes through: from the last that starts afresh up to `stage` itself."""
+        line: list[StageRecipe] = []
+        for one in self.stages.values():
+            line = [one] if one.start == "fresh" else [*line, one]
+            if one is stage:
+                break
+        return line
 
     def to_yaml(self) -> str:
         """The recipe with every default filled in; read back, it is the same recipe."""
@@ -337,11 +350,17 @@ def _check_names(recipe: Recipe) -> list[str]:
                 f"stages.{name}.method: is {stage.method!r}, which trains one network with one head, but model.experts "
                 f"is {recipe.model.experts}; leave model.experts out, or take a method of {able}"
             )
-        first = name == next(iter(recipe.stages))
+        if stage.classes != "all" and not STEPS[stage.method].trains_part:
+            mistakes.append(
+                f"stages.{name}.classes: is {stage.classes!r}, but method {stage.method!r} is for all classes at once; "
+                "leave it out, or take method expert"
+            )
+        first = len(recipe.lineage(stage)) == 1
         if first and STEPS[stage.method].needs_stage_before and not recipe.model.checkpoint:
             mistakes.append(
                 f"stages.{name}.method: is {stage.method!r} without a stage before it; it continues a trained model. "
-                "Put the stage that trains one first, or give its weights as model.checkpoint=FILE"
+                "Put the stage that trains one first and start from it (start: previous), or give its weights as "
+                "model.checkpoint=FILE"
             )
     return mistakes
 

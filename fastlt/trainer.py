@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -28,14 +29,14 @@ from fastlt.distributed import Reducer
 from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
 from fastlt.metrics import Metrics
-from fastlt.models import build_model
+from fastlt.models import Classifier, build_model
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.prepare import prepare_dataset
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
 from fastlt.runlog import RunLog, percent, progress_bar
 from fastlt.schedule import learning_rate
 from fastlt.state import Batch, StepOutput
-from fastlt.steps import STEPS, Step, StepParts
+from fastlt.steps import STEPS, StageModel, Step, StepParts
 from fastlt.typed_yaml import build
 from loaders.crop import CropSpec
 from loaders.factory import make_loader
@@ -97,10 +98,7 @@ class Trainer:
         self.result = checkpoint.read_json(self.folder / "result.json") if finished else None
         if self.result is not None:
             return
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model = build_model(
-            **vars(recipe.model), num_classes=self.counts.num_classes, image_size=recipe.data.image_size
-        ).to(self.device, memory_format=memory_format)
+        self.model = self._new_model()
         self._check_against_model()
         self.evaluation_loaders: dict[str, BatchLoader] = {}
         self.log = RunLog(self.folder / "log.jsonl", enabled=self.main, track=self._tracker())
@@ -161,14 +159,22 @@ class Trainer:
         for name, stage in self.recipe.stages.items():
             # Built again when its turn comes; here so that the last stage's mistake does not cost the first stage.
             build_loss(stage.loss, self.counts, **stage.loss_options)
+            classes = self._classes(stage)
+            if not classes.any():
+                raise ValueError(
+                    f"stages.{name}.classes is {stage.classes!r}, but {self.dataset.root} has no such class with "
+                    f"data.shots {list(self.counts.shots)}; leave out the stage and what names it, or set other shots"
+                )
             for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
                 size = self._batch_size(stage, split)
-                available = len(self.dataset.labels(split))
+                labels = self.dataset.labels(split)
                 if split == "meta" and not STEPS[stage.method].needs_meta_batch:
                     continue
+                available = int(classes[labels].sum()) if split == "train" else len(labels)
                 if size > available:
+                    of = "" if stage.classes == "all" else f" of {stage.classes}-shot classes"
                     raise ValueError(
-                        f"stages.{name}.{key} is {size}, but the {split} split has {available} images; "
+                        f"stages.{name}.{key} is {size}, but the {split} split has {available} images{of}; "
                         f"give {available} or fewer"
                     )
                 if size % self.reducer.world_size:
@@ -189,13 +195,19 @@ class Trainer:
                 kind.check_model(self.model, build(kind.Options, stage.options))
             except ValueError as error:
                 raise ValueError(f"stages.{name}.options: {error}") from None
-        name, stage = next(iter(self.recipe.stages.items()))
-        if STEPS[stage.method].needs_trained_head and not self.model.head_is_trained:
-            raise ValueError(
-                f"stages.{name}.method is {stage.method!r}, which goes on from a trained head, but "
-                f"{self.recipe.model.checkpoint} has none for {self.counts.num_classes} classes and "
-                f"model.head={self.recipe.model.head}; use method crt, which starts a new one, or another checkpoint"
-            )
+            first = len(self.recipe.lineage(stage)) == 1
+            if first and kind.needs_trained_head and not self.model.head_is_trained:
+                raise ValueError(
+                    f"stages.{name}.method is {stage.method!r}, which goes on from a trained head, but "
+                    f"{self.recipe.model.checkpoint} has none for {self.counts.num_classes} classes and "
+                    f"model.head={self.recipe.model.head}; use method crt for a new one, or another checkpoint"
+                )
+
+    def _classes(self, stage: StageRecipe) -> np.ndarray:
+        """The classes whose images a stage trains on: bool (C,)."""
+        if stage.classes == "all":
+            return np.ones(self.counts.num_classes, dtype=bool)
+        return self.counts.shot_masks()[stage.classes]
 
     def _batch_size(self, stage: StageRecipe, split: str) -> int:
         """Over all processes."""
@@ -228,12 +240,12 @@ class Trainer:
             checkpoint.write_atomically(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
         self.log.open(self.progress.done)
         stages = list(self.recipe.stages.items())
-        for _, done in stages[: self.progress.stage]:
+        for done in self.recipe.lineage(stages[self.progress.stage][1])[:-1]:
             self._prepare_model(done)
         with self._stop_on_signals():
             for index in range(self.progress.stage, len(stages)):
                 name, stage = stages[index]
-                if index > 0 and self.progress.iteration == 0:
+                if index > 0 and self.progress.iteration == 0 and stage.start == "previous":
                     self._load_best(stages[index - 1][0])
                 self._run_stage(name, stage)
                 self.progress.stage, self.progress.iteration, self.progress.best = index + 1, 0, -1.0
@@ -256,6 +268,8 @@ class Trainer:
             for buffer_name, buffer in self.model.named_buffers():
                 buffer.copy_(mine["buffers"][buffer_name])
             self.resumed = None
+        elif step.needs_first_pass:
+            self._first_pass(step)
         per_epoch = len(train)
         unit = per_epoch if stage.epochs is not None else 1
         total, every = stage.length * unit, stage.evaluate_every * unit
@@ -324,7 +338,8 @@ class Trainer:
             foreach=True,
         )
         processes = self.reducer.world_size
-        train = self._training_loader(stage, second_view=kind.needs_second_view)
+        classes = self._classes(stage)
+        train = self._training_loader(stage, classes, second_view=kind.needs_second_view)
         meta = None
         if kind.needs_meta_batch:
             meta = self._loader("meta", self._batch_size(stage, "meta") // processes, train=True)
@@ -357,13 +372,31 @@ class Trainer:
             autocast=self.accelerator.autocast,
             reducer=self.reducer,
             compiler=Compiler(self.recipe.compile),
+            trained_classes=classes,
+            stage_models={name: self._stage_model(name) for name in kind.models_of_stages(options)},
         )
         return kind(parts, options), train, meta
+
+    def _new_model(self, *, weights: bool = True) -> Classifier:
+        """The recipe's model as a first stage gets it; without `weights`, at random also where a file holds some."""
+        asked = (
+            vars(self.recipe.model) if weights else {**vars(self.recipe.model), "pretrained": False, "checkpoint": None}
+        )
+        model = build_model(**asked, num_classes=self.counts.num_classes, image_size=self.recipe.data.image_size)
+        memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        return model.to(self.device, memory_format=memory_format)
 
     def _prepare_model(self, stage: StageRecipe) -> Any:
         """Give the model the form that a stage trains; returns the options of the stage's method."""
         kind = STEPS[stage.method]
         options = build(kind.Options, stage.options)
+        position = next(i for i, one in enumerate(self.recipe.stages.values()) if one is stage)
+        if stage.start == "fresh" and position > 0:
+            # Weights of its own, the same on every process, and the default generator stays where it is: a run that
+            # resumes comes through here too.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1_000_003 * self.recipe.seed + position)
+                self.model = self._new_model()
         kind.prepare_model(self.model, options, seed=self.recipe.seed)
         if self.recipe.sync_batch_norm and self.reducer.world_size > 1:
             synchronise_batch_norm(self.model, self.reducer)
@@ -376,6 +409,27 @@ class Trainer:
             return self.accelerator.autocast
         return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
+    def _stage_model(self, name: str) -> StageModel:
+        """What an earlier stage left, read from its best checkpoint."""
+        path, stage = self._best(name), self.recipe.stages[name]
+        if not path.is_file():
+            raise ValueError(f"{path} is not there, the best of stages.{name}, which is trained first: run all stages")
+        with torch.random.fork_rng(devices=[]):
+            model = self._new_model(weights=False)
+        for before in self.recipe.lineage(stage):
+            kind = STEPS[before.method]
+            kind.prepare_model(model, build(kind.Options, before.options), seed=self.recipe.seed)
+        model.load_state_dict(checkpoint.load(path, self.device)["model"])
+        return StageModel(model.requires_grad_(False).eval(), self._classes(stage))
+
+    def _first_pass(self, step: Step) -> None:
+        """Show a step the training images, before the first iteration of its stage."""
+        self.clock = time.perf_counter()
+        with evaluation_mode(self.model), self.accelerator.autocast():
+            step.first_pass(self._evaluation_loader("train").epoch(0), self._normalise)
+        self.evaluation_loaders.pop("train").close()
+        self._tick()
+
     def _augment(self, specs: list, loader: BatchLoader, stream: int):
         """The device part of the augmentation: with crops, where the loader delivers whole stored images."""
         data = self.recipe.data
@@ -387,13 +441,14 @@ class Trainer:
             specs, image_size=data.image_size, mean=data.mean, std=data.std, seed=seed, device=self.device
         )
 
-    def _training_loader(self, stage: StageRecipe, *, second_view: bool) -> BatchLoader:
+    def _training_loader(self, stage: StageRecipe, classes: np.ndarray, *, second_view: bool) -> BatchLoader:
         """The training batches of this process; for two views with two crops of each image, if the loader crops."""
         size = stage.batch_size // self.reducer.world_size
-        first = self._loader("train", size, train=True, sampling=stage.sampling)
+        order = {"train": True, "sampling": stage.sampling, "classes": classes}
+        first = self._loader("train", size, **order)
         if not (second_view and self.recipe.data.train_crop == "random_resized" and first.crops):
             return first
-        return TwoViewLoader(first, self._loader("train", size, train=True, sampling=stage.sampling, view=1))
+        return TwoViewLoader(first, self._loader("train", size, **order, view=1))
 
     def _training_images(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the training set, see `StepParts`."""
@@ -409,6 +464,7 @@ class Trainer:
         sampling: str = "instance",
         whole: bool = False,
         view: int = 0,
+        classes: np.ndarray | None = None,
     ) -> BatchLoader:
         """A loader of this process's share of a split, or of the `whole` of it; batch_size: per process."""
         data = self.recipe.data
@@ -430,6 +486,7 @@ class Trainer:
             world_size=1 if whole else self.reducer.world_size,
             view=view,
             num_workers=data.num_workers,
+            classes=classes,
         )
 
     def _whole_split(self, split: str) -> Batch:

@@ -55,6 +55,7 @@ def make_loader(
     view: int = 0,
     num_workers: int | None = None,
     memory_budget_bytes: int | None = None,
+    classes: np.ndarray | None = None,
 ) -> BatchLoader:
     """The loader of one split of a converted data set.
 
@@ -67,6 +68,7 @@ def make_loader(
         keeps split order and gives each image exactly once over all processes.
     view: another one has the same images in the same order under other random crops.
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
+    classes: bool (C,), the classes whose images are read, as if the split held no others; None for all of them.
 
     Raises ValueError for an unknown backend, one whose format the data set lacks, a split that is damaged or disagrees
     with the data set's labels, mixed image sizes without a crop, and a training batch that the split cannot fill.
@@ -93,6 +95,7 @@ def make_loader(
         rank=rank,
         world_size=world_size,
         view=view,
+        classes=classes,
     )
     device = torch.device(device)
     reason = f"{backend}: asked for"

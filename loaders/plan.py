@@ -21,6 +21,7 @@ class EpochPlan:
     train: True shuffles and drops what does not fill a batch on every process; False keeps split order and covers each
         image exactly once over the processes.
     view: plans that differ in nothing else visit the same images under other random crops.
+    classes: bool (C,), the classes whose images are visited, as if the split held no others; None for all of them.
 
     Raises ValueError when a training split does not fill one batch, or a random crop is asked for in evaluation.
     """
@@ -36,6 +37,7 @@ class EpochPlan:
     rank: int = 0
     world_size: int = 1
     view: int = 0
+    classes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
@@ -46,8 +48,8 @@ class EpochPlan:
         if self.train and self.num_samples < self.batch_size:
             raise ValueError(
                 f"batch size {self.batch_size} on {self.world_size} process(es) is more than the "
-                f"{len(self.labels)} images of the split: no full batch. "
-                f"Use a batch size of at most {len(self.labels) // self.world_size}"
+                f"{len(self._members)} images of the split: no full batch. "
+                f"Use a batch size of at most {len(self._members) // self.world_size}"
             )
         self.output_shape  # noqa: B018  (a mix of sizes is refused now, not in the first batch)
 
@@ -78,8 +80,17 @@ class EpochPlan:
         boxes = crop_boxes(self.crop, self.heights[order], self.widths[order], rng)
         return boxes[self._from_batch(len(order), first_batch)]
 
+    @cached_property
+    def _members(self) -> np.ndarray:
+        """Positions of the images that are visited at all, in split order."""
+        if self.classes is None:
+            return np.arange(len(self.labels))
+        return np.flatnonzero(self.classes[self.labels])
+
     def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.labels, sampling=self.sampling, seed=self.seed, epoch=epoch, shuffle=self.train)
+        labels = self.labels[self._members]
+        order = epoch_order(labels, sampling=self.sampling, seed=self.seed, epoch=epoch, shuffle=self.train)
+        return self._members[order]
 
     def _positions(self, length: int) -> np.ndarray:
         places = np.arange(length, dtype=np.int64)

@@ -40,8 +40,9 @@ from loaders.dataset import ConvertedDataset  # noqa: E402
 PAPER = Path(__file__).with_name("paper_tables.yaml")
 CIFAR_FILES = {"cifar10": "cifar-10-", "cifar100": "cifar-100-"}
 
-# `--scale short`: one budget for every row, so that rows can be compared with each other, not with the paper. The first
-# stage is what differs; a second one gets a quarter of it. Stages that descend nothing (tau_norm) stay as they are.
+# `--scale short`: one budget for every row, so that rows can be compared with each other, not with the paper. A stage
+# that starts from fresh weights is what differs; one that goes on from it gets a quarter of it. Stages that descend
+# nothing (tau_norm) stay as they are.
 SHORT_ITERATIONS = 400
 
 
@@ -51,7 +52,7 @@ def short_budget(recipe: Recipe) -> list[str]:
     for position, (name, stage) in enumerate(recipe.stages.items()):
         if stage.method == "tau_norm":
             continue
-        length = SHORT_ITERATIONS if position == 0 else SHORT_ITERATIONS // 4
+        length = SHORT_ITERATIONS if position == 0 or stage.start == "fresh" else SHORT_ITERATIONS // 4
         settings = {
             "epochs": "null",
             "iterations": length,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from fastlt.steps.balms import BalmsStep
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import StageModel, Step, StepParts
 from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.steps.dro_lt import DroLtStep
+from fastlt.steps.lfme import ExpertStep, LfmeStep
 from fastlt.steps.mixup import CutmixStep, MixupStep
+from fastlt.steps.oltr import OltrStep
 from fastlt.steps.paco import PacoStep
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.ride import RideRouterStep, RideStep
@@ -33,6 +35,9 @@ STEPS: dict[str, type[Step]] = {
     "balms": BalmsStep,
     "mixup": MixupStep,
     "cutmix": CutmixStep,
+    "oltr": OltrStep,
+    "expert": ExpertStep,
+    "lfme": LfmeStep,
 }
 
-__all__ = ["STEPS", "Step", "StepParts"]
+__all__ = ["STEPS", "StageModel", "Step", "StepParts"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,14 @@ from fastlt.compiled import Compiler
 from fastlt.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.state import Batch, ClassCounts, StepOutput
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """What an earlier stage left: its best model, frozen and in eval mode, and the classes it trained on, bool (C,)."""
+
+    model: nn.Module
+    classes: np.ndarray
 
 
 @dataclass
@@ -31,6 +40,8 @@ class StepParts:
     class_accuracy: A on the meta set; None for methods with `needs_accuracy = False`.
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
     compiler: what the step's forward, backward and tangent passes are compiled by.
+    trained_classes: bool (C,), the classes whose images the batches hold; None for all of them.
+    stage_models: of the earlier stages that the method's `models_of_stages` names.
     """
 
     model: nn.Module
@@ -45,6 +56,8 @@ class StepParts:
     autocast: Callable[[], object] = nullcontext
     reducer: Reducer = field(default_factory=Reducer)
     compiler: Compiler = field(default_factory=Compiler)
+    trained_classes: np.ndarray | None = None
+    stage_models: dict[str, StageModel] = field(default_factory=dict)
 
 
 class Step:
@@ -61,6 +74,8 @@ class Step:
     needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
     compiles: whether the passes that cost the most go through `parts.compiler`.
     trains_experts: whether the model may be one of several experts (`model.experts`).
+    needs_first_pass: whether `first_pass` wants to see the training images before the first iteration.
+    trains_part: whether its stage may train on a part of the classes (`classes` of the stage).
     """
 
     needs_meta_batch = False
@@ -71,6 +86,8 @@ class Step:
     needs_trained_head = False
     compiles = False
     trains_experts = False
+    needs_first_pass = False
+    trains_part = False
 
     @dataclass(frozen=True)
     class Options:
@@ -108,6 +125,22 @@ class Step:
     def parameter_groups(cls, model: nn.Module, options: Any) -> list[dict[str, Any]]:
         """The optimizer's groups. A group may hold a "lr_factor", by which the stage's learning rate is multiplied."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+    @classmethod
+    def models_of_stages(cls, options: Any) -> Sequence[str]:
+        """Names of the earlier stages whose best models the step wants, as `parts.stage_models`."""
+        return ()
+
+    def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:
+        """See the training set once before the first iteration; for methods with `needs_first_pass`.
+
+        Called at the start of a stage with the model it starts from, in eval mode and without gradients, and not again
+        when the run resumes inside the stage: what it finds belongs into the model or into `state_dict`.
+
+        batches: this process's share of the training split, cropped as for evaluation: over all processes each image
+        comes exactly once. prepare: uint8 (N, 3, H, W) -> normalised float, not augmented.
+        """
+        raise NotImplementedError
 
     def train_mode(self) -> None:
         """Put each module into the mode it is trained in; called once, before the first iteration."""

@@ -178,18 +178,17 @@ class TauNormStep(DecoupledStep):
         if recipe.model.head != "linear" or cls._scaled_before(stage, recipe):
             mistakes.append(
                 "method: is 'tau_norm', which shortens the weights of a plain linear head; a cosine head's have unit "
-                "length, and those of lws and las are scaled already. Set model.head: linear and leave those stages out"
+                "length, and lws, las, oltr and expert rebuild it. Set model.head: linear and leave those stages out"
             )
         return mistakes
 
     @staticmethod
     def _scaled_before(stage: Any, recipe: Any) -> bool:
-        """Whether the head has scales when the stage begins: of a stage lws or las with no new head after it."""
+        """Whether the head is no plain one when the stage begins: of lws, las, oltr or expert, none new after it."""
         scaled = False
-        for before in recipe.stages.values():
-            if before is stage:
-                break
-            scaled = before.method in ("lws", "las") or (scaled and before.method not in ("crt", "balms"))
+        for before in recipe.lineage(stage)[:-1]:
+            rebuilt = before.method in ("lws", "las", "oltr", "expert")
+            scaled = rebuilt or (scaled and before.method not in ("crt", "balms"))
         return scaled
 
     @classmethod

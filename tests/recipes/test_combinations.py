@@ -20,7 +20,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 FIRST = ["plain", "difficulty", "cdb", "mwn", "sample_difficulty", "cb_da", "mixup", "cutmix"]
 SECOND = ["balms", "tau_norm", "crt", "lws", "las"]
 # Methods with a network or stages of their own, whose own tests combine them.
-OTHERS = {"ride", "ride_router", "paco", "dro_lt"}
+OTHERS = {"ride", "ride_router", "paco", "dro_lt", "oltr", "expert", "lfme"}
 LOSS_OPTIONS = {"equalization": {"threshold": 0.1}, "ldam": {"reweight_from_epoch": 0}}
 
 

@@ -105,6 +105,10 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
         words += [f"{where}.warmup=0", f"{where}.schedule=constant", f"{where}.milestones=[]"]
         if stage.method == "tau_norm":
             words += [f"{where}.options.taus=[0, 1]", f"{where}.evaluate_every=1"]
+        if "attention_side" in stage.options:
+            words += [f"{where}.options.attention_side=8"]
+        if stage.classes != "all" and not small:
+            words += ["data.shots=[9, 5]", f"{where}.batch_size=4"]  # of the classes, one, one and two are such
         if STEPS[stage.method].needs_meta_batch:
             words += [f"{where}.meta_batch_size=4"]
     result = Trainer(load_recipe(path, words)).fit()

@@ -87,6 +87,26 @@ def test_class_balanced_sampling_repeats_images_in_every_backend_alike(small, ma
 
 
 @every_backend
+@pytest.mark.parametrize("sampling", ["instance", "class_balanced"])
+def test_a_part_of_the_classes_is_read_as_if_the_split_held_no_others(small, make, backend, sampling):
+    labels = small.split_labels
+    classes = np.arange(labels.max() + 1) < labels.max()
+    members = np.flatnonzero(classes[labels])
+    assert 0 < len(members) < COUNT
+    loader = make(small, backend, sampling=sampling, seed=3, classes=classes, batch_size=4)
+    batches = list(loader.epoch(1))
+    expected = members[epoch_order(labels[members], sampling=sampling, seed=3, epoch=1)]
+    assert indices(batches) == expected[: len(members) // 4 * 4].tolist()
+    for batch in batches:
+        for image, label, i in zip(batch.images, batch.labels, batch.index, strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0), small.images[i])
+            assert label == labels[i]
+    assert indices(list(loader.epoch(1, first_batch=2))) == expected[8 : len(members) // 4 * 4].tolist()
+    with pytest.raises(ValueError, match=f"Use a batch size of at most {len(members)}"):
+        make(small, backend, classes=classes, batch_size=len(members) + 1)
+
+
+@every_backend
 @pytest.mark.parametrize("crop", [CropSpec("none"), CropSpec("random_resized", 12)], ids=lambda crop: crop.kind)
 def test_resuming_gives_the_batches_an_uninterrupted_epoch_would_have_had(small, make, backend, crop):
     whole = list(make(small, backend, crop=crop, seed=1).epoch(2))

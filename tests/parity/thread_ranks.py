@@ -1,0 +1,54 @@
+"""Ranks as threads of one process: what a step does over several processes, without starting any."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastlt.distributed import Reducer
+
+# Threads share the default random generator: who seeds it and draws holds this.
+SEEDED = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the threads lay down what they have, and wait for each other."""
+
+    world_size: int
+    barrier: threading.Barrier
+    laid: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ThreadReducer(Reducer):
+    """A Reducer whose processes are threads that share a `Meeting`."""
+
+    meeting: Meeting | None = None
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        meeting = self.meeting
+        meeting.laid[self.rank] = tensor.detach().clone()
+        meeting.barrier.wait(timeout=60)
+        everything = torch.cat([t.reshape(-1, *tensor.shape[1:]) for t in meeting.laid])
+        meeting.barrier.wait(timeout=60)
+        return everything
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            rows = self.gather(tensor.detach()[None])
+            with torch.no_grad():
+                tensor.copy_(rows.sum(0))
+
+
+def run_ranks(world_size: int, work: Callable[[Reducer], object]) -> list:
+    """What `work(reducer)` returns on each of `world_size` ranks."""
+    meeting = Meeting(world_size, threading.Barrier(world_size), [None] * world_size)
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = [pool.submit(work, ThreadReducer(r, world_size, meeting)) for r in range(world_size)]
+        return [rank.result(timeout=120) for rank in ranks]
