@@ -60,7 +60,6 @@ class DaliLoader(HostLoader):
         if self._threads < 1:
             raise ValueError(f"num_workers {num_workers} for the 'dali' backend: give 1 or more threads")
         self._decoder: _Decoder | None = None
-        self._labels = self._labels.to(self.device)
 
     def close(self) -> None:
         """Ends the running epoch and DALI's threads."""
@@ -69,23 +68,27 @@ class DaliLoader(HostLoader):
 
     def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
         """Unlike other host backends' batches these are decoded where they are needed: nothing is uploaded."""
+        with contextlib.closing(self._decoded(index, boxes)) as images:
+            yield from self._labelled(images, index)
+
+    def _decoded(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+        """Each batch's images uint8 (N, H, W, 3) on the device."""
         if not len(index):
             return
         if self._decoder is None:
             self._decoder = self._new_decoder()
-        places = torch.from_numpy(index).to(self.device).split(self.batch_size)
         # DALI reads these where they are: they outlive `decoded`, which ends only when nothing is in flight.
         starts, sizes = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
+        done = 0
         with contextlib.closing(self._decoder.run(self._fed(index, starts, sizes))) as decoded:
-            for number, of_batch in enumerate(places):
-                try:
-                    images = next(decoded)
-                except RuntimeError as error:
-                    self._decoder = None  # DALI says that it is no longer valid
-                    raise self._failure(index[number * self.batch_size :], error) from error
-                labels = self._labels.index_select(0, of_batch)
-                yield Batch(images=images.permute(0, 3, 1, 2), labels=labels, index=of_batch)
-            assert next(decoded, None) is None, "more batches than were asked for"
+            try:
+                for images in decoded:
+                    done += len(images)
+                    yield images
+            except RuntimeError as error:
+                self._decoder = None  # DALI says that it is no longer valid
+                raise self._failure(index[done:], error) from error
+        assert done == len(index), (done, len(index))
 
     def _new_decoder(self) -> _Decoder:
         crop = self.plan.crop
