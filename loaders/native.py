@@ -7,7 +7,7 @@ same pixels whichever backend delivers it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def decode_jpeg(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
-def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
+def resize_crop(image: np.ndarray, box: Sequence[int], out: np.ndarray) -> None:
     """Writes the rectangle `box` of `image`, resized by area interpolation, into `out`.
 
     image: uint8 (H, W, 3), contiguous.  box: (top, left, height, width).  out: uint8 (h, w, 3), contiguous,
