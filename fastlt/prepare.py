@@ -33,8 +33,8 @@ def request(data: DataRecipe) -> dict[str, Any]:
 
 
 def _formats(data: DataRecipe) -> tuple[str, ...]:
-    """What is written for a recipe: a data set made for the dali loader serves the others as well."""
-    return ("ffcv", "dali") if data.loader == "dali" else ("ffcv",)
+    """What is written for a recipe: a data set made for DALI's loaders serves the others as well."""
+    return ("ffcv", "dali") if data.loader in ("dali", "resident_jpeg") else ("ffcv",)
 
 
 def _check_format(data: DataRecipe, folder: Path) -> None:
@@ -67,7 +67,7 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
     if data.imbalance_factor is not None:
         words += ["--imbalance", f"{data.imbalance_factor:g}"]
     words += ["--meta-per-class", str(data.meta_per_class), "--mode", data.storage.mode]
-    if data.loader == "dali":
+    if data.loader in ("dali", "resident_jpeg"):
         words += ["--format", "both"]
     if data.storage.max_resolution is not None:
         words += ["--max-resolution", str(data.storage.max_resolution)]

@@ -430,6 +430,7 @@ class Trainer:
             world_size=1 if whole else self.reducer.world_size,
             view=view,
             num_workers=data.num_workers,
+            dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         )
 
     def _whole_split(self, split: str) -> Batch:

@@ -100,7 +100,9 @@ def build_dali_augment(spec: str | Mapping) -> DaliAugment:
     try:
         return kind(**options)
     except TypeError:
-        raise ValueError(f"dali_augment.{name} needs {', '.join(allowed)}, e.g. {{{name}: {{{allowed[0]}: …}}}}") from None
+        raise ValueError(
+            f"dali_augment.{name} needs {', '.join(allowed)}, e.g. {{{name}: {{{allowed[0]}: …}}}}"
+        ) from None
 
 
 def _common() -> dict:

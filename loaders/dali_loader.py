@@ -49,8 +49,8 @@ class DaliLoader(HostLoader):
     host, with the other backends' own kernel. Only what the rectangle needs of a JPEG is decoded.
 
     num_workers: DALI's CPU threads; None takes the cores of this job over its processes.
-    augment: DALI's automatic augmentation of training images after the crop. Its random numbers come from (seed, epoch),
-        so an epoch that is resumed first passes over the batches before: with a tiny image each, some ms a batch.
+    augment: DALI's automatic augmentation of training images after the crop. Its random numbers come from (seed,
+        epoch), so an epoch that is resumed first passes over the batches before it, with tiny images in their place.
     A damaged image raises RuntimeError naming it, unless the damage lies beyond the rectangle.
     """
 

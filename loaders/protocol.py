@@ -31,7 +31,9 @@ class StoredSplit(Protocol):
 
 
 class EncodedSplit(StoredSplit, Protocol):
-    """A StoredSplit whose images are JPEG or PNG files."""
+    """A StoredSplit whose images are JPEG or PNG files; sizes: int64 (N,), their bytes."""
+
+    sizes: np.ndarray
 
     def encoded(self, i: int) -> np.ndarray:
         """The file of image `i`, uint8 (n,), to be read only."""

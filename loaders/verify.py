@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from loaders.beton import Beton
-from loaders.dataset import SPLITS, ConvertedDataset, file_sha256
+from loaders.dataset import SPLITS, ConvertedDataset, file_checksums
 from loaders.image_check import CHUNK, map_chunks
 from loaders.progress import progress_bar
 from loaders.protocol import StoredSplit
@@ -17,8 +17,10 @@ SHOWN = 5  # damaged images named per split
 def verify(dataset: ConvertedDataset, *, num_workers: int | None = None, progress: bool = True) -> list[str]:
     """What is wrong with a data set, one line each; empty when each checksum holds and each image decodes."""
     problems = []
-    for name, expected in dataset.manifest["files"].items():
-        if file_sha256(dataset.root / name) != expected["sha256"]:
+    files = dataset.manifest["files"]
+    checksums = file_checksums([dataset.root / name for name in files], progress)
+    for (name, expected), checksum in zip(files.items(), checksums, strict=True):
+        if checksum != expected["sha256"]:
             problems.append(f"{name}: its sha256 is not what the manifest says; it was changed or damaged")
     if problems:
         return problems  # what the files hold is not ours any more: nothing is gained from decoding it

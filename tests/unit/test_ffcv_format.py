@@ -163,6 +163,27 @@ def test_a_dying_decoder_process_ends_the_check(tmp_path):
         check_images(split, num_workers=2)
 
 
+def test_a_stuck_decoder_ends_the_check_with_the_reason(tmp_path):
+    children, start = multiprocessing.active_children(), time.monotonic()
+    split = StuckSplit(**vars(in_files(tmp_path, [(3, 3)] * 70)))
+    for workers in (1, 2):
+        with pytest.raises(
+            ValueError, match=r"no image was finished for 0.5 s, from number 32 of the split on: is the"
+        ):
+            check_images(split, num_workers=workers, timeout_s=0.5)
+    assert time.monotonic() - start < 60
+    assert multiprocessing.active_children() == children
+
+
+class StuckSplit(FileSplit):
+    """Files behind a disk that stops to answer."""
+
+    def image(self, i: int) -> np.ndarray:
+        if i >= 40:
+            time.sleep(600)
+        return super().image(i)
+
+
 class KillerSplit(FileSplit):
     """Files whose decoding kills the process."""
 
