@@ -32,6 +32,8 @@ class DataRecipe:
 
     root: folder of the source's files; train_list, meta_list, test_list: list files of source `list_file`.
     converted: folder of the converted data set; by default one below `data/`, named after what is asked for.
+    convert: false reads the source's own files, with loader auto, resident, torch or dali; nothing is written, and
+        every image is decoded once before the run begins.
     imbalance_factor, convention: long-tailed subsampling, see `loaders.longtail`.
     shots: more training images than the first number make a class many-shot, fewer than the second few-shot.
     image_size: pixels a side that the network sees.
@@ -50,6 +52,7 @@ class DataRecipe:
     std: tuple[float, float, float]
     root: str | None = None
     converted: str | None = None
+    convert: bool = True
     download: bool = True
     train_list: str | None = None
     meta_list: str | None = None
@@ -278,6 +281,13 @@ def _check_data(data: DataRecipe) -> list[str]:
         )
     if data.shots[0] < data.shots[1]:
         mistakes.append(f"data.shots: is {list(data.shots)}; allowed: the upper threshold first, for example [100, 20]")
+    if not data.convert and data.converted is not None:
+        mistakes.append("data.convert: is false, but data.converted names a folder; leave one of the two out")
+    if not data.convert and data.loader in ("ffcv", "resident_jpeg"):
+        mistakes.append(
+            f"data.convert: is false, but data.loader {data.loader!r} reads converted data sets; allowed with it: "
+            "auto, resident, torch, dali"
+        )
     if data.dali_augment is not None:
         mistakes += _check_dali_augment(data)
     if any(s <= 0 for s in data.std):

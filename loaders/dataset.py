@@ -23,7 +23,7 @@ import numpy as np
 from fastlt.names import pick, unknown
 from loaders.dali_format import check_dali_options, write_shards
 from loaders.ffcv_format import FfcvOptions, stored_sizes, write_beton
-from loaders.image_check import BadImage, ImageCheck, available_cores, check_images
+from loaders.image_check import STUCK_S, BadImage, ImageCheck, available_cores, check_images
 from loaders.progress import progress_bar
 from loaders.sources.split import ArraySplit, Source, Split
 from loaders.whole_folder import LOCK, MANIFEST, check_target, publish, work_folder, write_durably
@@ -160,7 +160,7 @@ def convert(
     on_error: str = "stop",
     progress: bool = True,
     overwrite: bool = False,
-    timeout_s: float = 300.0,
+    timeout_s: float = STUCK_S,
 ) -> ConvertedDataset:
     """Write `source` to the folder `out`, whole or not at all.
 
@@ -178,8 +178,8 @@ def convert(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
-        checks = _check(source, options, progress, timeout_s)
-        _judge(source, checks, on_error)
+        checks = check_source(source, num_workers=options.num_workers, progress=progress, timeout_s=timeout_s)
+        refuse_bad_images(source, checks, on_error)
         sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
         labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
         if "ffcv" in formats:
@@ -262,17 +262,20 @@ def _check_formats(formats: tuple[str, ...], options: FfcvOptions) -> None:
         check_dali_options(options)
 
 
-def _check(source: Source, options: FfcvOptions, progress: bool, timeout_s: float) -> dict[str, ImageCheck]:
+def check_source(
+    source: Source, *, num_workers: int | None = None, progress: bool = True, timeout_s: float = STUCK_S
+) -> dict[str, ImageCheck]:
+    """Decode every image of every split once (`check_images`)."""
     assert set(source.splits) == set(SPLITS), sorted(source.splits)
     checks = {}
     for name, split in source.splits.items():
         shown = progress and not isinstance(split, ArraySplit)  # in memory, nothing is to be decoded
         with progress_bar(f"check {name}", len(split), shown) as advance:
-            checks[name] = check_images(split, num_workers=options.num_workers, advance=advance, timeout_s=timeout_s)
+            checks[name] = check_images(split, num_workers=num_workers, advance=advance, timeout_s=timeout_s)
     return checks
 
 
-def _judge(source: Source, checks: dict[str, ImageCheck], on_error: str) -> None:
+def refuse_bad_images(source: Source, checks: Mapping[str, ImageCheck], on_error: str) -> None:
     """Refuse bad images ("stop"), or a split that they leave without images of a class ("skip")."""
     bad: list[BadImage] = [image for check in checks.values() for image in check.bad]
     if bad and on_error == "stop":

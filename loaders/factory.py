@@ -16,6 +16,7 @@ from loaders.memory import free_bytes, readable
 from loaders.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
 from loaders.resident_loader import ResidentLoader, resident_bytes
+from loaders.source_dataset import SourceDataset
 from loaders.tar_shards import TarShards
 from loaders.torch_loader import TorchLoader
 
@@ -49,12 +50,13 @@ BACKENDS = {
     "dali": _dali,
 }
 READS = {"ffcv": ("ffcv",), "dali": ("dali",), "resident_jpeg": ("dali", "ffcv")}  # the others: .beton files first
+NEED_CONVERSION = ("ffcv", "resident_jpeg")
 AUGMENT_BACKENDS = ("dali", "resident_jpeg")  # those whose pipeline can do DALI's automatic augmentation
 RESIDENT_SHARE = 0.4  # of the memory that is free now; model, activations and the other splits need the rest
 
 
 def make_loader(
-    dataset: ConvertedDataset,
+    dataset: ConvertedDataset | SourceDataset,
     split: str,
     *,
     backend: str,
@@ -71,12 +73,13 @@ def make_loader(
     memory_budget_bytes: int | None = None,
     dali_augment: str | Mapping | None = None,
 ) -> BatchLoader:
-    """The loader of one split of a converted data set.
+    """The loader of one split of a converted data set, or of a source that is read without converting it.
 
     backend: "resident", "resident_jpeg", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
         `memory_budget_bytes` (default: 40 % of the device's free memory), else ffcv, or dali when the data set has no
-        other format; `loader.reason` says why. "ffcv" reads .beton files and "dali" shards; of the others
-        "resident_jpeg" reads shards first, which hold the original JPEGs, and "resident" and "torch" .beton files.
+        other format, or torch for a source; `loader.reason` says why. "ffcv" reads .beton files and "dali" shards; of
+        the others "resident_jpeg" reads shards first, which hold the original JPEGs, and "resident" and "torch" .beton
+        files. A source's own files are read by "resident", "torch" and "dali".
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
@@ -84,7 +87,7 @@ def make_loader(
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
 
-    Raises ValueError for an unknown backend, one whose format the data set lacks, an augmentation by DALI on one without
+    Raises ValueError for an unknown backend, one whose format the data set lacks, an augmentation by DALI without
     DALI, a split that is damaged or disagrees with the data set's labels, mixed image sizes without a crop, and a
     training batch that the split cannot fill.
     """
@@ -95,7 +98,6 @@ def make_loader(
         if backend not in AUGMENT_BACKENDS:
             raise ValueError(f"dali_augment is for the backends {' and '.join(AUGMENT_BACKENDS)}, not for {backend!r}")
         options["augment"] = build_dali_augment(dali_augment)
-    only_dali = "ffcv" not in dataset.formats
     stored = _open(dataset, split, backend)
     if not np.array_equal(stored.labels, dataset.labels(split)):
         raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
@@ -115,15 +117,26 @@ def make_loader(
     device = torch.device(device)
     reason = f"{backend}: asked for"
     if backend == "auto":
-        backend, reason = choose_backend(plan, device, memory_budget_bytes, reader="dali" if only_dali else "ffcv")
+        backend, reason = choose_backend(plan, device, memory_budget_bytes, _streaming(dataset))
     return BACKENDS[backend](stored, plan, device=device, num_workers=num_workers, reason=reason, **options)
 
 
-def _open(dataset: ConvertedDataset, split: str, backend: str) -> StoredSplit:
+def _open(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -> StoredSplit:
     """The split in the first of the formats that `backend` reads; ValueError when the data set has none of them."""
+    if isinstance(dataset, SourceDataset):
+        if backend in NEED_CONVERSION:
+            raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
+        return dataset.stored(split)
     wanted = READS.get(backend, ("ffcv", "dali"))
     kind = next((kind for kind in wanted if kind in dataset.formats), wanted[0])
     return TarShards.open(dataset.shards(split)) if kind == "dali" else Beton.open(dataset.beton(split))
+
+
+def _streaming(dataset: ConvertedDataset | SourceDataset) -> str:
+    """The backend for what is read epoch by epoch."""
+    if isinstance(dataset, SourceDataset):
+        return "torch"
+    return "ffcv" if "ffcv" in dataset.formats else "dali"
 
 
 def choose_backend(
