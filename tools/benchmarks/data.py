@@ -27,7 +27,7 @@ from loaders.factory import make_loader
 from loaders.ffcv_format import FfcvOptions
 from loaders.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source
-from tools.benchmarks.bare_loaders import bare_dali, bare_ffcv, torchvision_loader
+from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from tools.benchmarks.rounds import Row, interleaved, report, row
 
 BOTH = ("ffcv", "dali")
@@ -136,7 +136,9 @@ def _measure(
         same = {"crop": crop, "batch": words.batch, "workers": words.workers, "device": device}
         others = {"bare ffcv": bare_ffcv(dataset.beton("train"), **same)}
         if "dali" in dataset.formats:
-            others["bare dali"] = bare_dali(dataset.shards("train"), **same)
+            others["bare dali"] = bare_dali(dataset.shards("train"), **same, decoding=SAME_PIXELS)
+            if crop.kind != "none":  # small images are stored as PNG, to which none of it applies
+                others["bare dali, its defaults"] = bare_dali(dataset.shards("train"), **same, decoding={})
         others[TORCHVISION] = torchvision_loader(split, **same)
         for name, epoch in others.items():
             variants[name] = lambda epoch=epoch: _drain(epoch(), device)
