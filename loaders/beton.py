@@ -40,6 +40,8 @@ class Beton:
     storage: the whole file, uint8 (n,), read-only; image i is the `sizes[i]` bytes from `offsets[i]` on, int64 (N,).
     """
 
+    in_memory = True
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.storage = self._map()

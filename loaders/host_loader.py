@@ -63,8 +63,9 @@ class HostLoader:
         """
         places = torch.from_numpy(index).to(self.device)
         labels = self._labels.index_select(0, places)
-        batches = places.split(self.batch_size), labels.split(self.batch_size)
-        for of_batch, where, label in zip(images, *batches, strict=False):  # an empty epoch splits into one empty batch
+        parts = places.split(self.batch_size), labels.split(self.batch_size)
+        batches = zip(*parts, strict=True) if len(index) else ()  # nothing would be split into one empty batch
+        for of_batch, (where, label) in zip(images, batches, strict=True):
             yield Batch(images=of_batch.permute(0, 3, 1, 2), labels=label, index=where)
 
     def _end_epoch(self) -> None:

@@ -31,9 +31,12 @@ class StoredSplit(Protocol):
 
 
 class EncodedSplit(StoredSplit, Protocol):
-    """A StoredSplit whose images are JPEG or PNG files; sizes: int64 (N,), their bytes."""
+    """A StoredSplit whose images are JPEG or PNG files.
 
-    sizes: np.ndarray
+    in_memory: whether `encoded` gives views of mapped files or of memory; otherwise it reads a file.
+    """
+
+    in_memory: bool
 
     def encoded(self, i: int) -> np.ndarray:
         """The file of image `i`, uint8 (n,), to be read only."""

@@ -70,17 +70,21 @@ def _taps(length: Tensor, size: int, shrinks: Tensor, taps: int) -> tuple[Tensor
     Where the image shrinks in both directions a source gives the share of the output that it covers; elsewhere an
     output lies between two neighbours. Source: the INTER_AREA mode of OpenCV's `resize`.
     """
-    scale = (length.double() / size).view(-1, 1, 1)
+    # OpenCV's order of rounding, and its single precision below: they decide floors where outputs meet sources. Tensors
+    # are divided by tensors, for torch takes a number over a tensor times its reciprocal.
+    length = length.double().view(-1, 1, 1)
+    inverse = torch.full_like(length, size) / length
+    scale = torch.ones_like(length) / inverse
     output = torch.arange(size, device=length.device, dtype=torch.float64).view(1, -1, 1)
     low = output * scale
     place = low.floor() + torch.arange(taps, device=length.device)
     covered = (torch.minimum(low + scale, place + 1) - torch.maximum(low, place)).clamp_(min=0) / scale
-    right = (output + 1) - (low.floor() + 1) / scale
+    right = ((output + 1) - (low.floor() + 1) * inverse).float()
     right = torch.where(right <= 0, 0.0, right - right.floor())
     between = torch.zeros_like(covered)
     between[:, :, :1], between[:, :, 1:2] = 1 - right, right
     weights = torch.where(shrinks.view(-1, 1, 1), covered, between)
-    return torch.minimum(place.long(), length.view(-1, 1, 1) - 1), weights.float()
+    return torch.minimum(place, length - 1).long(), weights.float()
 
 
 def _chunks(sizes: np.ndarray) -> list[np.ndarray]:

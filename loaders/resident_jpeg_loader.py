@@ -18,7 +18,7 @@ from loaders.dali_loader import DaliLoader
 from loaders.host_loader import default_workers
 from loaders.memory import free_bytes, readable
 from loaders.plan import EpochPlan
-from loaders.protocol import EncodedSplit
+from loaders.tar_shards import TarShards
 
 FILL_IMAGES = 1024  # a thread copies at a time
 
@@ -30,8 +30,10 @@ class HeldFiles:
     Raises ValueError when they do not fit into the memory that is free.
     """
 
-    def __init__(self, stored: EncodedSplit, workers: int) -> None:
-        self.stored: EncodedSplit = stored
+    in_memory = True
+
+    def __init__(self, stored: Beton | TarShards, workers: int) -> None:
+        self.stored = stored
         self.path: Path = stored.path
         self.labels, self.heights, self.widths = stored.labels, stored.heights, stored.widths
         self.ends = np.cumsum(stored.sizes)
@@ -72,7 +74,7 @@ class ResidentJpegLoader(DaliLoader):
 
     def __init__(
         self,
-        stored: EncodedSplit,
+        stored: Beton | TarShards,
         plan: EpochPlan,
         *,
         device: torch.device | str,

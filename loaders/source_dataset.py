@@ -29,6 +29,8 @@ class SourceSplit:
     labels, heights, widths: int64 (N,).
     """
 
+    in_memory = False
+
     def __init__(self, path: Path, split: Split, sizes: np.ndarray) -> None:
         self.path, self.split = path, split
         self.labels = split.labels

@@ -29,6 +29,8 @@ class TarShards:
     labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.  sizes: int64 (N,), bytes of their files.
     """
 
+    in_memory = True
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         index = self._read_index()

@@ -87,7 +87,9 @@ def test_damaged_images_are_listed_and_changed_ones_are_named(source):
 
 def test_a_recipe_reads_the_source_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    dataset = prepare_dataset(load_recipe(RECIPE, ["data.convert=false"]).data, Accelerator(cpu=True))
+    dataset = prepare_dataset(
+        load_recipe(RECIPE, ["data.convert=false", "data.loader=auto"]).data, Accelerator(cpu=True)
+    )
     assert isinstance(dataset, SourceDataset)
     assert dataset.class_counts().counts.max() == 128
     assert list(tmp_path.iterdir()) == []
