@@ -347,5 +347,5 @@ def test_without_dali_the_backend_says_what_to_install(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ValueError, match=r"needs NVIDIA DALI, .* install nvidia-dali-cuda130"):
+    with pytest.raises(ValueError, match=r"need NVIDIA DALI, .* install nvidia-dali-cuda130"):
         make_loader(dataset, "train", backend="dali", batch_size=2, device="cpu", train=True, crop=CropSpec("none"))
