@@ -48,6 +48,8 @@ def write_shards(
     timeout_s: writing processes that finish no shard for so long are ended.
     Raises ValueError when no image is good, the mode is FFCV's own, or a writing process dies.
     """
+    from loaders.native import kernels  # lazily: usage errors must not wait for torch and FFCV
+
     check_dali_options(options)
     check = check or check_images(split, num_workers=options.num_workers)
     if not len(check.good):
@@ -59,6 +61,7 @@ def write_shards(
     path.parent.mkdir(parents=True, exist_ok=True)
     places = np.zeros((count, 2), dtype=np.int64)
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    kernels()  # here, and not in each process of each split
     done = map_chunks(_write_shard, shards, chunks, num_workers=options.num_workers, timeout_s=timeout_s)
     for chunk, written in done:
         places[chunk.start : chunk.stop] = written

@@ -15,7 +15,7 @@ from loaders.dali_augment import build_dali_augment
 from loaders.memory import free_bytes, readable
 from loaders.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
-from loaders.resident_loader import ResidentLoader, resident_bytes
+from loaders.resident_loader import ResidentLoader, is_ragged, resident_bytes
 from loaders.source_dataset import SourceDataset
 from loaders.tar_shards import TarShards
 from loaders.torch_loader import TorchLoader
@@ -76,10 +76,11 @@ def make_loader(
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
     backend: "resident", "resident_jpeg", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
-        `memory_budget_bytes` (default: 40 % of the device's free memory), else ffcv, or dali when the data set has no
-        other format, or torch for a source; `loader.reason` says why. "ffcv" reads .beton files and "dali" shards; of
-        the others "resident_jpeg" reads shards first, which hold the original JPEGs, and "resident" and "torch" .beton
-        files. A source's own files are read by "resident", "torch" and "dali".
+        `memory_budget_bytes` (default: 40 % of the device's free memory), but for random crops of images of many sizes
+        on a CPU; else ffcv, or dali when the data set has no other format, or torch for a source. `loader.reason` says
+        why. "ffcv" reads .beton files and "dali" shards; of the others "resident_jpeg" reads shards first, which hold
+        the original JPEGs, and "resident" and "torch" .beton files. A source's own files are read by "resident",
+        "torch" and "dali".
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
@@ -143,6 +144,8 @@ def choose_backend(
     plan: EpochPlan, device: torch.device, memory_budget_bytes: int | None = None, reader: str = "ffcv"
 ) -> tuple[str, str]:
     """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch."""
+    if device.type == "cpu" and is_ragged(plan.crop, plan.heights, plan.widths):
+        return reader, f"{reader}: images differ in size, and to cut random crops out of them in memory is a GPU's work"
     needed = resident_bytes(plan.crop, plan.heights, plan.widths)
     if memory_budget_bytes is None:
         budget, origin = (

@@ -23,7 +23,8 @@ def keep_torch_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _kernels():
+def kernels():
+    """FFCV's module of C functions; the first call imports it, which takes seconds: before forking, not after."""
     with keep_torch_threads():
         from ffcv import libffcv
     return libffcv
@@ -36,7 +37,7 @@ def decode_jpeg(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     accurate DCT of other decoders differs by about 1 level on average.
     """
     image = np.empty((height, width, 3), dtype=np.uint8)
-    if _kernels().imdecode(encoded, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+    if kernels().imdecode(encoded, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
         raise ValueError(f"damaged JPEG data ({encoded.size} bytes that should give {height}x{width})")
     return image
 
@@ -51,4 +52,4 @@ def resize_crop(image: np.ndarray, box: Sequence[int], out: np.ndarray) -> None:
     if (height, width) == out.shape[:2]:
         out[:] = image[top : top + height, left : left + width]
     else:
-        _kernels().resize_crop(image, top, top + height, left, left + width, out)
+        kernels().resize_crop(image, top, top + height, left, left + width, out)

@@ -40,7 +40,7 @@ class ResidentLoader:
     ) -> None:
         self.plan, self.device, self.reason = plan, torch.device(device), reason
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
-        self._ragged = _is_ragged(plan.crop, plan.heights, plan.widths)
+        self._ragged = is_ragged(plan.crop, plan.heights, plan.widths)
         self.crops = self._ragged or plan.crop.kind != "random_resized"
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
         self._pixels: Tensor | RaggedPixels | None = (
@@ -89,7 +89,7 @@ def resident_bytes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> i
     return 3 * height * width * len(heights)
 
 
-def _is_ragged(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> bool:
+def is_ragged(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> bool:
     """Whether whole images of different sizes are kept."""
     return crop.kind == "random_resized" and common_shape(heights, widths) is None
 

@@ -7,6 +7,7 @@ import numpy as np
 from loaders.beton import Beton
 from loaders.dataset import SPLITS, ConvertedDataset, file_checksums
 from loaders.image_check import CHUNK, map_chunks
+from loaders.native import kernels
 from loaders.progress import progress_bar
 from loaders.protocol import StoredSplit
 from loaders.tar_shards import TarShards
@@ -55,6 +56,7 @@ def _verify_split(
         for shard in range(len(stored.tars)):
             problems += stored.problems(shard)
     damaged: list[str] = []
+    kernels()  # imported here, and not in each process
     chunks = [range(start, min(start + CHUNK, len(stored))) for start in range(0, len(stored), CHUNK)]
     with progress_bar(f"verify {split}" + (" shards" if kind == "dali" else ""), len(stored), progress) as advance:
         for chunk, errors in map_chunks(_decode, stored, chunks, num_workers=num_workers):

@@ -276,8 +276,10 @@ def test_auto_knows_what_whole_images_of_many_sizes_take(mixed):
     plan = EpochPlan(beton.labels, beton.heights, beton.widths, CropSpec("random_resized", 12), 8, train=True)
     needed = sum(image.size for image in mixed.images)
     assert resident_bytes(plan.crop, plan.heights, plan.widths) == needed
-    assert choose_backend(plan, torch.device("cpu"), memory_budget_bytes=needed)[0] == "resident"
-    assert choose_backend(plan, torch.device("cpu"), memory_budget_bytes=needed - 1)[0] == "ffcv"
+    assert choose_backend(plan, torch.device("cuda"), memory_budget_bytes=needed)[0] == "resident"
+    assert choose_backend(plan, torch.device("cuda"), memory_budget_bytes=needed - 1)[0] == "ffcv"
+    backend, reason = choose_backend(plan, torch.device("cpu"), memory_budget_bytes=needed)
+    assert (backend, "images differ in size" in reason) == ("ffcv", True)
 
 
 def test_imagenet_lt_at_256_pixels_takes_23_gigabytes():
