@@ -26,7 +26,7 @@ from loaders.protocol import EncodedSplit
 try:
     from nvidia import dali
     from nvidia.dali import fn, types
-    from nvidia.dali.tensors import TensorCPU
+    from nvidia.dali.tensors import TensorCPU, TensorListCPU
 except ImportError as error:
     raise ValueError(
         f"the 'dali' and 'resident_jpeg' backends need NVIDIA DALI, which cannot be imported ({error}): install "
@@ -36,7 +36,7 @@ except ImportError as error:
 BATCHES_AHEAD = 2  # decoded while the consumer works
 AUGMENT_STREAM = 2  # keeps DALI's random numbers apart from other uses of (seed, epoch)
 TINY = 16  # side of the image that stands in for those of batches that are passed over
-Fed = tuple[list[TensorCPU], np.ndarray, np.ndarray, np.ndarray]
+Fed = tuple[TensorListCPU, np.ndarray, np.ndarray, np.ndarray]
 
 
 class DaliLoader(HostLoader):
@@ -144,7 +144,8 @@ class DaliLoader(HostLoader):
     def _fed(self, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Iterator[Fed]:
         whole = np.full((self.batch_size, 2), TINY, dtype=np.int32)
         for _ in range(self._passed_over(index)):
-            yield [_tiny_image()] * self.batch_size, np.zeros_like(whole), whole, np.ones(whole.shape, np.float32)
+            tiny = TensorListCPU([_tiny_image()] * self.batch_size, contiguous=False)
+            yield tiny, np.zeros_like(whole), whole, np.ones(whole.shape, np.float32)
         outputs = np.tile(np.array(self.plan.output_shape, dtype=np.float32), (self.batch_size, 1))
         for first in range(0, len(index), self.batch_size):
             batch = slice(first, first + self.batch_size)
@@ -181,8 +182,11 @@ class _EncodedTensors:
         self.stored, self._threads = stored, threads
         self._tensors: list[TensorCPU | None] = [None] * len(stored)
 
-    def of(self, index: np.ndarray) -> list[TensorCPU]:
-        """Those of the images at `index`."""
+    def of(self, index: np.ndarray) -> TensorListCPU:
+        """Those of the images at `index`, as the list of DALI's that its Python does not look into once more."""
+        return TensorListCPU(self._each(index), contiguous=False)
+
+    def _each(self, index: np.ndarray) -> list[TensorCPU]:
         tensors, places = self._tensors, index.tolist()
         if not self.stored.in_memory:
             with ThreadPoolExecutor(self._threads) as pool:
