@@ -42,7 +42,7 @@ class DataRecipe:
     augment: what is done to a training batch on the device; meta_augment: to a meta batch (default: the same).
     second_augment: to the second view of each training image, for methods that have two (default: the same).
     dali_augment: an automatic augmentation by DALI before it, with loader dali or resident_jpeg; see
-        `loaders.dali_augment`. Where meta_augment is given, meta batches are spared it.
+        `loaders.dali_augment`. Both views of an image get one; meta batches do not where meta_augment is given.
     mean, std: of the pixels in [0, 1], per RGB channel.
     """
 

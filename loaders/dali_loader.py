@@ -135,7 +135,7 @@ class DaliLoader(HostLoader):
         shape = None if self._on_host or self.plan.crop.kind == "none" else self.plan.output_shape
         if self._augment is None:
             return _Decoder(shape, self.batch_size, self.device, self._threads)
-        seeds = np.random.default_rng([self.plan.seed, self._epoch, AUGMENT_STREAM, self.plan.rank])
+        seeds = np.random.default_rng([self.plan.seed, self._epoch, AUGMENT_STREAM, self.plan.rank, self.plan.view])
         augment = functools.partial(
             self._augment.apply, shape=self.plan.output_shape, seed=int(seeds.integers(1 << 31))
         )
