@@ -36,7 +36,7 @@ except ImportError as error:
 BATCHES_AHEAD = 2  # decoded while the consumer works
 AUGMENT_STREAM = 2  # keeps DALI's random numbers apart from other uses of (seed, epoch)
 TINY = 16  # side of the image that stands in for those of batches that are passed over
-Fed = tuple[TensorListCPU, np.ndarray, np.ndarray, np.ndarray]
+Fed = tuple[TensorListCPU | np.ndarray, ...]  # files; and where they are cut: starts, sizes, output sizes
 
 
 class DaliLoader(HostLoader):
@@ -72,7 +72,8 @@ class DaliLoader(HostLoader):
             raise ValueError(f"num_workers {num_workers} for the {self.backend!r} backend: give 1 or more threads")
         self._encoded = _EncodedTensors(stored, self._threads)
         self._augment = augment if plan.train else None
-        self._on_host = not plan.train and plan.crop.kind != "none"
+        self._cuts = plan.crop.kind != "none"
+        self._on_host = self._cuts and not plan.train
         self._decoder: _Decoder | None = None
         self._epoch = 0
 
@@ -132,24 +133,26 @@ class DaliLoader(HostLoader):
         return torch.from_numpy(out)
 
     def _new_decoder(self) -> _Decoder:
-        shape = None if self._on_host or self.plan.crop.kind == "none" else self.plan.output_shape
+        shape = None if self._on_host or not self._cuts else self.plan.output_shape
         if self._augment is None:
-            return _Decoder(shape, self.batch_size, self.device, self._threads)
+            return _Decoder(self._cuts, shape, self.batch_size, self.device, self._threads)
         seeds = np.random.default_rng([self.plan.seed, self._epoch, AUGMENT_STREAM, self.plan.rank, self.plan.view])
         augment = functools.partial(
             self._augment.apply, shape=self.plan.output_shape, seed=int(seeds.integers(1 << 31))
         )
-        return _Decoder(shape, self.batch_size, self.device, self._threads, augment)
+        return _Decoder(self._cuts, shape, self.batch_size, self.device, self._threads, augment)
 
     def _fed(self, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Iterator[Fed]:
         whole = np.full((self.batch_size, 2), TINY, dtype=np.int32)
         for _ in range(self._passed_over(index)):
             tiny = TensorListCPU([_tiny_image()] * self.batch_size, contiguous=False)
-            yield tiny, np.zeros_like(whole), whole, np.ones(whole.shape, np.float32)
+            boxes = np.zeros_like(whole), whole, np.ones(whole.shape, np.float32)
+            yield (tiny, *boxes) if self._cuts else (tiny,)
         outputs = np.tile(np.array(self.plan.output_shape, dtype=np.float32), (self.batch_size, 1))
         for first in range(0, len(index), self.batch_size):
             batch = slice(first, first + self.batch_size)
-            yield self._encoded.of(index[batch]), starts[batch], sizes[batch], outputs[: len(index[batch])]
+            files = self._encoded.of(index[batch])
+            yield (files, starts[batch], sizes[batch], outputs[: len(index[batch])]) if self._cuts else (files,)
 
     def _passed_over(self, index: np.ndarray) -> int:
         """Batches before those of `index` whose random numbers DALI has to draw all the same."""
@@ -223,12 +226,14 @@ class _Feed:
 class _Decoder:
     """A DALI pipeline for batches of up to `batch_size` images.
 
+    cuts: whether rectangles are cut out, and fed; an image that is taken whole is spared what each input costs.
     shape: (H, W) that rectangles are resized to; None leaves them as they are.
     augment: adds to the pipeline what is done to the images at last; it takes and gives DALI's node.
     """
 
     def __init__(
         self,
+        cuts: bool,
         shape: tuple[int, int] | None,
         batch_size: int,
         device: torch.device,
@@ -242,6 +247,7 @@ class _Decoder:
             self.device = torch.device("cuda", torch.cuda.current_device())
         define = dali.pipeline_def(self._define, enable_conditionals=augment is not None)
         self._pipeline = define(
+            cuts,
             shape,
             augment,
             batch_size=batch_size,
@@ -252,21 +258,22 @@ class _Decoder:
         )
         self._pipeline.build()
 
-    def _define(self, shape: tuple[int, int] | None, augment: functools.partial | None):
+    def _define(self, cuts: bool, shape: tuple[int, int] | None, augment: functools.partial | None):
         """The pipeline's graph."""
-        encoded, start, size, output = fn.external_source(source=self._feed.next, num_outputs=4, no_copy=True)
-        images = fn.decoders.image_slice(
-            encoded,
-            start=start,
-            shape=size,
-            axis_names="HW",
-            device="mixed" if self.device.type == "cuda" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,  # stored upright
+        fed = fn.external_source(source=self._feed.next, num_outputs=4 if cuts else 1, no_copy=True)
+        decoding = {
+            "device": "mixed" if self.device.type == "cuda" else "cpu",
+            "output_type": types.RGB,
+            "adjust_orientation": False,  # stored upright
             # The two that make libjpeg-turbo's pixels FFCV's.
-            jpeg_fancy_upsampling=True,
-            use_fast_idct=True,
-        )
+            "jpeg_fancy_upsampling": True,
+            "use_fast_idct": True,
+        }
+        if cuts:
+            encoded, start, size, output = fed
+            images = fn.decoders.image_slice(encoded, start=start, shape=size, axis_names="HW", **decoding)
+        else:
+            images = fn.decoders.image(fed[0], **decoding)
         if shape is not None:
             # The size is fed, too, for the images of batches that are passed over stay small.
             images = fn.resize(images, size=output, interp_type=types.INTERP_LINEAR, antialias=True)
