@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -14,10 +15,12 @@ from accelerate.utils import broadcast_object_list
 from fastlt.recipe import LIST_KEYS, SMALL_SOURCES, DataRecipe
 from loaders.dataset import MANIFEST, ConvertedDataset, conversion_request, convert
 from loaders.ffcv_format import FfcvOptions
-from loaders.sources import open_source
+from loaders.source_dataset import SourceDataset
+from loaders.sources import Source, open_source
 
 # Which images are chosen does not depend on the seed of a run: runs under several seeds share one data set.
 SPLIT_SEED = 0
+T = TypeVar("T")
 
 
 def request(data: DataRecipe) -> dict[str, Any]:
@@ -33,8 +36,8 @@ def request(data: DataRecipe) -> dict[str, Any]:
 
 
 def _formats(data: DataRecipe) -> tuple[str, ...]:
-    """What is written for a recipe: a data set made for the dali loader serves the others as well."""
-    return ("ffcv", "dali") if data.loader == "dali" else ("ffcv",)
+    """What is written for a recipe: a data set made for DALI's loaders serves the others as well."""
+    return ("ffcv", "dali") if data.loader in ("dali", "resident_jpeg") else ("ffcv",)
 
 
 def _check_format(data: DataRecipe, folder: Path) -> None:
@@ -67,7 +70,7 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
     if data.imbalance_factor is not None:
         words += ["--imbalance", f"{data.imbalance_factor:g}"]
     words += ["--meta-per-class", str(data.meta_per_class), "--mode", data.storage.mode]
-    if data.loader == "dali":
+    if data.loader in ("dali", "resident_jpeg"):
         words += ["--format", "both"]
     if data.storage.max_resolution is not None:
         words += ["--max-resolution", str(data.storage.max_resolution)]
@@ -78,25 +81,50 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
     return shlex.join(words)
 
 
-def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedDataset:
-    """The converted data set of a recipe; digits and CIFAR are converted by the main process when it is absent.
+def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedDataset | SourceDataset:
+    """The data set of a recipe; digits and CIFAR are converted by the main process when it is absent.
 
     ValueError, on every process, when there is none and it is not small, when the folder holds another one, or when
     the source cannot be read.
     """
+    if not data.convert:
+        return _on_main(accelerator, lambda: _read_source(data))
     folder = Path(data.converted) if data.converted else default_folder(data)
-    problem = [None]
+    _on_main(accelerator, lambda: ensure_converted(data, folder))
+    return ConvertedDataset.open(folder)
+
+
+def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every process; so is its ValueError, or the others would wait."""
+    outcome: list = [None, None]
     if accelerator.is_main_process:
         try:
-            ensure_converted(data, folder)
+            outcome[0] = work()
         except ValueError as error:
-            problem = [str(error)]
-    # The others learn of a failure instead of waiting for a data set that will not come.
+            outcome[1] = str(error)
     if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
-    return ConvertedDataset.open(folder)
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def _read_source(data: DataRecipe) -> SourceDataset:
+    return SourceDataset.open(_open_source(data), Path(data.root or data.source))
+
+
+def _open_source(data: DataRecipe) -> Source:
+    return open_source(
+        data.source,
+        root=data.root,
+        **{key: getattr(data, key) for key in LIST_KEYS},
+        num_classes=data.num_classes,
+        download=data.download,
+        imbalance_factor=data.imbalance_factor,
+        convention=data.convention,
+        meta_per_class=data.meta_per_class,
+        seed=SPLIT_SEED,
+    )
 
 
 def ensure_converted(data: DataRecipe, folder: Path) -> None:
@@ -107,16 +135,7 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
         return
     if data.source not in SMALL_SOURCES:
         raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
-    source = open_source(
-        data.source,
-        root=data.root,
-        download=data.download,
-        imbalance_factor=data.imbalance_factor,
-        convention=data.convention,
-        meta_per_class=data.meta_per_class,
-        seed=SPLIT_SEED,
-    )
-    convert(source, folder, options=_options(data), request=request(data), formats=_formats(data))
+    convert(_open_source(data), folder, options=_options(data), request=request(data), formats=_formats(data))
 
 
 def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from fastlt.names import unknown
 from fastlt.typed_yaml import RecipeError, apply_override, build, merge, read_yaml, to_tree
+from loaders.dali_augment import build_dali_augment
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
 SMALL_SOURCES = ("digits", "cifar10", "cifar100")
@@ -31,6 +32,8 @@ class DataRecipe:
 
     root: folder of the source's files; train_list, meta_list, test_list: list files of source `list_file`.
     converted: folder of the converted data set; by default one below `data/`, named after what is asked for.
+    convert: false reads the source's own files, with loader auto, resident, torch or dali; nothing is written, and
+        every image is decoded once before the run begins.
     imbalance_factor, convention: long-tailed subsampling, see `loaders.longtail`.
     shots: more training images than the first number make a class many-shot, fewer than the second few-shot.
     image_size: pixels a side that the network sees.
@@ -38,6 +41,8 @@ class DataRecipe:
         shorter side of the image. crop_scale, crop_aspect: range of area and aspect ratio of `random_resized` crops.
     augment: what is done to a training batch on the device; meta_augment: to a meta batch (default: the same).
     second_augment: to the second view of each training image, for methods that have two (default: the same).
+    dali_augment: an automatic augmentation by DALI before it, with loader dali or resident_jpeg; see
+        `loaders.dali_augment`. Both views of an image get one; meta batches do not where meta_augment is given.
     mean, std: of the pixels in [0, 1], per RGB channel.
     """
 
@@ -47,6 +52,7 @@ class DataRecipe:
     std: tuple[float, float, float]
     root: str | None = None
     converted: str | None = None
+    convert: bool = True
     download: bool = True
     train_list: str | None = None
     meta_list: str | None = None
@@ -57,7 +63,7 @@ class DataRecipe:
     meta_per_class: int = 10
     shots: tuple[int, int] = (100, 20)
     storage: StorageRecipe = field(default_factory=StorageRecipe)
-    loader: Literal["auto", "resident", "ffcv", "torch", "dali"] = "auto"
+    loader: Literal["auto", "resident", "resident_jpeg", "ffcv", "torch", "dali"] = "auto"
     num_workers: int | None = None
     train_crop: Literal["none", "random_resized"] = "none"
     eval_crop: Literal["none", "center"] = "none"
@@ -67,6 +73,7 @@ class DataRecipe:
     augment: list[str | dict[str, Any]] = field(default_factory=list)
     meta_augment: list[str | dict[str, Any]] | None = None
     second_augment: list[str | dict[str, Any]] | None = None
+    dali_augment: str | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -287,6 +294,15 @@ def _check_data(data: DataRecipe) -> list[str]:
         )
     if data.shots[0] < data.shots[1]:
         mistakes.append(f"data.shots: is {list(data.shots)}; allowed: the upper threshold first, for example [100, 20]")
+    if not data.convert and data.converted is not None:
+        mistakes.append("data.convert: is false, but data.converted names a folder; leave one of the two out")
+    if not data.convert and data.loader in ("ffcv", "resident_jpeg"):
+        mistakes.append(
+            f"data.convert: is false, but data.loader {data.loader!r} reads converted data sets; allowed with it: "
+            "auto, resident, torch, dali"
+        )
+    if data.dali_augment is not None:
+        mistakes += _check_dali_augment(data)
     if any(s <= 0 for s in data.std):
         mistakes.append(f"data.std: is {list(data.std)}; allowed: numbers > 0")
     lists = [key for key in LIST_KEYS if getattr(data, key)]
@@ -300,6 +316,20 @@ def _check_data(data: DataRecipe) -> list[str]:
     if data.root is not None and not Path(data.root).is_dir() and data.source not in SMALL_SOURCES:
         mistakes.append(f"data.root: {data.root} is not a folder")
     return mistakes
+
+
+def _check_dali_augment(data: DataRecipe) -> list[str]:
+    try:
+        build_dali_augment(data.dali_augment)
+    except ValueError as error:
+        return [f"data.dali_augment: {error}"]
+    if data.loader not in ("dali", "resident_jpeg"):
+        return [f"data.dali_augment: is set, but data.loader is {data.loader!r}; it needs dali or resident_jpeg"]
+    names = [spec if isinstance(spec, str) else next(iter(spec), "") for spec in data.augment]
+    twice = [name for name in names if name in ("auto_augment", "rand_augment")]
+    if twice:
+        return [f"data.dali_augment: is set and data.augment has {twice[0]}; leave one of the two out"]
+    return []
 
 
 def _check_names(recipe: Recipe) -> list[str]:

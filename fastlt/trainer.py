@@ -487,6 +487,7 @@ class Trainer:
             view=view,
             num_workers=data.num_workers,
             classes=classes,
+            dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         )
 
     def _whole_split(self, split: str) -> Batch:

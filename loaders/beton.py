@@ -37,11 +37,14 @@ class Beton:
     """One split's stored images and labels, memory-mapped; picklable, so that worker processes can open their own.
 
     labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.  is_jpeg: bool (N,), False for raw pixels.
+    storage: the whole file, uint8 (n,), read-only; image i is the `sizes[i]` bytes from `offsets[i]` on, int64 (N,).
     """
+
+    in_memory = True
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._bytes = self._map()
+        self.storage = self._map()
         header = self._table(HEADER, 0, 1)[0]
         if header["version"] != VERSION:
             raise self._unusable(f"its format version is {header['version']}, not {VERSION}")
@@ -54,14 +57,14 @@ class Beton:
         if header["allocation_table"] == 0:
             raise self._unusable("its writer did not finish")
         samples = self._table(SAMPLE, HEADER.itemsize + fields.nbytes, int(header["num_samples"]))
-        self._offsets = samples["image"]["data_ptr"].astype(np.int64)
-        self._sizes = self._stored_sizes(int(header["allocation_table"]))
+        self.offsets = samples["image"]["data_ptr"].astype(np.int64)
+        self.sizes = self._stored_sizes(int(header["allocation_table"]))
         self.is_jpeg = samples["image"]["mode"] == JPEG
         self.heights = samples["image"]["height"].astype(np.int64)
         self.widths = samples["image"]["width"].astype(np.int64)
         self.labels = samples["label"].astype(np.int64)
         raw_sizes = 3 * self.heights * self.widths
-        if (self._sizes != raw_sizes)[~self.is_jpeg].any() or (self._offsets + self._sizes > self._bytes.size).any():
+        if (self.sizes != raw_sizes)[~self.is_jpeg].any() or (self.offsets + self.sizes > self.storage.size).any():
             raise self._unusable("its sample sizes do not add up")
 
     @classmethod
@@ -82,7 +85,7 @@ class Beton:
 
     def encoded(self, i: int) -> np.ndarray:
         """What is stored for image `i`, a read-only view uint8 (n,): a JPEG file where `is_jpeg[i]`, else pixels."""
-        return self._bytes[self._offsets[i] : self._offsets[i] + self._sizes[i]]
+        return self.storage[self.offsets[i] : self.offsets[i] + self.sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
         """Image `i` as RGB uint8 (H, W, 3), read-only where stored raw; ValueError naming it when it is damaged."""
@@ -103,17 +106,17 @@ class Beton:
 
     def _table(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         end = offset + count * dtype.itemsize
-        if end > self._bytes.size:
+        if end > self.storage.size:
             raise self._unusable("it is cut short")
-        return self._bytes[offset:end].view(dtype)
+        return self.storage[offset:end].view(dtype)
 
     def _stored_sizes(self, table: int) -> np.ndarray:
-        count = max(self._bytes.size - table, 0) // ALLOCATION.itemsize
+        count = max(self.storage.size - table, 0) // ALLOCATION.itemsize
         allocations = self._table(ALLOCATION, table, count)
         order = np.argsort(allocations["data_ptr"], kind="stable")
         addresses = allocations["data_ptr"][order].astype(np.int64)
-        place = np.searchsorted(addresses, self._offsets)
-        if count == 0 or (place == count).any() or (addresses[place] != self._offsets).any():
+        place = np.searchsorted(addresses, self.offsets)
+        if count == 0 or (place == count).any() or (addresses[place] != self.offsets).any():
             raise self._unusable("its allocation table misses images")
         return allocations["size"][order][place].astype(np.int64)
 

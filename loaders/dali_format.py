@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.ffcv_format import FfcvOptions, scaled, stored_sizes
-from loaders.image_check import Advance, BadImage, ImageCheck, check_images, map_chunks
+from loaders.image_check import STUCK_S, Advance, BadImage, ImageCheck, check_images, map_chunks
 from loaders.sources.split import Split
 from loaders.tar_shards import BLOCK, COLUMNS, IDX_VERSION, idx_line, member_names, padded, shard_path
 
@@ -35,6 +35,7 @@ def write_shards(
     check: ImageCheck | None = None,
     advance: Advance = lambda n: None,
     shard_images: int = SHARD_IMAGES,
+    timeout_s: float = STUCK_S,
 ) -> list[BadImage]:
     """Write the images of `split` that can be decoded, and their labels, beside the index `path`; return the others.
 
@@ -44,8 +45,11 @@ def write_shards(
     check: what `check_images(split)` gave; without it, every image is decoded here first.
     advance: called with the number of images written since the last call.
     shard_images: images a shard; more when there would be more than 128 shards.
+    timeout_s: writing processes that finish no shard for so long are ended.
     Raises ValueError when no image is good, the mode is FFCV's own, or a writing process dies.
     """
+    from loaders.native import kernels  # lazily: usage errors must not wait for torch and FFCV
+
     check_dali_options(options)
     check = check or check_images(split, num_workers=options.num_workers)
     if not len(check.good):
@@ -57,7 +61,9 @@ def write_shards(
     path.parent.mkdir(parents=True, exist_ok=True)
     places = np.zeros((count, 2), dtype=np.int64)
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    for chunk, written in map_chunks(_write_shard, shards, chunks, num_workers=options.num_workers):
+    kernels()  # here, and not in each process of each split
+    done = map_chunks(_write_shard, shards, chunks, num_workers=options.num_workers, timeout_s=timeout_s)
+    for chunk, written in done:
         places[chunk.start : chunk.stop] = written
         advance(len(chunk))
     first = np.array([chunk.start for chunk in chunks], dtype=np.int64)

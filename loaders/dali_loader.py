@@ -7,39 +7,50 @@ compressed bytes, straight from the mapped shards and in the plan's order, and i
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlt.state import Batch
-from loaders.host_loader import HostLoader, default_workers
+from loaders.dali_augment import DaliAugment
+from loaders.host_loader import HostLoader, default_workers, upload
+from loaders.native import resize_crop
 from loaders.plan import EpochPlan
-from loaders.tar_shards import TarShards
+from loaders.protocol import EncodedSplit
 
 try:
     from nvidia import dali
     from nvidia.dali import fn, types
+    from nvidia.dali.tensors import TensorCPU, TensorListCPU
 except ImportError as error:
     raise ValueError(
-        f"the 'dali' backend needs NVIDIA DALI, which cannot be imported ({error}): install "
+        f"the 'dali' and 'resident_jpeg' backends need NVIDIA DALI, which cannot be imported ({error}): install "
         "nvidia-dali-cuda130 (or nvidia-dali-cuda120), as `make setup` does, or choose another data.loader"
     ) from error
 
 BATCHES_AHEAD = 2  # decoded while the consumer works
-Fed = tuple[list[np.ndarray], np.ndarray, np.ndarray]
+AUGMENT_STREAM = 2  # keeps DALI's random numbers apart from other uses of (seed, epoch)
+TINY = 16  # side of the image that stands in for those of batches that are passed over
+Fed = tuple[TensorListCPU | np.ndarray, ...]  # files; and where they are cut: starts, sizes, output sizes
 
 
 class DaliLoader(HostLoader):
     """BatchLoader over a DALI pipeline that decodes, cuts and resizes what it is handed.
 
     On a CPU JPEGs decode to the very pixels of the other backends; on a GPU nvJPEG's accurate DCT may differ by some
-    levels. Cut-outs are resized with DALI's antialiased triangular filter, which is Pillow's and torchvision's
-    "bilinear" (to one level, but for the outermost pixels), and not FFCV's area interpolation: on photographs cut to
-    224 pixels the two differ by 1 level of 255 on average. Only what the rectangle needs of a JPEG is decoded.
+    levels. In training, cut-outs are resized with DALI's antialiased triangular filter, which is Pillow's and
+    torchvision's "bilinear" (to one level, but for the outermost pixels), and not FFCV's area interpolation: on
+    photographs cut to 224 pixels the two differ by 1 level of 255 on average. For evaluation they are resized on the
+    host, with the other backends' own kernel. Only what the rectangle needs of a JPEG is decoded.
 
     num_workers: DALI's CPU threads; None takes the cores of this job over its processes.
+    augment: DALI's automatic augmentation of training images after the crop. Its random numbers come from (seed,
+        epoch), so an epoch that is resumed first passes over the batches before it, with tiny images in their place.
     A damaged image raises RuntimeError naming it, unless the damage lies beyond the rectangle.
     """
 
@@ -47,20 +58,29 @@ class DaliLoader(HostLoader):
 
     def __init__(
         self,
-        shards: TarShards,
+        stored: EncodedSplit,
         plan: EpochPlan,
         *,
         device: torch.device | str,
         num_workers: int | None = None,
         reason: str = "asked for",
+        augment: DaliAugment | None = None,
     ) -> None:
-        super().__init__(shards, plan, device=device, reason=reason)
-        self.shards = shards
+        super().__init__(stored, plan, device=device, reason=reason)
         self._threads = default_workers(plan.world_size) if num_workers is None else num_workers
         if self._threads < 1:
-            raise ValueError(f"num_workers {num_workers} for the 'dali' backend: give 1 or more threads")
+            raise ValueError(f"num_workers {num_workers} for the {self.backend!r} backend: give 1 or more threads")
+        self._encoded = _EncodedTensors(stored, self._threads)
+        self._augment = augment if plan.train else None
+        self._cuts = plan.crop.kind != "none"
+        self._on_host = self._cuts and not plan.train
         self._decoder: _Decoder | None = None
-        self._labels = self._labels.to(self.device)
+        self._epoch = 0
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """See BatchLoader."""
+        self._epoch = epoch
+        return super().epoch(epoch, first_batch)
 
     def close(self) -> None:
         """Ends the running epoch and DALI's threads."""
@@ -68,48 +88,128 @@ class DaliLoader(HostLoader):
         self._decoder = None
 
     def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
-        """Unlike other host backends' batches these are decoded where they are needed: nothing is uploaded."""
+        """Unlike other host backends' training batches these are decoded where they are needed: nothing is uploaded."""
+        with contextlib.closing(self._decoded(index, boxes)) as decoded:
+            if not self._on_host:
+                yield from self._labelled((torch.from_dlpack(images.as_tensor()) for images in decoded), index)
+                return
+            with ThreadPoolExecutor(self._threads) as pool:
+                resized = (self._resized(images, pool) for images in decoded)
+                yield from self._labelled(upload(resized, self.device), index)
+
+    def _decoded(self, index: np.ndarray, boxes: np.ndarray) -> Generator[object, None, None]:
+        """Each batch's images, DALI's list of uint8 (H, W, 3)."""
         if not len(index):
             return
+        if self._augment is not None:
+            self._decoder = None  # random numbers begin anew, so that they do not depend on the epochs before
         if self._decoder is None:
             self._decoder = self._new_decoder()
-        places = torch.from_numpy(index).to(self.device).split(self.batch_size)
         # DALI reads these where they are: they outlive `decoded`, which ends only when nothing is in flight.
         starts, sizes = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
+        done = 0
         with contextlib.closing(self._decoder.run(self._fed(index, starts, sizes))) as decoded:
-            for number, of_batch in enumerate(places):
-                try:
-                    images = next(decoded)
-                except RuntimeError as error:
-                    self._decoder = None  # DALI says that it is no longer valid
-                    raise self._failure(index[number * self.batch_size :], error) from error
-                labels = self._labels.index_select(0, of_batch)
-                yield Batch(images=images.permute(0, 3, 1, 2), labels=labels, index=of_batch)
-            assert next(decoded, None) is None, "more batches than were asked for"
+            try:
+                for _ in range(self._passed_over(index)):
+                    next(decoded)
+                for images in decoded:
+                    done += len(images)
+                    yield images
+            except RuntimeError as error:
+                self._decoder = None  # DALI says that it is no longer valid
+                raise self._failure(index[done:], error) from error
+        assert done == len(index), (done, len(index))
+
+    def _resized(self, images: object, pool: ThreadPoolExecutor) -> Tensor:
+        """Evaluation's cut-outs in host memory, resized as the other backends do: uint8 (N, h, w, 3)."""
+        images = images.as_cpu()
+        out = np.empty((len(images), *self.plan.output_shape, 3), dtype=np.uint8)
+
+        def resize(i: int) -> None:
+            cut = np.asarray(images[i])
+            resize_crop(cut, (0, 0, *cut.shape[:2]), out[i])
+
+        list(pool.map(resize, range(len(out))))
+        return torch.from_numpy(out)
 
     def _new_decoder(self) -> _Decoder:
-        crop = self.plan.crop
-        shape = None if crop.kind == "none" else self.plan.output_shape
-        return _Decoder(shape, self.batch_size, self.device, self._threads)
+        shape = None if self._on_host or not self._cuts else self.plan.output_shape
+        if self._augment is None:
+            return _Decoder(self._cuts, shape, self.batch_size, self.device, self._threads)
+        seeds = np.random.default_rng([self.plan.seed, self._epoch, AUGMENT_STREAM, self.plan.rank, self.plan.view])
+        augment = functools.partial(
+            self._augment.apply, shape=self.plan.output_shape, seed=int(seeds.integers(1 << 31))
+        )
+        return _Decoder(self._cuts, shape, self.batch_size, self.device, self._threads, augment)
 
     def _fed(self, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Iterator[Fed]:
+        whole = np.full((self.batch_size, 2), TINY, dtype=np.int32)
+        for _ in range(self._passed_over(index)):
+            tiny = TensorListCPU([_tiny_image()] * self.batch_size, contiguous=False)
+            boxes = np.zeros_like(whole), whole, np.ones(whole.shape, np.float32)
+            yield (tiny, *boxes) if self._cuts else (tiny,)
+        outputs = np.tile(np.array(self.plan.output_shape, dtype=np.float32), (self.batch_size, 1))
         for first in range(0, len(index), self.batch_size):
             batch = slice(first, first + self.batch_size)
-            yield [self.shards.encoded(i) for i in index[batch]], starts[batch], sizes[batch]
+            files = self._encoded.of(index[batch])
+            yield (files, starts[batch], sizes[batch], outputs[: len(index[batch])]) if self._cuts else (files,)
+
+    def _passed_over(self, index: np.ndarray) -> int:
+        """Batches before those of `index` whose random numbers DALI has to draw all the same."""
+        return 0 if self._augment is None else (self.num_samples - len(index)) // self.batch_size
 
     def _failure(self, ahead: np.ndarray, error: RuntimeError) -> RuntimeError:
         """What to tell of DALI's error, which names no image: the first one of those in flight that is damaged."""
         suspects = ahead[: (1 + BATCHES_AHEAD) * self.batch_size]
         for i in suspects:
             try:
-                self.shards.image(i)
+                self.stored.image(i)
             except ValueError as damage:
                 return RuntimeError(str(damage))
         reason = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
         return RuntimeError(
-            f"{self.shards.path}: DALI failed on one of the images {suspects[0]} to {suspects[-1]}, which other "
+            f"{self.stored.path}: DALI failed on one of the images {suspects[0]} to {suspects[-1]}, which other "
             f"decoders take ({reason[0] if reason else 'no reason given'}); the 'torch' backend reads them without DALI"
         )
+
+
+class _EncodedTensors:
+    """The images' compressed bytes as DALI's tensors.
+
+    Of files that are mapped, or in memory, they are made once and kept: to make them costs a tenth of decoding an image
+    of 32 pixels. The bytes are not copied; they are pages of the files, and DALI's threads are the first to touch them.
+    Other files are read when they are asked for, several at a time.
+    """
+
+    def __init__(self, stored: EncodedSplit, threads: int) -> None:
+        self.stored, self._threads = stored, threads
+        self._tensors: list[TensorCPU | None] = [None] * len(stored)
+
+    def of(self, index: np.ndarray) -> TensorListCPU:
+        """Those of the images at `index`, as the list of DALI's that its Python does not look into once more."""
+        return TensorListCPU(self._each(index), contiguous=False)
+
+    def _each(self, index: np.ndarray) -> list[TensorCPU]:
+        tensors, places = self._tensors, index.tolist()
+        if not self.stored.in_memory:
+            with ThreadPoolExecutor(self._threads) as pool:
+                return [TensorCPU(data) for data in pool.map(self.stored.encoded, places)]
+        found = [tensors[i] for i in places]
+        if None in found:
+            for k, i in enumerate(places):
+                if tensors[i] is None:
+                    tensors[i] = TensorCPU(self.stored.encoded(i))
+                found[k] = tensors[i]
+        return found
+
+
+@functools.cache
+def _tiny_image() -> TensorCPU:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (TINY, TINY)).save(file, "JPEG")
+    return TensorCPU(np.frombuffer(file.getvalue(), dtype=np.uint8))
 
 
 class _Feed:
@@ -126,44 +226,61 @@ class _Feed:
 class _Decoder:
     """A DALI pipeline for batches of up to `batch_size` images.
 
-    shape: (H, W) that rectangles are resized to; None leaves them as they are, which needs them of one size.
+    cuts: whether rectangles are cut out, and fed; an image that is taken whole is spared what each input costs.
+    shape: (H, W) that rectangles are resized to; None leaves them as they are.
+    augment: adds to the pipeline what is done to the images at last; it takes and gives DALI's node.
     """
 
-    def __init__(self, shape: tuple[int, int] | None, batch_size: int, device: torch.device, threads: int) -> None:
+    def __init__(
+        self,
+        cuts: bool,
+        shape: tuple[int, int] | None,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        augment: functools.partial | None = None,
+    ) -> None:
         self.device = device
         self._feed = _Feed()
         gpu = device.type == "cuda"
         if gpu and device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self._pipeline = dali.Pipeline(
+        define = dali.pipeline_def(self._define, enable_conditionals=augment is not None)
+        self._pipeline = define(
+            cuts,
+            shape,
+            augment,
             batch_size=batch_size,
             num_threads=threads,
             device_id=self.device.index if gpu else None,
             prefetch_queue_depth=BATCHES_AHEAD,
             exec_dynamic=True,  # outputs own their memory, so that a batch which is handed out stays valid
         )
-        with self._pipeline:
-            # Not copied: the bytes are pages of the mapped shards, and DALI's threads are the first to touch them.
-            encoded, start, size = fn.external_source(source=self._feed.next, num_outputs=3, no_copy=True)
-            images = fn.decoders.image_slice(
-                encoded,
-                start=start,
-                shape=size,
-                axis_names="HW",
-                device="mixed" if gpu else "cpu",
-                output_type=types.RGB,
-                adjust_orientation=False,  # stored upright
-                # The two that make libjpeg-turbo's pixels FFCV's.
-                jpeg_fancy_upsampling=True,
-                use_fast_idct=True,
-            )
-            if shape is not None:
-                images = fn.resize(images, size=shape, interp_type=types.INTERP_LINEAR, antialias=True)
-            self._pipeline.set_outputs(images)
         self._pipeline.build()
 
-    def run(self, fed: Iterator[Fed]) -> Generator[Tensor, None, None]:
-        """Images uint8 (N, H, W, 3) on the device for each of `fed`; RuntimeError when DALI fails, and for good then.
+    def _define(self, cuts: bool, shape: tuple[int, int] | None, augment: functools.partial | None):
+        """The pipeline's graph."""
+        fed = fn.external_source(source=self._feed.next, num_outputs=4 if cuts else 1, no_copy=True)
+        decoding = {
+            "device": "mixed" if self.device.type == "cuda" else "cpu",
+            "output_type": types.RGB,
+            "adjust_orientation": False,  # stored upright
+            # The two that make libjpeg-turbo's pixels FFCV's.
+            "jpeg_fancy_upsampling": True,
+            "use_fast_idct": True,
+        }
+        if cuts:
+            encoded, start, size, output = fed
+            images = fn.decoders.image_slice(encoded, start=start, shape=size, axis_names="HW", **decoding)
+        else:
+            images = fn.decoders.image(fed[0], **decoding)
+        if shape is not None:
+            # The size is fed, too, for the images of batches that are passed over stay small.
+            images = fn.resize(images, size=output, interp_type=types.INTERP_LINEAR, antialias=True)
+        return images if augment is None else augment(images)
+
+    def run(self, fed: Iterator[Fed]) -> Generator[object, None, None]:
+        """DALI's list of images for each of `fed`, on the device; RuntimeError when DALI fails, and for good then.
 
         On CUDA they are made on DALI's streams, and torch's current one waits for them.
         """
@@ -172,7 +289,7 @@ class _Decoder:
         try:
             while True:
                 (images,) = self._run_once()
-                yield torch.from_dlpack(images.as_tensor())
+                yield images
         except StopIteration:
             return
         except GeneratorExit:

@@ -12,6 +12,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from fastlt.names import pick, unknown
 from loaders.dali_format import check_dali_options, write_shards
 from loaders.ffcv_format import FfcvOptions, stored_sizes, write_beton
-from loaders.image_check import BadImage, ImageCheck, check_images
+from loaders.image_check import STUCK_S, BadImage, ImageCheck, available_cores, check_images
 from loaders.progress import progress_bar
 from loaders.sources.split import ArraySplit, Source, Split
 from loaders.whole_folder import LOCK, MANIFEST, check_target, publish, work_folder, write_durably
@@ -159,7 +160,7 @@ def convert(
     on_error: str = "stop",
     progress: bool = True,
     overwrite: bool = False,
-    timeout_s: float = 300.0,
+    timeout_s: float = STUCK_S,
 ) -> ConvertedDataset:
     """Write `source` to the folder `out`, whole or not at all.
 
@@ -168,7 +169,7 @@ def convert(
     on_error: "stop" raises a ValueError that lists the images that cannot be decoded, before anything is written;
         "skip" leaves them out and lists them in skipped.txt.
     overwrite: whether a converted data set that stands at `out` is replaced (after the new one is whole).
-    timeout_s: a writer without progress for so long is ended.
+    timeout_s: processes that check or write images are ended when there is no progress for so long.
     Raises ValueError, too, when `out` is in the way, another conversion is writing to it, or the writer fails.
     """
     if on_error not in ("stop", "skip"):
@@ -177,8 +178,8 @@ def convert(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
-        checks = _check(source, options, progress)
-        _judge(source, checks, on_error)
+        checks = check_source(source, num_workers=options.num_workers, progress=progress, timeout_s=timeout_s)
+        refuse_bad_images(source, checks, on_error)
         sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
         labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
         if "ffcv" in formats:
@@ -191,7 +192,14 @@ def convert(
                     )
             if "dali" in formats:
                 with progress_bar(f"write {name} shards", len(labels[name]), progress) as advance:
-                    write_shards(work / "dali" / f"{name}.npz", split, options, check=checks[name], advance=advance)
+                    write_shards(
+                        work / "dali" / f"{name}.npz",
+                        split,
+                        options,
+                        check=checks[name],
+                        advance=advance,
+                        timeout_s=timeout_s,
+                    )
         np.savez(work / LABELS, **labels)
         bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
@@ -205,7 +213,7 @@ def convert(
             "formats": {kind: options.parameters() for kind in formats},
             "request": _plain(request),
             "skipped": sum(len(images) for images in bad.values()),
-            "files": _files(work),
+            "files": _files(work, progress),
             "versions": _versions(),
         }
         write_durably(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -254,17 +262,20 @@ def _check_formats(formats: tuple[str, ...], options: FfcvOptions) -> None:
         check_dali_options(options)
 
 
-def _check(source: Source, options: FfcvOptions, progress: bool) -> dict[str, ImageCheck]:
+def check_source(
+    source: Source, *, num_workers: int | None = None, progress: bool = True, timeout_s: float = STUCK_S
+) -> dict[str, ImageCheck]:
+    """Decode every image of every split once (`check_images`)."""
     assert set(source.splits) == set(SPLITS), sorted(source.splits)
     checks = {}
     for name, split in source.splits.items():
         shown = progress and not isinstance(split, ArraySplit)  # in memory, nothing is to be decoded
         with progress_bar(f"check {name}", len(split), shown) as advance:
-            checks[name] = check_images(split, num_workers=options.num_workers, advance=advance)
+            checks[name] = check_images(split, num_workers=num_workers, advance=advance, timeout_s=timeout_s)
     return checks
 
 
-def _judge(source: Source, checks: dict[str, ImageCheck], on_error: str) -> None:
+def refuse_bad_images(source: Source, checks: Mapping[str, ImageCheck], on_error: str) -> None:
     """Refuse bad images ("stop"), or a split that they leave without images of a class ("skip")."""
     bad: list[BadImage] = [image for check in checks.values() for image in check.bad]
     if bad and on_error == "stop":
@@ -306,11 +317,23 @@ def _describe(split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[Ba
     }
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
+def file_checksums(paths: list[Path], progress: bool) -> list[str]:
+    """`file_sha256` of each, several at a time (hashing leaves the interpreter's lock alone), with a progress bar."""
+    sizes = [path.stat().st_size for path in paths]
+    bar = progress_bar("checksums", sum(sizes), progress, unit="B")
+    with bar as advance, ThreadPoolExecutor(available_cores()) as pool:
+        checksums = []
+        for size, checksum in zip(sizes, pool.map(file_sha256, paths), strict=True):
+            checksums.append(checksum)
+            advance(size)
+    return checksums
+
+
+def _files(folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, file_checksums(paths, progress), strict=True)
     }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import torch
 
 from fastlt.names import unknown
 from loaders.beton import Beton
-from loaders.crop import CropSpec, common_shape
+from loaders.crop import CropSpec
+from loaders.dali_augment import build_dali_augment
+from loaders.memory import free_bytes, readable
 from loaders.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
-from loaders.resident_loader import ResidentLoader, resident_bytes
+from loaders.resident_loader import ResidentLoader, is_ragged, resident_bytes
+from loaders.source_dataset import SourceDataset
 from loaders.tar_shards import TarShards
 from loaders.torch_loader import TorchLoader
 
@@ -34,13 +36,27 @@ def _dali(*args, **kwargs) -> BatchLoader:
     return DaliLoader(*args, **kwargs)
 
 
-BACKENDS = {"resident": ResidentLoader, "ffcv": _ffcv, "torch": TorchLoader, "dali": _dali}
+def _resident_jpeg(*args, **kwargs) -> BatchLoader:
+    from loaders.resident_jpeg_loader import ResidentJpegLoader  # as above
+
+    return ResidentJpegLoader(*args, **kwargs)
+
+
+BACKENDS = {
+    "resident": ResidentLoader,
+    "resident_jpeg": _resident_jpeg,
+    "ffcv": _ffcv,
+    "torch": TorchLoader,
+    "dali": _dali,
+}
+READS = {"ffcv": ("ffcv",), "dali": ("dali",), "resident_jpeg": ("dali", "ffcv")}  # the others: .beton files first
+NEED_CONVERSION = ("ffcv", "resident_jpeg")
+AUGMENT_BACKENDS = ("dali", "resident_jpeg")  # those whose pipeline can do DALI's automatic augmentation
 RESIDENT_SHARE = 0.4  # of the memory that is free now; model, activations and the other splits need the rest
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def make_loader(
-    dataset: ConvertedDataset,
+    dataset: ConvertedDataset | SourceDataset,
     split: str,
     *,
     backend: str,
@@ -56,31 +72,36 @@ def make_loader(
     num_workers: int | None = None,
     memory_budget_bytes: int | None = None,
     classes: np.ndarray | None = None,
+    dali_augment: str | Mapping | None = None,
 ) -> BatchLoader:
-    """The loader of one split of a converted data set.
+    """The loader of one split of a converted data set, or of a source that is read without converting it.
 
-    backend: "resident", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
-        `memory_budget_bytes` (default: 40 % of the device's free memory) without approximating the crop, else ffcv, or
-        dali when the data set has no other format; `loader.reason` says why. "ffcv" reads .beton files and "dali"
-        shards; the others read what there is, .beton files first.
+    backend: "resident", "resident_jpeg", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
+        `memory_budget_bytes` (default: 40 % of the device's free memory), but for random crops of images of many sizes
+        on a CPU; else ffcv, or dali when the data set has no other format, or torch for a source. `loader.reason` says
+        why. "ffcv" reads .beton files and "dali" shards; of the others "resident_jpeg" reads shards first, which hold
+        the original JPEGs, and "resident" and "torch" .beton files. A source's own files are read by "resident",
+        "torch" and "dali".
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
     view: another one has the same images in the same order under other random crops.
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
     classes: bool (C,), the classes whose images are read, as if the split held no others; None for all of them.
+    dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
 
-    Raises ValueError for an unknown backend, one whose format the data set lacks, a split that is damaged or disagrees
-    with the data set's labels, mixed image sizes without a crop, and a training batch that the split cannot fill.
+    Raises ValueError for an unknown backend, one whose format the data set lacks, an augmentation by DALI without
+    DALI, a split that is damaged or disagrees with the data set's labels, mixed image sizes without a crop, and a
+    training batch that the split cannot fill.
     """
     if backend not in BACKENDS and backend != "auto":
         raise ValueError(unknown("loader backend", backend, [*BACKENDS, "auto"]))
-    only_dali = "ffcv" not in dataset.formats
-    stored: StoredSplit
-    if backend == "dali" or (only_dali and backend != "ffcv"):
-        stored = TarShards.open(dataset.shards(split))
-    else:
-        stored = Beton.open(dataset.beton(split))
+    options = {}
+    if dali_augment is not None:
+        if backend not in AUGMENT_BACKENDS:
+            raise ValueError(f"dali_augment is for the backends {' and '.join(AUGMENT_BACKENDS)}, not for {backend!r}")
+        options["augment"] = build_dali_augment(dali_augment)
+    stored = _open(dataset, split, backend)
     if not np.array_equal(stored.labels, dataset.labels(split)):
         raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     plan = EpochPlan(
@@ -100,16 +121,34 @@ def make_loader(
     device = torch.device(device)
     reason = f"{backend}: asked for"
     if backend == "auto":
-        backend, reason = choose_backend(plan, device, memory_budget_bytes, reader="dali" if only_dali else "ffcv")
-    return BACKENDS[backend](stored, plan, device=device, num_workers=num_workers, reason=reason)
+        backend, reason = choose_backend(plan, device, memory_budget_bytes, _streaming(dataset))
+    return BACKENDS[backend](stored, plan, device=device, num_workers=num_workers, reason=reason, **options)
+
+
+def _open(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -> StoredSplit:
+    """The split in the first of the formats that `backend` reads; ValueError when the data set has none of them."""
+    if isinstance(dataset, SourceDataset):
+        if backend in NEED_CONVERSION:
+            raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
+        return dataset.stored(split)
+    wanted = READS.get(backend, ("ffcv", "dali"))
+    kind = next((kind for kind in wanted if kind in dataset.formats), wanted[0])
+    return TarShards.open(dataset.shards(split)) if kind == "dali" else Beton.open(dataset.beton(split))
+
+
+def _streaming(dataset: ConvertedDataset | SourceDataset) -> str:
+    """The backend for what is read epoch by epoch."""
+    if isinstance(dataset, SourceDataset):
+        return "torch"
+    return "ffcv" if "ffcv" in dataset.formats else "dali"
 
 
 def choose_backend(
     plan: EpochPlan, device: torch.device, memory_budget_bytes: int | None = None, reader: str = "ffcv"
 ) -> tuple[str, str]:
     """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch."""
-    if plan.crop.kind == "random_resized" and common_shape(plan.heights, plan.widths) is None:
-        return reader, f"{reader}: images differ in size, and random crops of them need the whole image"
+    if device.type == "cpu" and is_ragged(plan.crop, plan.heights, plan.widths):
+        return reader, f"{reader}: images differ in size, and to cut random crops out of them in memory is a GPU's work"
     needed = resident_bytes(plan.crop, plan.heights, plan.widths)
     if memory_budget_bytes is None:
         budget, origin = (
@@ -119,19 +158,4 @@ def choose_backend(
     else:
         budget, origin = memory_budget_bytes, "the memory budget"
     backend, relation = ("resident", "fits in") if needed <= budget else (reader, "is more than")
-    return backend, f"{backend}: the split's {_size(needed)} of pixels {relation} {_size(budget)}, {origin}"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory still free on `device`; on a CPU also within the job's control group."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+    return backend, f"{backend}: the split's {readable(needed)} of pixels {relation} {readable(budget)}, {origin}"

@@ -1,150 +1,83 @@
-"""Reading through FFCV's Loader, with our order and our crops: decoding by numba-compiled threads in this process."""
+"""Reading FFCV files with FFCV's two C kernels, in our order and with our crops, on threads of this process.
+
+FFCV's own Loader is not used. It draws crops from generators that no seed reaches, hands out buffers that it writes to
+again, waits for all threads after every batch, goes on silently when its thread dies, sets torch's thread count, and
+lets two loaders at once abort the process under one of numba's threading layers. Here plain threads call one compiled
+loop, which does not hold the interpreter's lock, over a few images each, into memory that belongs to the batch. Several
+small batches are decoded in one go: at 32 pixels, Python's part of a batch takes longer than its pixels.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import queue
-from collections.abc import Callable, Generator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.beton import JPEG, Beton
+from loaders.beton import Beton
 from loaders.host_loader import STALL_S, HostLoader, default_workers
 from loaders.native import keep_torch_threads
 from loaders.plan import EpochPlan
 
-with keep_torch_threads():
-    import numba
-    from ffcv.fields.decoders import SimpleRGBImageDecoder
-    from ffcv.libffcv import imdecode, resize_crop
-    from ffcv.loader import Loader
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-
-if TYPE_CHECKING:
-    from ffcv.pipeline.state import State
-
-BATCHES_AHEAD = 3
-STOP_S = 30.0  # longer than any batch takes to decode
-ROW = np.dtype(
-    [
-        ("mode", "<u1"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("data_ptr", "<u8"),
-        ("top", "<i8"),
-        ("left", "<i8"),
-        ("crop_height", "<i8"),
-        ("crop_width", "<i8"),
-    ]
-)
+BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
+PIECE_BYTES = 1 << 20  # what a thread decodes at a time, at most, and at least one image
+BUFFERS_AHEAD = 3  # decoded while the consumer works; more when the threads need more to be busy
+STOP_S = 30.0  # longer than any piece takes to decode
+NONE_DAMAGED = -1
 
 
 @functools.cache
-def _compiled_kernels() -> tuple[Callable, Callable]:
-    """JPEG decoding and resizing for compiled code, compiled once a process instead of once a loader."""
-    return Compiler.compile(imdecode), Compiler.compile(resize_crop)
+def _compiled_loop() -> Callable[..., int]:
+    """The decoding of some images, compiled once a process; it runs without the interpreter's lock.
 
-
-class BoxCropDecoder(SimpleRGBImageDecoder):
-    """FFCV decoder that cuts a given rectangle out of each image and resizes it to (H, W).
-
-    FFCV's own decoders draw the rectangle inside the compiled threads, from generators no seed reaches. Here it stands
-    in the sample's metadata, drawn beforehand from (seed, epoch), so crops are reproducible and equal the other
-    backends'.
-    Returns (images uint8 (N, H, W, 3), failed uint8 (N, 1): 1 where the JPEG is damaged).
+    storage: uint8 (n,), the file.  offsets, sizes, heights, widths: int64 (N,).  is_jpeg: bool (N,).
+    index: int64 (K,).  boxes: int32 (K, 4).  images: uint8 (K, h, w, 3), overwritten.  scratch: uint8, overwritten,
+        long enough for any stored image of the split.
+    Returns the place in `index` of the first image whose JPEG is damaged, else -1.
     """
+    with keep_torch_threads():
+        from ffcv.libffcv import imdecode, memcpy, resize_crop
+        from numba import njit
+    compiled = functools.partial(njit, nogil=True, error_model="numpy")
+    decode_c, resize_c, copy_c = (compiled(kernel) for kernel in (imdecode, resize_crop, memcpy))
 
-    def __init__(self, shape: tuple[int, int], largest: int) -> None:
-        super().__init__()
-        self.shape, self.largest = shape, largest
+    @compiled
+    def loop(storage, offsets, sizes, is_jpeg, heights, widths, index, boxes, images, scratch):
+        for k in range(len(index)):
+            i = index[k]
+            height, width = heights[i], widths[i]
+            top, left, crop_height, crop_width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
+            data = storage[offsets[i] : offsets[i] + sizes[i]]
+            whole = crop_height == height and crop_width == width
+            as_stored = whole and height == images.shape[1] and width == images.shape[2]
+            if is_jpeg[i]:
+                image = images[k] if as_stored else scratch[: 3 * height * width].reshape(height, width, 3)
+                if decode_c(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                    return k
+            else:
+                image = data.reshape(height, width, 3)
+            if not as_stored:
+                resize_c(image, top, top + crop_height, left, left + crop_width, images[k])
+            elif not is_jpeg[i]:
+                copy_c(image, images[k])
+        return NONE_DAMAGED
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
-        pixels = np.dtype(np.uint8)
-        shape = (*self.shape, 3)
-        memory = AllocationQuery(shape, pixels), AllocationQuery((self.largest,), pixels), AllocationQuery((1,), pixels)
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=pixels), memory
-
-    def generate_code(self) -> Callable:
-        read = self.memory_read
-        decode_c, resize_c = _compiled_kernels()
-        batch_range = Compiler.get_iterator()
-        jpeg = JPEG
-
-        def decode(rows, memory, metadata, storage):
-            images, scratch, failed = memory
-            for i in batch_range(len(rows)):
-                row = metadata[rows[i]]
-                height, width = np.int64(row["height"]), np.int64(row["width"])
-                data = read(row["data_ptr"], storage)
-                failed[i, 0] = 0
-                if row["mode"] == jpeg:
-                    image = scratch[i][: 3 * height * width].reshape(height, width, 3)
-                    if decode_c(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                        failed[i, 0] = 1
-                else:
-                    image = data.reshape(height, width, 3)
-                bottom, right = row["top"] + row["crop_height"], row["left"] + row["crop_width"]
-                resize_c(image, row["top"], bottom, row["left"], right, images[i])
-            return images[: len(rows)], failed[: len(rows)]
-
-        decode.is_parallel = True
-        return decode
-
-
-class _Epoch(EpochIterator):
-    """FFCV's producer thread for one epoch, with an end.
-
-    FFCV's own loop dies silently on an exception and leaves its reader blocked, sets torch's thread count from the
-    thread, and hands out buffers it writes to again. Here an exception reaches the reader, only numba's count is set,
-    and each batch is copied while this thread still owns the buffer.
-    """
-
-    def __init__(self, loader: Loader, metadata: np.ndarray, pinned: bool) -> None:
-        self.rows, self.pinned = metadata, pinned
-        self.ready: queue.Queue = queue.Queue(BATCHES_AHEAD)
-        super().__init__(loader, np.arange(len(metadata)))  # starts the thread
-
-    def run(self) -> None:
-        numba.set_num_threads(self.loader.num_workers)
-        self.metadata = {"f0": self.rows}  # FFCV's name of the first field's records
-        try:
-            for number, rows in enumerate(self.iter_ixes):
-                if self.terminate_event.is_set():
-                    return
-                ((images, failed),) = self.run_pipeline(number, rows, 0, None)
-                self._offer((rows[failed[:, 0] != 0], self._copied(images)))
-            self._offer(None)
-        except BaseException as error:  # whatever it is, the reader must hear of it
-            self._offer(error)
-
-    def _copied(self, images: np.ndarray) -> Tensor:
-        return torch.empty(images.shape, dtype=torch.uint8, pin_memory=self.pinned).copy_(torch.from_numpy(images))
-
-    def _offer(self, item: object) -> None:
-        while not self.terminate_event.is_set():
-            with contextlib.suppress(queue.Full):
-                return self.ready.put(item, timeout=0.1)
-
-    def stop(self) -> None:
-        """Ends the thread after the batch it is decoding; a stuck one is left behind (it is a daemon)."""
-        self.terminate_event.set()
-        self.join(STOP_S)
+    return loop
 
 
 class FfcvLoader(HostLoader):
-    """BatchLoader over ffcv.loader.Loader, data read through the operating system's page cache.
+    """BatchLoader over a .beton file, read through the operating system's page cache.
 
-    num_workers: decoding threads; None takes the cores of this job over its processes, within numba's maximum.
+    num_workers: decoding threads; None takes the cores of this job over its processes.
     The first batch of a process waits some seconds for numba to compile the decoder.
-    A damaged image, an exception in the decoder and a decoder silent for ten minutes raise RuntimeError naming the
-    file.
+    A damaged image, an exception in a thread and a decoder silent for ten minutes raise RuntimeError naming the file.
     """
 
     backend = "ffcv"
@@ -159,77 +92,113 @@ class FfcvLoader(HostLoader):
         reason: str = "asked for",
     ) -> None:
         super().__init__(beton, plan, device=device, reason=reason)
-        workers = _numba_workers(num_workers, plan.world_size)
-        decoder = BoxCropDecoder(plan.output_shape, 3 * int((beton.heights * beton.widths).max()))
-        with keep_torch_threads():
-            self._loader: Loader | None = Loader(
-                str(beton.path),
-                batch_size=plan.batch_size,
-                num_workers=workers,
-                os_cache=True,
-                batches_ahead=1,  # sizes FFCV's own buffers, of which one is used; BATCHES_AHEAD bounds our queue
-                pipelines={"image": [decoder], "label": None},
-            )
-        self._stored = self._loader.reader.metadata["f0"]
-
-    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[tuple[Tensor, Tensor], None, None]:
-        if not len(index):
-            return
-        epoch = _Epoch(self._loader, self._metadata(index, boxes), pinned=self.device.type == "cuda")
-        try:
-            places = torch.from_numpy(index).split(self.batch_size)
-            for batch in places:
-                damaged, images = self._next(epoch)
-                if len(damaged):
-                    raise RuntimeError(
-                        f"{self.stored.path}, image {index[damaged[0]]}: damaged JPEG data; convert the data set again"
-                    )
-                yield images, batch
-        finally:
-            epoch.stop()
-
-    def _metadata(self, index: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-        """One record a sample of the epoch, in the epoch's order: FFCV is then asked for records 0, 1, 2, ..."""
-        metadata = np.empty(len(index), dtype=ROW)
-        for name in self._stored.dtype.names:
-            metadata[name] = self._stored[name][index]
-        metadata["top"], metadata["left"], metadata["crop_height"], metadata["crop_width"] = boxes.T
-        return metadata
-
-    def _next(self, epoch: _Epoch) -> tuple[np.ndarray, Tensor]:
-        try:
-            item = epoch.ready.get(timeout=STALL_S)
-        except queue.Empty:
-            raise RuntimeError(
-                f"{self.stored.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
-                "The 'torch' backend reads it without FFCV"
-            ) from None
-        if isinstance(item, BaseException):
-            raise RuntimeError(
-                f"{self.stored.path}: FFCV's decoder stopped with {type(item).__name__}: {item}; "
-                "the 'torch' backend reads the same file without FFCV's threads"
-            ) from item
-        assert item is not None, "the decoder ended before the epoch"
-        return item
+        workers = default_workers(plan.world_size) if num_workers is None else num_workers
+        if workers < 1:
+            raise ValueError(f"num_workers {num_workers} for the 'ffcv' backend: give 1 or more threads")
+        self.beton = beton
+        image_bytes = 3 * int(np.prod(plan.output_shape))
+        self._buffer = plan.batch_size * max(1, BUFFER_BYTES // (image_bytes * plan.batch_size))
+        self._piece = max(1, min(PIECE_BYTES // image_bytes, -(-self._buffer // workers)))
+        pieces = -(-self._buffer // self._piece)
+        self._ahead = max(BUFFERS_AHEAD, -(-2 * workers // pieces))
+        self._scratch = threading.local()
+        self._threads = _Threads(workers)
 
     def close(self) -> None:
-        """Ends the running epoch with its threads."""
+        """Ends the running epoch and the threads; a stuck one is left behind (it is a daemon)."""
         super().close()
-        self._loader = None
+        self._threads.end()
+
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+        starts = iter(range(0, len(index), self._buffer))
+        waiting: deque[tuple[Tensor, list[Future]]] = deque()
+        try:
+            while True:
+                for start in _take(starts, self._ahead - len(waiting)):
+                    end = start + self._buffer
+                    waiting.append(self._submit(index[start:end], boxes[start:end]))
+                if not waiting:
+                    return
+                images, pieces = waiting[0]
+                for piece in pieces:
+                    self._finish(piece)
+                waiting.popleft()
+                yield from images.split(self.batch_size)
+        finally:
+            for _, pieces in waiting:
+                for piece in pieces:
+                    piece.cancel()
+
+    def _submit(self, index: np.ndarray, boxes: np.ndarray) -> tuple[Tensor, list[Future]]:
+        """Memory for the images at `index`, and what fills it, piece by piece."""
+        shape = (len(index), *self.plan.output_shape, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        pixels = images.numpy()
+        pieces = []
+        for start in range(0, len(index), self._piece):
+            part = slice(start, start + self._piece)
+            pieces.append(self._threads.submit(self._decode, index[part], boxes[part], pixels[part]))
+        return images, pieces
+
+    def _decode(self, index: np.ndarray, boxes: np.ndarray, images: np.ndarray) -> None:
+        """Fill `images`, in one of the threads."""
+        beton, scratch = self.beton, getattr(self._scratch, "bytes", None)
+        if scratch is None:
+            scratch = self._scratch.bytes = np.empty(3 * int((beton.heights * beton.widths).max()), dtype=np.uint8)
+        stored = (beton.storage, beton.offsets, beton.sizes, beton.is_jpeg, beton.heights, beton.widths)
+        damaged = _compiled_loop()(*stored, index, boxes, images, scratch)
+        if damaged != NONE_DAMAGED:
+            beton.image(index[damaged])  # says what is wrong with it
+
+    def _finish(self, piece: Future) -> None:
+        try:
+            piece.result(timeout=STALL_S)
+        except FutureTimeout:
+            raise RuntimeError(
+                f"{self.stored.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
+                "The 'torch' backend reads it without FFCV's kernels"
+            ) from None
+        except ValueError as damage:
+            raise RuntimeError(str(damage)) from damage
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.stored.path}: a decoding thread stopped with {type(error).__name__}: {error}; "
+                "the 'torch' backend reads the same file in other processes"
+            ) from error
 
 
-def _numba_workers(num_workers: int | None, world_size: int) -> int:
-    """A thread count numba accepts; ValueError for one it does not, or when two loaders could not decode at once."""
-    most = numba.config.NUMBA_NUM_THREADS
-    workers = min(default_workers(world_size), most) if num_workers is None else num_workers
-    if not 1 <= workers <= most:
-        raise ValueError(
-            f"num_workers {num_workers} for the 'ffcv' backend: 1 to {most} on this machine (numba's maximum; "
-            "NUMBA_NUM_THREADS in the environment changes it)"
-        )
-    if workers > 1 and numba.threading_layer() == "workqueue":
-        raise ValueError(
-            "numba has only its 'workqueue' threads here, which abort the process when two loaders decode at once: "
-            "install tbb or libgomp1, set num_workers to 1, or use the 'torch' backend"
-        )
-    return workers
+class _Threads:
+    """Daemon threads that run what is submitted, in order; unlike an executor's, a stuck one does not keep Python."""
+
+    def __init__(self, count: int) -> None:
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, daemon=True, name="ffcv-decode") for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., None], *arguments: object) -> Future:
+        future: Future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def end(self) -> None:
+        """Ends each thread after what it is doing; may be called twice."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(STOP_S)
+        self._threads = []
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:  # whatever it is, the reader must hear of it
+                    future.set_exception(error)
+
+
+def _take(items: Iterator[int], count: int) -> Iterator[int]:
+    for _, item in zip(range(count), items, strict=False):
+        yield item

@@ -28,7 +28,7 @@ class HostLoader:
     ) -> None:
         self.stored, self.plan, self.device, self.reason = stored, plan, torch.device(device), reason
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
-        self._labels = torch.from_numpy(plan.labels)
+        self._labels = torch.from_numpy(plan.labels).to(self.device)
         self._running: Generator[Batch, None, None] | None = None
         self._closed = False
 
@@ -48,14 +48,25 @@ class HostLoader:
         self._end_epoch()
         self._closed = True
 
-    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yields (images uint8 (N, H, W, 3), index int64 (N,)) in host memory that nobody writes to again."""
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+        """Yields each batch's images uint8 (N, H, W, 3) in host memory that nobody writes to again."""
         raise NotImplementedError
 
     def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
         with contextlib.closing(self._read(index, boxes)) as read:
-            labelled = ((images, self._labels[places], places) for images, places in read)
-            yield from upload(labelled, self.device)
+            yield from self._labelled(upload(read, self.device), index)
+
+    def _labelled(self, images: Iterable[Tensor], index: np.ndarray) -> Iterator[Batch]:
+        """The epoch's batches: `images` (N, H, W, 3) on the device, with what else belongs to each.
+
+        Positions and labels go to the device once an epoch: at 32 pixels three copies a batch would be felt.
+        """
+        places = torch.from_numpy(index).to(self.device)
+        labels = self._labels.index_select(0, places)
+        parts = places.split(self.batch_size), labels.split(self.batch_size)
+        batches = zip(*parts, strict=True) if len(index) else ()  # nothing would be split into one empty batch
+        for of_batch, (where, label) in zip(images, batches, strict=True):
+            yield Batch(images=of_batch.permute(0, 3, 1, 2), labels=label, index=where)
 
     def _end_epoch(self) -> None:
         if self._running is not None:
@@ -63,40 +74,34 @@ class HostLoader:
             self._running = None
 
 
-def upload(host: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Iterator[Batch]:
-    """Host triples (images (N, H, W, 3), labels, index) as batches on `device`.
+def upload(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Images in host memory, on `device`.
 
     On CUDA one batch is copied ahead on a side stream from pinned memory; nothing waits on the host.
     """
     if device.type != "cuda":
-        for images, labels, index in host:
-            yield _batch(images.to(device), labels.to(device), index.to(device))
+        yield from host
         return
     stream = torch.cuda.Stream(device)
     ahead = None
-    for triple in host:
+    for images in host:
         with torch.cuda.stream(stream):
             # Pinned blocks come from torch's caching allocator, which keeps them until the copy has run.
-            copies = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in triple)
+            copy = images.pin_memory().to(device, non_blocking=True)
             copied = stream.record_event()
         if ahead is not None:
             yield _handed_over(*ahead)
-        ahead = copies, copied
+        ahead = copy, copied
     if ahead is not None:
         yield _handed_over(*ahead)
 
 
-def _handed_over(copies: tuple[Tensor, Tensor, Tensor], copied: torch.cuda.Event) -> Batch:
+def _handed_over(copy: Tensor, copied: torch.cuda.Event) -> Tensor:
     """The consumer's stream waits for the copy, and the memory lives until that stream is done with it."""
-    current = torch.cuda.current_stream(copies[0].device)
+    current = torch.cuda.current_stream(copy.device)
     current.wait_event(copied)
-    for tensor in copies:
-        tensor.record_stream(current)
-    return _batch(*copies)
-
-
-def _batch(images: Tensor, labels: Tensor, index: Tensor) -> Batch:
-    return Batch(images=images.permute(0, 3, 1, 2), labels=labels, index=index)
+    copy.record_stream(current)
+    return copy
 
 
 def default_workers(world_size: int) -> int:

@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from loaders.sources.split import ArraySplit, Split
 
 CHUNK = 32  # images a task: few enough that the progress moves and the cores end together
 MAX_SIDE = 65535  # FFCV stores width and height in 16 bits
+STUCK_S = 300.0  # without a result from any process; one task is 32 images, or the 1024 and more of a shard
 Advance = Callable[[int], None]
 
 
@@ -55,12 +56,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_images(split: Split, *, num_workers: int | None = None, advance: Advance = lambda n: None) -> ImageCheck:
+def check_images(
+    split: Split,
+    *,
+    num_workers: int | None = None,
+    advance: Advance = lambda n: None,
+    timeout_s: float = STUCK_S,
+) -> ImageCheck:
     """Decode every image of `split` on all cores; images in memory need no decoding.
 
     num_workers: processes, None for one a core.
     advance: called with the number of images done since the last call.
-    Raises ValueError when a decoding process dies (out of memory, most likely).
+    timeout_s: processes without a result for so long are ended.
+    Raises ValueError when a decoding process dies (out of memory, most likely) or all are stuck.
     """
     if isinstance(split, ArraySplit):
         advance(len(split))
@@ -68,7 +76,8 @@ def check_images(split: Split, *, num_workers: int | None = None, advance: Advan
     sizes = np.zeros((len(split), 2), dtype=np.int64)
     bad: list[BadImage] = []
     chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
-    for chunk, results in map_chunks(_check_chunk, split, chunks, num_workers=num_workers):
+    checked = map_chunks(_check_chunk, split, chunks, num_workers=num_workers, timeout_s=timeout_s)
+    for chunk, results in checked:
         for i, (size, reason) in zip(chunk, results, strict=True):
             sizes[i] = size
             if reason is not None:
@@ -78,18 +87,23 @@ def check_images(split: Split, *, num_workers: int | None = None, advance: Advan
 
 
 def map_chunks(
-    function: Callable, subject: object, chunks: list[range], *, num_workers: int | None = None
+    function: Callable,
+    subject: object,
+    chunks: list[range],
+    *,
+    num_workers: int | None = None,
+    timeout_s: float = STUCK_S,
 ) -> Iterator[tuple[range, object]]:
     """(chunk, function(subject, chunk)) for each chunk as it is done, computed by forked processes.
 
-    Raises ValueError when a process dies, whatever `function` raises otherwise; no process outlives the call.
+    Raises ValueError when a process dies or none has a result for `timeout_s`, whatever `function` raises otherwise;
+    no process outlives the call.
     """
     workers = min(num_workers or available_cores(), len(chunks))
-    if workers <= 1:
-        yield from ((chunk, function(subject, chunk)) for chunk in chunks)
+    if not workers:
         return
     # Forked, so that the list of paths is shared and not copied to each process.
-    with _pool(workers, function, subject) as pool:
+    with _pool(workers, function, subject) as (pool, abort):
         waiting = iter(chunks)
         running = {}
         try:
@@ -99,7 +113,15 @@ def map_chunks(
                     running[pool.submit(_run, chunk)] = chunk
                 if not running:
                     return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                finished = wait(running, timeout=timeout_s, return_when=FIRST_COMPLETED).done
+                if not finished:
+                    abort.set()
+                    first = min(chunk.start for chunk in running.values())
+                    raise ValueError(
+                        f"no image was finished for {timeout_s:g} s, from number {first} of the split on: is the disk "
+                        "that holds them reachable?"
+                    )
+                for done in finished:
                     yield running.pop(done), done.result()
         except BrokenProcessPool:
             raise ValueError(
@@ -108,12 +130,14 @@ def map_chunks(
 
 
 @contextmanager
-def _pool(workers: int, function: Callable, subject: object) -> Iterator[ProcessPoolExecutor]:
+def _pool(workers: int, function: Callable, subject: object) -> Iterator[tuple[ProcessPoolExecutor, Event]]:
+    """The processes, and what ends them whatever they are doing when it is set."""
     context = multiprocessing.get_context("fork")
-    arguments = (function, subject, os.getpid())
+    abort = context.Event()
+    arguments = (function, subject, os.getpid(), abort)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments)
     try:
-        yield pool
+        yield pool, abort
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -121,17 +145,17 @@ def _pool(workers: int, function: Callable, subject: object) -> Iterator[Process
 _task: tuple[Callable, object] | None = None  # of a worker process, set once when it is forked
 
 
-def _start(function: Callable, subject: object, parent: int) -> None:
+def _start(function: Callable, subject: object, parent: int, abort: Event) -> None:
     global _task
     _task = (function, subject)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, abort), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone; it would wait for work for ever, and keep the parent's lock."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
+def _end_with(parent: int, abort: Event) -> None:
+    """End this process when its parent says so or is gone; it would wait for ever, and keep the parent's lock."""
+    while os.getppid() == parent and not abort.wait(0.3):
+        pass
     os._exit(1)
 
 

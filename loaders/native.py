@@ -7,7 +7,7 @@ same pixels whichever backend delivers it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ def keep_torch_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _kernels():
+def kernels():
+    """FFCV's module of C functions; the first call imports it, which takes seconds: before forking, not after."""
     with keep_torch_threads():
         from ffcv import libffcv
     return libffcv
@@ -36,12 +37,12 @@ def decode_jpeg(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     accurate DCT of other decoders differs by about 1 level on average.
     """
     image = np.empty((height, width, 3), dtype=np.uint8)
-    if _kernels().imdecode(encoded, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+    if kernels().imdecode(encoded, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
         raise ValueError(f"damaged JPEG data ({encoded.size} bytes that should give {height}x{width})")
     return image
 
 
-def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
+def resize_crop(image: np.ndarray, box: Sequence[int], out: np.ndarray) -> None:
     """Writes the rectangle `box` of `image`, resized by area interpolation, into `out`.
 
     image: uint8 (H, W, 3), contiguous.  box: (top, left, height, width).  out: uint8 (h, w, 3), contiguous,
@@ -51,4 +52,4 @@ def resize_crop(image: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
     if (height, width) == out.shape[:2]:
         out[:] = image[top : top + height, left : left + width]
     else:
-        _kernels().resize_crop(image, top, top + height, left, left + width, out)
+        kernels().resize_crop(image, top, top + height, left, left + width, out)

@@ -30,6 +30,19 @@ class StoredSplit(Protocol):
         ...
 
 
+class EncodedSplit(StoredSplit, Protocol):
+    """A StoredSplit whose images are JPEG or PNG files.
+
+    in_memory: whether `encoded` gives views of mapped files or of memory; otherwise it reads a file.
+    """
+
+    in_memory: bool
+
+    def encoded(self, i: int) -> np.ndarray:
+        """The file of image `i`, uint8 (n,), to be read only."""
+        ...
+
+
 class BatchLoader(Protocol):
     """Batches of one split on one device, in an order that depends on (seed, epoch) alone.
 

@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch
-from loaders.crop import CropSpec, center_boxes, common_shape, crop_boxes
+from loaders.crop import CropSpec, common_shape, crop_boxes
 from loaders.host_loader import default_workers
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
 from loaders.protocol import StoredSplit
-
-FILL_BYTES = 64 << 20  # host memory used at a time while filling
+from loaders.ragged import FILL_BYTES, RaggedPixels, most_taps
 
 
 class ResidentLoader:
     """BatchLoader that holds the split on the device; a batch is one index_select, and nothing waits for the host.
 
     "none" and "center" crops are applied once, while filling: pixels equal the other backends'. For "random_resized"
-    the whole stored images are kept and `crops` is False: the device crops anew each epoch. When these differ in size
-    each is kept as its central square resized to `resident_shape`, so a random crop never sees the ends of the long
-    side: an approximation, which the factory's "auto" does not choose.
+    the whole stored images are kept. Where all have one size, `crops` is False and the chain of augmentations crops
+    them anew each epoch; where they differ, this class does, by the plan's rectangles: the other backends' pixels, to
+    one level of rounding.
     """
 
     backend = "resident"
@@ -41,9 +40,14 @@ class ResidentLoader:
     ) -> None:
         self.plan, self.device, self.reason = plan, torch.device(device), reason
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
-        self.crops = plan.crop.kind != "random_resized"
+        self._ragged = is_ragged(plan.crop, plan.heights, plan.widths)
+        self.crops = self._ragged or plan.crop.kind != "random_resized"
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
-        self._pixels: Tensor | None = _fill(stored, plan.crop, self.device, workers)
+        self._pixels: Tensor | RaggedPixels | None = (
+            RaggedPixels(stored, self.device, workers)
+            if self._ragged
+            else _fill(stored, plan.crop, self.device, workers)
+        )
         self._labels = torch.from_numpy(plan.labels).to(self.device)
 
     def __len__(self) -> int:
@@ -53,7 +57,7 @@ class ResidentLoader:
         """See BatchLoader; the order is moved to the device once."""
         assert self._pixels is not None, "the loader is closed"
         index = torch.from_numpy(self.plan.index(epoch, first_batch)).to(self.device)
-        return self._batches(index)
+        return self._cut(index, self.plan.boxes(epoch, first_batch)) if self._ragged else self._batches(index)
 
     def close(self) -> None:
         """Frees the pixels."""
@@ -67,36 +71,34 @@ class ResidentLoader:
             images = rows.index_select(0, places).view(-1, *pixels.shape[1:]).permute(0, 3, 1, 2)
             yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 
-
-def resident_shape(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> tuple[int, int]:
-    """(H, W) of the images a resident split keeps: cropped ones, or whole ones when the crop is left to the device.
-
-    Whole images of differing sizes are kept at the median of their short sides, but no smaller than the crop.
-    """
-    if crop.kind != "random_resized":
-        return crop.output_shape(heights, widths)
-    side = max(crop.size, int(np.median(np.minimum(heights, widths))))
-    return common_shape(heights, widths) or (side, side)
+    def _cut(self, index: Tensor, boxes: np.ndarray) -> Iterator[Batch]:
+        pixels, labels, size = self._pixels, self._labels, self.plan.crop.size
+        taps = most_taps(boxes, size)  # of the whole epoch, so that every batch is the same work
+        on_device = torch.from_numpy(boxes).to(self.device, torch.int64)
+        batches = (index.split(self.batch_size), on_device.split(self.batch_size)) if len(index) else ((), ())
+        for places, of_batch in zip(*batches, strict=True):
+            images = pixels.crops(places, of_batch, taps, size).permute(0, 3, 1, 2)
+            yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 
 
 def resident_bytes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> int:
-    """Device memory that the pixels of the split take."""
-    height, width = resident_shape(crop, heights, widths)
+    """Device memory that the pixels of the split take: cropped images, or whole ones when crops are random."""
+    if crop.kind == "random_resized":
+        return 3 * int((heights * widths).sum())
+    height, width = crop.output_shape(heights, widths)
     return 3 * height * width * len(heights)
 
 
-def _kept_boxes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    if crop.kind != "random_resized":
-        return crop_boxes(crop, heights, widths, np.random.default_rng(0))
-    if common_shape(heights, widths) is None:
-        return center_boxes(heights, widths, ratio=1.0)
-    return crop_boxes(CropSpec("none"), heights, widths, np.random.default_rng(0))
+def is_ragged(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> bool:
+    """Whether whole images of different sizes are kept."""
+    return crop.kind == "random_resized" and common_shape(heights, widths) is None
 
 
 def _fill(stored: StoredSplit, crop: CropSpec, device: torch.device, workers: int) -> Tensor:
     """All images of the split on `device`, uint8 (N, H, W, 3), read in file order by `workers` threads."""
-    shape = resident_shape(crop, stored.heights, stored.widths)
-    boxes = _kept_boxes(crop, stored.heights, stored.widths)
+    kept = CropSpec("none") if crop.kind == "random_resized" else crop
+    shape = kept.output_shape(stored.heights, stored.widths)
+    boxes = crop_boxes(kept, stored.heights, stored.widths, np.random.default_rng(0))
     pixels = torch.empty((len(stored), *shape, 3), dtype=torch.uint8, device=device)
     chunk = max(1, FILL_BYTES // (3 * shape[0] * shape[1]))
 

@@ -26,20 +26,22 @@ class TarShards:
     """One split's stored images and labels, memory-mapped; picklable, so that worker processes can open their own.
 
     path: the split's index, `DIR/NAME.npz`.
-    labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.
+    labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.  sizes: int64 (N,), bytes of their files.
     """
+
+    in_memory = True
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         index = self._read_index()
-        self._first, self._offsets, self._sizes = index["first"], index["offset"], index["size"]
+        self._first, self._offsets, self.sizes = index["first"], index["offset"], index["size"]
         self.heights, self.widths, self.labels = index["height"], index["width"], index["label"]
         if not len(self.labels):
             raise self._unusable("it holds no images")
         self._shards = [self._map(number) for number in range(len(self._first))]
         self._shard_of = np.searchsorted(self._first, np.arange(len(self)), side="right") - 1
         ends = np.array([shard.size for shard in self._shards])[self._shard_of]
-        if (self._offsets + self._sizes > ends).any():
+        if (self._offsets + self.sizes > ends).any():
             raise self._unusable("a shard is cut short")
 
     @classmethod
@@ -66,7 +68,7 @@ class TarShards:
     def encoded(self, i: int) -> np.ndarray:
         """The JPEG or PNG file of image `i`, a read-only view uint8 (n,)."""
         start = self._offsets[i]
-        return self._shards[self._shard_of[i]][start : start + self._sizes[i]]
+        return self._shards[self._shard_of[i]][start : start + self.sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
         """Image `i` as RGB uint8 (H, W, 3); ValueError naming it when it is damaged."""
@@ -90,7 +92,7 @@ class TarShards:
         expected, lines = [], [f"{IDX_VERSION} {last - first}"]
         for i in range(first, last):
             names, text = member_names(i, self.encoded(i)), str(self.labels[i]).encode()
-            offset, size = int(self._offsets[i]), int(self._sizes[i])
+            offset, size = int(self._offsets[i]), int(self.sizes[i])
             image, label = (names[0], offset, size), (names[1], offset + padded(size) + BLOCK, len(text))
             expected += [(*image, None), (*label, text)]
             lines.append(idx_line(image, label))

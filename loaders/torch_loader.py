@@ -21,12 +21,12 @@ class _CroppedBatches(Dataset):
     def __init__(self, stored: StoredSplit, shape: tuple[int, int]) -> None:
         self.stored, self.shape = stored, shape
 
-    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor:
         index, boxes = asked
         images = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
         for i, box, out in zip(index, boxes, images, strict=True):
             resize_crop(self.stored.image(i), box, out)
-        return torch.from_numpy(images), torch.from_numpy(index)
+        return torch.from_numpy(images)
 
 
 class _PlannedSampler(Sampler):
@@ -81,7 +81,7 @@ class TorchLoader(HostLoader):
             generator=torch.Generator(),
         )
 
-    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
         self._sampler.index, self._sampler.boxes = index, boxes
         yield from self._loader
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from loaders.beton import Beton
-from loaders.dataset import SPLITS, ConvertedDataset, file_sha256
+from loaders.dataset import SPLITS, ConvertedDataset, file_checksums
 from loaders.image_check import CHUNK, map_chunks
+from loaders.native import kernels
 from loaders.progress import progress_bar
 from loaders.protocol import StoredSplit
 from loaders.tar_shards import TarShards
@@ -17,8 +18,10 @@ SHOWN = 5  # damaged images named per split
 def verify(dataset: ConvertedDataset, *, num_workers: int | None = None, progress: bool = True) -> list[str]:
     """What is wrong with a data set, one line each; empty when each checksum holds and each image decodes."""
     problems = []
-    for name, expected in dataset.manifest["files"].items():
-        if file_sha256(dataset.root / name) != expected["sha256"]:
+    files = dataset.manifest["files"]
+    checksums = file_checksums([dataset.root / name for name in files], progress)
+    for (name, expected), checksum in zip(files.items(), checksums, strict=True):
+        if checksum != expected["sha256"]:
             problems.append(f"{name}: its sha256 is not what the manifest says; it was changed or damaged")
     if problems:
         return problems  # what the files hold is not ours any more: nothing is gained from decoding it
@@ -53,6 +56,7 @@ def _verify_split(
         for shard in range(len(stored.tars)):
             problems += stored.problems(shard)
     damaged: list[str] = []
+    kernels()  # imported here, and not in each process
     chunks = [range(start, min(start + CHUNK, len(stored))) for start in range(0, len(stored), CHUNK)]
     with progress_bar(f"verify {split}" + (" shards" if kind == "dali" else ""), len(stored), progress) as advance:
         for chunk, errors in map_chunks(_decode, stored, chunks, num_workers=num_workers):

@@ -24,8 +24,9 @@ needs_dali = pytest.mark.skipif(
     not importlib.util.find_spec("nvidia") or not importlib.util.find_spec("nvidia.dali"),
     reason="NVIDIA DALI is not installed",
 )
-BETON_BACKENDS = [backend for backend in BACKENDS if backend != "dali"]  # these resize with FFCV's kernel
-EVERY_BACKEND = [*BETON_BACKENDS, pytest.param("dali", marks=needs_dali)]
+DALI_BACKENDS = ("dali", "resident_jpeg")
+BETON_BACKENDS = [backend for backend in BACKENDS if backend not in DALI_BACKENDS]
+EVERY_BACKEND = [*BETON_BACKENDS, *(pytest.param(backend, marks=needs_dali) for backend in DALI_BACKENDS)]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from loaders.crop import CropSpec
 from loaders.dataset import ConvertedDataset
+from loaders.factory import make_loader
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_dataset.py"
@@ -226,6 +229,21 @@ def test_real_cifar10_by_both_conventions(real_data, tmp_path):
 def test_real_list_files(real_data, tmp_path):
     root = real_data("tiny100_lt")
     lists = [word for split in ("train", "meta", "test") for word in (f"--{split}-list", root / f"{split}.txt")]
-    run("list_file", "--root", root / "images", *lists, "--imbalance", 100, "--out", tmp_path / "out", "--quiet")
-    counts = ConvertedDataset.open(tmp_path / "out").class_counts().counts
+    words = ["--imbalance", 100, "--out", tmp_path / "out", "--format", "both", "--quiet"]
+    run("list_file", "--root", root / "images", *lists, *words)
+    dataset = ConvertedDataset.open(tmp_path / "out")
+    counts = dataset.class_counts().counts
     assert (counts.sum(), counts[0], counts[-1]) == (10_626, 490, 4)
+    run("--verify", tmp_path / "out", "--quiet")
+    crop = CropSpec("center", 56)
+    batches = {}
+    for backend in ("resident", "torch", "ffcv"):
+        loader = make_loader(dataset, "meta", backend=backend, batch_size=250, device="cpu", train=False, crop=crop)
+        batches[backend] = list(loader.epoch(0))
+        loader.close()
+    labels = torch.cat([batch.labels for batch in batches["torch"]])
+    assert torch.bincount(labels).tolist() == [10] * 100
+    for backend, of_backend in batches.items():
+        for a, b in zip(of_backend, batches["torch"], strict=True):
+            assert torch.equal(a.images, b.images), backend
+            assert torch.equal(a.index, b.index), backend

@@ -167,8 +167,8 @@ def test_a_data_set_of_shards_alone_opens_and_every_backend_but_ffcv_reads_it(fi
 
 @needs_dali
 def test_auto_takes_dali_only_where_there_is_nothing_else(files, tmp_path):
-    crop = CropSpec("random_resized", 24)
-    arguments = {"backend": "auto", "batch_size": 4, "device": "cpu", "train": True, "crop": crop, "num_workers": 1}
+    arguments = {"backend": "auto", "batch_size": 4, "device": "cpu", "train": True, "num_workers": 1}
+    arguments |= {"crop": CropSpec("random_resized", 24)}
     loader = make_loader(shards_only(files, tmp_path / "shards"), "train", **arguments)
     assert (loader.backend, loader.reason[:32]) == ("dali", "dali: images differ in size, and")
     both = convert(files, tmp_path / "both", options=LOSSLESS, request={}, formats=("ffcv", "dali"), progress=False)
@@ -346,5 +346,5 @@ def test_without_dali_the_backend_says_what_to_install(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ValueError, match=r"needs NVIDIA DALI, .* install nvidia-dali-cuda130"):
+    with pytest.raises(ValueError, match=r"need NVIDIA DALI, .* install nvidia-dali-cuda130"):
         make_loader(dataset, "train", backend="dali", batch_size=2, device="cpu", train=True, crop=CropSpec("none"))

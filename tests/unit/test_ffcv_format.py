@@ -145,8 +145,9 @@ def test_a_split_without_a_good_image_is_refused(tmp_path):
 )
 def test_a_stuck_writer_is_ended_with_the_reason_and_leaves_nothing(tmp_path, no_shared_memory_left, what, reason):
     children, start = multiprocessing.active_children(), time.monotonic()
+    timeout_s = 1.5 if what == "hang" else 60  # on a busy machine a worker may need more than 1.5 s to begin with
     with pytest.raises(ValueError, match=reason):
-        write_beton(tmp_path / "a.beton", troubled(what), FfcvOptions(num_workers=2), timeout_s=1.5)
+        write_beton(tmp_path / "a.beton", troubled(what), FfcvOptions(num_workers=2), timeout_s=timeout_s)
     assert time.monotonic() - start < 60
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == children
@@ -161,6 +162,27 @@ def test_a_dying_decoder_process_ends_the_check(tmp_path):
     split = KillerSplit(**vars(in_files(tmp_path, [(3, 3)] * 100)))
     with pytest.raises(ValueError, match="decoded images was killed, most likely because memory ran out"):
         check_images(split, num_workers=2)
+
+
+def test_a_stuck_decoder_ends_the_check_with_the_reason(tmp_path):
+    children, start = multiprocessing.active_children(), time.monotonic()
+    split = StuckSplit(**vars(in_files(tmp_path, [(3, 3)] * 70)))
+    for workers in (1, 2):
+        with pytest.raises(
+            ValueError, match=r"no image was finished for 0.5 s, from number 32 of the split on: is the"
+        ):
+            check_images(split, num_workers=workers, timeout_s=0.5)
+    assert time.monotonic() - start < 60
+    assert multiprocessing.active_children() == children
+
+
+class StuckSplit(FileSplit):
+    """Files behind a disk that stops to answer."""
+
+    def image(self, i: int) -> np.ndarray:
+        if i >= 40:
+            time.sleep(600)
+        return super().image(i)
 
 
 class KillerSplit(FileSplit):

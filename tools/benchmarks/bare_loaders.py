@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -49,13 +49,24 @@ def bare_ffcv(beton: Path, *, crop: CropSpec, batch: int, workers: int, device: 
     return epochs
 
 
-def bare_dali(index: Path, *, crop: CropSpec, batch: int, workers: int, device: torch.device) -> Epochs:
-    """A DALI pipeline over its own WebDataset reader, shuffling in a buffer, with its own random crop, or with none."""
+AHEAD = 2  # batches that DALI prepares, its default
+# How our pipeline decodes, which gives libjpeg-turbo's usual pixels; DALI's defaults blow colours up more coarsely.
+SAME_PIXELS = {"jpeg_fancy_upsampling": True, "use_fast_idct": True}
+
+
+def bare_dali(
+    index: Path, *, crop: CropSpec, batch: int, workers: int, device: torch.device, decoding: Mapping[str, bool]
+) -> Epochs:
+    """A DALI pipeline over its own WebDataset reader, shuffling in a buffer, with its own random crop, or with none.
+
+    decoding: options of its decoder, SAME_PIXELS or none.
+    """
     from nvidia.dali import Pipeline, fn, types
 
     shards = TarShards.open(index)
     gpu = device.type == "cuda"
-    pipeline = Pipeline(batch_size=batch, num_threads=workers, device_id=torch.cuda.current_device() if gpu else None)
+    device_id = torch.cuda.current_device() if gpu else None
+    pipeline = Pipeline(batch_size=batch, num_threads=workers, device_id=device_id, prefetch_queue_depth=AHEAD)
     with pipeline:
         encoded, label = fn.readers.webdataset(
             paths=[str(tar) for tar in shards.tars],
@@ -66,17 +77,28 @@ def bare_dali(index: Path, *, crop: CropSpec, batch: int, workers: int, device: 
         )
         decode_on = "mixed" if gpu else "cpu"
         if crop.kind == "none":
-            images = fn.decoders.image(encoded, device=decode_on, output_type=types.RGB)
+            images = fn.decoders.image(encoded, device=decode_on, output_type=types.RGB, **decoding)
         else:
             ranges = {"random_area": list(crop.scale), "random_aspect_ratio": list(crop.aspect)}
-            images = fn.decoders.image_random_crop(encoded, device=decode_on, output_type=types.RGB, **ranges)
+            images = fn.decoders.image_random_crop(
+                encoded, device=decode_on, output_type=types.RGB, **ranges, **decoding
+            )
             images = fn.resize(images, size=[crop.size, crop.size])
         pipeline.set_outputs(images, label)
     pipeline.build()
 
     def epochs() -> Iterator[Tensor]:
-        for _ in range(len(shards) // batch):
-            yield torch.from_dlpack(pipeline.run()[0].as_tensor())
+        # Not pipeline.run(): its reader never ends, so an epoch would find batches decoded before it was measured, and
+        # leave others to be decoded while the next loader is.
+        batches = len(shards) // batch
+        for _ in range(min(AHEAD, batches)):
+            pipeline.schedule_run()
+        for number in range(batches):
+            images = torch.from_dlpack(pipeline.share_outputs()[0].as_tensor())
+            if number + AHEAD < batches:
+                pipeline.schedule_run()
+            yield images
+            pipeline.release_outputs()
 
     return epochs
 

@@ -2,10 +2,10 @@
 
     python tools/benchmark.py data --images DIR
 
-Two jobs: random-resized crops of the JPEGs below DIR, repeated up to --count, and small images without a crop, as
-CIFAR's. Bare FFCV and DALI read the very files that ours do and do the same work with their own operators and random
-numbers; torchvision's DataLoader decodes the originals with PIL. All shuffle, and use --workers threads or processes.
-Without --images only the second job is measured.
+Two kinds of jobs: random-resized crops of the JPEGs below DIR, repeated up to --count, once for each --storage; and
+small images without a crop, as CIFAR's. Bare FFCV and DALI read the very files that ours do and do the same work with
+their own operators and random numbers; torchvision's DataLoader decodes the originals with PIL. All shuffle, and use
+--workers threads or processes. Without --images only the small images are measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,17 @@ from loaders.factory import make_loader
 from loaders.ffcv_format import FfcvOptions
 from loaders.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source
-from tools.benchmarks.bare_loaders import bare_dali, bare_ffcv, torchvision_loader
+from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from tools.benchmarks.rounds import Row, interleaved, report, row
 
+BOTH = ("ffcv", "dali")
 EXTENSIONS = (".jpg", ".jpeg")
-BARE = {"fastlt ffcv": "bare ffcv", "fastlt dali": "bare dali"}
+BARE = {"fastlt ffcv": "bare ffcv", "fastlt dali": "bare dali", "fastlt resident_jpeg": "bare dali"}
+STORAGES = {
+    "jpg/own": FfcvOptions("jpg"),
+    "jpg/256": FfcvOptions("jpg", max_resolution=256),
+    "raw/256": FfcvOptions("raw", max_resolution=256),
+}
 TORCHVISION = "torchvision"
 
 
@@ -40,11 +47,16 @@ def main(arguments: list[str]) -> int:
         prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
-    parser.add_argument("--count", type=int, default=1024, help="images of the first job (default: 1024)")
-    parser.add_argument("--small-count", type=int, default=20_000, help="images of the second job (default: 20000)")
+    parser.add_argument("--count", type=int, default=1024, help="photographs (default: 1024)")
+    parser.add_argument("--small-count", type=int, default=20_000, help="small images (default: 20000)")
     parser.add_argument("--size", type=int, default=224, help="side of the crops (default: 224)")
-    parser.add_argument("--mode", choices=("raw", "jpg"), default="jpg", help="FFCV's storage of the first job")
-    parser.add_argument("--max-resolution", type=int, metavar="PIXELS", help="scale longer sides down to this")
+    parser.add_argument(
+        "--storage",
+        nargs="+",
+        default=list(STORAGES),
+        choices=STORAGES,
+        help="the JPEGs as they are (and DALI's loaders), or .beton files of longer sides of 256 (default: all)",
+    )
     parser.add_argument("--batch", type=int, default=128, help="batch size (default: 128)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="default: all cores")
     parser.add_argument("--rounds", type=int, default=5, help="measured epochs of each (default: 5)")
@@ -53,25 +65,29 @@ def main(arguments: list[str]) -> int:
     words = parser.parse_args(arguments)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        if words.images:
-            rows += _measure_photographs(words, Path(folder) / "photographs")
+        for storage in words.storage if words.images else ():
+            rows += _measure_photographs(words, storage, Path(folder) / storage.replace("/", "-"))
         rows += _measure_small(words, Path(folder) / "small")
-    settings = {key: getattr(words, key) for key in ("count", "small_count", "mode", "max_resolution", "batch")}
+    settings = {key: getattr(words, key) for key in ("count", "small_count", "batch")}
     settings |= {key: getattr(words, key) for key in ("workers", "rounds", "device")}
     report(rows, as_json=words.json, settings=settings)
     return 0
 
 
-def _measure_photographs(words: argparse.Namespace, folder: Path) -> list[Row]:
+def _measure_photographs(words: argparse.Namespace, storage: str, folder: Path) -> list[Row]:
     found = sorted(p for p in words.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not found:
         raise ValueError(f"{words.images} has no file that ends in {' or '.join(EXTENSIONS)}: give a folder of JPEGs")
     paths = [str(found[i % len(found)].relative_to(words.images)) for i in range(words.count)]
     split = FileSplit(words.images, paths, np.zeros(len(paths), dtype=np.int64), "benchmark")
-    options = FfcvOptions(words.mode, max_resolution=words.max_resolution, num_workers=words.workers)
-    dataset = _convert(split, folder, options)
-    crop = CropSpec("random_resized", words.size)
-    return _measure(f"JPEGs to {words.size} px", ("ffcv", "dali", "torch"), dataset, split, crop, words)
+    whole = storage == "jpg/own"
+    dataset = _convert(
+        split, folder, replace(STORAGES[storage], num_workers=words.workers), BOTH if whole else ("ffcv",)
+    )
+    backends = ("ffcv", "torch", "dali", "resident_jpeg") if whole else ("resident", "ffcv", "torch")
+    return _measure(
+        f"{storage} to {words.size} px", backends, dataset, split, CropSpec("random_resized", words.size), words
+    )
 
 
 def _measure_small(words: argparse.Namespace, folder: Path) -> list[Row]:
@@ -79,14 +95,18 @@ def _measure_small(words: argparse.Namespace, folder: Path) -> list[Row]:
     pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)
     labels = np.zeros(len(pixels), dtype=np.int64)
     split = ArraySplit.whole(pixels, labels, origin="random", provenance="benchmark")
-    dataset = _convert(split, folder, FfcvOptions("raw", num_workers=words.workers))
-    return _measure("32 px", ("resident", "ffcv", "dali", "torch"), dataset, split, CropSpec("none"), words)
+    dataset = _convert(split, folder, FfcvOptions("raw", num_workers=words.workers), BOTH)
+    return _measure(
+        "32 px", ("resident", "ffcv", "dali", "resident_jpeg", "torch"), dataset, split, CropSpec("none"), words
+    )
 
 
-def _convert(split: ArraySplit | FileSplit, folder: Path, options: FfcvOptions) -> ConvertedDataset:
+def _convert(
+    split: ArraySplit | FileSplit, folder: Path, options: FfcvOptions, formats: tuple[str, ...]
+) -> ConvertedDataset:
     one = split.subset(np.arange(1))
     source = Source("benchmark", ("one class",), {"train": split, "meta": one, "test": one})
-    return convert(source, folder, options=options, request={}, formats=("ffcv", "dali"), progress=False)
+    return convert(source, folder, options=options, request={}, formats=formats, progress=False)
 
 
 def _measure(
@@ -114,11 +134,12 @@ def _measure(
             stack.callback(loader.close)
             variants[f"fastlt {backend}"] = _Epochs(loader, device)
         same = {"crop": crop, "batch": words.batch, "workers": words.workers, "device": device}
-        others = {
-            "bare ffcv": bare_ffcv(dataset.beton("train"), **same),
-            "bare dali": bare_dali(dataset.shards("train"), **same),
-            TORCHVISION: torchvision_loader(split, **same),
-        }
+        others = {"bare ffcv": bare_ffcv(dataset.beton("train"), **same)}
+        if "dali" in dataset.formats:
+            others["bare dali"] = bare_dali(dataset.shards("train"), **same, decoding=SAME_PIXELS)
+            if crop.kind != "none":  # small images are stored as PNG, to which none of it applies
+                others["bare dali, its defaults"] = bare_dali(dataset.shards("train"), **same, decoding={})
+        others[TORCHVISION] = torchvision_loader(split, **same)
         for name, epoch in others.items():
             variants[name] = lambda epoch=epoch: _drain(epoch(), device)
         speeds = interleaved(variants, words.rounds)

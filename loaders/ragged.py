@@ -1,0 +1,92 @@
+"""Images of many sizes in one tensor on the device, and batches of equally large pieces cut out of it."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loaders.protocol import StoredSplit
+
+FILL_BYTES = 64 << 20  # host memory used at a time while filling
+
+
+class RaggedPixels:
+    """The pixels of all images of a split, one image after the other: uint8 (pixels, 3) on the device."""
+
+    def __init__(self, stored: StoredSplit, device: torch.device, workers: int) -> None:
+        counts = stored.heights * stored.widths
+        first = np.cumsum(counts) - counts
+        self.pixels = torch.empty((int(counts.sum()), 3), dtype=torch.uint8, device=device)
+        self._first = torch.from_numpy(first).to(device)
+        self._widths = torch.from_numpy(stored.widths).to(device)
+        with ThreadPoolExecutor(workers) as pool:
+            for images in _chunks(3 * counts):
+                ends = first[images[-1]] + counts[images[-1]]
+                host = np.empty((ends - first[images[0]], 3), dtype=np.uint8)
+                places = first[images] - first[images[0]]
+
+                def read(i: int, place: int, host: np.ndarray = host) -> None:
+                    host[place : place + counts[i]] = stored.image(i).reshape(-1, 3)
+
+                list(pool.map(read, images.tolist(), places.tolist()))
+                self.pixels[first[images[0]] : ends].copy_(torch.from_numpy(host))
+
+    def crops(self, places: Tensor, boxes: Tensor, taps: tuple[int, int], size: int) -> Tensor:
+        """Each image's rectangle, resized to (size, size) by area interpolation: uint8 (N, size, size, 3).
+
+        places: int64 (N,), which images.  boxes: int64 (N, 4) as (top, left, height, width), inside the images.
+        taps: `most_taps` of these boxes, at least.
+        The same weights as OpenCV's INTER_AREA, by which the backends on the host resize, to one level of rounding.
+        """
+        top, left, height, width = boxes.unbind(1)
+        shrinks = (height >= size) & (width >= size)
+        rows, row_weights = _taps(height, size, shrinks, taps[0])
+        columns, column_weights = _taps(width, size, shrinks, taps[1])
+        starts = self._first.index_select(0, places).view(-1, 1, 1)
+        starts = starts + (top.view(-1, 1, 1) + rows) * self._widths.index_select(0, places).view(-1, 1, 1)
+        columns = left.view(-1, 1, 1) + columns
+        out = torch.zeros((len(places), size, size, 3), dtype=torch.float32, device=boxes.device)
+        for a in range(taps[0]):
+            for b in range(taps[1]):
+                at = starts[:, :, a].unsqueeze(2) + columns[:, :, b].unsqueeze(1)
+                weight = row_weights[:, :, a].unsqueeze(2) * column_weights[:, :, b].unsqueeze(1)
+                out.addcmul_(self.pixels.index_select(0, at.flatten()).view(out.shape), weight.unsqueeze(3))
+        return out.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def most_taps(boxes: np.ndarray, size: int) -> tuple[int, int]:
+    """How many source rows and columns an output pixel needs at most, for boxes (N, 4)."""
+    most = boxes[:, 2:].max(axis=0).tolist() if len(boxes) else (1, 1)
+    return tuple(max(2, math.ceil(length / size) + 1) for length in most)
+
+
+def _taps(length: Tensor, size: int, shrinks: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """Which source positions give to each of `size` outputs, int64 (N, size, taps), and how much, float32.
+
+    Where the image shrinks in both directions a source gives the share of the output that it covers; elsewhere an
+    output lies between two neighbours. Source: the INTER_AREA mode of OpenCV's `resize`.
+    """
+    # OpenCV's order of rounding, and its single precision below: they decide floors where outputs meet sources. Tensors
+    # are divided by tensors, for torch takes a number over a tensor times its reciprocal.
+    length = length.double().view(-1, 1, 1)
+    inverse = torch.full_like(length, size) / length
+    scale = torch.ones_like(length) / inverse
+    output = torch.arange(size, device=length.device, dtype=torch.float64).view(1, -1, 1)
+    low = output * scale
+    place = low.floor() + torch.arange(taps, device=length.device)
+    covered = (torch.minimum(low + scale, place + 1) - torch.maximum(low, place)).clamp_(min=0) / scale
+    right = ((output + 1) - (low.floor() + 1) * inverse).float()
+    right = torch.where(right <= 0, 0.0, right - right.floor())
+    between = torch.zeros_like(covered)
+    between[:, :, :1], between[:, :, 1:2] = 1 - right, right
+    weights = torch.where(shrinks.view(-1, 1, 1), covered, between)
+    return torch.minimum(place, length - 1).long(), weights.float()
+
+
+def _chunks(sizes: np.ndarray) -> list[np.ndarray]:
+    """Runs of consecutive images, each of about FILL_BYTES."""
+    return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(np.cumsum(sizes) // FILL_BYTES)) + 1)
