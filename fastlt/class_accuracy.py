@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -91,7 +91,8 @@ class ClassAccuracy:
         self.folded: FoldedForward | None = None
         self.refresh, self.window, self.batch_size = refresh, window, batch_size
         self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
-        self.latest: Tensor | None = None
+        self.latest = torch.zeros(num_classes, dtype=torch.float32, device=images.device)
+        self.stale = False  # whether `latest` is not what `correct` says
         self.calls = 0
         self.due = True
 
@@ -101,20 +102,42 @@ class ClassAccuracy:
 
     def update(self, model: nn.Module) -> Tensor:
         """Score what is due with `model` in eval mode, its buffers untouched, and return A: float32 (C,) in [0, 1]."""
+        part = self.due_part()
+        if part is not None:
+            self._score(model, *part)
+        if part is not None or self.stale:
+            self.latest.copy_(self.accuracy())
+        self.advance()
+        return self.latest.clone()
+
+    def due_part(self) -> tuple[int, int] | None:
+        """Which images (of this process, in its order) the next `update` scores, from and to; None for none at all."""
         size = len(self.labels)
         if self.refresh == "exact" or self.due:
-            self._score(model, 0, size)
-            self.latest = None
-        elif self.refresh == "rolling":
-            # Slice boundaries k*M/K differ in size by one at most and cover every image once in K calls.
-            k = self.calls % self.window
-            self._score(model, k * size // self.window, (k + 1) * size // self.window)
-            self.latest = None
-        self.due = False
+            return 0, size
+        if self.refresh == "epoch":
+            return None
+        # Slice boundaries k*M/K differ in size by one at most and cover every image once in K calls.
+        k = self.calls % self.window
+        return k * size // self.window, (k + 1) * size // self.window
+
+    def variant(self) -> Hashable:
+        """What of the next `update` is decided on the host: two with the same variant run the same operations."""
+        part = self.due_part()
+        return part, part is None and self.stale
+
+    def advance(self) -> None:
+        """Count one `update`."""
+        self.due = self.stale = False
         self.calls += 1
-        if self.latest is None:
-            self.latest = self.accuracy()
-        return self.latest
+
+    def counters(self) -> tuple[int, bool, bool]:
+        """What `advance` changes."""
+        return self.calls, self.due, self.stale
+
+    def set_counters(self, counters: tuple[int, bool, bool]) -> None:
+        """Put `counters` back."""
+        self.calls, self.due, self.stale = counters
 
     def of(self, model: nn.Module) -> Tensor:
         """A of another model: float32 (C,). What `accuracy` reports stays the results of the model that is trained."""
@@ -171,4 +194,4 @@ class ClassAccuracy:
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""
         self.correct.copy_(state["correct"])
-        self.calls, self.due, self.latest = state["calls"], state["due"], None
+        self.calls, self.due, self.stale = state["calls"], state["due"], True

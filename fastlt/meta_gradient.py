@@ -91,7 +91,12 @@ def lookahead(parameters: Tensors, gradients: Sequence[Tensor], lr: float | Tens
     gradients: in the order of `parameters`, each of its parameter's shape.
     """
     with torch.no_grad():
-        stepped = torch._foreach_add([p.detach() for p in parameters.values()], list(gradients), alpha=-lr)
+        old = [p.detach() for p in parameters.values()]
+        if isinstance(lr, Tensor):
+            # As `alpha` a tensor would be read by the host.
+            stepped = torch._foreach_sub(old, torch._foreach_mul(list(gradients), lr))
+        else:
+            stepped = torch._foreach_add(old, list(gradients), alpha=-lr)
     return {name: p.requires_grad_() for name, p in zip(parameters, stepped, strict=True)}
 
 

@@ -155,7 +155,8 @@ class Recipe:
 
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     checkpoint_every_s: seconds between checkpoints, besides the one at every evaluation.
-    compile: inductor takes the passes of a step through torch.compile, where the method allows it.
+    compile: inductor takes the passes of a step through torch.compile, cudagraph captures whole iterations on a CUDA
+        device; where the method or the machine does not allow it, the stage says why and goes on without.
     sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     num_threads: CPU threads of torch; default: the cores this process may use, shared among processes.
     """
@@ -166,7 +167,7 @@ class Recipe:
     stages: dict[str, StageRecipe]
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: Literal["none", "inductor"] = "none"
+    compile: Literal["none", "inductor", "cudagraph"] = "none"
     channels_last: bool = True
     sync_batch_norm: bool = False
     runs: str = "runs"
@@ -247,7 +248,7 @@ def check(recipe: Recipe) -> list[str]:
         if getattr(recipe, key) <= 0:
             mistakes.append(f"{key}: is {getattr(recipe, key)}; allowed: a number > 0")
     if recipe.sync_batch_norm and recipe.compile != "none":
-        mistakes.append("compile: is 'inductor' with sync_batch_norm, whose exchange it does not compile; choose one")
+        mistakes.append(f"compile: is {recipe.compile!r} with sync_batch_norm, whose exchange cannot be; choose one")
     if recipe.num_threads is not None and recipe.num_threads < 1:
         mistakes.append(f"num_threads: is {recipe.num_threads}; allowed: an integer >= 1")
     if recipe.model.checkpoint and not Path(recipe.model.checkpoint).is_file():

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fastlt import checkpoint
 from fastlt.augment import build_augment, normalise
 from fastlt.class_accuracy import ClassAccuracy, evaluation_mode
-from fastlt.compiled import Compiler, warm_up
+from fastlt.compiled import Compiler, make_sgd, ready
 from fastlt.distributed import Reducer
 from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
@@ -279,6 +279,7 @@ class Trainer:
         bar = progress_bar(total, progress.iteration, name, enabled=self.main)
         batches = self._timed(endless(train, progress.iteration))
         meta_batches = endless(meta, progress.iteration) if meta is not None else None
+        iterate = None
         self.clock = time.perf_counter()
         try:
             while progress.iteration < total:
@@ -287,9 +288,9 @@ class Trainer:
                 self._set_lr(step, stage, progress.iteration / unit)
                 batch = next(batches)
                 meta_batch = next(meta_batches) if meta_batches is not None else None
-                if step.parts.compiler.active and not step.parts.compiler.warm:
-                    self._compile(name, step, batch, meta_batch)
-                output = step(batch, meta_batch)
+                if iterate is None:
+                    iterate = self._ready(name, step, batch, meta_batch)
+                output = iterate(batch, meta_batch)
                 progress.iteration += 1
                 progress.done += 1
                 progress.images += len(batch) * self.reducer.world_size
@@ -315,27 +316,29 @@ class Trainer:
             if meta is not None:
                 meta.close()
 
-    def _compile(self, name: str, step: Step, batch: Batch, meta_batch: Batch | None) -> None:
-        """Compile the step on the first batches; they are trained on afterwards, as if nothing had been."""
+    def _ready(self, name: str, step: Step, batch: Batch, meta_batch: Batch | None) -> Callable[..., StepOutput]:
+        """What takes the iterations: the step, compiled on its first batches, which are trained on afterwards."""
+        if self.recipe.compile == "none":
+            return step
         self._tick()
-        reason = warm_up(step, batch, meta_batch)
+        iterate, reason = ready(step, batch, meta_batch)
         took = time.perf_counter() - self.clock
-        self.say(
-            f"stage {name}: compiled in {took:.0f} s" if reason is None else f"stage {name}: not compiled: {reason}"
-        )
+        self.say(f"stage {name}: {f'compiled in {took:.0f} s' if reason is None else f'not compiled: {reason}'}")
         self.clock = time.perf_counter()
+        return iterate
 
     def _build_stage(self, stage: StageRecipe) -> tuple[Step, BatchLoader, BatchLoader | None]:
         """The step of a stage and its training and meta loaders."""
         data, kind = self.recipe.data, STEPS[stage.method]
         options = self._prepare_model(stage)
-        optimizer = torch.optim.SGD(
+        optimizer = make_sgd(
             kind.parameter_groups(self.model, options),
-            lr=stage.lr,
+            self.recipe.compile,
+            stage.lr,
+            self.device,
             momentum=stage.momentum,
             nesterov=stage.nesterov,
             weight_decay=stage.weight_decay,
-            foreach=True,
         )
         processes = self.reducer.world_size
         classes = self._classes(stage)
@@ -512,7 +515,11 @@ class Trainer:
             gamma=stage.gamma,
         )
         for group in step.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            value = lr * group.get("lr_factor", 1.0)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)  # a captured iteration reads it there
+            else:
+                group["lr"] = value
 
     def _normalise(self, images: Tensor) -> Tensor:
         return normalise(images, self.recipe.data.mean, self.recipe.data.std, torch.float32)
@@ -596,20 +603,27 @@ class Trainer:
 
     def _log_training(self, name: str, output: StepOutput, step: Step, bar) -> None:
         """The one place in the loop that waits for the device."""
-        loss = self._finite(output)
+        loss, lr = self._finite(output), float(step.lr)
         self._tick()
         progress = self.progress
         metrics = {k: v.item() for k, v in output.metrics.items()}
         if "weight" in output.per_class:
-            self.class_weights = output.per_class["weight"].detach()
+            self.class_weights = output.per_class["weight"].detach().clone()
             for group, mask in self.counts.shot_masks().items():
                 if mask.any():
                     chosen = torch.from_numpy(mask).to(self.class_weights.device)
                     metrics[f"weight_{group}"] = self.class_weights[chosen].mean().item()
         speed, wait = progress.images / progress.train_s, progress.wait_s / progress.train_s
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{step.lr:.3g}", img_s=f"{speed:.0f}", wait=f"{100 * wait:.1f}%")
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.3g}", img_s=f"{speed:.0f}", wait=f"{100 * wait:.1f}%")
         self.log.write(
-            "train", progress.done, stage=name, loss=loss, lr=step.lr, img_s=speed, data_wait_share=wait, **metrics
+            "train",
+            progress.done,
+            stage=name,
+            loss=loss,
+            lr=float(step.lr),
+            img_s=speed,
+            data_wait_share=wait,
+            **metrics,
         )
 
     def _finite(self, output: StepOutput) -> float:

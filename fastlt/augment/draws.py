@@ -75,6 +75,18 @@ def _upload_one(value: Tensor | Rows | Draws, device: torch.device) -> Tensor | 
     return upload(value, device)
 
 
+def overwrite_draws(held: Draws, draws: Draws) -> None:
+    """Put the values of `draws` into the memory of `held`, which has the same names, shapes and types."""
+    for name, value in draws.items():
+        if isinstance(value, Mapping):
+            overwrite_draws(held[name], value)
+        elif isinstance(value, Rows):
+            assert value.index is None, "the number of rows differs from batch to batch"
+            held[name].mask.copy_(value.mask)
+        else:
+            held[name].copy_(value)
+
+
 def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
     """float64 (count,), uniform in [low, high)."""
     return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)

@@ -26,6 +26,13 @@ class PerSampleLoss(nn.Module):
         function, so no loss draws inside `forward`.
         """
 
+    def mean_weight(self, labels: Tensor) -> Tensor | None:
+        """What the mean of the losses over a batch is divided by where the loss's authors do so: 0-d; None is 1.
+
+        Methods with sample weights of their own, learned or given, average over the batch size instead.
+        """
+        return None
+
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Logits in the precision a loss is computed in: half types become float32, float64 stays."""

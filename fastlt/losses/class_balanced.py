@@ -28,8 +28,7 @@ def effective_number_weights(counts: np.ndarray, beta: float) -> np.ndarray:
 class DeferredWeights(PerSampleLoss):
     """A loss with class weights that are 1 until epoch `from_epoch` and by effective number from then on.
 
-    The deferred re-weighting (DRW) of LDAM. Weighted losses are averaged over the batch size by the caller; LDAM's code
-    divides by the weights' sum over the batch instead, which is the same in expectation over batches only roughly.
+    The deferred re-weighting (DRW) of LDAM. from_epoch: None for never.
     """
 
     def __init__(self, class_counts: ClassCounts, beta: float, from_epoch: int | None) -> None:

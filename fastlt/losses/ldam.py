@@ -41,6 +41,12 @@ class LDAM(DeferredWeights):
         shifts = self.scale * margins(class_counts.counts, check_number("max_margin", max_margin, 0))
         self.register_buffer("shifts", torch.from_numpy(shifts).float(), persistent=False)
 
+    def mean_weight(self, labels: Tensor) -> Tensor:
+        """LDAM's code averages by the weights' sum over the batch. By its size, the losses of a long-tailed batch, most
+        of whose images weigh little, would shrink when the re-weighting begins: to a fifth on CIFAR-100-LT, IF 100.
+        """
+        return self.class_weights[labels].mean()
+
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = at_least_float32(logits)
         shift = torch.zeros_like(logits).scatter_(1, labels[:, None], self.shifts[labels].to(logits.dtype)[:, None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,9 +154,34 @@ class Step:
         """Why `parts.compiler` cannot serve this step, None when it can."""
         return None if self.compiles else "the method has passes of its own, which are not compiled"
 
+    # What a replayed iteration cannot do by itself, since Python does not run in it.
+
+    def variant(self) -> Hashable:
+        """What of the next iteration is decided on the host: two with the same variant run the same operations."""
+        accuracy = self.parts.class_accuracy
+        return self.uses_meta_batch(), None if accuracy is None else accuracy.variant()
+
+    def uses_meta_batch(self) -> bool:
+        """Whether the next iteration looks at its meta batch."""
+        return self.needs_meta_batch
+
+    def counters(self) -> Any:
+        """The numbers on the host that an iteration changes."""
+        return None if self.parts.class_accuracy is None else self.parts.class_accuracy.counters()
+
+    def set_counters(self, counters: Any) -> None:
+        """Put `counters` back."""
+        if self.parts.class_accuracy is not None:
+            self.parts.class_accuracy.set_counters(counters)
+
+    def advance(self) -> None:
+        """Change the counters as an iteration does."""
+        if self.parts.class_accuracy is not None:
+            self.parts.class_accuracy.advance()
+
     @property
-    def lr(self) -> float:
-        """The current learning rate, alpha of Eq. 9."""
+    def lr(self) -> float | Tensor:
+        """The current learning rate, alpha of Eq. 9; 0-d on the device where iterations are captured."""
         return self.optimizer.param_groups[0]["lr"]
 
     def start_epoch(self, epoch: int) -> None:
@@ -175,6 +200,14 @@ class Step:
         with self.parts.autocast():
             return self.compiled_losses(images, labels)
 
+    def mean_loss(self, losses: Tensor, labels: Tensor) -> Tensor:
+        """The mean of per-sample losses (b,) as the loss's authors take it, over the batches of all processes: 0-d."""
+        weight = self.loss.mean_weight(labels)
+        if weight is None:
+            return losses.mean()
+        self.reducer.mean_([weight])
+        return losses.mean() / weight
+
     def gradients(self, objective: Tensor, parameters: list[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""
         gradients = torch.autograd.grad(
@@ -186,6 +219,9 @@ class Step:
     def apply(self, gradients: list[Tensor]) -> None:
         """One optimizer step with these gradients of `self.parameters`."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient.stride() != parameter.stride():
+                # Fused optimizers go through memory as if both were laid out alike, whether they are or not.
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -61,9 +61,12 @@ class CbDaStep(MetaStep):
         balanced = effective_number_weights(parts.class_counts.counts, self.options.beta)
         self.balanced = torch.from_numpy(balanced).to(self.parameters[0])
 
+    def uses_meta_batch(self) -> bool:
+        return self.epoch >= self.options.from_epoch
+
     def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
         run = self.training_pass(batch)
-        if self.epoch < self.options.from_epoch:
+        if not self.uses_meta_batch():
             objective = run.losses.mean()
             self.descend(objective)
             return StepOutput(objective.detach())

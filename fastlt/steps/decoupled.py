@@ -59,7 +59,7 @@ class DecoupledStep(Step):
             return self.loss(self.model.head(self.model.dropout(features)), labels)
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        objective = self.losses(self.parts.augment(batch.images), batch.labels).mean()
+        objective = self.mean_loss(self.losses(self.parts.augment(batch.images), batch.labels), batch.labels)
         self.descend(objective)
         head = self.model.head
         return StepOutput(

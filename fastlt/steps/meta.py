@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlt import meta_gradient
+from fastlt.compiled import adam_options
 from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
@@ -96,7 +97,7 @@ class MetaStep(Step):
             return recordable(inputs) and not torch.is_autocast_enabled(inputs.device.type)
 
     def per_sample_gradient(
-        self, run: TrainingPass, weights: Tensor, meta_batch: Batch, lr: float | None = None
+        self, run: TrainingPass, weights: Tensor, meta_batch: Batch, lr: float | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """dL_meta/dw_i (b,) at phi - lr * grad (1/b) sum_i w_i l_i, and the meta loss there (0-d).
 
@@ -108,7 +109,7 @@ class MetaStep(Step):
         return self.gradient_at(run, gradients, meta_batch, lr)
 
     def gradient_at(
-        self, run: TrainingPass, gradients: list[Tensor], meta_batch: Batch, lr: float | None = None
+        self, run: TrainingPass, gradients: list[Tensor], meta_batch: Batch, lr: float | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `per_sample_gradient`, from the gradients of the weighted mean loss in `self.ahead`, in its order.
 
@@ -215,10 +216,29 @@ class LearnedWeightStep(MetaStep):
         self.net = self.make_net().to(device=first.device, dtype=first.dtype)
         self.net_parameters = list(self.net.parameters())
         self.net_optimizer = torch.optim.Adam(
-            self.net_parameters, lr=self.options.lr, weight_decay=self.options.weight_decay, foreach=True
+            self.net_parameters,
+            lr=self.options.lr,
+            weight_decay=self.options.weight_decay,
+            **adam_options(parts.compiler.mode, first.device),
         )
         self.iteration = 0
         self.metrics: dict[str, Tensor] = {}  # of the latest step on theta
+
+    def why_not_compiled(self) -> str | None:
+        if self.parts.compiler.mode == "cudagraph" and self.options.approximate.every > 1:
+            return "approximate.every makes iterations that are not alike; choose one of the two"
+        return super().why_not_compiled()
+
+    def counters(self) -> Any:
+        return self.iteration, super().counters()
+
+    def set_counters(self, counters: Any) -> None:
+        self.iteration, others = counters
+        super().set_counters(others)
+
+    def advance(self) -> None:
+        super().advance()
+        self.iteration += 1
 
     def make_net(self) -> nn.Module:
         """The network with parameters theta, as it is initialised."""

@@ -7,12 +7,15 @@ from fastlt.steps.base import Step
 
 
 class PlainStep(Step):
-    """SGD on (1/b) sum_i l_i: cross-entropy, balanced softmax and every other row that is only a loss."""
+    """SGD on (1/b) sum_i l_i: cross-entropy, balanced softmax and every other row that is only a loss.
+
+    A loss that averages by its weights (LDAM's re-weighting) does so here.
+    """
 
     trains_experts = True
     compiles = True
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        objective = self.losses(self.parts.augment(batch.images), batch.labels).mean()
+        objective = self.mean_loss(self.losses(self.parts.augment(batch.images), batch.labels), batch.labels)
         self.descend(objective)
         return StepOutput(objective.detach())

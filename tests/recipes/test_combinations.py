@@ -129,7 +129,7 @@ REFUSED = {
     "balms learns its rates": ([stage("plain"), stage("balms", sampling="class_balanced")], [], "set sampling: inst"),
     "balms draws a part": ([stage("plain"), stage("balms", batch_size=18)], [], "give a multiple of 4"),
     "balms looks ahead": ([stage("plain"), stage("balms", nesterov=True)], [], "set it to false"),
-    "tau after scales": ([stage("plain"), stage("lws"), stage("tau_norm")], [], "scaled already"),
+    "tau after scales": ([stage("plain"), stage("lws"), stage("tau_norm")], [], "rebuild it"),
     "mixup is no augmentation": ([stage("difficulty")], ["data.augment=[flip, mixup]"], "method: mixup with options"),
     "mixup of nothing": ([stage("mixup", options={"alpha": 0})], [], "alpha is 0"),
     "two lookaheads": ([stage("mixup", options={"driver_weight": 1})], [], "options of method 'mixup'"),

@@ -7,42 +7,46 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastlt.augment import build_augment
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, warm_up
+from fastlt.compiled import Compiler, make_sgd, ready
 from fastlt.losses import build_loss
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
+from fastlt.steps.meta import Approximation
 from fastlt.trainer import Trainer
 
 CLASSES = 4
 COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))
 
 
-def make_step(method, compiler, drop_rate=0.0):
+def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", **options):
     torch.manual_seed(0)
     # As small as a network with BatchNorm can be: compiling takes longer with every layer.
     layers = [nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
-    model = Classifier(nn.Sequential(*layers), LinearHead(4 * 9, CLASSES), drop_rate).train()
+    model = Classifier(nn.Sequential(*layers), LinearHead(4 * 9, CLASSES), drop_rate).to(device).train()
 
     def augment(seed, specs=("flip",)):
-        return build_augment(specs, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, seed=seed, device="cpu")
+        return build_augment(specs, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, seed=seed, device=device)
 
     kind = STEPS[method]
+    accuracy = ClassAccuracy(*on(device, *meta_set()), CLASSES, prepare=augment(2, ()), refresh=refresh, window=3)
     parts = StepParts(
         model=model,
         loss=build_loss("cross_entropy", COUNTS),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        optimizer=make_sgd([{"params": model.parameters()}], compiler.mode, 0.1, torch.device(device), momentum=0.9),
         augment=augment(0),
         meta_augment=augment(1),
         class_counts=COUNTS,
-        class_accuracy=ClassAccuracy(*meta_set(), CLASSES, prepare=augment(2, ())) if kind.needs_accuracy else None,
+        class_accuracy=accuracy if kind.needs_accuracy else None,
         compiler=compiler,
     )
-    return kind(parts)
+    return kind(parts, kind.Options(**options))
 
 
 def meta_set():
@@ -50,10 +54,15 @@ def meta_set():
     return torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=draw), torch.arange(12) % CLASSES
 
 
-def batches(seed):
+def on(device, *tensors):
+    return (tensor.to(device) for tensor in tensors)
+
+
+def batches(seed, device="cpu"):
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=draw)
-    return Batch(images, torch.arange(8) % CLASSES, torch.arange(8)), Batch(*meta_set(), torch.arange(12))
+    batch = images, torch.arange(8) % CLASSES, torch.arange(8)
+    return Batch(*on(device, *batch)), Batch(*on(device, *meta_set(), torch.arange(12)))
 
 
 def tensors(state, where=""):
@@ -68,7 +77,7 @@ def tensors(state, where=""):
 def test_a_compiled_step_computes_the_same_and_warming_up_leaves_no_trace(method):
     plain, compiled = make_step(method, Compiler()), make_step(method, Compiler("inductor"))
     before, random = copy.deepcopy(compiled.state_dict()), torch.get_rng_state()
-    assert warm_up(compiled, *batches(0)) is None
+    assert ready(compiled, *batches(0)) == (compiled, None)
     assert torch.equal(random, torch.get_rng_state())
     after = compiled.state_dict()
     assert compiled.parts.compiler.active
@@ -84,7 +93,9 @@ def test_a_compiled_step_computes_the_same_and_warming_up_leaves_no_trace(method
 @pytest.mark.parametrize(("method", "drop_rate", "why"), [("mixup", 0.0, "passes of its own"), ("mwn", 0.5, "random")])
 def test_what_cannot_be_compiled_says_why_and_trains(method, drop_rate, why):
     step = make_step(method, Compiler("inductor"), drop_rate)
-    assert why in warm_up(step, *batches(0))
+    iterate, reason = ready(step, *batches(0))
+    assert iterate is step
+    assert why in reason
     assert not step.parts.compiler.active
     assert torch.isfinite(step(*batches(0)).loss)
 
@@ -100,10 +111,128 @@ def test_a_compiler_that_fails_is_given_up_with_its_reason_and_without_a_trace(m
     monkeypatch.setattr(torch, "compile", failing)
     step = make_step("plain", Compiler("inductor"))
     before = copy.deepcopy(step.state_dict())
-    assert warm_up(step, *batches(0)) == "RuntimeError: no C++ compiler"
+    assert ready(step, *batches(0)) == (step, "RuntimeError: no C++ compiler")
     for (name, old), (_, new) in zip(tensors(before), tensors(step.state_dict()), strict=True):
         assert torch.equal(old, new), name
     assert torch.isfinite(step(*batches(0)).loss)
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations of a function with the tensors they had, for another run.
+
+    Numbers that came from the host stay as they were, results go where they went, and what would wait for the device is
+    an error.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        output = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, output))
+        return output
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, output in self.calls:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Captured:
+    """`Capture` on a CPU. As on a GPU, nothing has been computed by capturing: the state is put back."""
+
+    def __init__(self, step):
+        self.step, self.graphs = step, 0
+
+    def __call__(self, function):
+        self.graphs += 1
+        live = [t for _, t in tensors(self.step.state_dict())]
+        before = [t.clone() for t in live]
+        recorded = Recorded()
+        with recorded:
+            result = function()
+        for tensor, old in zip(live, before, strict=True):
+            tensor.copy_(old)
+        return recorded.replay, result
+
+
+GRAPHED = {
+    "plain": ("plain", "exact", {}, 1),
+    "cdb": ("cdb", "epoch", {}, 2),
+    "difficulty-exact": ("difficulty", "exact", {}, 1),
+    "difficulty-rolling": ("difficulty", "rolling", {}, 4),
+    "difficulty-late": ("difficulty", "exact", {"approximate": Approximation(late_weights=True)}, 1),
+    "mwn": ("mwn", "exact", {}, 1),
+    "cb_da": ("cb_da", "exact", {"from_epoch": 1}, 2),
+}
+
+
+def assert_replayed_as_stepped(case, device, make_capture):
+    """Eight iterations of a graphed step beside those of an ordinary one; returns what captured."""
+    method, refresh, options, _ = GRAPHED[case]
+    plain = make_step(method, Compiler(), refresh=refresh, device=device, **options)
+    graphed = make_step(method, Compiler("cudagraph"), refresh=refresh, device=device, **options)
+    for augment in (plain.parts.augment, plain.parts.meta_augment):
+        augment.static = True  # so that both draw the same
+    before, random = copy.deepcopy(graphed.state_dict()), torch.get_rng_state()
+    capture = make_capture(graphed)
+    iterate, reason = ready(graphed, *batches(0, device), capture)
+    assert reason is None
+    assert torch.equal(random, torch.get_rng_state())
+    for (name, old), (_, new) in zip(tensors(before["model"]), tensors(graphed.state_dict()["model"]), strict=True):
+        assert torch.equal(old, new), name
+    tried = getattr(capture, "graphs", 0)
+    for iteration in range(8):
+        for step in (plain, graphed):
+            if iteration % 4 == 0:
+                step.start_epoch(iteration // 4)
+        plain.optimizer.param_groups[0]["lr"] = 0.1 / (1 + iteration)
+        graphed.optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + iteration))
+        expected, output = plain(*batches(iteration, device)), iterate(*batches(iteration, device))
+        assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
+    one, other = plain.state_dict(), graphed.state_dict()
+    for key in ("model", "class_accuracy", "net", "iteration", "epoch"):
+        for (name, value), (_, same) in zip(tensors({key: one.get(key)}), tensors({key: other.get(key)}), strict=True):
+            assert torch.allclose(value.double(), same.double(), rtol=1e-3, atol=1e-5), name
+    assert plain.counters() == graphed.counters()
+    return getattr(capture, "graphs", 0) - tried
+
+
+@pytest.mark.parametrize("case", GRAPHED)
+def test_replayed_iterations_are_those_of_the_step(case):
+    assert assert_replayed_as_stepped(case, "cpu", Captured) == GRAPHED[case][-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GRAPHED)
+def test_cuda_graphs_replay_the_iterations_of_the_step(case):
+    assert_replayed_as_stepped(case, "cuda", lambda step: None)
+
+
+def test_a_graph_that_cannot_be_captured_says_why_and_the_step_draws_for_itself_again():
+    def failing(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    step = make_step("difficulty", Compiler("cudagraph"))
+    before = copy.deepcopy(step.state_dict()["model"])
+    iterate, reason = ready(step, *batches(0), failing)
+    assert (iterate, reason) == (step, "RuntimeError: operation not permitted when stream is capturing")
+    for (name, old), (_, new) in zip(tensors(before), tensors(step.state_dict()["model"]), strict=True):
+        assert torch.equal(old, new), name
+    images = batches(0)[0].images
+    assert not torch.equal(step.parts.augment(images), step.parts.augment(images))
+
+
+def test_what_cannot_be_a_graph_is_told_before_anything_is_tried():
+    step = make_step("plain", Compiler("cudagraph"))
+    assert ready(step, *batches(0)) == (step, "CUDA graphs need a CUDA device")
+    step = make_step("difficulty", Compiler("cudagraph"), approximate=Approximation(every=2))
+    assert "not alike" in ready(step, *batches(0), Captured(step))[1]
 
 
 def test_a_run_says_what_it_compiled_and_ends_as_without(digits_words, capsys, monkeypatch):

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlt.distributed import Reducer
 from fastlt.losses import LOSSES, build_loss, check_loss
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.losses.cross_entropy import BalancedSoftmax
 from fastlt.losses.ldam import margins
 from fastlt.losses.smoothing import smoothing_by_class
 from fastlt.state import ClassCounts
+from fastlt.steps.base import Step
 
 COUNTS = np.array([500, 230, 97, 40, 11, 2], dtype=np.int64)
 
@@ -279,6 +281,24 @@ def test_deferred_reweighting_starts_at_its_epoch(name, option):
     assert loss.class_weights.data_ptr() == storage
     loss.on_epoch(0)
     torch.testing.assert_close(loss(logits, labels), early)
+
+
+def test_reweighted_ldam_is_averaged_by_the_weights_of_the_batch():
+    logits, labels = batch()
+    labels[:12] = 0  # a long tail, so that the two averages differ
+    loss = build_loss("ldam", class_counts(), reweight_from_epoch=1)
+    assert loss.mean_weight(labels) == 1
+    loss.on_epoch(1)
+    step = Step.__new__(Step)
+    step.loss, step.reducer = loss, Reducer()
+    mine = step.mean_loss(loss(logits, labels), labels)
+    weights = np.array(cb_weights(0.9999))[labels.numpy()]
+    terms = [ref_ldam(z, y) for z, y in zip(logits.numpy(), labels.tolist(), strict=True)]
+    assert mine.item() == pytest.approx((weights * terms).sum() / weights.sum(), rel=1e-6)
+    assert abs(weights.mean() - 1) > 0.2
+    step.loss = build_loss("class_balanced", class_counts())
+    losses = step.loss(logits, labels)
+    assert step.mean_loss(losses, labels) == losses.mean()
 
 
 def test_ldam_never_reweights_unless_told():
