@@ -1,0 +1,74 @@
+"""No iteration of any method makes the host wait for the device: nothing in it reads a number back from a tensor."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from test_combinations import FIRST, SECOND, load, stage
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlt.steps import STEPS
+from fastlt.trainer import Trainer
+
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten._unique2.default}
+
+
+class NothingIsRead(TorchDispatchMode):
+    """An error where a tensor's values decide what the host does next, but for the step counts of Adam.
+
+    Those it keeps on the host, on a GPU too.
+    """
+
+    optimizing = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in READS and not NothingIsRead.optimizing:
+            raise AssertionError(f"{function} makes the host wait")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every step is watched; returns the names of the methods whose iterations were."""
+    seen = []
+
+    def watch(name, call):
+        @functools.wraps(call)
+        def iterate(*args):
+            seen.append(name)
+            with NothingIsRead():
+                return call(*args)
+
+        return iterate
+
+    for name, kind in STEPS.items():
+        monkeypatch.setattr(kind, "__call__", watch(name, kind.__call__))
+
+    step = torch.optim.Adam.step
+
+    def optimize(*args, **kwargs):
+        NothingIsRead.optimizing = True
+        try:
+            return step(*args, **kwargs)
+        finally:
+            NothingIsRead.optimizing = False
+
+    monkeypatch.setattr(torch.optim.Adam, "step", optimize)
+    return seen
+
+
+def test_no_method_reads_a_number_back(digits, tmp_path, watched):
+    methods = [*FIRST, *SECOND]
+    words = [f"data.converted={digits}", f"runs={tmp_path}", "data.loader=resident", "num_threads=1", "data.augment=[]"]
+    Trainer(load([stage(method) for method in methods], *words, "log_every=1000")).fit()
+    assert set(methods) <= set(watched)
+
+
+def test_what_reads_a_number_back_is_found(digits, tmp_path, watched, monkeypatch):
+    kind = STEPS["plain"]
+    monkeypatch.setattr(kind, "descend", lambda self, objective: objective.item())
+    words = [f"data.converted={digits}", f"runs={tmp_path}", "data.loader=resident", "num_threads=1"]
+    with pytest.raises(AssertionError, match="makes the host wait"):
+        Trainer(load([stage("plain")], *words)).fit()
