@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ReferenceTrainer, accuracy_of, driver, eq4, meta_objective
+from reference import ReferenceTrainer, accuracy_of, driver, eq4, forward, meta_objective
 
 from fastlt import meta_gradient
 from fastlt.augment import build_augment
@@ -116,6 +116,39 @@ def test_equals_double_backward_in_float64(name, size, memory_format):
     fast, slow = theta_gradients(*make(name, memory_format=memory_format, size=size))
     assert slow.norm() > 0
     assert relative_error(fast, slow) <= 1e-10
+
+
+def whole_procedure(model, net, accuracy, batch, meta_batch, lr):
+    """L_meta(phi_hat(theta)) + 0.3 L_driver(theta), as a number: a gradient, a step, a forward pass."""
+    (images, labels), (meta_images, meta_labels) = batch, meta_batch
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        weights = eq4(net, accuracy)
+    losses = cross_entropy(forward(model, parameters, images), labels)
+    gradients = torch.autograd.grad((weights[labels] * losses).mean(), list(parameters.values()))
+    with torch.no_grad():
+        ahead = {n: p - lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+        meta_loss = F.cross_entropy(forward(model, ahead, meta_images), meta_labels)
+        return (meta_loss + 0.3 * driver(net, accuracy, "relative")).item()
+
+
+@pytest.mark.parametrize(("name", "size"), BACKBONES)
+def test_equals_a_central_difference_of_the_whole_procedure_in_theta(name, size):
+    model, net, accuracy, batch, meta_batch = make(name, size=size)
+    class_gradient = fast_class_gradient(model, eq4(net, accuracy).detach(), batch, meta_batch, 0.2)
+    scalar, _ = difficulty_gradient_loss(net, accuracy, class_gradient, 0.3, "relative")
+    fast = torch.autograd.grad(scalar, list(net.parameters()))
+    start = [p.detach().clone() for p in net.parameters()]
+    # Along the gradient itself, where the difference is largest against the rounding of the two values.
+    length = torch.cat([g.flatten() for g in fast]).norm()
+    step = 1e-6 / length  # small: a ReLU that switches in between would add to the difference
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, old, g in zip(net.parameters(), start, fast, strict=True):
+                p.copy_(old + sign * step * g)
+        values.append(whole_procedure(model, net, accuracy, batch, meta_batch, 0.2))
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(length.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("target", ["relative", "absolute"])
