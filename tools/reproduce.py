@@ -5,8 +5,10 @@
     python tools/reproduce.py table8 --scale short --rows Ours cRT --columns 100
 
 Each cell's run is `fastlt/train.py RECIPE overrides... seed=S` in a process of its own; a finished run is not run
-again, an interrupted one goes on. A cell of several runs ends with tools/ensemble.py on them. Leaves TABLE.md, .csv
-and .json in --out. The paper's numbers, and which recipe belongs to which row, are in tools/paper_tables.yaml.
+again, an interrupted one goes on. What a run of several stages has in common with other rows is trained once: all
+stages but its last are a run of their own, from whose end it goes on as if it had been stopped there. A cell of
+several runs ends with tools/ensemble.py on them. One seed of everything comes before the next seed. Leaves TABLE.md,
+.csv and .json in --out. The published numbers, and which recipe belongs to which row, are in tools/paper_tables.yaml.
 `--data` names folders with CIFAR's files or converted data sets.
 Exit code: 0 done, 1 when a run failed, 2 for a mistake on the command line, 130 when stopped.
 """
@@ -15,16 +17,19 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import io
-import re
+import json
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -32,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from fastlt.checkpoint import read_json, write_atomically, write_json  # noqa: E402
+from fastlt.checkpoint import LAST, read_json, write_atomically, write_json  # noqa: E402
 from fastlt.names import pick  # noqa: E402
-from fastlt.recipe import Recipe, load_recipe  # noqa: E402
+from fastlt.recipe import Recipe, differences, load_recipe  # noqa: E402
 from loaders.dataset import ConvertedDataset  # noqa: E402
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
@@ -42,8 +47,13 @@ CIFAR_FILES = {"cifar10": "cifar-10-", "cifar100": "cifar-100-"}
 
 # `--scale short`: one budget for every row, so that rows can be compared with each other, not with the paper. A stage
 # that starts from fresh weights is what differs; one that goes on from it gets a quarter of it. Stages that descend
-# nothing (tau_norm) stay as they are.
+# nothing (tau_norm) stay as they are. A table's or a row's own `short` words come after these.
 SHORT_ITERATIONS = 400
+
+# Keys of a recipe that do not change a result, and those that are left out of what a run is known by.
+HARMLESS = ("runs", "resume", "log_every", "checkpoint_every_s", "num_threads", "trackers")
+HARMLESS += ("data.root", "data.download", "data.num_workers")
+NOT_IN_NAME = (*HARMLESS, "name", "seed", "data.converted")
 
 
 def short_budget(recipe: Recipe) -> list[str]:
@@ -70,17 +80,19 @@ def short_budget(recipe: Recipe) -> list[str]:
 class Cell:
     """One number of a table and what reproduces it.
 
-    recipe: stem of a file of recipes/. overrides: words that make the recipe this cell's. metric: key of result.json.
-    problem: why it was not run, None when it can be. results: one result.json a seed, in order.
-    members: of an ensemble, its runs; `recipe` then names all of theirs, and `overrides` holds all of theirs.
+    paper: the published number, None when there is none. recipe: stem of a file of recipes/. overrides: words that make
+    the recipe this cell's; short: further ones at `--scale short`. metric: key of result.json. problem: why it was not
+    run, None when it can be. results: one result.json a seed, in order. members: the cells that an ensemble puts
+    together; `recipe` then names all of theirs, and `overrides` holds all of theirs.
     """
 
     row: str
     column: str
-    paper: float
+    paper: float | None
     recipe: str
     overrides: list[str]
     metric: str
+    short: list[str] = field(default_factory=list)
     problem: str | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
     members: list[Cell] = field(default_factory=list)
@@ -105,20 +117,28 @@ class Cell:
             "paper": self.paper,
             "ours": mean,
             "std": statistics.stdev(ours) if len(ours) > 1 else None,
-            "runs": len(ours),
-            "difference": None if mean is None else mean - self.paper,
+            "seeds": len(ours),
+            "difference": None if mean is None or self.paper is None else mean - self.paper,
             "train_s": statistics.mean(r["train_s"] for r in self.results) if self.results else None,
+            "device": " + ".join(sorted({r["device"] for r in self.results})) or None,
+            "runs": " ".join(r["name"] for r in self.results),
             "not_run": self.problem,
         }
 
 
+def table_names(tables: Path = PAPER) -> list[str]:
+    """What can be reproduced."""
+    return list(yaml.safe_load(tables.read_text(encoding="utf-8")))
+
+
 def load_table(name: str, tables: Path = PAPER) -> tuple[str, list[Cell]]:
-    """Title and cells of a table, row by row; cells in which the paper prints a dash are left out."""
+    """Title and cells of a table, row by row; a cell without a number is left out unless the table says `run_all`."""
     table = pick("table", name, yaml.safe_load(tables.read_text(encoding="utf-8")))
     cells = []
     for row in table["rows"]:
-        for column, value in zip(table["columns"], row["values"], strict=True):
-            if value is None:
+        values = row.get("values", [None] * len(table["columns"]))
+        for column, value in zip(table["columns"], values, strict=True):
+            if value is None and not table.get("run_all", False):
                 continue
             overrides = [
                 *table.get("overrides", []),
@@ -128,10 +148,9 @@ def load_table(name: str, tables: Path = PAPER) -> tuple[str, list[Cell]]:
             ]
             recipes = row.get("ensemble") or [row.get("recipe") or column["recipe"]]
             place = (row["name"], column["name"], value)
-            metric = column.get("metric", "top1")
-            members = [Cell(*place, recipe, overrides, metric) for recipe in recipes]
-            ensemble = Cell(*place, "+".join(recipes), overrides, metric, members=members)
-            cells.append(ensemble if len(members) > 1 else members[0])
+            rest = (overrides, column.get("metric", "top1"), [*table.get("short", []), *row.get("short", [])])
+            members = [Cell(*place, recipe, *rest) for recipe in recipes]
+            cells.append(members[0] if len(members) == 1 else Cell(*place, "+".join(recipes), *rest, members=members))
     return table["title"], cells
 
 
@@ -159,7 +178,11 @@ def resolve(cell: Cell, data: Sequence[Path], scale: str, extra: Sequence[str]) 
         return
     try:
         if scale == "short":
-            cell.overrides = [*cell.overrides, *short_budget(load_recipe(cell.path, cell.overrides))]
+            cell.overrides = [
+                *cell.overrides,
+                *short_budget(load_recipe(cell.path, cell.overrides)),
+                *cell.short,
+            ]
         cell.overrides = [*cell.overrides, *extra]
         recipe = load_recipe(cell.path, cell.overrides)
     except ValueError as error:
@@ -201,76 +224,202 @@ def _is_converted(folder: Path, num_classes: int | None) -> bool:
 # Running
 
 
-def run_name(cell: Cell, scale: str, seed: int) -> str:
-    """Recipe, what is overridden, budget and seed; equal cells of two tables share their runs."""
-    # Where the data are does not change a result, so it does not change the name.
-    words = [w for w in cell.overrides if not re.match(r"data\.(root|download|converted)=|runs=|num_threads=", w)]
-    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
-    return f"{cell.recipe}-{scale}-{digest}-{seed}"
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of the trainer: a recipe file, and the override words that go after it, all but its name.
+
+    identity: equal for runs whose results are. first: the run of all stages but the last, whose end this one goes on
+    from; None for a recipe of one stage.
+    """
+
+    path: Path
+    words: tuple[str, ...]
+    recipe: Recipe
+    identity: str
+    name: str
+    first: TrainingRun | None
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder.with_name(self.name)
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(ROOT / "fastlt" / "train.py"), str(self.path), *self.words, f"name={self.name}"]
+
+    @property
+    def needs(self) -> tuple[TrainingRun, ...]:
+        """The runs that have to be finished before this one starts."""
+        if self.first is None or (self.folder / "checkpoints" / LAST).exists():
+            return ()
+        return (self.first,)
+
+    def prepare(self) -> None:
+        """Make the run folder stand where the first run ended: the trainer resumes there, bit for bit."""
+        if not self.needs:
+            return
+        part = self.folder.with_name(f"{self.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(self.first.folder / "checkpoints", part / "checkpoints")
+        shutil.copy2(self.first.folder / "log.jsonl", part)
+        if self.folder.exists():  # made by a run that was killed before its first checkpoint
+            shutil.rmtree(self.folder)
+        part.rename(self.folder)
+
+    def finished(self) -> bool:
+        """Whether the folder holds the result of this recipe; of another one, train.py refuses with the reason."""
+        recorded = self.folder / "recipe.yaml"
+        if not (self.folder / "result.json").is_file() or not recorded.is_file():
+            return False
+        changed = differences(load_recipe(recorded), replace(self.recipe, name=self.name))
+        return all(line.split(":")[0] in HARMLESS for line in changed)
 
 
-def command(cell: Cell, runs: Path, scale: str, seed: int) -> list[str]:
-    """The command line of one run, or of what puts the runs of an ensemble together."""
-    name = run_name(cell, scale, seed)
-    if cell.members:
-        folders = [str(runs / run_name(member, scale, seed)) for member in cell.members]
-        return [sys.executable, str(ROOT / "tools" / "ensemble.py"), *folders, "--out", str(runs / name)]
-    words = [*cell.overrides, f"runs={runs}", f"name={name}", f"seed={seed}"]
-    return [sys.executable, str(ROOT / "fastlt" / "train.py"), str(cell.path), *words]
+@dataclass(frozen=True)
+class EnsembleRun:
+    """Finished runs put together by tools/ensemble.py; it can be asked what a training run can."""
+
+    members: tuple[TrainingRun, ...]
+    identity: str
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.members[0].folder.with_name(self.name)
+
+    @property
+    def command(self) -> list[str]:
+        folders = [str(member.folder) for member in self.members]
+        return [sys.executable, str(ROOT / "tools" / "ensemble.py"), *folders, "--out", str(self.folder)]
+
+    @property
+    def needs(self) -> tuple[TrainingRun, ...]:
+        return self.members
+
+    def prepare(self) -> None:
+        """Nothing: the members' folders are read where they are."""
+
+    def finished(self) -> bool:
+        """Whether the folder holds the ensemble of the members' results as they are now."""
+        result = self.folder / "result.json"
+        if not result.is_file() or not all(member.finished() for member in self.members):
+            return False
+        recorded = [(m["run"], m["top1"]) for m in read_json(result)["members"]]
+        return recorded == [(m.name, read_json(m.folder / "result.json")["top1"]) for m in self.members]
 
 
-def run_cells(cells: Sequence[Cell], runs: Path, scale: str, seeds: int) -> int:
-    """Run what is missing and put each result into its cells; returns how many runs failed."""
+Run = TrainingRun | EnsembleRun
+
+
+def plan_run(cell: Cell, runs: Path, seed: int) -> Run:
+    """The run of a cell under a seed, with those that it needs."""
+    if not cell.members:
+        return _plan(cell.path, [*cell.overrides, f"runs={runs}", f"seed={seed}"])
+    members = tuple(plan_run(member, runs, seed) for member in cell.members)
+    identity = f"{_digest([m.identity for m in members])}-{seed}"
+    return EnsembleRun(members, identity, f"{cell.recipe}-{identity}")
+
+
+def _plan(path: Path, words: list[str]) -> TrainingRun:
+    recipe = load_recipe(path, words)
+    *before, last = recipe.stages
+    first = _plan(path, [*words, f"stages.{last}=null"]) if before else None
+    identity = f"{result_digest(recipe)}-{recipe.seed}"
+    # Rows and tables that ask for the same training share it, whatever recipe file it was first asked for by.
+    there = sorted(Path(recipe.runs).glob(f"*-{identity}"))
+    name = there[0].name if there else f"{path.stem}-{identity}"
+    return TrainingRun(path, tuple(words), recipe, identity, name, first)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def result_digest(recipe: Recipe) -> str:
+    """Eight digits that are equal for recipes whose results are, under the same seed and on the same data."""
+    tree = not_default(recipe)
+    for key in NOT_IN_NAME:
+        section, _, last = key.rpartition(".")
+        (tree[section] if section else tree).pop(last, None)
+    return _digest(tree)
+
+
+def not_default(value: Any) -> Any:
+    """A recipe's keys that differ from their defaults: one that a later version adds leaves older runs their name."""
+    if isinstance(value, dict):
+        return {key: not_default(v) for key, v in value.items()}
+    if not is_dataclass(value):
+        return value
+    told = {}
+    for key in fields(value):
+        default = key.default if key.default_factory is MISSING else key.default_factory()
+        if getattr(value, key.name) != default:
+            told[key.name] = not_default(getattr(value, key.name))
+    return told
+
+
+def run_cells(cells: Sequence[Cell], runs: Path, seeds: int) -> int:
+    """Run what is missing, one seed of every cell before the next; fills in the cells, returns how many runs failed."""
+    runs.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
-    for cell in cells:
-        for seed in range(seeds):
-            name = run_name(cell, scale, seed)
-            if cell.problem is None and name not in failed:
-                problem = run_one(cell, runs, scale, seed)
-                if problem is not None:
-                    failed[name] = problem
-            if name in failed:
-                cell.problem = failed[name]
+    for seed in range(seeds):
+        for cell in cells:
+            if cell.problem is not None and cell.problem not in failed.values():
+                continue
+            run = plan_run(cell, runs, seed)
+            if run.identity not in failed:
+                problem = complete(run, f"{cell.row}, {cell.column}, seed {seed}", failed)
+                if problem is None:
+                    cell.results.append(read_json(run.folder / "result.json"))
+                    continue
+                failed[run.identity] = problem
+            cell.problem = failed[run.identity]
     return len(failed)
 
 
-def run_one(cell: Cell, runs: Path, scale: str, seed: int) -> str | None:
-    """One run, unless it is finished; its result goes into the cell. Returns why it failed, None when it did not."""
-    for member in cell.members:
-        problem = run_one(member, runs, scale, seed)
-        if problem is not None:
-            return problem
-    name, words = run_name(cell, scale, seed), command(cell, runs, scale, seed)
-    folder = runs / name
-    if not (_put_together(folder, cell, seed) if cell.members else _finished(folder, words)):
-        print(f"running {name}: {cell.row}, {cell.column}", file=sys.stderr, flush=True)
-        runs.mkdir(parents=True, exist_ok=True)
-        log = runs / f"{name}.log"
-        with log.open("a", encoding="utf-8") as output:
-            code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
-        if code in (130, 143, -2, -15):
-            raise KeyboardInterrupt
-        if code != 0:
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            return f"failed with code {code}: {lines[-1] if lines else 'no output'} (see {log})"
-    cell.results.append(read_json(folder / "result.json"))
+def complete(run: Run, label: str, failed: dict[str, str]) -> str | None:
+    """Run what is missing of a run, and first of those it needs. Returns why it failed, None when it is done.
+
+    Raises KeyboardInterrupt when a run was stopped. failed: reasons of runs that are not tried again, added to.
+    """
+    log = run.folder.with_name(f"{run.name}.log")
+    with log.open("a", encoding="utf-8") as output:
+        # The trainer inherits the lock with its output: a run that outlived its reproduce.py is waited for.
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for {run.name}, which another process trains", file=sys.stderr, flush=True)
+            fcntl.flock(output, fcntl.LOCK_EX)
+        if run.finished():
+            return None
+        for need in run.needs:
+            if need.identity not in failed:
+                problem = complete(need, f"{label}, for {run.name}", failed)
+                if problem is not None:
+                    failed[need.identity] = problem
+            if need.identity in failed:
+                return failed[need.identity]
+        run.prepare()
+        print(f"running {run.name}: {label}", file=sys.stderr, flush=True)
+        code = train(run.command, output)
+    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        raise KeyboardInterrupt
+    if code != 0:
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return f"failed with code {code}: {lines[-1] if lines else 'no output'} (see {log})"
     return None
 
 
-def _finished(folder: Path, words: list[str]) -> bool:
-    """Whether the folder holds the result of exactly this recipe; of another one, train.py refuses with the reason."""
-    recorded = folder / "recipe.yaml"
-    if not (folder / "result.json").is_file() or not recorded.is_file():
-        return False
-    return recorded.read_text(encoding="utf-8") == load_recipe(words[2], words[3:]).to_yaml()
-
-
-def _put_together(folder: Path, cell: Cell, seed: int) -> bool:
-    """Whether the folder holds the ensemble of the members' results as they are now."""
-    if not (folder / "result.json").is_file():
-        return False
-    recorded = [(m["seed"], m["top1"]) for m in read_json(folder / "result.json")["members"]]
-    return recorded == [(seed, m.results[-1]["top1"]) for m in cell.members]
+def train(words: list[str], output: IO[str]) -> int:
+    """Run the trainer, output into a file; returns its exit code. When stopped, lets it save a checkpoint first."""
+    # In a session of its own, so that Ctrl-C reaches it once, through us.
+    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 # Telling
@@ -278,17 +427,20 @@ def _put_together(folder: Path, cell: Cell, seed: int) -> bool:
 
 def markdown(title: str, cells: Sequence[Cell], scale: str, seeds: int) -> str:
     """The table as Markdown: a line a cell that was run, then what was not run and why."""
-    budget = "the paper's length" if scale == "paper" else f"a short budget of {SHORT_ITERATIONS} iterations"
-    lines = [f"# {title}", "", f"Top-1 in %, {budget}, {seeds} seed{'s' if seeds > 1 else ''} a row.", ""]
-    lines += ["| row | column | paper | ours | difference | training, s |", "|---|---|---|---|---|---|"]
+    budget = "the recipes' full length" if scale == "paper" else "one short budget for all"
+    devices = sorted({r["device"] for c in cells for r in c.results})
+    lines = [f"# {title}", "", f"In %, mean ± sample standard deviation over at most {seeds} seeds; {budget}.", ""]
+    lines[2] += f" Trained on {', '.join(devices)}." if devices else ""
+    lines += ["| row | column | paper | ours | seeds | difference | training, s |", "|---|---|---|---|---|---|---|"]
     for cell in cells:
         row = cell.as_row()
         if row["ours"] is None:
             continue
         spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        difference = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
         lines.append(
-            f"| {cell.row} | {cell.column} | {cell.paper:.2f} | {row['ours']:.2f}{spread} | {row['difference']:+.2f} "
-            f"| {row['train_s']:.0f} |"
+            f"| {cell.row} | {cell.column} | {number(cell.paper, '.2f')} | {row['ours']:.2f}{spread} | {row['seeds']} "
+            f"| {difference} | {row['train_s']:.0f} |"
         )
     reasons: dict[str, list[str]] = {}
     for cell in cells:
@@ -300,6 +452,11 @@ def markdown(title: str, cells: Sequence[Cell], scale: str, seeds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def number(value: float | None, form: str) -> str:
+    """A published number in a format; a dash where none was published."""
+    return "-" if value is None else format(value, form)
+
+
 def listing(cells: Sequence[Cell]) -> str:
     """Every row with its recipe, the paper's numbers, and whether it can run here."""
     lines = []
@@ -308,7 +465,7 @@ def listing(cells: Sequence[Cell]) -> str:
         for recipe in dict.fromkeys(c.recipe for c in mine):
             part = [c for c in mine if c.recipe == recipe]
             states = list(dict.fromkeys(c.problem or "can run" for c in part))
-            numbers = ", ".join(f"{c.column}: {c.paper:g}" for c in part)
+            numbers = ", ".join(f"{c.column}: {number(c.paper, 'g')}" for c in part)
             lines.append(f"{row:22} {recipe:44} {'; '.join(states)}\n{'':22} paper: {numbers}")
     return "\n".join(lines)
 
@@ -328,7 +485,7 @@ def write_files(out: Path, table: str, text: str, cells: Sequence[Cell]) -> None
 def main(words: list[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="table6, table8, table9, table10, table11 or table12 of the supplement")
+    parser.add_argument("table", help=f"one of {', '.join(table_names())}")
     parser.add_argument("--list", action="store_true", help="say what could run, and run nothing")
     parser.add_argument("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders to look for data in")
     parser.add_argument("--scale", choices=("short", "paper"), default="paper", help="short: one small budget for all")
@@ -353,14 +510,19 @@ def main(words: list[str] | None = None) -> int:
         print(listing(cells))
         return 0
     code = 0
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = 1 if run_cells(cells, given.runs.resolve(), given.scale, given.seeds) else 0
+        code = 1 if run_cells(cells, given.runs.resolve(), given.seeds) else 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         code = 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     for cell in cells:
-        if cell.problem is None and not cell.percentages():
-            cell.problem = f"no class is {cell.metric}-shot" if cell.results else "stopped before its turn"
+        if cell.problem is None and cell.results and not cell.percentages():
+            cell.problem = f"no class is {cell.metric}-shot"
+        elif cell.problem is None and len(cell.results) < given.seeds:
+            cell.problem = f"stopped before {given.seeds - len(cell.results)} of {given.seeds} seeds had their turn"
     text = markdown(title, cells, given.scale, given.seeds)
     print(text)
     if cells:

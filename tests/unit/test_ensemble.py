@@ -145,12 +145,12 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
 def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(digits, tmp_path, capsys, monkeypatch):
     """Table 11's "Ours (2 experts)" on the digits, two iterations a stage, in this process."""
 
-    def here(words, stdout, stderr):
+    def here(words, output):
         AcceleratorState._reset_state(reset_partial_state=True)
         main = {"train.py": train.main, "ensemble.py": ensemble.main}[Path(words[1]).name]
-        return subprocess.CompletedProcess(words, main(words[2:]))
+        return main(words[2:])
 
-    monkeypatch.setattr(reproduce.subprocess, "run", here)
+    monkeypatch.setattr(reproduce, "train", here)
     words = ["table11", "--rows", "Ours (2 experts)", "--columns", "ResNet-10", "--scale", "short"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set"]
     words += ["data.source=digits", "data.num_classes=10", f"data.converted={digits}", "data.image_size=8"]
@@ -160,16 +160,17 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
         words += [f"stages.{stage}.{key}" for key in ("iterations=2", "evaluate_every=2", "warmup=0", "batch_size=8")]
     assert reproduce.main(words) == 0
     told = capsys.readouterr().err
-    assert told.count("running imagenet_lt_ours_las-short-") == 1
-    assert told.count("running imagenet_lt_ours_las_cosine-short-") == 1
-    assert told.count("running imagenet_lt_ours_las+imagenet_lt_ours_las_cosine-short-") == 1
+    # Each member is two runs: Difficulty-Net by itself, which other rows need as well, and what LAS makes of it.
+    assert told.count("running imagenet_lt_ours_las-") == 2
+    assert told.count("running imagenet_lt_ours_las_cosine-") == 2
+    assert told.count("running imagenet_lt_ours_las+imagenet_lt_ours_las_cosine-") == 1
     (row,) = json.loads((tmp_path / "out" / "table11.json").read_text())
     (path,) = (tmp_path / "runs").glob("imagenet_lt_ours_las+*/result.json")
     result = json.loads(path.read_text())
     heads = [load_recipe(path.parent.parent / m["run"] / "recipe.yaml").model.head for m in result["members"]]
     assert heads == ["linear", "cosine"]
     assert row["ours"] == pytest.approx(100 * result["top1"])
-    assert (row["paper"], row["runs"]) == (47.5, 1)
+    assert (row["paper"], row["seeds"]) == (47.5, 1)
 
     assert reproduce.main(words) == 0
     assert "running" not in capsys.readouterr().err
@@ -179,6 +180,6 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
     assert reproduce.main(words) == 0
     assert capsys.readouterr().err.count("running") == 1
 
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2))
+    monkeypatch.setattr(reproduce, "train", lambda words, output: 2)
     assert reproduce.main([*words, "seed=3"]) == 1
     assert "failed with code 2" in capsys.readouterr().out

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import subprocess
 import sys
-from functools import partial
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import fastlt.train  # noqa: E402
+import fastlt.trainer  # noqa: E402
+from fastlt import checkpoint  # noqa: E402
 from fastlt.recipe import load_recipe  # noqa: E402
 from tools import reproduce  # noqa: E402
 
 TABLES = yaml.safe_load(reproduce.PAPER.read_text())
 # Numbers printed in each table of the supplement; dashes do not count.
 PRINTED = {"table6": 10, "table8": 102, "table9": 88, "table10": 3, "table11": 6, "table12": 16}
+PUBLISHED = {**PRINTED, "cifar10_lt": 20, "tiny100_lt": 0}
 
 
 def test_every_printed_number_is_there():
-    assert {name: len(reproduce.load_table(name)[1]) for name in TABLES} == PRINTED
+    numbers = {name: sum(c.paper is not None for c in reproduce.load_table(name)[1]) for name in TABLES}
+    assert numbers == PUBLISHED
+
+
+def test_a_dash_is_left_out_of_the_papers_tables_and_run_where_the_table_says_so():
+    assert all(c.paper is not None for name in PRINTED for c in reproduce.load_table(name)[1])
+    for name in ("cifar10_lt", "tiny100_lt"):
+        table = TABLES[name]
+        assert len(reproduce.load_table(name)[1]) == len(table["rows"]) * len(table["columns"])
 
 
 @pytest.mark.parametrize(
@@ -43,6 +58,9 @@ def test_every_printed_number_is_there():
         ("table11", "Ours (2 experts)", "ResNet-10", 47.5),
         ("table12", "Sample-level", "100 Few", 18.99),
         ("table12", "Class-level (ours)", "10 All", 63.52),
+        ("cifar10_lt", "Bal. Softmax", "100", 77.5),
+        ("cifar10_lt", "MiSLAS", "50", 85.7),
+        ("cifar10_lt", "Ours", "50", None),
     ],
 )
 def test_spot_checks(table, row, column, value):
@@ -64,10 +82,12 @@ def test_the_numbers_are_percentages_in_the_order_that_long_tails_give_them(name
                     assert min(many, medium, few) < overall < max(many, medium, few)
 
 
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("scale", ["short", "paper"])
 def test_every_cell_with_a_recipe_resolves(name, scale):
-    for cell in (part for whole in reproduce.load_table(name)[1] for part in whole.members or [whole]):
+    cells = [part for whole in reproduce.load_table(name)[1] for part in whole.members or [whole]]
+    # Cells that differ in the metric alone are one.
+    for cell in {(c.recipe, *c.overrides): c for c in cells}.values():
         reproduce.resolve(cell, [], scale, [])
         if not cell.path.is_file():
             assert cell.problem.startswith("no recipe yet")
@@ -76,8 +96,21 @@ def test_every_cell_with_a_recipe_resolves(name, scale):
         recipe = load_recipe(cell.path, cell.overrides)
         if scale == "short":
             lengths = [s.iterations for s in recipe.stages.values()]
-            afresh = [n == 0 or s.start == "fresh" for n, s in enumerate(recipe.stages.values())]
-            assert lengths == [reproduce.SHORT_ITERATIONS if first else 100 for first in afresh]
+            full = {"cifar10_lt": 500, "tiny100_lt": 400}.get(name, reproduce.SHORT_ITERATIONS)
+            for n, stage in enumerate(recipe.stages.values()):
+                afresh = n == 0 or stage.start == "fresh"
+                # tau_norm descends nothing and keeps its length.
+                assert lengths[n] == (21 if stage.method == "tau_norm" else full if afresh else 100)
+
+
+def test_a_tables_short_words_hold_at_the_short_scale_only():
+    for scale, network, batch in (("short", "cifar_resnet8", 32), ("paper", "cifar_resnet32", 128)):
+        (cell,) = reproduce.chosen(reproduce.load_table("cifar10_lt")[1], ["LDAM-DRW"], ["100"])
+        reproduce.resolve(cell, [], scale, [])
+        recipe = load_recipe(cell.path, cell.overrides)
+        stage = recipe.stages["end_to_end"]
+        assert (recipe.model.name, stage.batch_size) == (network, batch)
+        assert stage.loss_options["reweight_from_epoch"] == (1 if scale == "short" else 160)
 
 
 def test_las_takes_its_smoothing_from_the_column():
@@ -93,17 +126,41 @@ def test_las_takes_its_smoothing_from_the_column():
 
 
 def test_cells_that_differ_share_no_run_and_metrics_of_one_run_do():
-    cells = reproduce.load_table("table9")[1]
+    cells = [c for c in reproduce.load_table("table9")[1] if c.path.is_file()]
     names = {}
     for cell in cells:
-        names.setdefault(reproduce.run_name(cell, "paper", 0), set()).add((cell.row, cell.column.split()[0]))
+        run = reproduce.plan_run(cell, Path("runs"), 0)
+        names.setdefault(run.name, set()).add((cell.row, cell.column.split()[0]))
     assert all(len(users) == 1 for users in names.values())
-    moved = reproduce.load_table("table9")[1][0]
-    before = reproduce.run_name(moved, "paper", 0)
-    moved.overrides = [*moved.overrides, "data.converted=/elsewhere", "num_threads=1"]
-    assert reproduce.run_name(moved, "paper", 0) == before
-    assert reproduce.run_name(moved, "short", 0) != before
-    assert reproduce.run_name(moved, "paper", 1) != before
+
+
+def test_a_runs_name_follows_from_what_changes_its_result(tmp_path):
+    (cell,) = reproduce.chosen(reproduce.load_table("table8")[1], ["Ours"], ["100"])
+    before = reproduce.plan_run(cell, tmp_path, 0).name
+    cell.overrides = [*cell.overrides, "data.root=/elsewhere", "num_threads=1", "log_every=3"]
+    assert reproduce.plan_run(cell, tmp_path, 0).name == before
+    assert reproduce.plan_run(cell, tmp_path, 1).name != before
+    # A default that is spelled out, as one that a later version may add, is no other recipe.
+    cell.overrides = [*cell.overrides, "stages.end_to_end.accuracy.window=10", "model.drop_rate=0"]
+    assert reproduce.plan_run(cell, tmp_path, 0).name == before
+    cell.overrides = [*cell.overrides, "stages.end_to_end.options.driver_weight=0.2"]
+    assert reproduce.plan_run(cell, tmp_path, 0).name != before
+
+
+def test_rows_with_a_stage_in_common_plan_one_run_for_it(tmp_path):
+    table = reproduce.load_table("cifar10_lt")[1]
+
+    def plan(row):
+        (cell,) = reproduce.chosen(table, [row], ["100"])
+        return reproduce.plan_run(cell, tmp_path, 0)
+
+    for alone, rows in (("CE", ("τ-norm", "cRT", "LWS", "LAS")), ("Ours", ("Ours + cRT", "Ours + LWS", "Ours + LAS"))):
+        run = plan(alone)
+        assert run.first is None
+        assert {plan(row).first.identity for row in rows} == {run.identity}
+        # Whatever file a run was first made by: its folder is found and kept.
+        (tmp_path / f"another-{run.identity}").mkdir()
+        assert {plan(row).first.name for row in rows} == {plan(alone).name} == {f"another-{run.identity}"}
 
 
 def test_the_listing_names_every_row_its_recipe_and_what_is_missing(tmp_path, capsys, monkeypatch):
@@ -143,32 +200,51 @@ def test_a_mistake_is_one_message(words, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
-def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, capsys, monkeypatch):
-    """The row's own recipe on the digits, a few iterations long, beside a row whose recipe is not there."""
-    tables = reproduce.PAPER.read_text().replace("recipe: cifar100_lt_paco,", "recipe: cifar100_lt_unwritten,")
-    (tmp_path / "tables.yaml").write_text(tables)
-    monkeypatch.setattr(reproduce, "load_table", partial(reproduce.load_table, tables=tmp_path / "tables.yaml"))
-    words = ["table8", "--rows", "cRT", "PaCo", "--columns", "100", "--scale", "short", "--seeds", "2"]
-    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set"]
-    words += ["data.source=digits", "data.num_classes=10", f"data.converted={digits}", "data.image_size=8"]
-    words += ["data.imbalance_factor=20", "model.name=cifar_resnet8", "num_threads=1"]
-    for stage in ("end_to_end", "classifier"):
-        words += [f"stages.{stage}.{key}" for key in ("iterations=2", "evaluate_every=2", "warmup=0", "batch_size=8")]
+SMALL = [
+    *("data.source=digits", "data.num_classes=10", "data.image_size=8", "data.imbalance_factor=20"),
+    *("model.name=cifar_resnet8", "num_threads=1"),
+]
+
+
+def few_iterations(*stages: str) -> list[str]:
+    keys = ("iterations=2", "evaluate_every=1", "warmup=0", "batch_size=8")
+    return [f"stages.{stage}.{key}" for stage in stages for key in keys]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The trainer without a process of its own: its imports take longer than these runs. Names what was trained."""
+    trained = []
+
+    def train(words, output):
+        trained.append(next(w for w in words if w.startswith("name=")).removeprefix("name="))
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return fastlt.train.main(words[2:])
+
+    monkeypatch.setattr(reproduce, "train", train)
+    return trained
+
+
+def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, capsys):
+    """The row's own recipe on the digits, a few iterations long, by the command it says."""
+    words = ["table8", "--rows", "cRT", "--columns", "100", "--scale", "short"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set", *SMALL]
+    words += [f"data.converted={digits}", *few_iterations("end_to_end", "classifier")]
     assert reproduce.main(words) == 0
     told = capsys.readouterr()
-    assert told.err.count("running cifar100_lt_crt-short-") == 2
+    assert told.err.count("running cifar100_lt_crt-") == 2
+    assert "cRT, 100, seed 0, for cifar100_lt_crt-" in told.err
     rows = json.loads((tmp_path / "out" / "table8.json").read_text())
-    paco, crt = sorted(rows, key=lambda r: r["row"])
-    assert (paco["ours"], paco["not_run"]) == (None, "no recipe yet: recipes/cifar100_lt_unwritten.yaml")
-    assert crt["runs"] == 2
-    results = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*/result.json"))]
-    assert [r["iterations"] for r in results] == [4, 4]
-    assert crt["ours"] == pytest.approx(50 * sum(r["top1"] for r in results))
+    (crt,) = rows
+    assert crt["seeds"] == 1
+    result = json.loads((tmp_path / "runs" / crt["runs"] / "result.json").read_text())
+    assert result["iterations"] == 4
+    assert crt["ours"] == pytest.approx(100 * result["top1"])
     assert crt["difference"] == pytest.approx(crt["ours"] - 44.04)
+    assert crt["train_s"] == result["train_s"]
     table = (tmp_path / "out" / "table8.md").read_text()
     assert table.strip() in told.out
-    assert f"| cRT | 100 | 44.04 | {crt['ours']:.2f} ± " in table
-    assert "- PaCo: no recipe yet" in table
+    assert f"| cRT | 100 | 44.04 | {crt['ours']:.2f} | 1 | " in table
     with (tmp_path / "out" / "table8.csv").open() as file:
         assert [r["row"] for r in csv.DictReader(file)] == [r["row"] for r in rows]
 
@@ -178,16 +254,136 @@ def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, ca
     assert (tmp_path / "out" / "table8.json").read_text() == again
 
 
-def test_a_run_that_fails_is_told_with_its_reason_and_the_exit_code(tmp_path, capsys, monkeypatch):
-    def fail(words, stdout, stderr):
-        stdout.write("fastlt: the disk is full\n")
-        return subprocess.CompletedProcess(words, 2)
+def comparable(folder: Path) -> tuple[dict, list, dict]:
+    """Everything of a finished run but the clock and the name: result, log, and the last checkpoint."""
+    clock = ("name", "train_s", "img_s", "wait_s", "data_wait_share")
+    result = {k: v for k, v in json.loads((folder / "result.json").read_text()).items() if k not in clock}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
+    last["progress"] = {k: v for k, v in last["progress"].items() if k not in clock}
+    return result, [{k: v for k, v in line.items() if k not in clock} for line in lines], last
 
-    (tmp_path / "cifar-100-python").mkdir()
-    monkeypatch.setattr(reproduce.subprocess, "run", fail)
-    words = ["table12", "--columns", "100 All", "100 Few", "--rows", "Class-level (ours)", "--data", str(tmp_path)]
-    assert reproduce.main([*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 1
+
+def leaves(state, where: str = "") -> dict[str, object]:
+    """Every value of a checkpoint by its place, tensors as their bytes."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, value in items for k, v in leaves(value, f"{where}.{key}").items()}
+    return {where: state.numpy().tobytes() if isinstance(state, torch.Tensor) else state}
+
+
+@pytest.mark.parametrize(
+    ("alone", "row", "extra"),
+    [
+        ("CE", "LWS", []),
+        # Dropout draws from the one global generator: its state, too, is that of a run that was never shared.
+        ("Ours", "Ours + LAS", ["model.drop_rate=0.5"]),
+    ],
+)
+def test_a_shared_first_stage_changes_nothing(alone, row, extra, digits, tmp_path, in_process):
+    """Bit for bit the result, log and resume state of the run that trains both stages itself."""
+    common = ["--columns", "100", "--scale", "short", "--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--set"]
+    common += [*SMALL, "data.convention=paper", f"data.converted={digits}", "log_every=1", *extra]
+    common += few_iterations("end_to_end")
+    if alone == "Ours":
+        common += ["stages.end_to_end.meta_batch_size=4"]
+    folders = {}
+    for name, words in ((alone, []), (row, few_iterations("classifier"))):
+        assert reproduce.main(["cifar10_lt", "--rows", name, *common, *words]) == 0
+        (cell,) = json.loads((tmp_path / "out" / "cifar10_lt.json").read_text())
+        folders[name] = tmp_path / cell["runs"]
+    assert in_process == [folders[alone].name, folders[row].name]
+    shared = folders[row]
+
+    recipe = tmp_path / "whole.yaml"
+    recipe.write_text((shared / "recipe.yaml").read_text())
+    assert fastlt.train.main([str(recipe), "name=whole"]) == 0
+    (result, log, last), (result_whole, log_whole, last_whole) = comparable(shared), comparable(tmp_path / "whole")
+    assert result == result_whole
+    assert log == log_whole
+    assert leaves(last) == leaves(last_whole)
+
+
+def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path, capsys, monkeypatch, in_process):
+    words = ["cifar10_lt", "--rows", "CE", "--columns", "100", "--scale", "short", "--runs", str(tmp_path)]
+    words += ["--out", str(tmp_path), "--set", *SMALL, "data.convention=paper", f"data.converted={digits}"]
+    words += few_iterations("end_to_end")
+    with monkeypatch.context() as patched:
+        patched.setattr(fastlt.trainer.Trainer, "_asked_to_stop", lambda self, log_now: 15)
+        assert reproduce.main(words) == 130
     told = capsys.readouterr()
-    assert told.err.count("running") == 1
-    assert "failed with code 2: fastlt: the disk is full" in told.out
-    assert "(100 Few, 100 All)" in told.out
+    assert "the same command goes on from there" in told.err
+    assert "stopped before 1 of 1 seeds had their turn" in told.out
+
+    # Stands for a trainer that outlived its parent: the log, and with it the lock, is its output.
+    (log,) = tmp_path.glob("cifar10_lt_ce-*.log")
+    with log.open("a") as output:
+        fcntl.flock(output, fcntl.LOCK_EX)
+        orphan = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
+    lock = fcntl.flock
+
+    def end_the_orphan_when_waited_for(file, how):
+        if not how & fcntl.LOCK_NB:
+            orphan.stdin.close()
+        return lock(file, how)
+
+    monkeypatch.setattr(reproduce.fcntl, "flock", end_the_orphan_when_waited_for)
+    assert reproduce.main(words) == 0
+    assert "waiting for cifar10_lt_ce-" in capsys.readouterr().err
+    assert orphan.wait(timeout=60) == 0
+    assert "resuming" in log.read_text()
+    assert len(in_process) == 2
+
+
+def test_a_stop_reaches_the_trainer_and_waits_for_its_checkpoint(tmp_path):
+    """SIGTERM to reproduce.py becomes one SIGTERM to the trainer, which is then waited for."""
+    program = tmp_path / "trainer.py"
+    program.write_text(
+        "import signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.3); print('saved', flush=True); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('started', flush=True)\ntime.sleep(60)\n"
+    )
+    log = tmp_path / "log"
+    script = (
+        f"import signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tools import reproduce\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        f"with open({str(log)!r}, 'a') as output:\n"
+        f"    try: reproduce.train([sys.executable, {str(program)!r}], output)\n"
+        "    except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while not log.exists() or "started" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(timeout=60) == 130
+    assert log.read_text().split() == ["started", "saved"]
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys, in_process, monkeypatch):
+    """What CE and LWS have in common fails, is tried once a seed, and Focal Loss still runs."""
+    train = reproduce.train
+
+    def fail_ce(words, output):
+        if words[2].endswith("_ce.yaml"):
+            in_process.append("CE")
+            output.write("fastlt: the disk is full\n")
+            output.flush()
+            return 2
+        return train(words, output)
+
+    monkeypatch.setattr(reproduce, "train", fail_ce)
+    words = ["cifar10_lt", "--columns", "100", "--rows", "CE", "LWS", "Focal Loss", "--scale", "short", "--seeds", "2"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set", *SMALL]
+    words += [*few_iterations("end_to_end"), "data.convention=paper", f"data.converted={digits}"]
+    assert reproduce.main(words) == 1
+    told = capsys.readouterr()
+    assert [name.split("-")[0] for name in in_process] == ["CE", "cifar10_lt_focal", "CE", "cifar10_lt_focal"]
+    assert "- CE: failed with code 2: fastlt: the disk is full" in told.out
+    assert "- LWS: failed with code 2: fastlt: the disk is full" in told.out
+    rows = {r["row"]: r for r in json.loads((tmp_path / "out" / "cifar10_lt.json").read_text())}
+    assert {row: r["seeds"] for row, r in rows.items()} == {"CE": 0, "LWS": 0, "Focal Loss": 2}
+    assert "| Focal Loss | 100 | 71.60 | " in told.out
+    assert rows["Focal Loss"]["std"] is not None
