@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step
+from fastlt.steps.base import Step, StepParts
 
 
 def dynamic_tau(accuracy: Tensor) -> Tensor:
@@ -24,7 +24,11 @@ def cdb_weights(accuracy: Tensor, tau: float | Tensor) -> Tensor:
 
 
 class CdbStep(Step):
-    """SGD on (1/b) sum_i w_{y_i} l_i with CDB weights; A comes from the validation set, usually once an epoch."""
+    """SGD on (1/b) sum_i w_{y_i} l_i with CDB weights; A comes from the validation set, usually once an epoch.
+
+    With A once an epoch the weights are uniform until the first epoch has been trained, as in the authors' code: a
+    network that has learned nothing calls every image by one class, which would have weight 0 for that whole epoch.
+    """
 
     needs_accuracy = True
     compiles = True
@@ -39,11 +43,26 @@ class CdbStep(Step):
             if self.tau != "dynamic" and not (isinstance(self.tau, (int, float)) and self.tau > 0):
                 raise ValueError(f'tau is {self.tau!r}: give a positive number, or "dynamic"')
 
+    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+        super().__init__(parts, options)
+        self.untrained = False
+
+    def start_epoch(self, epoch: int) -> None:
+        super().start_epoch(epoch)
+        self.untrained = epoch == 0 and self.parts.class_accuracy.refresh == "epoch"
+
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         accuracy = self.parts.class_accuracy.update(self.model)
         tau = dynamic_tau(accuracy) if self.options.tau == "dynamic" else self.options.tau
-        weights = cdb_weights(accuracy, tau)
+        weights = torch.ones_like(accuracy) if self.untrained else cdb_weights(accuracy, tau)
         losses = self.losses(self.parts.augment(batch.images), batch.labels)
         objective = (weights[batch.labels] * losses).mean()
         self.descend(objective)
         return StepOutput(objective.detach(), per_class={"weight": weights, "meta_accuracy": accuracy})
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "untrained": self.untrained}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.untrained = state["untrained"]

@@ -129,6 +129,18 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words, more):
     assert kept[0] == kept[1]
 
 
+def test_cdb_weights_are_uniform_until_an_epoch_has_been_trained(digits_words):
+    trainer = make(
+        digits_words,
+        *(f"{STAGE}.method=cdb", f"{STAGE}.accuracy.refresh=epoch", f"{STAGE}.options={{}}", f"{STAGE}.batch_size=128"),
+        *(f"{STAGE}.iterations=6", f"{STAGE}.evaluate_every=3"),
+    )
+    trainer.fit()
+    first, second = (line["weight"] for line in log_lines(trainer.folder) if line["kind"] == "evaluation")
+    assert first == [1.0] * 10
+    assert len(set(second)) > 1
+
+
 def test_a_killed_run_forgets_what_it_logged_after_its_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     log = RunLog(path, enabled=True)
