@@ -180,5 +180,5 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
     assert capsys.readouterr().err.count("running") == 1
 
     monkeypatch.setattr(reproduce, "train", lambda words, output: 2)
-    assert reproduce.main([*words, "seed=3"]) == 1
+    assert reproduce.main([*words, "stages.end_to_end.lr=0.3"]) == 1
     assert "failed with code 2" in capsys.readouterr().out

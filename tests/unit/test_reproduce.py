@@ -6,9 +6,9 @@ import contextlib
 import csv
 import fcntl
 import json
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -309,7 +309,7 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
     words += ["--out", str(tmp_path), "--set", *SMALL, "data.convention=paper", f"data.converted={digits}"]
     words += few_iterations("end_to_end")
     with monkeypatch.context() as patched:
-        patched.setattr(fastlt.trainer.Trainer, "_asked_to_stop", lambda self, log_now: 15)
+        patched.setattr(fastlt.trainer.Trainer, "_agreed", lambda self, log_now: (signal.SIGTERM, False))
         assert reproduce.main(words) == 130
     told = capsys.readouterr()
     assert "the same command goes on from there" in told.err
@@ -335,31 +335,28 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
     assert len(in_process) == 2
 
 
-def test_a_stop_reaches_the_trainer_and_waits_for_its_checkpoint(tmp_path):
+def test_a_stop_reaches_the_trainer_and_waits_for_its_checkpoint(tmp_path, monkeypatch, capsys):
     """SIGTERM to reproduce.py becomes one SIGTERM to the trainer, which is then waited for."""
     program = tmp_path / "trainer.py"
     program.write_text(
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "def save(*_):\n    time.sleep(0.3); print('saved', flush=True); sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, save)\nprint('started', flush=True)\ntime.sleep(60)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('started', flush=True)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
     )
     log = tmp_path / "log"
-    script = (
-        f"import signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from tools import reproduce\n"
-        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
-        f"with open({str(log)!r}, 'a') as output:\n"
-        f"    try: reproduce.train([sys.executable, {str(program)!r}], output)\n"
-        "    except KeyboardInterrupt: sys.exit(130)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 60
-    while not log.exists() or "started" not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    parent.terminate()
-    assert parent.wait(timeout=60) == 130
+
+    def run_cells(*_):
+        with log.open("a") as output:
+            reproduce.train([sys.executable, str(program)], output)
+
+    monkeypatch.setattr(reproduce, "run_cells", run_cells)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["cifar10_lt", "--rows", "CE", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    assert reproduce.main(words) == 130
     assert log.read_text().split() == ["started", "saved"]
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys, in_process, monkeypatch):
