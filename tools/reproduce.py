@@ -323,7 +323,10 @@ def plan_run(cell: Cell, runs: Path, seed: int) -> Run:
 def _plan(path: Path, words: list[str]) -> TrainingRun:
     recipe = load_recipe(path, words)
     *before, last = recipe.stages
-    first = _plan(path, [*words, f"stages.{last}=null"]) if before else None
+    try:
+        first = _plan(path, [*words, f"stages.{last}=null"]) if before else None
+    except ValueError:
+        first = None  # stages that are no recipe without the last one are trained with it
     identity = f"{result_digest(recipe)}-{recipe.seed}"
     # Rows and tables that ask for the same training share it, whatever recipe file it was first asked for by.
     there = sorted(Path(recipe.runs).glob(f"*-{identity}"))
