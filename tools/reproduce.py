@@ -371,10 +371,13 @@ def run_cells(cells: Sequence[Cell], runs: Path, seeds: int) -> int:
                 continue
             run = plan_run(cell, runs, seed)
             if run.identity not in failed:
-                problem = complete(run, f"{cell.row}, {cell.column}, seed {seed}", failed)
-                if problem is None:
-                    cell.results.append(read_json(run.folder / "result.json"))
-                    continue
+                try:
+                    problem = complete(run, f"{cell.row}, {cell.column}, seed {seed}", failed)
+                    if problem is None:
+                        cell.results.append(read_json(run.folder / "result.json"))
+                        continue
+                except ValueError as error:  # a damaged file of an earlier run, or a recipe of another version
+                    problem = " ".join(str(error).split())
                 failed[run.identity] = problem
             cell.problem = failed[run.identity]
     return len(failed)

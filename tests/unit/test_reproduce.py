@@ -86,8 +86,8 @@ def test_the_numbers_are_percentages_in_the_order_that_long_tails_give_them(name
 @pytest.mark.parametrize("scale", ["short", "paper"])
 def test_every_cell_with_a_recipe_resolves(name, scale):
     cells = [part for whole in reproduce.load_table(name)[1] for part in whole.members or [whole]]
-    # Cells that differ in the metric alone are one.
-    for cell in {(c.recipe, *c.overrides): c for c in cells}.values():
+    # One column a row: that every cell loads is tested with the recipes.
+    for cell in {(c.row, c.recipe): c for c in cells}.values():
         reproduce.resolve(cell, [], scale, [])
         if not cell.path.is_file():
             assert cell.problem.startswith("no recipe yet")
@@ -384,3 +384,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys,
     assert {row: r["seeds"] for row, r in rows.items()} == {"CE": 0, "LWS": 0, "Focal Loss": 2}
     assert "| Focal Loss | 100 | 71.60 | " in told.out
     assert rows["Focal Loss"]["std"] is not None
+
+    # A result that a broken disk has left is one row's reason, too.
+    (tmp_path / "runs" / rows["Focal Loss"]["runs"].split()[1] / "result.json").write_text("{")
+    assert reproduce.main(words) == 1
+    assert "result.json is not valid JSON" in capsys.readouterr().out
