@@ -295,11 +295,10 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "higher": Higher,
     "torchopt": TorchOpt,
     "late_weights": lambda problem: _approximate(problem, late_weights=True),
-    "every_4": lambda problem: _approximate(problem, every=4),
     "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
     "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
-APPROXIMATE = ("late_weights", "every_4", "lookahead_head", "late_head")
+APPROXIMATE = ("late_weights", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 

@@ -9,7 +9,6 @@ higher, torchopt the same gradient by these packages
 
 On request (--rows), with the accuracies given, what costs less than exactness can:
 late_weights     the update takes the weights of the lookahead
-every_4          a meta-gradient in every fourth step; with --rounds a multiple of 4 the mean is what a step costs
 lookahead_head   the lookahead moves the head alone
 late_head        both of the first and the last
 
