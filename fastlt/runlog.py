@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,17 @@ class RunLog:
 
 
 def progress_bar(total: int, done: int, description: str, *, enabled: bool) -> tqdm:
-    """A bar over iterations; without a terminal it prints a line now and then instead of redrawing."""
+    """A bar over iterations, redrawn twice a second; in a log file, where nothing can be redrawn, once a minute."""
+    interval_s = 0.5 if sys.stderr.isatty() else 60.0
     return tqdm(
-        total=total, initial=done, desc=description, disable=not enabled, unit="it", mininterval=0.5, dynamic_ncols=True
+        total=total,
+        initial=done,
+        desc=description,
+        disable=not enabled,
+        unit="it",
+        mininterval=interval_s,
+        maxinterval=max(10.0, interval_s),
+        dynamic_ncols=True,
     )
 
 

@@ -614,7 +614,8 @@ class Trainer:
                     chosen = torch.from_numpy(mask).to(self.class_weights.device)
                     metrics[f"weight_{group}"] = self.class_weights[chosen].mean().item()
         speed, wait = progress.images / progress.train_s, progress.wait_s / progress.train_s
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.3g}", img_s=f"{speed:.0f}", wait=f"{100 * wait:.1f}%")
+        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.3g}", "img_s": f"{speed:.0f}", "wait": f"{100 * wait:.1f}%"}
+        bar.set_postfix(shown, refresh=False)
         self.log.write(
             "train",
             progress.done,
