@@ -621,7 +621,7 @@ class Trainer:
             progress.done,
             stage=name,
             loss=loss,
-            lr=float(step.lr),
+            lr=lr,
             img_s=speed,
             data_wait_share=wait,
             **metrics,
