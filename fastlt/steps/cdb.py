@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,9 @@ class CdbStep(Step):
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
         self.untrained = epoch == 0 and self.parts.class_accuracy.refresh == "epoch"
+
+    def variant(self) -> Hashable:
+        return self.untrained, super().variant()
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         accuracy = self.parts.class_accuracy.update(self.model)

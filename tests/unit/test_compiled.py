@@ -163,7 +163,7 @@ class Captured:
 
 GRAPHED = {
     "plain": ("plain", "exact", {}, 1),
-    "cdb": ("cdb", "epoch", {}, 2),
+    "cdb": ("cdb", "epoch", {}, 4),
     "difficulty-exact": ("difficulty", "exact", {}, 1),
     "difficulty-rolling": ("difficulty", "rolling", {}, 4),
     "difficulty-late": ("difficulty", "exact", {"approximate": Approximation(late_weights=True)}, 1),
