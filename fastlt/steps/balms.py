@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlt import meta_gradient
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepParts
+from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.decoupled import CrtStep
 from fastlt.steps.meta import MetaStep
 
@@ -78,9 +78,7 @@ class BalmsStep(MetaStep, CrtStep):
         pool_factor: int = 4
 
         def __post_init__(self) -> None:
-            for name in ("lr", "init_pow"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
+            check_not_negative(self, "lr", "init_pow")
             if self.pool_factor < 1:
                 raise ValueError(f"pool_factor is {self.pool_factor}: give an integer >= 1")
 

@@ -260,3 +260,11 @@ class Step:
             parts.class_accuracy.load_state_dict(state["class_accuracy"])
         if parts.second_augment:
             parts.second_augment.load_state_dict(state["second_augment"])
+
+
+def check_not_negative(options: Any, *names: str) -> None:
+    """ValueError when one of these options is below 0."""
+    for name in names:
+        value = getattr(options, name)
+        if value < 0:
+            raise ValueError(f"{name} is {value}: give a number >= 0")

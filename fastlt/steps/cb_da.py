@@ -10,7 +10,7 @@ import torch
 from fastlt.losses import LOSSES
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepParts
+from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.meta import MetaStep
 
 
@@ -37,9 +37,7 @@ class CbDaStep(MetaStep):
         def __post_init__(self) -> None:
             if not 0 <= self.beta < 1:
                 raise ValueError(f"beta is {self.beta}: give a number in [0, 1)")
-            for name in ("from_epoch", "eps_lr"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
+            check_not_negative(self, "from_epoch", "eps_lr")
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastlt.losses import LOSSES
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepParts, check_not_negative
 
 
 class DecoupledStep(Step):
@@ -107,8 +107,7 @@ class LasStep(LwsStep):
         shift_batch_norm: bool = False
 
         def __post_init__(self) -> None:
-            if self.head_lr_factor < 0:
-                raise ValueError(f"head_lr_factor is {self.head_lr_factor}: give a number >= 0")
+            check_not_negative(self, "head_lr_factor")
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:

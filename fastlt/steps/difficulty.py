@@ -11,7 +11,8 @@ from fastlt import meta_gradient
 from fastlt.difficulty import DRIVER_TARGETS, DifficultyNet, class_weights, difficulty_gradient_loss
 from fastlt.names import pick
 from fastlt.state import Batch
-from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden, check_not_negative
+from fastlt.steps.base import check_not_negative
+from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden
 
 
 class DifficultyStep(LearnedWeightStep):
@@ -33,7 +34,7 @@ class DifficultyStep(LearnedWeightStep):
         def __post_init__(self) -> None:
             super().__post_init__()
             pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-            check_not_negative("driver_weight", self.driver_weight)
+            check_not_negative(self, "driver_weight")
             check_hidden(self.hidden)
 
     def make_net(self) -> DifficultyNet:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlt.losses.base import at_least_float32
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepParts, check_not_negative
 from fastlt.steps.plain import PlainStep
 
 
@@ -82,8 +82,7 @@ class LfmeStep(Step):
                 raise ValueError(f"temperature is {self.temperature}: give a number > 0")
             if not 0 <= self.distil_until < 1:
                 raise ValueError(f"distil_until is {self.distil_until}: give a number in [0, 1)")
-            if self.curriculum_epochs < 0:
-                raise ValueError(f"curriculum_epochs is {self.curriculum_epochs}: give a number >= 0")
+            check_not_negative(self, "curriculum_epochs")
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
@@ -133,7 +132,6 @@ class LfmeStep(Step):
         # What the first pass finds out.
         self.expert_accuracy = torch.zeros(len(self.experts), device=device)
         self.instance_weights = torch.ones(int(counts.counts.sum()), device=device)
-        self.epoch = 0
 
     @torch.no_grad()
     def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:
@@ -160,10 +158,6 @@ class LfmeStep(Step):
             found[0] += (torch.softmax(logits, dim=1) * place).sum(1)
             found[1] += place.sum(1)
         return found
-
-    def start_epoch(self, epoch: int) -> None:
-        super().start_epoch(epoch)
-        self.epoch = epoch
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         accuracy = self.parts.class_accuracy.update(self.model)
@@ -203,14 +197,12 @@ class LfmeStep(Step):
             **super().state_dict(),
             "expert_accuracy": self.expert_accuracy,
             "instance_weights": self.instance_weights,
-            "epoch": self.epoch,
         }
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.expert_accuracy = state["expert_accuracy"]
         self.instance_weights = state["instance_weights"]
-        self.epoch = state["epoch"]
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

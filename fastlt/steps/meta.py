@@ -15,7 +15,7 @@ from fastlt import meta_gradient
 from fastlt.compiled import adam_options
 from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepParts, check_not_negative
 
 
 def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -201,8 +201,7 @@ class LearnedWeightStep(MetaStep):
         approximate: Approximation = field(default_factory=Approximation)
 
         def __post_init__(self) -> None:
-            for name in ("lr", "weight_decay"):
-                check_not_negative(name, getattr(self, name))
+            check_not_negative(self, "lr", "weight_decay")
 
     @classmethod
     def check_model(cls, model: nn.Module, options: Options) -> None:
@@ -308,12 +307,6 @@ class LearnedWeightStep(MetaStep):
         self.net_optimizer.load_state_dict(state["net_optimizer"])
         self.iteration = state["iteration"]
         self.metrics = {}
-
-
-def check_not_negative(name: str, value: float) -> None:
-    """ValueError for an option below 0."""
-    if value < 0:
-        raise ValueError(f"{name} is {value}: give a number >= 0")
 
 
 def check_hidden(hidden: int | None) -> None:

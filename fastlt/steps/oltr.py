@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step
+from fastlt.steps.base import Step, check_not_negative
 
 
 class OltrStep(Step):
@@ -51,9 +51,7 @@ class OltrStep(Step):
         attention_side: int = 0
 
         def __post_init__(self) -> None:
-            for name in ("centroid_loss_weight", "repel_weight", "margin", "attention_side"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
+            check_not_negative(self, "centroid_loss_weight", "repel_weight", "margin", "attention_side")
             for name in ("backbone_lr_factor", "centroid_lr_factor"):
                 if getattr(self, name) <= 0:
                     raise ValueError(

@@ -14,7 +14,7 @@ from fastlt.losses.base import at_least_float32
 from fastlt.losses.class_balanced import DeferredWeights
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepParts, check_not_negative
 
 WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set model.experts (the paper: 2 to 4)"
 
@@ -53,9 +53,7 @@ class RideStep(Step):
             for name in ("temperature", "distillation_temperature"):
                 if getattr(self, name) <= 0:
                     raise ValueError(f"{name} is {getattr(self, name)}: give a number > 0")
-            for name in ("diversity", "distillation"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"{name} is {getattr(self, name)}: give a number >= 0")
+            check_not_negative(self, "diversity", "distillation")
             if not 0 <= self.spread < 1:
                 raise ValueError(f"spread is {self.spread}: give a number in [0, 1)")
             if self.spread_from_epoch is not None and self.spread_from_epoch < 0:

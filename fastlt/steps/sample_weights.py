@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastlt.difficulty import DRIVER_TARGETS, driver_loss, hidden_width
 from fastlt.names import pick
 from fastlt.state import Batch
-from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden, check_not_negative
+from fastlt.steps.base import check_not_negative
+from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden
 
 
 def batch_weights(values: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class SampleDifficultyStep(SampleWeightStep):
         def __post_init__(self) -> None:
             super().__post_init__()
             pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-            check_not_negative("driver_weight", self.driver_weight)
+            check_not_negative(self, "driver_weight")
             check_hidden(self.hidden)
 
     def widths(self) -> tuple[int, ...]:
