@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlt.recorded_forward import ForwardChangedError, ForwardRecord
+from fastlt.forward_rules import ForwardChangedError
+from fastlt.recorded_forward import ForwardRecord
 
 Tensors = dict[str, Tensor]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlt import meta_gradient
+from fastlt import kept_activations, meta_gradient
 from fastlt.compiled import adam_options
+from fastlt.kept_activations import OverwrittenError
 from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
@@ -55,6 +57,8 @@ class MetaStep(Step):
     def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
         super().__init__(parts, options)
         self.network: nn.Module = parts.model
+        self.lean = False  # whether activations that are cheap to compute are computed again to save memory
+        self.lean_meta_pass = True  # until the model shows that it overwrites what they would be computed from
         self.stochastic = meta_gradient.is_stochastic(parts.model)
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
         self.ahead = meta_gradient.trainable_parameters(parts.model)
@@ -84,7 +88,7 @@ class MetaStep(Step):
         random_state = meta_gradient.random_state(inputs.device) if self.stochastic else None
         if not self._records(inputs):
             return TrainingPass(inputs, batch.labels, self.losses(inputs, batch.labels), random_state)
-        record = ForwardRecord()
+        record = ForwardRecord(self.lean)
         with record.recording():
             losses = self.losses(inputs, batch.labels)
         return TrainingPass(inputs, batch.labels, losses, random_state, record)
@@ -117,17 +121,31 @@ class MetaStep(Step):
         """
         lr = self.lr if lr is None else lr
         ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
+        if self.lean:
+            run.record.lighten()  # the meta batch's activations are about to come on top of the training batch's
         meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
-            stays = meta_gradient.what_stays(self.network, ahead)
-            meta_loss, direction = meta_gradient.mean_loss_gradient(
-                lambda parameters: self.meta_losses(parameters, *stays, meta_inputs, meta_batch.labels), ahead
-            )
+            meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels)
         self.reducer.mean_(direction)
         derivative = self._tangent(run, direction)
         if run.record is not None:
             run.record.clear()  # activations it holds would otherwise outlive the last backward pass's need of them
         return meta_gradient.weight_gradient(derivative, lr, len(run.labels)), meta_loss
+
+    def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor):
+        """The meta loss (0-d) at the lookahead and its gradient there."""
+        stays = meta_gradient.what_stays(self.network, ahead)
+
+        def losses(parameters: meta_gradient.Tensors) -> Tensor:
+            return self.meta_losses(parameters, *stays, inputs, labels)
+
+        if self.lean and self.lean_meta_pass:
+            try:
+                return meta_gradient.mean_loss_gradient(kept_activations.lean(losses), ahead)
+            except OverwrittenError as error:
+                self.lean_meta_pass = False
+                warnings.warn(f"the meta pass keeps all of its activations, which takes more memory: {error}")
+        return meta_gradient.mean_loss_gradient(losses, ahead)
 
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         if run.random_state is None:
@@ -194,11 +212,15 @@ class LearnedWeightStep(MetaStep):
 
     @dataclass(frozen=True)
     class Options:
-        """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`."""
+        """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`.
+        lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and
+            a little slower; on a CPU, in float32, with `compile: none`.
+        """
 
         lr: float = 1e-3
         weight_decay: float = 1e-4
         approximate: Approximation = field(default_factory=Approximation)
+        lean: bool = False
 
         def __post_init__(self) -> None:
             check_not_negative(self, "lr", "weight_decay")
@@ -209,6 +231,12 @@ class LearnedWeightStep(MetaStep):
 
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
         super().__init__(parts, options)
+        self.lean = self.options.lean
+        if self.lean and not self._records(self.parameters[0]):
+            raise ValueError(
+                "options.lean computes activations again that were recorded, which is done on a CPU, in fp32 and with "
+                "compile: none only; leave it out, or change precision, compile or the device"
+            )
         self.ahead = self.options.approximate.parameters_of(parts.model)
         self.ahead_positions = [i for i, p in enumerate(self.parameters) if any(p is a for a in self.ahead.values())]
         first = self.parameters[0]

@@ -277,7 +277,7 @@ class Float64Augment:
         assert state == {}
 
 
-def make_step(loss_name, model, meta_set, counts, lr, target):
+def make_step(loss_name, model, meta_set, counts, lr, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, foreach=True)
     prepare = Float64Augment()
     parts = StepParts(
@@ -290,18 +290,25 @@ def make_step(loss_name, model, meta_set, counts, lr, target):
         class_accuracy=ClassAccuracy(*meta_set, CLASSES, prepare=prepare),
     )
     kind = STEPS["difficulty"]
-    return kind(parts, kind.Options(driver_target=target))
+    return kind(parts, kind.Options(**options))
 
 
-@pytest.mark.parametrize(("loss_name", "target"), [("cross_entropy", "relative"), ("balanced_softmax", "absolute")])
-def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_name, target):
+@pytest.mark.parametrize(
+    ("loss_name", "target", "lean"),
+    [
+        ("cross_entropy", "relative", False),
+        ("balanced_softmax", "absolute", False),
+        ("cross_entropy", "absolute", True),
+    ],
+)
+def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_name, target, lean):
     torch.manual_seed(3)
     counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
     model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
     meta_set = (torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES)
     lr = 0.1
     slow_model = copy.deepcopy(model)
-    step = make_step(loss_name, model, meta_set, counts, lr, target)
+    step = make_step(loss_name, model, meta_set, counts, lr, driver_target=target, lean=lean)
     slow_net = copy.deepcopy(step.net)
     prepare = Float64Augment()
     loss = build_loss(loss_name, counts)

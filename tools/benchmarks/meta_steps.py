@@ -131,7 +131,7 @@ class FrozenAccuracy(ClassAccuracy):
 class OwnStep(Way):
     """A step of fastlt itself, as the trainer builds it, without the driver loss (the others have none)."""
 
-    def __init__(self, problem: Problem, method: str, class_accuracy: ClassAccuracy | None, **approximate: Any) -> None:
+    def __init__(self, problem: Problem, method: str, class_accuracy: ClassAccuracy | None, **options: Any) -> None:
         super().__init__(problem)
         counts = ClassCounts(np.full(problem.num_classes, 100), tuple(str(c) for c in range(problem.num_classes)))
         model = copy.deepcopy(problem.model)
@@ -145,12 +145,9 @@ class OwnStep(Way):
             class_accuracy=class_accuracy,
             autocast=problem.autocast,
         )
-        options = (
-            DifficultyStep.Options(driver_weight=0.0, approximate=Approximation(**approximate))
-            if method == "difficulty"
-            else None
+        self.of_fastlt = STEPS[method](
+            parts, DifficultyStep.Options(driver_weight=0.0, **options) if method == "difficulty" else None
         )
-        self.of_fastlt = STEPS[method](parts, options)
         if method == "difficulty":
             self.of_fastlt.net.load_state_dict(problem.net.state_dict())
 
@@ -283,7 +280,7 @@ def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
 
 
 def _approximate(problem: Problem, **approximate: Any) -> OwnStep:
-    return OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), **approximate)
+    return OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), approximate=Approximation(**approximate))
 
 
 WAYS: dict[str, Callable[[Problem], Way]] = {
@@ -294,11 +291,12 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "double_backward": DoubleBackward,
     "higher": Higher,
     "torchopt": TorchOpt,
+    "lean": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), lean=True),
     "late_weights": lambda problem: _approximate(problem, late_weights=True),
     "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
     "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
-APPROXIMATE = ("late_weights", "lookahead_head", "late_head")
+ON_REQUEST = ("lean", "late_weights", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 

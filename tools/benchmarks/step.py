@@ -7,10 +7,11 @@ ours_rolling     ... on a tenth of it in every step
 double_backward  the same gradient by torch's create_graph
 higher, torchopt the same gradient by these packages
 
-On request (--rows), with the accuracies given, what costs less than exactness can:
+On request (--rows), with the accuracies given, what takes less memory, and what costs less than exactness can:
+lean             as exact; activations that are cheap to compute are computed again
 late_weights     the update takes the weights of the lookahead
 lookahead_head   the lookahead moves the head alone
-late_head        both of the first and the last
+late_head        both of these
 
 Times are medians of rounds in which every way takes one step in turn, in one process on the same data, after a step
 that is not measured. Ratios are medians of the ratios within a round, so that what slows the machine down slows both.
@@ -38,7 +39,7 @@ import torch
 
 from fastlt.host_memory import keep_freed_memory
 from fastlt.models.classifier import check_model
-from tools.benchmarks.meta_steps import APPROXIMATE, WAYS, Problem, float64_gradient, make_problem, missing
+from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, float64_gradient, make_problem, missing
 
 ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
 
@@ -99,8 +100,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    exact = [name for name in WAYS if name not in APPROXIMATE]
-    parser.add_argument("--rows", nargs="+", choices=list(WAYS), default=exact, help="default: all that are exact")
+    usual = [name for name in WAYS if name not in ON_REQUEST]
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(WAYS), default=usual, help="default: all but those on request"
+    )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)

@@ -1,0 +1,182 @@
+"""What fastlt knows of single operations of a forward pass: their tangents, and how to compute their outputs anew.
+
+Operations without a rule run as usual, under torch's own derivatives: any model works, the common ones gain.
+
+BatchNorm gains most. Its derivative in the input is symmetric, so the fused kernel of the backward pass computes the
+tangent as well, where torch's forward-mode formula takes a dozen passes over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class ForwardChangedError(RuntimeError):
+    """The forward pass did not repeat the operations that were recorded: nothing can be reused."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one operation is recorded, differentiated and done again; the functions take the operation's own arguments.
+
+    applies: whether the rule covers these arguments. overwrites: whether the operation writes to its first argument.
+    forward: (function, *args) -> (output, what tangent and `again` need beside the arguments).
+    tangent: (function, saved, output, *args) -> the output's tangent, None when no argument has one. An operation that
+        overwrites its first argument changes the tangent of that argument in place.
+    sources: what `again` computes the output from, among the arguments.
+    again: (function, saved, *sources) -> the output, to rounding, without any other effect; an operation that
+        overwrites its first argument writes to it. None for what costs too much to be done twice.
+    """
+
+    tangent: Callable[..., Tensor | None]
+    applies: Callable[..., bool] = lambda *args, **kwargs: True
+    overwrites: Callable[..., bool] = lambda *args, **kwargs: False
+    forward: Callable[..., tuple[Tensor, tuple]] = lambda function, *args, **kwargs: (function(*args, **kwargs), ())
+    sources: Callable[..., tuple] = lambda *args, **kwargs: ()
+    again: Callable[..., Tensor] | None = None
+
+
+def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule | None:
+    """The rule for a call, or None when it has to run as usual."""
+    rule = RULES.get(function)
+    return rule if rule is not None and rule.applies(*args, **kwargs) else None
+
+
+def parts(x: Any) -> tuple[Any, Tensor | None]:
+    """(primal, tangent) of an argument; the tangent of a constant, or of what is no tensor, is None."""
+    return tuple(forward_ad.unpack_dual(x)) if isinstance(x, Tensor) else (x, None)
+
+
+def sum_of(*tangents: Tensor | None) -> Tensor | None:
+    """The sum of the tangents that are not None, added into the first of them."""
+    present = [t for t in tangents if t is not None]
+    if not present:
+        return None
+    for t in present[1:]:
+        present[0].add_(t)
+    return present[0]
+
+
+def linear_map_tangent(function, saved, output, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args, **kw):
+    """d f(x, W, b) = f(dx, W, 0) + f(x, dW, db), for convolutions and linear layers."""
+    (x, dx), (w, dw), (_, db) = parts(input), parts(weight), parts(bias)
+    through_input = None if dx is None else function(dx, w, None, *args, **kw)
+    if dw is None and db is None:
+        return through_input
+    dw = torch.zeros_like(w) if dw is None else dw
+    return sum_of(through_input, function(x, dw, db, *args, **kw))
+
+
+def batch_norm_applies(input, running_mean, running_var, weight=None, bias=None, training=False, *args, **kwargs):
+    """Batch statistics, of more than one value a channel (with fewer, torch has the error message)."""
+    return training and input.numel() > input.shape[1] and input.device.type == "cpu"
+
+
+def batch_norm_forward(
+    function, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    """The kernel that F.batch_norm ends in on a CPU; it also tells the batch statistics."""
+    output, mean, inverse_std = torch.native_batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    return output, (mean, inverse_std)
+
+
+def batch_norm_tangent(
+    function,
+    saved,
+    output,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """With x^ = (x - mean) / std: dy = (w / std) P dx + dw x^ + db, P taking out the mean and the part along x^.
+
+    P is symmetric: the first term is what the backward pass computes from a gradient dx.
+    """
+    mean, inverse_std = saved
+    (x, dx), (w, dw), (_, db) = parts(input), parts(weight), parts(bias)
+    through_input = None
+    if dx is not None:
+        through_input, _, _ = torch.ops.aten.native_batch_norm_backward(
+            dx, x, w, None, None, mean, inverse_std, True, eps, [True, False, False]
+        )
+    if dw is None and db is None:
+        return through_input
+    dw = torch.zeros_like(mean) if dw is None else dw
+    return sum_of(through_input, normalised(x, dw, db, mean, inverse_std))
+
+
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    """weight x^ + bias, in one pass: BatchNorm with the batch's statistics as constants."""
+    return torch.batch_norm(x, weight, bias, mean, inverse_std.pow(-2), False, 0.0, 0.0, False)
+
+
+def relu_tangent(function, saved, output: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
+    """dy = dx where y > 0, else 0."""
+    _, dx = parts(input)
+    if dx is None:
+        return None
+    if inplace:
+        return torch.ops.aten.threshold_backward.grad_input(dx, output, 0, grad_input=dx)
+    return torch.ops.aten.threshold_backward(dx, output, 0)
+
+
+def add_applies(input: Any, other: Any, *args, **kwargs) -> bool:
+    """Two tensors of one shape and type, without a factor."""
+    both = isinstance(input, Tensor) and isinstance(other, Tensor) and not args and not kwargs
+    return both and input.shape == other.shape and input.dtype == other.dtype and input.is_floating_point()
+
+
+def add_tangent(function, saved, output, input: Tensor, other: Tensor) -> Tensor | None:
+    (_, dx), (_, dy) = parts(input), parts(other)
+    if dx is None or dy is None:
+        # A copy: what is returned may be changed in place.
+        return next((t.clone() for t in (dx, dy) if t is not None), None)
+    return dx + dy
+
+
+def add_in_place_tangent(function, saved, output, input: Tensor, other: Tensor) -> Tensor | None:
+    (_, dx), (_, dy) = parts(input), parts(other)
+    if dx is None and dy is not None:
+        raise ForwardChangedError("a constant was overwritten by a sum that depends on the parameters")
+    return sum_of(dx, dy)
+
+
+_LINEAR_MAP = Rule(linear_map_tangent)
+_ADD = {
+    "applies": add_applies,
+    "sources": lambda input, other: (input, other),
+    "again": lambda function, saved, input, other: function(input, other),
+}
+RULES: dict[Callable, Rule] = {
+    F.conv2d: _LINEAR_MAP,
+    F.linear: _LINEAR_MAP,
+    F.batch_norm: Rule(
+        batch_norm_tangent,
+        applies=batch_norm_applies,
+        forward=batch_norm_forward,
+        sources=lambda input, running_mean, running_var, weight=None, bias=None, *args, **kw: (input, weight, bias),
+        again=lambda function, saved, input, weight, bias: normalised(input, weight, bias, *saved),
+    ),
+    F.relu: Rule(
+        relu_tangent,
+        overwrites=lambda input, inplace=False: inplace,
+        sources=lambda input, inplace=False: (input, inplace),
+        again=lambda function, saved, input, inplace: function(input, inplace),
+    ),
+    Tensor.add: Rule(add_tangent, **_ADD),
+    Tensor.add_: Rule(add_in_place_tangent, overwrites=lambda *args: True, **_ADD),
+}
