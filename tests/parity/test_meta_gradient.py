@@ -343,6 +343,59 @@ def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_
         assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-11), name
 
 
+class AddsConstant(torch.nn.Module):
+    """Adds a constant to a normalised convolution, and then overwrites the constant, which autograd allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3)
+        self.head = torch.nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        constant = x.clone()
+        square = F.relu(self.bn(self.conv(x)) + constant, inplace=True).square()
+        constant.zero_()
+        return self.head(square.mean((2, 3)))
+
+
+def test_a_lean_step_says_when_the_model_does_not_allow_it_and_stays_exact():
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    model = AddsConstant().double().train()
+    batch = Batch(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10) % CLASSES, torch.arange(10))
+    nets = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        step = make_step("cross_entropy", copy.deepcopy(model), (batch.images, batch.labels), counts, 0.1, lean=lean)
+        if lean:
+            with pytest.warns(UserWarning, match="keeps all of its activations"):
+                step(batch, batch)
+        else:
+            step(batch, batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            step(batch, batch)
+        nets.append(torch.cat([p.detach().flatten() for p in [*step.net.parameters(), *step.model.parameters()]]))
+    assert relative_error(nets[1], nets[0]) <= 1e-12
+
+
+def test_a_lean_step_is_refused_where_activations_are_not_recorded():
+    model = build_model("cifar_resnet8", num_classes=CLASSES)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    kind = STEPS["difficulty"]
+    parts = StepParts(
+        model=model,
+        loss=build_loss("cross_entropy", counts),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        augment=Float64Augment(),
+        meta_augment=Float64Augment(),
+        class_counts=counts,
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    )
+    with pytest.raises(ValueError, match=r"options\.lean .* in fp32"):
+        kind(parts, kind.Options(lean=True))
+
+
 def test_step_in_float32_with_augmentation_moves_statistics_exactly_once():
     counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
     torch.manual_seed(0)
