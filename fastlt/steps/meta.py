@@ -19,6 +19,8 @@ from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 
+WHERE_LEAN = "activations are made again on a CPU only, in fp32 and with compile: none"
+
 
 def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each meta image (m,): the meta set is balanced, so its loss carries no class prior."""
@@ -226,17 +228,25 @@ class LearnedWeightStep(MetaStep):
             check_not_negative(self, "lr", "weight_decay")
 
     @classmethod
+    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+        mistakes = super().check_stage(stage, recipe)
+        if stage.options.get("lean"):
+            for key, value, allowed in (("precision", recipe.precision, "fp32"), ("compile", recipe.compile, "none")):
+                if value != allowed:
+                    mistakes.append(f"options.lean: is true with {key}: {value}; {WHERE_LEAN}; set {key}: {allowed}")
+        return mistakes
+
+    @classmethod
     def check_model(cls, model: nn.Module, options: Options) -> None:
+        if options.lean and not recordable(next(model.parameters())):
+            raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out, or train on a CPU")
         options.approximate.parameters_of(model)
 
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
         super().__init__(parts, options)
         self.lean = self.options.lean
         if self.lean and not self._records(self.parameters[0]):
-            raise ValueError(
-                "options.lean computes activations again that were recorded, which is done on a CPU, in fp32 and with "
-                "compile: none only; leave it out, or change precision, compile or the device"
-            )
+            raise ValueError(f"options.lean is true; {WHERE_LEAN}")
         self.ahead = self.options.approximate.parameters_of(parts.model)
         self.ahead_positions = [i for i, p in enumerate(self.parameters) if any(p is a for a in self.ahead.values())]
         first = self.parameters[0]

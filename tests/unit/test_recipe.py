@@ -119,6 +119,14 @@ def test_every_mistake_is_named(write, word, expected):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(("word", "allowed"), [("precision=bf16", "fp32"), ("compile=inductor", "none")])
+def test_lean_is_refused_where_nothing_is_recorded(write, word, allowed):
+    lean = [f"{STAGE}.method=difficulty", f"{STAGE}.options.lean=true"]
+    assert load_recipe(write(BASE), lean).stages["end_to_end"].options["lean"]
+    with pytest.raises(RecipeError, match=rf"options\.lean: .* set {word.split('=')[0]}: {allowed}"):
+        load_recipe(write(BASE), [*lean, word])
+
+
 def test_several_mistakes_come_in_one_message(write):
     with pytest.raises(RecipeError) as error:
         load_recipe(write(BASE), ["sede=1", "data.shots=3"])
