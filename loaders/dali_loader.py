@@ -33,7 +33,7 @@ except ImportError as error:
         "nvidia-dali-cuda130 (or nvidia-dali-cuda120), as `make setup` does, or choose another data.loader"
     ) from error
 
-BATCHES_AHEAD = 2  # decoded while the consumer works
+BATCHES_AHEAD = 2  # in flight while the consumer waits for one; while it works, the other
 AUGMENT_STREAM = 2  # keeps DALI's random numbers apart from other uses of (seed, epoch)
 TINY = 16  # side of the image that stands in for those of batches that are passed over
 Fed = tuple[TensorListCPU | np.ndarray, ...]  # files; and where they are cut: starts, sizes, output sizes

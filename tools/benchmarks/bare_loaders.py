@@ -86,6 +86,12 @@ def bare_dali(
             images = fn.resize(images, size=[crop.size, crop.size])
         pipeline.set_outputs(images, label)
     pipeline.build()
+    # A pipeline's first schedule_run() starts AHEAD batches, every later one a single batch. Both are taken out here:
+    # otherwise one batch too many would be in flight for good, and decoded between the epochs that are measured.
+    pipeline.schedule_run()
+    for _ in range(AHEAD):
+        pipeline.share_outputs()
+        pipeline.release_outputs()
 
     def epochs() -> Iterator[Tensor]:
         # Not pipeline.run(): its reader never ends, so an epoch would find batches decoded before it was measured, and
