@@ -86,8 +86,8 @@ def bare_dali(
             images = fn.resize(images, size=[crop.size, crop.size])
         pipeline.set_outputs(images, label)
     pipeline.build()
-    # A pipeline's first schedule_run() starts AHEAD batches, every later one a single batch. Both are taken out here:
-    # otherwise one batch too many would be in flight for good, and decoded between the epochs that are measured.
+    # A pipeline's first schedule_run() starts AHEAD batches, every later one a single batch. These are taken out now:
+    # otherwise one batch too many would be in flight for good, and be decoded after the epoch that it is counted in.
     pipeline.schedule_run()
     for _ in range(AHEAD):
         pipeline.share_outputs()
