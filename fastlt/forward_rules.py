@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 
 class ForwardChangedError(RuntimeError):
@@ -47,6 +48,34 @@ def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule |
     """The rule for a call, or None when it has to run as usual."""
     rule = RULES.get(function)
     return rule if rule is not None and rule.applies(*args, **kwargs) else None
+
+
+class RuledOperations(TorchFunctionMode):
+    """While it is entered, `operation` is called in place of every operation that has a rule; others run as usual.
+
+    One that overwrites its first argument counts only directly after the operation that returned this argument: with
+    something between the two, it is not known what has read the value that is overwritten.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returned: Tensor | None = None  # the latest operation's output, as long as it can be overwritten
+
+    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """What the operation returns."""
+        raise NotImplementedError
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        returned, self.returned = self.returned, None
+        rule = find_rule(function, args, kwargs)
+        if rule is None:
+            return function(*args, **kwargs)
+        overwrites = rule.overwrites(*args, **kwargs)
+        if overwrites and args[0] is not returned:
+            return function(*args, **kwargs)
+        self.returned = self.operation(rule, overwrites, function, args, kwargs)
+        return self.returned
 
 
 def parts(x: Any) -> tuple[Any, Tensor | None]:

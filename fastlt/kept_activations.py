@@ -1,8 +1,8 @@
 """What autograd keeps of a forward pass for the backward pass, without what is cheap to compute anew.
 
 Half of the activations of a convolutional network are outputs of BatchNorm, ReLU and additions: a thirtieth of the
-arithmetic of the other half, from which they follow. While a forward pass is watched, autograd is handed a `Kept` in
-place of each activation that it wants to keep, and that knows its tensor or how to make it again.
+arithmetic of the other half, from which they follow. Under a `KeptWatch` autograd is handed a `Kept` in place of each
+activation that it wants to keep, and that knows its tensor or how to make it again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastlt.forward_rules import Rule, find_rule
+from fastlt.forward_rules import Rule, RuledOperations
 
 # Activations that are made again from others that have to be made again first. With 1, of the residual sums of a
 # ResNet every second one is kept. With 0, all are; without a limit the first that is wanted brings all of them back.
@@ -138,16 +137,44 @@ class Kept:
         return tensor
 
 
-class Watch(TorchFunctionMode):
-    """While it is entered, operations with a rule become `Activation`s, and autograd keeps `Kept`s.
-
-    Results are the same as outside. Subclasses say what becomes of each activation.
-    """
+class Watch(RuledOperations):
+    """While it is entered, the outputs of operations with a rule become `Activation`s; results are as outside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.known = WeakTensorKeyDictionary()  # the activation that a tensor of the model is
-        self.returned: Tensor | None = None  # the latest operation's output, as long as it can be overwritten
+
+    def made(self, activation: Activation, output: Tensor) -> None:
+        """Called after each operation with a rule, the latest of `activation.makings`."""
+
+    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
+        # Before the operation runs, as it may change their versions. What is overwritten is the activation itself.
+        sources = tuple(self._source(s) for s in rule.sources(*args, **kwargs)[overwrites:])
+        output, saved = (function(*args, **kwargs), ()) if overwrites else rule.forward(function, *args, **kwargs)
+        activation = self.known[output] if overwrites else Activation()
+        self.known[output] = activation
+        activation.version = output._version
+        activation.makings.append(Making(rule, function, saved, sources))
+        others = [s.value for s in sources if isinstance(s.value, Activation)]
+        activation.row = max([activation.row, *(a.row + 1 for a in others if a.tensor is None)])
+        self.made(activation, output)
+        return output
+
+    def _source(self, argument: Any) -> Source:
+        if not isinstance(argument, Tensor):
+            return Source(argument)
+        activation = self.known.get(argument)
+        if activation is not None:
+            return Source(activation, argument._version)
+        # Other operations' outputs may be kept by nobody: to hold them would cost the memory that is to be saved.
+        return Source(argument.detach(), argument._version) if argument.is_leaf else Source(None, lost=True)
+
+
+class KeptWatch(Watch):
+    """A watch under which autograd keeps `Kept`s; subclasses say what becomes of the activations that it wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.unclaimed: list[Kept] | None = None  # kept by the operation that is running
         self.hooks = ExitStack()
 
@@ -161,47 +188,18 @@ class Watch(TorchFunctionMode):
         # The graph that autograd built refers to this object for as long as it lives: nothing here may refer to it.
         self.known, self.returned, self.unclaimed = WeakTensorKeyDictionary(), None, None
 
-    def made(self, activation: Activation, output: Tensor) -> None:
-        """Called after each operation with a rule, the latest of `activation.makings`."""
-
     def wanted(self, activation: Activation, tensor: Tensor) -> None:
         """Called when autograd is about to keep a finished activation."""
+        raise NotImplementedError
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        returned, self.returned = self.returned, None
-        rule = find_rule(function, args, kwargs)
-        if rule is None:
-            return function(*args, **kwargs)
-        overwrites = rule.overwrites(*args, **kwargs)
-        if overwrites and args[0] is not returned:
-            return function(*args, **kwargs)
-        # Before the operation runs, as it may change their versions. What is overwritten is the activation itself.
-        sources = tuple(self._source(s) for s in rule.sources(*args, **kwargs)[overwrites:])
+    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         self.unclaimed = []
-        output, saved = (function(*args, **kwargs), ()) if overwrites else rule.forward(function, *args, **kwargs)
+        output = super().operation(rule, overwrites, function, args, kwargs)
         unclaimed, self.unclaimed = self.unclaimed, None
-        activation = self.known[output] if overwrites else Activation()
-        self.known[output] = activation
-        activation.version = output._version
-        activation.makings.append(Making(rule, function, saved, sources))
-        others = [s.value for s in sources if isinstance(s.value, Activation)]
-        activation.row = max([activation.row, *(a.row + 1 for a in others if a.tensor is None)])
-        self.made(activation, output)
         for kept in unclaimed:
             if kept.tensor.data_ptr() == output.data_ptr() and kept.tensor.shape == output.shape:
-                self._leave(kept, activation, output)
-        self.returned = output
+                self._leave(kept, self.known[output], output)
         return output
-
-    def _source(self, argument: Any) -> Source:
-        if not isinstance(argument, Tensor):
-            return Source(argument)
-        activation = self.known.get(argument)
-        if activation is not None:
-            return Source(activation, argument._version)
-        # Other operations' outputs may be kept by nobody: to hold them would cost the memory that is to be saved.
-        return Source(argument.detach(), argument._version) if argument.is_leaf else Source(None, lost=True)
 
     def _keep(self, tensor: Tensor) -> Kept:
         kept = Kept(tensor)
@@ -217,7 +215,7 @@ class Watch(TorchFunctionMode):
         self.wanted(activation, tensor)
 
 
-class LeanPass(Watch):
+class LeanPass(KeptWatch):
     """For one forward pass and one backward pass: what is cheap is let go at once and made again when it is needed.
 
     The backward pass raises OverwrittenError where the model overwrites what an activation would be made from.

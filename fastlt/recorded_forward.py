@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
-from fastlt.forward_rules import ForwardChangedError, find_rule, parts
-from fastlt.kept_activations import Activation, Making, Watch
+from fastlt.forward_rules import ForwardChangedError, Rule, RuledOperations, parts
+from fastlt.kept_activations import Activation, KeptWatch, Making, Watch
 
 
 def recordable(images: Tensor) -> bool:
@@ -36,11 +35,17 @@ class Call:
     overwrote: bool
 
 
+def call_of(activation: Activation) -> Call:
+    """The operation that an activation was made or gone on with last."""
+    return Call(activation, activation.makings[-1], len(activation.makings) > 1)
+
+
 class ForwardRecord:
     """What one forward pass computed: `with record.recording(): losses = ...`, then `with record.reused(): ...`.
 
     Holds references to activations that autograd mostly holds anyway; `clear` drops them.
-    lean: whether it holds only those that autograd keeps, and those that cost too much to be made again.
+    lean: whether `lighten` frees memory. Autograd then shares what it keeps with the record, which holds nothing else
+        but what costs too much to be made again.
     """
 
     def __init__(self, lean: bool = False) -> None:
@@ -60,7 +65,7 @@ class ForwardRecord:
     def recording(self) -> Iterator[None]:
         """Inside, operations that have a rule are recorded; their results are the same as outside."""
         self.clear()
-        with _Record(self.calls, self.lean):
+        with _LeanRecord(self.calls) if self.lean else _Record(self.calls):
             yield
 
     @contextmanager
@@ -84,35 +89,38 @@ class ForwardRecord:
 class _Record(Watch):
     """Lists the operations and holds what they made."""
 
-    def __init__(self, calls: list[Call], lean: bool) -> None:
+    def __init__(self, calls: list[Call]) -> None:
         super().__init__()
-        self.calls, self.lean = calls, lean
+        self.calls = calls
 
     def made(self, activation: Activation, output: Tensor) -> None:
-        if not (self.lean and activation.cheap()):
+        activation.hold(output)
+        self.calls.append(call_of(activation))
+
+
+class _LeanRecord(KeptWatch):
+    """Lists the operations and holds what autograd wants, and what costs too much to be made again."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def made(self, activation: Activation, output: Tensor) -> None:
+        if not activation.cheap():
             activation.hold(output)
-        self.calls.append(Call(activation, activation.makings[-1], len(activation.makings) > 1))
+        self.calls.append(call_of(activation))
 
     def wanted(self, activation: Activation, tensor: Tensor) -> None:
         activation.hold(tensor)
 
 
-class _Reuse(TorchFunctionMode):
+class _Reuse(RuledOperations):
     def __init__(self, calls: list[Call]) -> None:
         super().__init__()
         self.calls, self.position = calls, 0
-        self.returned: Tensor | None = None
         self.making: Activation | None = None  # what is being made again
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        returned, self.returned = self.returned, None
-        rule = find_rule(function, args, kwargs)
-        if rule is None:
-            return function(*args, **kwargs)
-        overwrites = rule.overwrites(*args, **kwargs)
-        if overwrites and args[0] is not returned:
-            return function(*args, **kwargs)
+    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         call = self._next(function, overwrites)
         activation, saved = call.activation, call.making.saved
         if not overwrites:
@@ -121,18 +129,14 @@ class _Reuse(TorchFunctionMode):
             self._make(activation, call.making, [parts(s)[0] for s in rule.sources(*args, **kwargs)])
         elif not activation.in_memory():
             # A later operation has overwritten the output and will do so again: it needs one of its own.
-            self.returned = function(*args, **kwargs)
-            return self.returned
+            return function(*args, **kwargs)
         tangent = rule.tangent(function, saved, activation.tensor, *args, **kwargs)
         if overwrites:
             # The memory holds the result already. The tangent was changed in place, as the caller expects of `args[0]`.
-            self.returned = args[0]
-        else:
-            # `.data` has no view relation to the tensor in autograd's graph, which must not receive a tangent.
-            self.returned = activation.tensor.data
-            if tangent is not None:
-                self.returned = forward_ad.make_dual(self.returned, tangent)
-        return self.returned
+            return args[0]
+        # `.data` has no view relation to the tensor in autograd's graph, which must not receive a tangent.
+        primal = activation.tensor.data
+        return primal if tangent is None else forward_ad.make_dual(primal, tangent)
 
     def settle(self) -> None:
         """What was being made is finished: it stays for autograd, or goes."""

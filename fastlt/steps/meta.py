@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlt import kept_activations, meta_gradient
+from fastlt import meta_gradient
 from fastlt.compiled import adam_options
-from fastlt.kept_activations import OverwrittenError
+from fastlt.kept_activations import OverwrittenError, lean
 from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
@@ -143,7 +143,7 @@ class MetaStep(Step):
 
         if self.lean and self.lean_meta_pass:
             try:
-                return meta_gradient.mean_loss_gradient(kept_activations.lean(losses), ahead)
+                return meta_gradient.mean_loss_gradient(lean(losses), ahead)
             except OverwrittenError as error:
                 self.lean_meta_pass = False
                 warnings.warn(f"the meta pass keeps all of its activations, which takes more memory: {error}")

@@ -11,7 +11,7 @@ On request (--rows), with the accuracies given, what takes less memory, and what
 lean             as exact; activations that are cheap to compute are computed again
 late_weights     the update takes the weights of the lookahead
 lookahead_head   the lookahead moves the head alone
-late_head        both of these
+late_head        both late_weights and lookahead_head
 
 Times are medians of rounds in which every way takes one step in turn, in one process on the same data, after a step
 that is not measured. Ratios are medians of the ratios within a round, so that what slows the machine down slows both.
