@@ -11,6 +11,7 @@ import yaml
 
 from fastlt.names import unknown
 from fastlt.typed_yaml import RecipeError, apply_override, build, merge, read_yaml, to_tree
+from loaders.crop import CropSpec
 from loaders.dali_augment import build_dali_augment
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
@@ -304,8 +305,12 @@ def _check_data(data: DataRecipe) -> list[str]:
         )
     if data.dali_augment is not None:
         mistakes += _check_dali_augment(data)
-    if any(s <= 0 for s in data.std):
-        mistakes.append(f"data.std: is {list(data.std)}; allowed: numbers > 0")
+    mistakes += _check_crops(data)
+    if data.num_workers is not None and data.num_workers < (0 if data.loader == "torch" else 1):
+        mistakes.append(
+            f"data.num_workers: is {data.num_workers}; allowed: an integer >= 1, null for all cores, or 0 with "
+            "data.loader torch, which then reads in the main process"
+        )
     lists = [key for key in LIST_KEYS if getattr(data, key)]
     if data.source != "list_file" and lists:
         mistakes.append(f"data.{lists[0]}: is set, but data.source is {data.source!r}; list files go with list_file")
@@ -316,6 +321,22 @@ def _check_data(data: DataRecipe) -> list[str]:
             mistakes.append(f"data.{key}: {getattr(data, key)} is not a file")
     if data.root is not None and not Path(data.root).is_dir() and data.source not in SMALL_SOURCES:
         mistakes.append(f"data.root: {data.root} is not a folder")
+    return mistakes
+
+
+def _check_crops(data: DataRecipe) -> list[str]:
+    size = max(data.image_size, 1)  # reported by itself
+    crops = {
+        "eval_ratio": lambda: CropSpec("center", size, ratio=data.eval_ratio),
+        "crop_scale": lambda: CropSpec("random_resized", size, scale=data.crop_scale),
+        "crop_aspect": lambda: CropSpec("random_resized", size, aspect=data.crop_aspect),
+    }
+    mistakes = []
+    for key, make in crops.items():
+        try:
+            make()
+        except ValueError as error:
+            mistakes.append(f"data.{key}: {error}")
     return mistakes
 
 
@@ -335,12 +356,14 @@ def _check_dali_augment(data: DataRecipe) -> list[str]:
 
 def _check_names(recipe: Recipe) -> list[str]:
     """Names and options that live in the tables of other modules, imported late: reading a recipe stays light."""
-    from fastlt.augment import check_augment
+    from fastlt.augment import check_augment, check_mean, check_std
     from fastlt.losses import LOSSES, check_loss
     from fastlt.models import check_model
     from fastlt.steps import STEPS
 
     checks = [("model.name", lambda: check_model(recipe.model.name, recipe.model.pretrained, recipe.model.experts))]
+    checks.append(("data.mean", lambda: check_mean(recipe.data.mean)))
+    checks.append(("data.std", lambda: check_std(recipe.data.std)))
     for key in ("augment", "meta_augment", "second_augment"):
         specs = getattr(recipe.data, key) or []
         checks.append((f"data.{key}", lambda specs=specs: check_augment(specs, recipe.data.image_size)))

@@ -23,6 +23,10 @@ class DaliAutoAugment:
     policy: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policy, str):
+            raise ValueError(
+                f"dali_augment.auto_augment.policy is {self.policy!r}: it must be one of {', '.join(POLICIES)}"
+            )
         pick("dali_augment.auto_augment.policy", self.policy, POLICIES)
 
     def apply(self, images, shape: tuple[int, int], seed: int):

@@ -37,7 +37,9 @@ class Operation(Protocol):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor: ...
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]: ...
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of what it makes of images of this size; ValueError when they are too small for it."""
+        ...
 
 
 class SameSize:
@@ -60,13 +62,7 @@ class RandomCrop:
         require_integer("random_crop", "fill", self.fill, 0, 255)
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
-        room_y = shape.height + 2 * self.padding - self.image_size
-        room_x = shape.width + 2 * self.padding - self.image_size
-        if min(room_y, room_x) < 0:
-            raise ValueError(
-                f"random_crop: images of {shape.height}x{shape.width} with padding {self.padding} are smaller than "
-                f"image_size {self.image_size}; raise padding, lower image_size, or use random_resized_crop"
-            )
+        room_y, room_x = self._room(shape.height, shape.width)
         return {
             "top": integers(shape.count, room_y + 1, generator),
             "left": integers(shape.count, room_x + 1, generator),
@@ -77,7 +73,18 @@ class RandomCrop:
         return geometry.crop(padded, draws["top"], draws["left"], self.image_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
+        self._room(height, width)
         return self.image_size, self.image_size
+
+    def _room(self, height: int, width: int) -> tuple[int, int]:
+        """How far down and to the right the square can start; ValueError when the padded image is smaller than it."""
+        room_y, room_x = (side + 2 * self.padding - self.image_size for side in (height, width))
+        if min(room_y, room_x) < 0:
+            raise ValueError(
+                f"random_crop: images of {height}x{width} with padding {self.padding} are smaller than "
+                f"image_size {self.image_size}; raise padding, lower image_size, or use random_resized_crop"
+            )
+        return room_y, room_x
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ def build_augment(
     image_size: side of what crops cut. mean, std: one number a channel, for pixels in 0..1. seed: of the chain's own
     generator. An empty list only normalises. ValueError for unknown names or options and for values out of range.
     """
-    _check_statistics(mean, std)
+    check_mean(mean)
+    check_std(std)
     return Augment(check_augment(specs, image_size), mean, std, seed, device)
 
 
@@ -223,9 +224,21 @@ def _name_and_options(spec: str | Mapping, position: int) -> tuple[str, Mapping]
     return name, options or {}
 
 
-def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+def output_size(operations: Sequence[Operation], height: int, width: int) -> tuple[int, int]:
+    """(H, W) of what operations make of images of this size; ValueError when they are too small for one of them."""
+    for operation in operations:
+        height, width = operation.output_size(height, width)
+    return height, width
+
+
+def check_mean(mean: Sequence[float]) -> None:
+    """ValueError unless these are three numbers in 0..1."""
     if len(mean) != 3 or not all(0 <= value <= 1 for value in mean):
         raise ValueError(f"mean is {list(mean)}: it must be three numbers in 0..1, one a channel (divide by 255?)")
+
+
+def check_std(std: Sequence[float]) -> None:
+    """ValueError unless these are three numbers above 0, up to 1."""
     if len(std) != 3 or not all(0 < value <= 1 for value in std):
         raise ValueError(
             f"std is {list(std)}: it must be three numbers above 0, up to 1, one a channel (divide by 255?)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +29,9 @@ class MixupStep(Step):
         alpha: float = 1.0
 
         def __post_init__(self) -> None:
-            if self.alpha <= 0:
+            if not 0 < self.alpha < math.inf:
                 raise ValueError(
-                    f"alpha is {self.alpha}: give a number > 0, or take method plain, which blends nothing"
+                    f"alpha is {self.alpha}: give a finite number > 0, or take method plain, which blends nothing"
                 )
 
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:

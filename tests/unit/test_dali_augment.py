@@ -67,6 +67,10 @@ def test_evaluation_is_never_augmented_and_ranks_draw_apart(jpegs):
         ("auto_augmnt", "did you mean 'auto_augment'"),
         ("auto_augment", "dali_augment.auto_augment needs policy"),
         ({"auto_augment": {"policy": "cifar"}}, "did you mean 'cifar10'"),
+        (
+            {"auto_augment": {"policy": ["cifar10"]}},
+            "dali_augment.auto_augment.policy is ['cifar10']: ",
+        ),
         ({"rand_augment": {"magnitude": 31}}, "dali_augment.rand_augment.magnitude is 31"),
         ({"rand_augment": {"num_op": 2}}, "did you mean 'num_ops'"),
         ({"trivial_augment": {"bins": 2}}, "takes no options"),

@@ -54,8 +54,9 @@ def test_a_step_descends_the_cross_entropy_with_soft_labels(method, mix):
 
 
 def test_nothing_to_blend_is_refused():
-    with pytest.raises(ValueError, match="alpha is 0"):
-        STEPS["mixup"].Options(alpha=0)
+    for alpha in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"alpha is {alpha}"):
+            STEPS["mixup"].Options(alpha=alpha)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
