@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlt import checkpoint
-from fastlt.augment import build_augment, normalise
+from fastlt.augment import build_augment, check_augment, normalise, output_size
 from fastlt.class_accuracy import ClassAccuracy, evaluation_mode
 from fastlt.compiled import Compiler, make_sgd, ready
 from fastlt.distributed import Reducer
@@ -39,7 +39,7 @@ from fastlt.state import Batch, StepOutput
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 from fastlt.typed_yaml import build
 from loaders.crop import CropSpec
-from loaders.factory import make_loader
+from loaders.factory import check_loader, make_loader
 from loaders.protocol import BatchLoader
 from loaders.two_views import TwoViewLoader
 
@@ -95,6 +95,7 @@ class Trainer:
         self.dataset = prepare_dataset(recipe.data, self.accelerator)
         self.counts = self.dataset.class_counts(recipe.data.shots)
         self._check_against_dataset()
+        self._check_loaders()
         self.result = checkpoint.read_json(self.folder / "result.json") if finished else None
         if self.result is not None:
             return
@@ -186,6 +187,44 @@ class Trainer:
                     f"stages.{name}.batch_size is {stage.batch_size} with sampling class_aware_4, which gives each "
                     f"process whole groups of 4 images of a class; give a multiple of {4 * self.reducer.world_size}"
                 )
+
+    def _check_loaders(self) -> None:
+        """What only the stored images can tell: a loader that cannot have them, and sizes that the recipe misses."""
+        data = self.recipe.data
+        kinds = [STEPS[stage.method] for stage in self.recipe.stages.values()]
+        wanted = {"data.augment": ("train", data.augment)}
+        if any(kind.needs_meta_batch for kind in kinds):
+            wanted["data.meta_augment"] = ("meta", data.augment if data.meta_augment is None else data.meta_augment)
+        if data.second_augment is not None:
+            wanted["data.second_augment"] = ("train", data.second_augment)
+        for key, (split, specs) in wanted.items():
+            shape = self._check_loader(split, train=True)
+            try:
+                shape = output_size(check_augment(specs, data.image_size), *shape)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+            self._check_image_size(split, shape, "data.train_crop=random_resized, or a random_crop in data.augment")
+        for split in ("meta", "test"):
+            self._check_image_size(split, self._check_loader(split, train=False), "data.eval_crop=center")
+
+    def _check_loader(self, split: str, *, train: bool) -> tuple[int, int]:
+        return check_loader(
+            self.dataset,
+            split,
+            backend=self.recipe.data.loader,
+            device=self.device,
+            train=train,
+            crop=self._crop(train=train),
+            world_size=self.reducer.world_size,
+        )
+
+    def _check_image_size(self, split: str, shape: tuple[int, int], advice: str) -> None:
+        size = self.recipe.data.image_size
+        if shape != (size, size):
+            raise ValueError(
+                f"data.image_size is {size}, but the images of the {split} split come to the network as "
+                f"{shape[0]}x{shape[1]}; set it to what they are, or cut them: {advice}"
+            )
 
     def _check_against_model(self) -> None:
         """What only the network can tell: options that name parts of it, and a trained head that is not there."""
@@ -471,10 +510,6 @@ class Trainer:
     ) -> BatchLoader:
         """A loader of this process's share of a split, or of the `whole` of it; batch_size: per process."""
         data = self.recipe.data
-        if train:
-            crop = CropSpec(data.train_crop, data.image_size, scale=data.crop_scale, aspect=data.crop_aspect)
-        else:
-            crop = CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio)
         return make_loader(
             self.dataset,
             split,
@@ -482,7 +517,7 @@ class Trainer:
             batch_size=batch_size,
             device=self.device,
             train=train,
-            crop=crop,
+            crop=self._crop(train=train),
             sampling=sampling,
             seed=self.recipe.seed,
             rank=0 if whole else self.reducer.rank,
@@ -492,6 +527,12 @@ class Trainer:
             classes=classes,
             dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         )
+
+    def _crop(self, *, train: bool) -> CropSpec:
+        data = self.recipe.data
+        if train:
+            return CropSpec(data.train_crop, data.image_size, scale=data.crop_scale, aspect=data.crop_aspect)
+        return CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio)
 
     def _whole_split(self, split: str) -> Batch:
         """All images of a split on every process, in order, cropped as for evaluation."""

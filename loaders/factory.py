@@ -12,10 +12,10 @@ from fastlt.names import unknown
 from loaders.beton import Beton
 from loaders.crop import CropSpec
 from loaders.dali_augment import build_dali_augment
-from loaders.memory import free_bytes, readable
+from loaders.memory import free_share, readable
 from loaders.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
-from loaders.resident_loader import ResidentLoader, is_ragged, resident_bytes
+from loaders.resident_loader import ResidentLoader, check_pixels, is_ragged, resident_bytes
 from loaders.source_dataset import SourceDataset
 from loaders.tar_shards import TarShards
 from loaders.torch_loader import TorchLoader
@@ -42,6 +42,16 @@ def _resident_jpeg(*args, **kwargs) -> BatchLoader:
     return ResidentJpegLoader(*args, **kwargs)
 
 
+def _check_resident_jpeg(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+    from loaders.resident_jpeg_loader import check_files  # as above
+
+    check_files(stored, plan.world_size)
+
+
+def _check_dali(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+    import loaders.dali_loader  # noqa: F401  (refuses to be imported where DALI is absent)
+
+
 BACKENDS = {
     "resident": ResidentLoader,
     "resident_jpeg": _resident_jpeg,
@@ -49,6 +59,8 @@ BACKENDS = {
     "torch": TorchLoader,
     "dali": _dali,
 }
+# What a backend needs besides a split that can be opened; each raises the ValueError that making it would raise.
+CHECKS = {"resident": check_pixels, "resident_jpeg": _check_resident_jpeg, "dali": _check_dali}
 READS = {"ffcv": ("ffcv",), "dali": ("dali",), "resident_jpeg": ("dali", "ffcv")}  # the others: .beton files first
 NEED_CONVERSION = ("ffcv", "resident_jpeg")
 AUGMENT_BACKENDS = ("dali", "resident_jpeg")  # those whose pipeline can do DALI's automatic augmentation
@@ -77,11 +89,11 @@ def make_loader(
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
     backend: "resident", "resident_jpeg", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
-        `memory_budget_bytes` (default: 40 % of the device's free memory), but for random crops of images of many sizes
-        on a CPU; else ffcv, or dali when the data set has no other format, or torch for a source. `loader.reason` says
-        why. "ffcv" reads .beton files and "dali" shards; of the others "resident_jpeg" reads shards first, which hold
-        the original JPEGs, and "resident" and "torch" .beton files. A source's own files are read by "resident",
-        "torch" and "dali".
+        `memory_budget_bytes` (default: 40 % of the device's free memory, of which each process on a CPU takes its
+        share), but for random crops of images of many sizes on a CPU; else ffcv, or dali when the data set has no other
+        format, or torch for a source. `loader.reason` says why. "ffcv" reads .beton files and "dali" shards; of the
+        others "resident_jpeg" reads shards first, which hold the original JPEGs, and "resident" and "torch" .beton
+        files. A source's own files are read by "resident", "torch" and "dali".
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
@@ -91,8 +103,8 @@ def make_loader(
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
 
     Raises ValueError for an unknown backend, one whose format the data set lacks, an augmentation by DALI without
-    DALI, a split that is damaged or disagrees with the data set's labels, mixed image sizes without a crop, and a
-    training batch that the split cannot fill.
+    DALI, a split that is damaged or disagrees with the data set's labels, mixed image sizes without a crop, a training
+    batch that the split cannot fill, and a split that a resident backend has no memory for.
     """
     if backend not in BACKENDS and backend != "auto":
         raise ValueError(unknown("loader backend", backend, [*BACKENDS, "auto"]))
@@ -102,8 +114,6 @@ def make_loader(
             raise ValueError(f"dali_augment is for the backends {' and '.join(AUGMENT_BACKENDS)}, not for {backend!r}")
         options["augment"] = build_dali_augment(dali_augment)
     stored = _open(dataset, split, backend)
-    if not np.array_equal(stored.labels, dataset.labels(split)):
-        raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     plan = EpochPlan(
         labels=stored.labels,
         heights=stored.heights,
@@ -125,8 +135,41 @@ def make_loader(
     return BACKENDS[backend](stored, plan, device=device, num_workers=num_workers, reason=reason, **options)
 
 
+def check_loader(
+    dataset: ConvertedDataset | SourceDataset,
+    split: str,
+    *,
+    backend: str,
+    device: torch.device | str,
+    train: bool,
+    crop: CropSpec,
+    world_size: int = 1,
+) -> tuple[int, int]:
+    """(H, W) of the images that `make_loader` would cut; raises what it would raise, and reads no image.
+
+    Batches are taken to be of one image: whether a split fills larger ones is not asked.
+    """
+    stored, device = _open(dataset, split, backend), torch.device(device)
+    plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train, world_size=world_size)
+    if backend == "auto":
+        backend, _ = choose_backend(plan, device, reader=_streaming(dataset))
+    if backend in CHECKS:
+        CHECKS[backend](stored, plan, device)
+    return plan.output_shape
+
+
 def _open(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -> StoredSplit:
-    """The split in the first of the formats that `backend` reads; ValueError when the data set has none of them."""
+    """The split in the first of the formats that `backend` reads.
+
+    ValueError when the data set has none of them, or its labels are others.
+    """
+    stored = _open_format(dataset, split, backend)
+    if not np.array_equal(stored.labels, dataset.labels(split)):
+        raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
+    return stored
+
+
+def _open_format(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -> StoredSplit:
     if isinstance(dataset, SourceDataset):
         if backend in NEED_CONVERSION:
             raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
@@ -152,10 +195,14 @@ def choose_backend(
     needed = resident_bytes(plan.crop, plan.heights, plan.widths)
     if memory_budget_bytes is None:
         budget, origin = (
-            int(RESIDENT_SHARE * free_bytes(device)),
-            f"{RESIDENT_SHARE:.0%} of the memory free on {device}",
+            int(RESIDENT_SHARE * free_share(device, plan.world_size)),
+            f"{RESIDENT_SHARE:.0%} of the memory free on {device}{_shared(device, plan.world_size)}",
         )
     else:
         budget, origin = memory_budget_bytes, "the memory budget"
     backend, relation = ("resident", "fits in") if needed <= budget else (reader, "is more than")
     return backend, f"{backend}: the split's {readable(needed)} of pixels {relation} {readable(budget)}, {origin}"
+
+
+def _shared(device: torch.device, world_size: int) -> str:
+    return f" for each of {world_size} processes" if device.type == "cpu" and world_size > 1 else ""

@@ -21,6 +21,11 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
+def free_share(device: torch.device, world_size: int) -> int:
+    """What one of a job's processes may take of it: each has a GPU of its own, but on a CPU all share the memory."""
+    return free_bytes(device) // (world_size if device.type == "cpu" else 1)
+
+
 def readable(num_bytes: int) -> str:
     """In GiB or MiB."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

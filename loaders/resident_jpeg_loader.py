@@ -16,7 +16,7 @@ from loaders.beton import Beton
 from loaders.dali_augment import DaliAugment
 from loaders.dali_loader import DaliLoader
 from loaders.host_loader import default_workers
-from loaders.memory import free_bytes, readable
+from loaders.memory import free_share, readable
 from loaders.plan import EpochPlan
 from loaders.tar_shards import TarShards
 
@@ -27,7 +27,6 @@ class HeldFiles:
     """An EncodedSplit whose files are in memory; what they hold is still read by the split that they come from.
 
     files: uint8 (n,), all files one after the other.  ends: int64 (N,), where each one ends.
-    Raises ValueError when they do not fit into the memory that is free.
     """
 
     in_memory = True
@@ -37,13 +36,7 @@ class HeldFiles:
         self.path: Path = stored.path
         self.labels, self.heights, self.widths = stored.labels, stored.heights, stored.widths
         self.ends = np.cumsum(stored.sizes)
-        needed, free = int(self.ends[-1]), free_bytes(torch.device("cpu"))
-        if needed > free:
-            raise ValueError(
-                f"{stored.path}: its images take {readable(needed)} as files, and {readable(free)} of memory are free: "
-                "choose data.loader 'dali', which reads them from the disk"
-            )
-        self.files = np.empty(needed, dtype=np.uint8)
+        self.files = np.empty(self.ends[-1], dtype=np.uint8)
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(self._copy, range(0, len(self), FILL_IMAGES)))
 
@@ -64,10 +57,25 @@ class HeldFiles:
             self.encoded(i)[:] = self.stored.encoded(i)
 
 
+def check_files(stored: Beton | TarShards, world_size: int) -> None:
+    """ValueError for raw pixels, and when the files do not fit into the memory that is free, once for each process."""
+    if isinstance(stored, Beton) and not stored.is_jpeg.all():
+        raise ValueError(
+            f"{stored.path} holds raw pixels, and the 'resident_jpeg' backend compressed images: convert the data "
+            "set with --format both, or with --mode jpg, or choose another data.loader"
+        )
+    needed, free = int(stored.sizes.sum()), free_share(torch.device("cpu"), world_size)
+    if needed > free:
+        raise ValueError(
+            f"{stored.path}: its images take {readable(needed)} as files, and {readable(free)} of memory are free: "
+            "choose data.loader 'dali', which reads them from the disk"
+        )
+
+
 class ResidentJpegLoader(DaliLoader):
     """BatchLoader that holds the files of the split in memory and decodes them as DaliLoader does, pixel for pixel.
 
-    stored: shards, or a .beton file whose images are all JPEGs (ValueError otherwise). Every process holds a copy.
+    stored: shards, or a .beton file whose images are all JPEGs. Every process holds a copy. Raises as `check_files`.
     """
 
     backend = "resident_jpeg"
@@ -82,11 +90,7 @@ class ResidentJpegLoader(DaliLoader):
         reason: str = "asked for",
         augment: DaliAugment | None = None,
     ) -> None:
-        if isinstance(stored, Beton) and not stored.is_jpeg.all():
-            raise ValueError(
-                f"{stored.path} holds raw pixels, and the 'resident_jpeg' backend compressed images: convert the data "
-                "set with --format both, or with --mode jpg, or choose another data.loader"
-            )
+        check_files(stored, plan.world_size)
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
         held = HeldFiles(stored, workers)
         super().__init__(held, plan, device=device, num_workers=num_workers, reason=reason, augment=augment)

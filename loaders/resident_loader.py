@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlt.state import Batch
 from loaders.crop import CropSpec, common_shape, crop_boxes
 from loaders.host_loader import default_workers
+from loaders.memory import free_share, readable
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
 from loaders.protocol import StoredSplit
@@ -24,7 +25,7 @@ class ResidentLoader:
     "none" and "center" crops are applied once, while filling: pixels equal the other backends'. For "random_resized"
     the whole stored images are kept. Where all have one size, `crops` is False and the chain of augmentations crops
     them anew each epoch; where they differ, this class does, by the plan's rectangles: the other backends' pixels, to
-    one level of rounding.
+    one level of rounding. ValueError when the device has no memory for the pixels.
     """
 
     backend = "resident"
@@ -40,6 +41,7 @@ class ResidentLoader:
     ) -> None:
         self.plan, self.device, self.reason = plan, torch.device(device), reason
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
+        check_pixels(stored, plan, self.device)
         self._ragged = is_ragged(plan.crop, plan.heights, plan.widths)
         self.crops = self._ragged or plan.crop.kind != "random_resized"
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
@@ -87,6 +89,17 @@ def resident_bytes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> i
         return 3 * int((heights * widths).sum())
     height, width = crop.output_shape(heights, widths)
     return 3 * height * width * len(heights)
+
+
+def check_pixels(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+    """ValueError when the pixels do not fit into the memory that is free on `device`."""
+    needed = resident_bytes(plan.crop, plan.heights, plan.widths)
+    free = free_share(device, plan.world_size)
+    if needed > free:
+        raise ValueError(
+            f"{stored.path}: its pixels take {readable(needed)}, and {readable(free)} of memory are free on {device}: "
+            "choose data.loader 'auto', or another one that does not keep them there"
+        )
 
 
 def is_ragged(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ import torch
 from small_betons import EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_small
 
 from fastlt.state import Batch
-from loaders import host_loader
+from loaders import host_loader, memory
 from loaders.beton import Beton
 from loaders.crop import CropSpec
 from loaders.factory import choose_backend, make_loader
@@ -291,6 +291,18 @@ def test_auto_keeps_the_split_resident_when_it_fits_and_says_why(small, mixed, m
     assert "is more than 0.0 MiB, the memory budget" in tight.reason
 
 
+def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(COUNT * 16 * 16 * 3 / 0.4) + 3)
+    assert make(small, "auto").backend == "resident"
+    shared = make(small, "auto", world_size=2)
+    assert shared.backend == "ffcv"
+    assert "40% of the memory free on cpu for each of 2 processes" in shared.reason
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * COUNT * 16 * 16 * 3 - 1)
+    make(small, "resident")
+    with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
+        make(small, "resident", world_size=2)
+
+
 def test_auto_knows_what_whole_images_of_many_sizes_take(mixed):
     beton = Beton.open(mixed.path)
     plan = EpochPlan(beton.labels, beton.heights, beton.widths, CropSpec("random_resized", 12), 8, train=True)
@@ -348,9 +360,7 @@ def test_resident_jpeg_refuses_raw_pixels_and_what_does_not_fit(small, make, mon
     raw = SmallDataset(small.path, small.images, small.split_labels, formats=("ffcv",))
     with pytest.raises(ValueError, match=r"train.beton holds raw pixels, .* --format both, or with --mode jpg"):
         make(raw, "resident_jpeg")
-    from loaders import resident_jpeg_loader
-
-    monkeypatch.setattr(resident_jpeg_loader, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"0.0 MiB of memory are free: choose data.loader 'dali'"):
         make(small, "resident_jpeg")
 

@@ -199,12 +199,24 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(digits
         assert all(torch.isfinite(v).all() for v in final_state(trainer.folder)["step"]["model"].values())
 
 
+LARGER = ["data.image_size=12", "data.eval_crop=center"]
 REFUSED = [
     (["data.num_classes=11"], "num_classes is 11"),
     ([f"{STAGE}.batch_size=100000"], "batch_size is 100000, but the train split has"),
     (["trackers=[comet_ml]"], "not installed"),
     (["trackers=[nonsense]"], "nonsense"),
     ([f"{STAGE}.meta_batch_size=101"], "meta_batch_size is 101, but the meta split has 100"),
+    (
+        ["data.image_size=12"],
+        r"data\.augment: random_crop: images of 8x8 with padding 1 are smaller than image",
+    ),
+    (
+        ["data.meta_augment=[{random_crop: {padding: 1}}]", "data.augment=[{random_crop: {padding: 3}}]", *LARGER],
+        r"data\.meta_augment: random_crop: images of 8x8 with padding 1",
+    ),
+    (["data.augment=[flip]", "data.image_size=12"], r"image_size is 12, but the images of the train split .* 8x8"),
+    (["data.image_size=7"], r"image_size is 7, but the images of the meta split .* 8x8; .* data\.eval_crop=center"),
+    (["data.loader=resident_jpeg"], "train.beton holds raw pixels"),
 ]
 
 
@@ -212,6 +224,28 @@ REFUSED = [
 def test_what_only_the_data_set_can_tell_is_refused_before_work(digits_words, words, expected):
     with pytest.raises(ValueError, match=expected):
         make(digits_words, *words)
+
+
+def test_a_loader_that_has_no_room_is_refused_before_work(digits_words, monkeypatch):
+    monkeypatch.setattr("loaders.memory.free_bytes", lambda device: 431 * 8 * 8 * 3 - 1)
+    with pytest.raises(ValueError, match=r"train.beton: its pixels take 0\.1 MiB, and .* free on cpu: .* 'auto'"):
+        make(digits_words)
+
+
+def test_an_absent_dali_is_refused_before_work(digits_words, tmp_path, monkeypatch):
+    # As `import` finds a package that is not installed.
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    monkeypatch.delitem(sys.modules, "loaders.dali_loader", raising=False)
+    words = [*digits_words, f"data.converted={tmp_path / 'both'}", "data.loader=dali"]
+    with pytest.raises(ValueError, match="need NVIDIA DALI, which cannot be imported"):
+        make(words)
+
+
+def test_a_crop_that_is_too_large_gets_one_message_and_code_2(digits_words, capsys):
+    assert main([str(RECIPE), *digits_words, "data.image_size=12"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastlt: data.augment: random_crop: images of 8x8")
+    assert len(error.splitlines()) == 1
 
 
 def test_a_folder_with_another_run_is_refused(digits_words):
