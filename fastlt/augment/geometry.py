@@ -77,7 +77,9 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
 
     images: uint8 (N, C, H, W). matrices: (N, 6), see `_matrices`. The arithmetic is float32 in torchvision's order
     (coordinates in -1..1, then back to pixels), because whole rows lie on ties between two pixels at some magnitudes:
-    another order of rounding would move them.
+    another order of rounding would move them. torch's matrix product, which torchvision takes, fuses its rounding for
+    images above some 64 pixels a side; there the two differ in pixels that lie within 1e-4 of such a tie: up to 1.2 %
+    of an image at some shears, 0.01 % at rotations, none at translations.
     """
     height, width = images.shape[2:]
     a, b, tx, c, d, ty = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3).unbind(1)

@@ -87,10 +87,14 @@ class _Images:
 
 def write_small(path: Path, shapes: list[tuple[int, int]], mode: str, seed: int = 0) -> SmallDataset:
     """A data set of one image a shape, stored as `mode` ("raw" or "jpg")."""
+    return write_images(path, smooth_images(shapes, seed), mode, seed)
+
+
+def write_images(path: Path, images: list[np.ndarray], mode: str, seed: int = 0) -> SmallDataset:
+    """A data set of these images under random labels, stored as `mode`."""
     with keep_torch_threads():
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
-    images = smooth_images(shapes, seed)
     labels = np.random.default_rng(seed).integers(0, NUM_CLASSES, len(images))
     fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=90), "label": IntField()}
     samples = [(image, int(label)) for image, label in zip(images, labels, strict=True)]

@@ -78,6 +78,30 @@ def test_each_operation_at_each_magnitude_equals_torchvision(name, height, width
         assert torch.equal(out, want)
 
 
+def distance_from_tie(matrix: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """How far each pixel's exact source is from halfway between two pixels, in either direction: float64 (H, W)."""
+    a, b, tx, c, d, ty = matrix.tolist()
+    x, y = (torch.arange(side).double() - (side - 1) / 2 for side in (width, height))
+    column, row = a * x + b * y[:, None] + tx + (width - 1) / 2, c * x + d * y[:, None] + ty + (height - 1) / 2
+    return torch.minimum(*((place - place.floor() - 0.5).abs() for place in (column, row)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (375, 500)])
+@pytest.mark.parametrize("name", policies.AFFINE)
+def test_large_images_move_as_torchvisions_but_for_pixels_on_a_tie(name, height, width):
+    """The bounds that `geometry.affine` states; any other pixel would show, since all neighbours differ in noise."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    most = 0.012 if name.startswith("Shear") else 1e-4 if name == "Rotate" else 0
+    for magnitude in signed_magnitudes(name, height, width):
+        out = apply_one(image[None], name, torch.tensor([magnitude]), static=False)[0]
+        differs = (out != _apply_op(image, name, magnitude, TF.InterpolationMode.NEAREST, None)).any(0)
+        assert differs.double().mean() <= most, magnitude
+        if differs.any():
+            number = torch.tensor([policies.NUMBER[name]])
+            (matrix,) = policies.affine_matrices(number, torch.tensor([magnitude]).double(), height, width)
+            assert distance_from_tie(matrix, height, width)[differs].max() < 1e-4, magnitude
+
+
 @pytest.mark.parametrize("name", policies.NAMES)
 def test_images_of_one_batch_keep_their_own_magnitudes(name):
     magnitudes = signed_magnitudes(name, 16, 16)

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_betons import DALI_BACKENDS, EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_small
+from scipy.stats import ks_2samp
+from small_betons import DALI_BACKENDS, EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_images, write_small
+from torchvision.transforms import RandomResizedCrop
 
+from fastlt.augment import build_augment
 from loaders.crop import CropSpec, center_boxes
 from loaders.dali_format import write_shards
 from loaders.factory import make_loader
@@ -106,6 +109,57 @@ def test_random_crops_are_a_function_of_seed_and_epoch_alone(dataset, request):
     first = pixels(dataset, "ffcv", crop, train=True, epoch=2)
     np.testing.assert_array_equal(pixels(dataset, "torch", crop, train=True, epoch=2), first)
     assert (pixels(dataset, "torch", crop, train=True, epoch=3) != first).any()
+
+
+def boxes_seen(images: np.ndarray) -> np.ndarray:
+    """The rectangles that were cut from images whose red is the column and whose green is the row: float64 (N, 4)."""
+    size = images.shape[2]
+    inner = np.arange(size // 8, size - size // 8)  # off the border, where filters repeat pixels
+    sides = []
+    for values in (images[..., 1].mean(axis=2), images[..., 0].mean(axis=1)):
+        slope, first = np.polyfit(inner, values[:, inner].T, 1)
+        sides.append((first + 0.5 - slope / 2, slope * size))
+    (top, height), (left, width) = sides
+    return np.stack([top, left, height, width], axis=1)
+
+
+@pytest.fixture(scope="module")
+def gradient(tmp_path_factory) -> SmallDataset:
+    """120 times one image of 256x256 that says in each pixel where it lies."""
+    row, column = np.mgrid[:256, :256]
+    image = np.stack([column, row, np.zeros_like(row)], axis=2).astype(np.uint8)
+    return write_images(tmp_path_factory.mktemp("gradient") / "train.beton", [image] * 120, "raw")
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_training_crops_have_torchvisions_distribution_in_what_each_backend_delivers(gradient, backend):
+    """Area, shape and place, read off the pixels, the device's own crops of `resident` included."""
+    size, epochs = 48, range(10)
+    arguments = {"backend": backend, "batch_size": 40, "device": "cpu", "train": True, "num_workers": 1}
+    loader = make_loader(gradient, "train", crop=CropSpec("random_resized", size), seed=1, **arguments)
+    statistics = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    cut = build_augment(["random_resized_crop"], image_size=size, seed=1, device="cpu", **statistics)
+    found = []
+    for batch in (batch for epoch in epochs for batch in loader.epoch(epoch)):
+        images = batch.images if loader.crops else (255 * cut(batch.images)).round()
+        found.append(boxes_seen(images.permute(0, 2, 3, 1).double().numpy()))
+    loader.close()
+    ours = np.concatenate(found)
+    assert len(ours) == 1200
+    whole = torch.empty(3, 256, 256)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = np.array([RandomResizedCrop.get_params(whole, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)])
+    rng = np.random.default_rng(0)
+    theirs = theirs + rng.uniform(-0.5, 0.5, theirs.shape)  # whole numbers against measured ones
+    features = {
+        "area": lambda box: box[:, 2] * box[:, 3],
+        "aspect": lambda box: box[:, 3] / box[:, 2],
+        "place from the top": lambda box: box[:, 0] / (256 - box[:, 2]).clip(1),
+        "place from the left": lambda box: box[:, 1] / (256 - box[:, 3]).clip(1),
+    }
+    for name, feature in features.items():
+        assert ks_2samp(feature(ours), feature(theirs)).pvalue > 1e-3, name
 
 
 # DALI resizes with Pillow's "bilinear", a triangular filter, and the other backends with OpenCV's area interpolation.
