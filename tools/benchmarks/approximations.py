@@ -27,7 +27,8 @@ from torch import Tensor
 from fastlt import meta_gradient
 from fastlt.difficulty import class_weights, difficulty_gradient_loss
 from fastlt.steps.meta import Approximation
-from tools.benchmarks.stage_loop import DifficultyLoop, parser, positive
+from tools.benchmarks.options import positive
+from tools.benchmarks.stage_loop import DifficultyLoop, parser
 
 
 @dataclass(frozen=True)

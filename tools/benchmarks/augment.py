@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from fastlt.augment import build_augment
+from tools.benchmarks.options import positive, usable_device
 from tools.benchmarks.rounds import interleaved, report, row
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -25,12 +26,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark.py augment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512], metavar="N", help="batch sizes")
-    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="side of the images (default: 32)")
-    parser.add_argument("--policy", choices=("cifar10", "imagenet"), default="cifar10", help="of AutoAugment")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: 7)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[128, 512], metavar="N", help="batch sizes")
+    parser.add_argument("--size", type=positive, default=32, metavar="PIXELS", help="side of the images (default: 32)")
+    parser.add_argument("--policy", choices=("cifar10", "imagenet", "svhn"), default="cifar10", help="of AutoAugment")
+    parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     if words.threads:

@@ -28,6 +28,7 @@ from loaders.ffcv_format import FfcvOptions
 from loaders.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source
 from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
+from tools.benchmarks.options import positive, usable_device
 from tools.benchmarks.rounds import Row, interleaved, report, row
 
 BOTH = ("ffcv", "dali")
@@ -47,9 +48,9 @@ def main(arguments: list[str]) -> int:
         prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
-    parser.add_argument("--count", type=int, default=1024, help="photographs (default: 1024)")
-    parser.add_argument("--small-count", type=int, default=20_000, help="small images (default: 20000)")
-    parser.add_argument("--size", type=int, default=224, help="side of the crops (default: 224)")
+    parser.add_argument("--count", type=positive, default=1024, help="photographs (default: 1024)")
+    parser.add_argument("--small-count", type=positive, default=20_000, help="small images (default: 20000)")
+    parser.add_argument("--size", type=positive, default=224, help="side of the crops (default: 224)")
     parser.add_argument(
         "--storage",
         nargs="+",
@@ -57,10 +58,10 @@ def main(arguments: list[str]) -> int:
         choices=STORAGES,
         help="the JPEGs as they are (and DALI's loaders), or .beton files of longer sides of 256 (default: all)",
     )
-    parser.add_argument("--batch", type=int, default=128, help="batch size (default: 128)")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="default: all cores")
-    parser.add_argument("--rounds", type=int, default=5, help="measured epochs of each (default: 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=positive, default=128, help="batch size (default: 128)")
+    parser.add_argument("--workers", type=positive, default=available_cores(), help="default: all cores")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured epochs of each (default: 5)")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     rows = []

@@ -28,7 +28,8 @@ from fastlt.class_accuracy import ClassAccuracy
 from fastlt.difficulty import class_weights
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.trainer import Trainer
-from tools.benchmarks.stage_loop import DifficultyLoop, parser, positive
+from tools.benchmarks.options import positive
+from tools.benchmarks.stage_loop import DifficultyLoop, parser
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,9 @@ import torch
 from fastlt.recipe import load_recipe
 from fastlt.state import Batch
 from fastlt.trainer import Trainer, endless
+from tools.benchmarks.options import positive
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ import torch
 from fastlt.recipe import load_recipe
 from fastlt.state import Batch
 from fastlt.trainer import Trainer, endless
+from tools.benchmarks.options import positive
 from tools.benchmarks.rounds import interleaved, report, row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +35,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", default=str(ROOT / "recipes" / "digits_lt.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--stage", help="which stage of the recipe (default: the first)")
-    parser.add_argument("--iterations", type=int, default=50, help="a round (default: 50)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    parser.add_argument("--iterations", type=positive, default=50, help="a round (default: 50)")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured rounds (default: 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:
