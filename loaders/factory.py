@@ -42,6 +42,10 @@ def _resident_jpeg(*args, **kwargs) -> BatchLoader:
     return ResidentJpegLoader(*args, **kwargs)
 
 
+def _check_resident(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+    check_pixels(stored, plan, device, plan.world_size)
+
+
 def _check_resident_jpeg(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
     from loaders.resident_jpeg_loader import check_files  # as above
 
@@ -59,8 +63,8 @@ BACKENDS = {
     "torch": TorchLoader,
     "dali": _dali,
 }
-# What a backend needs besides a split that can be opened; each raises the ValueError that making it would raise.
-CHECKS = {"resident": check_pixels, "resident_jpeg": _check_resident_jpeg, "dali": _check_dali}
+# What a backend needs besides a split that can be opened, asked before any process has filled memory.
+CHECKS = {"resident": _check_resident, "resident_jpeg": _check_resident_jpeg, "dali": _check_dali}
 READS = {"ffcv": ("ffcv",), "dali": ("dali",), "resident_jpeg": ("dali", "ffcv")}  # the others: .beton files first
 NEED_CONVERSION = ("ffcv", "resident_jpeg")
 AUGMENT_BACKENDS = ("dali", "resident_jpeg")  # those whose pipeline can do DALI's automatic augmentation
@@ -101,6 +105,11 @@ def make_loader(
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
     classes: bool (C,), the classes whose images are read, as if the split held no others; None for all of them.
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
+
+    In evaluation all backends give the same pixels of the same stored images. Two formats of one data set differ where
+    the source is JPEGs, whose shards are the original files: from raw .beton files, which hold Pillow's pixels, by 1
+    level of 255 on average, and from those of mode jpg, which are encoded anew, by 2 at quality 90 (photographs cut to
+    224 pixels; single pixels by up to 20 and 100).
 
     Raises ValueError for an unknown backend, one whose format the data set lacks, an augmentation by DALI without
     DALI, a split that is damaged or disagrees with the data set's labels, mixed image sizes without a crop, a training

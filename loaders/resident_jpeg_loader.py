@@ -57,14 +57,14 @@ class HeldFiles:
             self.encoded(i)[:] = self.stored.encoded(i)
 
 
-def check_files(stored: Beton | TarShards, world_size: int) -> None:
+def check_files(stored: Beton | TarShards, processes: int = 1) -> None:
     """ValueError for raw pixels, and when the files do not fit into the memory that is free, once for each process."""
     if isinstance(stored, Beton) and not stored.is_jpeg.all():
         raise ValueError(
             f"{stored.path} holds raw pixels, and the 'resident_jpeg' backend compressed images: convert the data "
             "set with --format both, or with --mode jpg, or choose another data.loader"
         )
-    needed, free = int(stored.sizes.sum()), free_share(torch.device("cpu"), world_size)
+    needed, free = int(stored.sizes.sum()), free_share(torch.device("cpu"), processes)
     if needed > free:
         raise ValueError(
             f"{stored.path}: its images take {readable(needed)} as files, and {readable(free)} of memory are free: "
@@ -90,7 +90,7 @@ class ResidentJpegLoader(DaliLoader):
         reason: str = "asked for",
         augment: DaliAugment | None = None,
     ) -> None:
-        check_files(stored, plan.world_size)
+        check_files(stored)
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
         held = HeldFiles(stored, workers)
         super().__init__(held, plan, device=device, num_workers=num_workers, reason=reason, augment=augment)

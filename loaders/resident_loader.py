@@ -91,10 +91,10 @@ def resident_bytes(crop: CropSpec, heights: np.ndarray, widths: np.ndarray) -> i
     return 3 * height * width * len(heights)
 
 
-def check_pixels(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-    """ValueError when the pixels do not fit into the memory that is free on `device`."""
+def check_pixels(stored: StoredSplit, plan: EpochPlan, device: torch.device, processes: int = 1) -> None:
+    """ValueError when the pixels do not fit into the memory that is free on `device`, for so many processes at once."""
     needed = resident_bytes(plan.crop, plan.heights, plan.widths)
-    free = free_share(device, plan.world_size)
+    free = free_share(device, processes)
     if needed > free:
         raise ValueError(
             f"{stored.path}: its pixels take {readable(needed)}, and {readable(free)} of memory are free on {device}: "

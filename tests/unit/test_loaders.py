@@ -16,7 +16,7 @@ from fastlt.state import Batch
 from loaders import host_loader, memory
 from loaders.beton import Beton
 from loaders.crop import CropSpec
-from loaders.factory import choose_backend, make_loader
+from loaders.factory import check_loader, choose_backend, make_loader
 from loaders.plan import EpochPlan
 from loaders.resident_loader import resident_bytes
 from loaders.sampling import epoch_order
@@ -298,9 +298,14 @@ def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
     assert shared.backend == "ffcv"
     assert "40% of the memory free on cpu for each of 2 processes" in shared.reason
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * COUNT * 16 * 16 * 3 - 1)
-    make(small, "resident")
+    make(small, "resident", world_size=2)
+    arguments = {"backend": "resident", "device": "cpu", "train": True, "crop": CropSpec("none")}
+    assert check_loader(small, "train", **arguments) == (16, 16)
     with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
-        make(small, "resident", world_size=2)
+        check_loader(small, "train", **arguments, world_size=2)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: COUNT * 16 * 16 * 3 - 1)
+    with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
+        make(small, "resident")
 
 
 def test_auto_knows_what_whole_images_of_many_sizes_take(mixed):
