@@ -102,6 +102,8 @@ class Trainer:
         self.model = self._new_model()
         self._check_against_model()
         self.evaluation_loaders: dict[str, BatchLoader] = {}
+        # Of the stage's training and meta batches: random crops of one size of images are another backend's business.
+        self.backends: dict[str, str] = {}
         self.log = RunLog(self.folder / "log.jsonl", enabled=self.main, track=self._tracker())
         self.progress = Progress()
         self.class_weights: Tensor | None = None
@@ -299,6 +301,7 @@ class Trainer:
         return result
 
     def _run_stage(self, name: str, stage: StageRecipe) -> None:
+        self.backends = {} if self.resumed is None else self._backends_before()
         step, train, meta = self._build_stage(stage)
         if self.resumed is not None:
             mine = self.resumed["processes"][self.reducer.rank]
@@ -510,10 +513,11 @@ class Trainer:
     ) -> BatchLoader:
         """A loader of this process's share of a split, or of the `whole` of it; batch_size: per process."""
         data = self.recipe.data
-        return make_loader(
+        before = self.backends.get(split) if train else None
+        loader = make_loader(
             self.dataset,
             split,
-            backend=data.loader,
+            backend=before or data.loader,
             batch_size=batch_size,
             device=self.device,
             train=train,
@@ -527,6 +531,11 @@ class Trainer:
             classes=classes,
             dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         )
+        if train and data.loader == "auto":
+            self.backends[split] = loader.backend
+            if before is not None:
+                loader.reason = f"{before}: chosen when the stage began"
+        return loader
 
     def _crop(self, *, train: bool) -> CropSpec:
         data = self.recipe.data
@@ -688,6 +697,7 @@ class Trainer:
         state = step.state_dict()
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": checkpoint.random_states()}
         # BatchNorm's running statistics are those of each process's own batches.
+        own["backends"] = self.backends
         own["buffers"] = {k: b.cpu() for k, b in self.model.named_buffers()}
         processes = gather_object([own])
         if self.main:
@@ -716,6 +726,10 @@ class Trainer:
         self.class_weights = state["class_weights"]
         self.say(f"resuming {self.folder} at iteration {self.progress.iteration} of stage {state['stage_name']}")
         return state
+
+    def _backends_before(self) -> dict[str, str]:
+        """What `auto` chose before the run was stopped: with more or less memory free now, crops would be others."""
+        return dict(self.resumed["processes"][self.reducer.rank].get("backends", {}))
 
     def _best(self, stage: str) -> Path:
         return self.folder / "checkpoints" / f"best_{stage}.pt"

@@ -129,6 +129,22 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words, more):
     assert kept[0] == kept[1]
 
 
+def test_a_resumed_run_keeps_the_loader_that_auto_chose(digits_words, monkeypatch, capsys):
+    """Random crops of images of one size are `resident`'s augmentation's, and the others' own: other random numbers."""
+    words = [*digits_words, "data.loader=auto", "data.train_crop=random_resized", "data.augment=[flip]"]
+    whole = make(words, "name=whole")
+    whole.fit()
+    stopped = stop_after(make(words, "name=stopped"), 8)
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    capsys.readouterr()
+    monkeypatch.setattr("loaders.factory.free_share", lambda device, processes: 1000)
+    resumed = make(words, "name=stopped")
+    resumed.fit()
+    assert "loader resident: chosen when the stage began" in capsys.readouterr().out
+    assert_same(comparable(whole.folder), comparable(resumed.folder))
+
+
 def test_cdb_weights_are_uniform_until_an_epoch_has_been_trained(digits_words):
     trainer = make(
         digits_words,
