@@ -38,7 +38,7 @@ class Operation(Protocol):
     def apply(self, images: Tensor, draws: Draws) -> Tensor: ...
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of what it makes of images of this size; ValueError when they are too small for it."""
+        """(H, W) of what it makes of images of this size; ValueError when nothing useful comes of it."""
         ...
 
 
@@ -58,7 +58,8 @@ class RandomCrop:
     fill: int = 0
 
     def __post_init__(self) -> None:
-        require_integer("random_crop", "padding", self.padding, 0, 1 << 16)
+        # From image_size on, some crops would show nothing of the image.
+        require_integer("random_crop", "padding", self.padding, 0, self.image_size - 1)
         require_integer("random_crop", "fill", self.fill, 0, 255)
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
@@ -77,7 +78,7 @@ class RandomCrop:
         return self.image_size, self.image_size
 
     def _room(self, height: int, width: int) -> tuple[int, int]:
-        """How far down and to the right the square can start; ValueError when the padded image is smaller than it."""
+        """How far down and to the right the square can start; ValueError when it does not fit."""
         room_y, room_x = (side + 2 * self.padding - self.image_size for side in (height, width))
         if min(room_y, room_x) < 0:
             raise ValueError(
@@ -124,6 +125,11 @@ class Cutout(SameSize):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         return cutout(images, draws["top"], draws["left"], self.size, draws.get("chosen"))
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        if self.size >= 2 * max(height, width):
+            raise ValueError(f"cutout: size {self.size} hides all of an image of {height}x{width}; lower size")
+        return height, width
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlt.augment.draws as draws_module
-from fastlt.augment import Augment, build_augment, cutmix, mixup, normalise, pipeline
+from fastlt.augment import Augment, build_augment, cutmix, mixup, normalise, output_size, pipeline
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 CHAINS = {
@@ -204,6 +204,7 @@ def test_static_draws_have_the_same_shapes_in_every_batch(chain):
         ([{"flip": 0.5}], ["augment[0].flip is 0.5", "mapping"]),
         (["flip", "random_crop"], ["augment[1]", "random_crop needs padding"]),
         ([{"random_crop": {"padding": -1}}], ["augment.random_crop.padding", "-1"]),
+        ([{"random_crop": {"padding": 32}}], ["augment.random_crop.padding", "32", "from 0 to 31"]),
         ([{"random_crop": {"padding": 4.5}}], ["augment.random_crop.padding", "4.5", "whole number"]),
         ([{"random_crop": {"padding": 4, "pading": 1}}], ["pading", "did you mean 'padding'"]),
         ([{"random_crop": {"padding": 4, "image_size": 8}}], ["option of random_crop 'image_size'"]),
@@ -244,7 +245,16 @@ def test_statistics_must_be_in_units_of_one(mean, std):
         build_augment([], image_size=32, mean=mean, std=std, seed=0, device="cpu")
 
 
-def test_a_crop_larger_than_the_padded_image_is_refused():
-    augment = build_augment([{"random_crop": {"padding": 2}}], image_size=64, mean=MEAN, std=STD, seed=0, device="cpu")
-    with pytest.raises(ValueError, match="smaller than image_size 64"):
+@pytest.mark.parametrize(
+    ("spec", "image_size", "message"),
+    [
+        ({"random_crop": {"padding": 2}}, 64, "images of 32x32 with padding 2 are smaller than image_size 64"),
+        ({"cutout": {"size": 64}}, 32, "cutout: size 64 hides all of an image of 32x32"),
+    ],
+)
+def test_sizes_that_images_do_not_have_are_refused(spec, image_size, message):
+    augment = build_augment([spec], image_size=image_size, mean=MEAN, std=STD, seed=0, device="cpu")
+    with pytest.raises(ValueError, match=message):
         augment(batch())
+    with pytest.raises(ValueError, match=message):
+        output_size(augment.operations, 32, 32)
