@@ -36,7 +36,7 @@ except ImportError as error:
 BATCHES_AHEAD = 2  # in flight while the consumer waits for one; while it works, the other
 AUGMENT_STREAM = 2  # keeps DALI's random numbers apart from other uses of (seed, epoch)
 TINY = 16  # side of the image that stands in for those of batches that are passed over
-Fed = tuple[TensorListCPU | np.ndarray, ...]  # files; and where they are cut: starts, sizes, output sizes
+Fed = tuple[TensorListCPU | np.ndarray, ...]  # files; where they are cut: starts, sizes; what they become: sizes
 
 
 class DaliLoader(HostLoader):
@@ -152,7 +152,8 @@ class DaliLoader(HostLoader):
         for first in range(0, len(index), self.batch_size):
             batch = slice(first, first + self.batch_size)
             files = self._encoded.of(index[batch])
-            yield (files, starts[batch], sizes[batch], outputs[: len(index[batch])]) if self._cuts else (files,)
+            cut = (starts[batch], sizes[batch]) if self._cuts else ()
+            yield (files, *cut, outputs[: len(files)]) if self._cuts and not self._on_host else (files, *cut)
 
     def _passed_over(self, index: np.ndarray) -> int:
         """Batches before those of `index` whose random numbers DALI has to draw all the same."""
@@ -260,7 +261,8 @@ class _Decoder:
 
     def _define(self, cuts: bool, shape: tuple[int, int] | None, augment: functools.partial | None):
         """The pipeline's graph."""
-        fed = fn.external_source(source=self._feed.next, num_outputs=4 if cuts else 1, no_copy=True)
+        num_inputs = 1 + 2 * cuts + (shape is not None)
+        fed = fn.external_source(source=self._feed.next, num_outputs=num_inputs, no_copy=True)
         decoding = {
             "device": "mixed" if self.device.type == "cuda" else "cpu",
             "output_type": types.RGB,
@@ -270,13 +272,13 @@ class _Decoder:
             "use_fast_idct": True,
         }
         if cuts:
-            encoded, start, size, output = fed
+            encoded, start, size = fed[:3]
             images = fn.decoders.image_slice(encoded, start=start, shape=size, axis_names="HW", **decoding)
         else:
             images = fn.decoders.image(fed[0], **decoding)
         if shape is not None:
             # The size is fed, too, for the images of batches that are passed over stay small.
-            images = fn.resize(images, size=output, interp_type=types.INTERP_LINEAR, antialias=True)
+            images = fn.resize(images, size=fed[3], interp_type=types.INTERP_LINEAR, antialias=True)
         return images if augment is None else augment(images)
 
     def run(self, fed: Iterator[Fed]) -> Generator[object, None, None]:

@@ -85,6 +85,7 @@ def test_center_boxes_equal_ffcvs_own():
         np.testing.assert_array_equal(center_boxes(heights, widths, ratio), expected)
 
 
+@pytest.mark.filterwarnings("error:The external source node")
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_backends_agree_bit_for_bit_on_jpeg_storage(jpg_mixed, backend):
     center = CropSpec("center", SIZE)
