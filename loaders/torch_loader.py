@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
 
 import numpy as np
 import torch
@@ -13,6 +15,20 @@ from loaders.host_loader import STALL_S, HostLoader, default_workers
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
 from loaders.protocol import StoredSplit
+
+# What the workers' common ancestor imports, so that none of them has to.
+PRELOADED = ["loaders.torch_loader", "ffcv.libffcv"]
+
+
+def _clean_ancestor() -> BaseContext:
+    """Starts workers as children of a process that has decoded nothing, and none of whose threads ends.
+
+    Children of this one could wait for ever for a lock of OpenCV's, which a thread that was just ending (another
+    loader's, say) held when they were forked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 class _CroppedBatches(Dataset):
@@ -48,7 +64,8 @@ class _PlannedSampler(Sampler):
 class TorchLoader(HostLoader):
     """BatchLoader over torch.utils.data.DataLoader worker processes.
 
-    num_workers: processes; 0 reads in this process; None takes the cores of this job over its processes.
+    num_workers: processes, which import the main module: a script needs its `if __name__ == "__main__"`. 0 reads in
+        this process; None takes the cores of this job over its processes.
     A damaged image raises ValueError naming it; a worker silent for ten minutes raises RuntimeError.
     """
 
@@ -75,6 +92,7 @@ class TorchLoader(HostLoader):
             sampler=self._sampler,
             batch_size=None,  # the sampler's items are whole batches already
             num_workers=workers,
+            multiprocessing_context=_clean_ancestor() if workers else None,
             persistent_workers=workers > 0,
             timeout=STALL_S if workers else 0,
             # Its own generator: by default each epoch draws a worker seed from, and so advances, torch's global one.

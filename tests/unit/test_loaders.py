@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +223,18 @@ def test_an_abandoned_epoch_and_close_leave_no_thread_or_process(small, make, ba
         time.sleep(0.05)
     assert threading.active_count() <= threads
     assert len(multiprocessing.active_children()) <= processes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="parents are read from /proc")
+def test_torchs_workers_are_not_forked_from_a_process_with_threads(small, make):
+    """A thread that ends may hold a lock of OpenCV's at that moment, which a forked worker would wait for for ever."""
+    loader = make(small, "torch", num_workers=2)
+    next(loader.epoch(0))
+    workers = loader._loader._iterator._workers
+    assert len(workers) == 2
+    for worker in workers:
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        assert f"PPid:\t{os.getpid()}\n" not in status
 
 
 def test_an_error_in_ffcvs_thread_reaches_the_reader(small, make, monkeypatch):
