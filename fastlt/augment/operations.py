@@ -38,7 +38,7 @@ class Operation(Protocol):
     def apply(self, images: Tensor, draws: Draws) -> Tensor: ...
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of what it makes of images of this size; ValueError when nothing useful comes of it."""
+        """(H, W) of what it makes of images of this size; ValueError when they are too small for it."""
         ...
 
 
@@ -125,11 +125,6 @@ class Cutout(SameSize):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         return cutout(images, draws["top"], draws["left"], self.size, draws.get("chosen"))
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        if self.size >= 2 * max(height, width):
-            raise ValueError(f"cutout: size {self.size} hides all of an image of {height}x{width}; lower size")
-        return height, width
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _name_and_options(spec: str | Mapping, position: int) -> tuple[str, Mapping]
 
 
 def output_size(operations: Sequence[Operation], height: int, width: int) -> tuple[int, int]:
-    """(H, W) of what operations make of images of this size; ValueError when that is impossible or of no use."""
+    """(H, W) of what operations make of images of this size; ValueError when they are too small for one."""
     for operation in operations:
         height, width = operation.output_size(height, width)
     return height, width

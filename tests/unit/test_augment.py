@@ -249,7 +249,6 @@ def test_statistics_must_be_in_units_of_one(mean, std):
     ("spec", "image_size", "message"),
     [
         ({"random_crop": {"padding": 2}}, 64, "images of 32x32 with padding 2 are smaller than image_size 64"),
-        ({"cutout": {"size": 64}}, 32, "cutout: size 64 hides all of an image of 32x32"),
     ],
 )
 def test_sizes_that_images_do_not_have_are_refused(spec, image_size, message):

@@ -106,5 +106,5 @@ def test_cutout_with_probability_leaves_whole_images_whole():
 
 def test_cutout_fills_with_the_mean_of_the_data_set():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
-    augment = build_augment([{"cutout": {"size": 31}}], image_size=16, mean=mean, std=std, seed=0, device="cpu")
+    augment = build_augment([{"cutout": {"size": 64}}], image_size=16, mean=mean, std=std, seed=0, device="cpu")
     assert torch.equal(augment(pixels(3, 16, 16)), torch.zeros(3, 3, 16, 16))
