@@ -156,6 +156,15 @@ def test_a_killed_run_forgets_what_it_logged_after_its_checkpoint(tmp_path):
     assert [(line["iteration"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
 
+def test_a_lean_run_says_once_what_keeps_it_from_saving_memory(digits_words, capsys, monkeypatch):
+    for malloc, said in (("glibc 2.36", 1), ("tcmalloc", 0)):
+        monkeypatch.setattr("fastlt.host_memory.allocator", lambda malloc=malloc: malloc)
+        make(digits_words, f"{STAGE}.options.lean=true", f"name={malloc.split()[0]}").fit()
+        out = capsys.readouterr().out
+        assert out.count("options.lean: memory comes from glibc 2.36") == said
+        assert out.count("LD_PRELOAD=") == said
+
+
 def test_a_finished_run_is_not_run_again(digits_words, capsys):
     first = make(digits_words).fit()
     again = make(digits_words)
