@@ -203,8 +203,7 @@ def convert(
         np.savez(work / LABELS, **labels)
         bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
-            lines = [f"{name}\t{image.name}\t{image.reason}\n" for name in SPLITS for image in bad[name]]
-            (work / SKIPPED).write_text("".join(lines))
+            write_skipped(work / SKIPPED, bad)
         manifest = {
             "schema": SCHEMA,
             "source": source.name,
@@ -219,6 +218,19 @@ def convert(
         write_durably(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         publish(work, out, overwrite)
     return ConvertedDataset.open(out)
+
+
+def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:
+    """One line for each image that is left out: its split, path and reason, with tabs between them.
+
+    Paths keep their bytes, whatever encoding these are of, but for tabs and line ends, which are spelled out.
+    """
+    lines = []
+    for split in SPLITS:
+        for image in bad[split]:
+            fields = [text.replace("\t", "\\t").replace("\n", "\\n") for text in (image.name, image.reason)]
+            lines.append("\t".join([split, *fields]) + "\n")
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 def file_sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.longtail import holdout_per_class, longtail_subset, subsample
-from loaders.sources.decode import EXTENSIONS
+from loaders.sources.decode import EXTENSIONS, looks_like_image
 from loaders.sources.split import FileSplit, Source
 
 META_FOLDERS = ("meta", "val")
@@ -21,6 +21,8 @@ def open_image_folder(
     With train, test and meta or val, the meta set is the first `meta_per_class` images of each class of the latter.
     With train and only one of test or val, that one is the test set, and the last `meta_per_class` images of each class
     of train (sorted by name) are held out as the meta set.
+    Other files (notes, thumbnails' databases) may lie among the images. An image is known by its first bytes where its
+    extension does not say so, and a link `a.jpg` that leads nowhere is an image that cannot be read.
     Raises ValueError when a folder, or a class in one of them, is missing.
     """
     train_folder = root / "train"
@@ -85,7 +87,12 @@ def _read_folder(root: Path, folder: Path, class_names: tuple[str, ...]) -> File
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    """The files below `folder` that are called images, readable or not, and those that are images by another name."""
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() and _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS or (not path.name.startswith(".") and looks_like_image(path))
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 from loaders import dataset as dataset_module
 from loaders.beton import Beton
-from loaders.dataset import ConvertedDataset, conversion_request, convert
+from loaders.dataset import ConvertedDataset, conversion_request, convert, write_skipped
 from loaders.ffcv_format import FfcvOptions
+from loaders.image_check import BadImage
 from loaders.sources import FileSplit, Source, open_source
 from loaders.verify import verify
 
@@ -200,6 +202,12 @@ def test_bad_images_are_skipped_and_written_down(files, tmp_path):
         ["train", str(tmp_path / f"images/train{i}.png")] for i in (2, 5)
     ]
     assert "skipped.txt" in dataset.manifest["files"]
+
+
+def test_paths_of_any_bytes_are_written_down_in_one_line(tmp_path):
+    bad = {"train": (BadImage(0, os.fsdecode(b"a\xff\n.jpg"), "damaged: \t"),), "meta": (), "test": ()}
+    write_skipped(tmp_path / "skipped.txt", bad)
+    assert (tmp_path / "skipped.txt").read_bytes() == b"train\ta\xff\\n.jpg\tdamaged: \\t\n"
 
 
 def test_skipping_never_loses_a_class(files, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import struct
 import tarfile
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loaders.image_check import check_images
 from loaders.sources import open_source
 from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, jpeg_bytes
@@ -132,8 +135,29 @@ def test_files_that_are_no_images_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         decode_image(tmp_path / "absent.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(ValueError, match="damaged"):
-        decode_image(tmp_path / "folder.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")  # opening it would wait for a writer
+    for name in ("folder.jpg", "pipe.jpg"):
+        with pytest.raises(ValueError, match="not a file"):
+            decode_image(tmp_path / name)
+    with pytest.raises(ValueError, match="File name too long"):
+        decode_image(tmp_path / ("a" * 300 + ".jpg"))
+
+
+@pytest.mark.parametrize("thumbnail", [False, True])
+def test_a_jpeg_whose_end_was_overwritten_is_an_error(tmp_path, thumbnail):
+    """Zeros, as an interrupted download leaves them, can stand for the rest of a picture: Pillow takes them."""
+    inner = io.BytesIO()
+    Image.fromarray(COLOUR).save(inner, "JPEG")
+    exif = b"Exif\0\0" + inner.getvalue() if thumbnail else b""
+    path = save(tmp_path / "a.jpg", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), exif=exif)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-900] + bytes(20_000))
+    with Image.open(path) as image:
+        image.load()
+    with pytest.raises(ValueError, match="no end-of-image marker"):
+        decode_image(path)
+    path.write_bytes(whole + b"what some cameras append")
+    assert decode_image(path).shape == (64, 64, 3)
 
 
 def test_a_file_that_claims_too_many_pixels_is_an_error(tmp_path):
@@ -390,6 +414,22 @@ def test_without_a_meta_folder_images_are_held_out_of_train(tmp_path, test_folde
     assert source.splits["test"].paths[0].startswith(test_folder)
     with pytest.raises(ValueError, match="holding 30 out"):
         open_source("image_folder", root=root, meta_per_class=30)
+
+
+def test_images_by_another_name_and_broken_links_are_not_passed_over(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
+    a = root / "train" / "a"
+    save(a / "x.png", COLOUR).rename(a / "x")
+    save(a / "y.jpg", COLOUR).rename(a / "y.dat")
+    (a / "z.avif").write_bytes(b"\0\0\0\x20ftypavif" + bytes(100))
+    (a / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (a / "sound.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
+    os.mkfifo(a / "pipe")
+    split = open_source("image_folder", root=root, meta_per_class=1).splits["train"]
+    of_a = [Path(path).name for path in split.paths if "/a/" in path]
+    assert of_a == ["000.png", "001.PNG", "gone.jpg", "x", "y.dat"]  # z.avif, the last by name, is held out
+    bad = [(Path(image.name).name, image.reason) for image in check_images(split, num_workers=1).bad]
+    assert bad == [("gone.jpg", "no such file")]
 
 
 def test_folders_that_do_not_fit_together_are_refused(tmp_path):
