@@ -58,13 +58,14 @@ class Beton:
             raise self._unusable("its writer did not finish")
         samples = self._table(SAMPLE, HEADER.itemsize + fields.nbytes, int(header["num_samples"]))
         self.offsets = samples["image"]["data_ptr"].astype(np.int64)
-        self.sizes = self._stored_sizes(int(header["allocation_table"]))
+        table = int(header["allocation_table"])
+        self.sizes = self._stored_sizes(table)
         self.is_jpeg = samples["image"]["mode"] == JPEG
         self.heights = samples["image"]["height"].astype(np.int64)
         self.widths = samples["image"]["width"].astype(np.int64)
         self.labels = samples["label"].astype(np.int64)
         raw_sizes = 3 * self.heights * self.widths
-        if (self.sizes != raw_sizes)[~self.is_jpeg].any() or (self.offsets + self.sizes > self.storage.size).any():
+        if (self.sizes != raw_sizes)[~self.is_jpeg].any() or (self.offsets + self.sizes > table).any():
             raise self._unusable("its sample sizes do not add up")
 
     @classmethod

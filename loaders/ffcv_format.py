@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -103,7 +104,8 @@ def write_beton(
     check: what `check_images(split)` gave; without it, every image is decoded here first.
     advance: called with the number of images written since the last call.
     timeout_s: a writer without progress for so long is ended.
-    Written under a temporary name and renamed when whole. Raises ValueError when no image is good or the writer fails.
+    Written under a temporary name and renamed when whole. Raises ValueError when no image is good or the writer fails,
+    OSError when the disk is full.
     """
     check = check or check_images(split, num_workers=options.num_workers)
     if not len(check.good):
@@ -113,10 +115,22 @@ def write_beton(
     partial = path.with_name(path.name + ".partial")
     try:
         _run_writer(partial, _Samples(split, check.good, sizes), options, page_bytes, workers, advance, timeout_s)
+        _check_written(partial, split.labels[check.good])
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return list(check.bad)
+
+
+def _check_written(path: Path, labels: np.ndarray) -> None:
+    """ValueError when a file that FFCV has written lacks something.
+
+    FFCV does not look at how many bytes of a page the system took: on a full disk it may be fewer, without an error.
+    """
+    from loaders.beton import Beton  # lazily: usage errors must not wait for torch
+
+    if not np.array_equal(Beton.open(path).labels, labels):
+        raise ValueError(f"{path.name.removesuffix('.partial')} was not written whole: its labels are not the split's")
 
 
 def _page_and_workers(sizes: np.ndarray, cores: int) -> tuple[int, int]:
@@ -191,6 +205,8 @@ def _run_writer(
         if problem:
             errors.seek(0)
             reason = _last_error(errors.read().decode(errors="replace")) or "it left no message"
+            if os.strerror(errno.ENOSPC) in reason:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             raise ValueError(f"{path.name.removesuffix('.partial')} was not written: {problem}: {reason}")
     advance(0)
 

@@ -44,7 +44,8 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"convert_dataset.py: error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"convert_dataset.py: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        print(f"convert_dataset.py: error: {error.strerror or error}{where}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nconvert_dataset.py: interrupted; nothing was left behind", file=sys.stderr)
         return 130

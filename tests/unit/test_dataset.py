@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loaders import dali_format
 from loaders import dataset as dataset_module
 from loaders.beton import Beton
 from loaders.dataset import ConvertedDataset, conversion_request, convert, write_skipped
@@ -260,13 +262,57 @@ def test_only_converted_data_sets_are_replaced_and_only_when_asked(files, tmp_pa
         convert(files, out, request={"a": 2}, **options)
     assert convert(files, out, request={"a": 2}, overwrite=True, **options).matches({"a": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
-    with pytest.raises(ValueError, match="is not a converted data set: give another folder"):
+    with pytest.raises(ValueError, match="is not a converted data set: give a folder that does not exist yet"):
         convert(files, tmp_path / "images", request={}, overwrite=True, **options)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="give another folder"):
+    with pytest.raises(ValueError, match="give a folder that does not"):
         convert(files, tmp_path / "file", request={}, overwrite=True, **options)
     with pytest.raises(ValueError, match="cannot write next to"):
         convert(files, tmp_path / "file" / "out", request={}, **options)
+
+
+def test_a_link_to_an_empty_folder_is_followed(files, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "empty").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "empty")
+    options = {"options": OPTIONS, "on_error": "skip", "progress": False}
+    convert(files, tmp_path / "out", request={}, **options)
+    assert convert(files, tmp_path / "out", request={"a": 2}, overwrite=True, **options).matches({"a": 2})
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "empty" / "manifest.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
+
+
+def test_folders_that_cannot_be_replaced_are_refused_before_any_work(files, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here"):
+        with pytest.raises(ValueError, match=r"here is the current folder: give a folder below it"):
+            convert(None, out, options=OPTIONS, request={})
+    with pytest.raises(ValueError, match="is a mount point: give a folder below it, such as /proc/converted"):
+        convert(None, "/proc", options=OPTIONS, request={})
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "dali", "labels"])
+def test_a_disk_that_becomes_full_is_said_with_its_place(files, tmp_path, monkeypatch, kind):
+    """FFCV's worker, a process that writes shards, and this one: wherever the disk becomes full."""
+    formats = ("ffcv",)
+    if kind == "ffcv":
+        import ffcv.memory_allocator
+
+        monkeypatch.setattr(ffcv.memory_allocator.MemoryAllocator, "flush_page", full_disk)
+    elif kind == "dali":
+        formats = ("dali",)
+        monkeypatch.setattr(dali_format, "_add", full_disk)
+    else:
+        monkeypatch.setattr(dataset_module.np, "savez", full_disk)
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no space left for out; nothing was left behind: make room"):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, formats=formats, on_error="skip", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):

@@ -158,6 +158,29 @@ def test_an_error_of_the_writer_itself_is_reported(tmp_path):
         write_beton(tmp_path / "absent" / "a.beton", in_memory(5), FfcvOptions())
 
 
+def test_a_page_that_was_written_in_part_is_noticed(tmp_path, monkeypatch):
+    """As on a disk that becomes full and has room again when the table of contents is written."""
+    import ffcv.memory_allocator
+
+    class Short:
+        def __init__(self, file):
+            self.file, self.seek, self.close = file, file.seek, file.close
+
+        def write(self, data):
+            return self.file.write(data[: len(data) // 2])
+
+    enter = ffcv.memory_allocator.MemoryAllocator.__enter__
+
+    def enter_short(self):
+        enter(self)
+        self.fp = Short(self.fp)
+
+    monkeypatch.setattr(ffcv.memory_allocator.MemoryAllocator, "__enter__", enter_short)
+    with pytest.raises(ValueError, match=r"cannot be read as a converted split: its sample sizes do not add up"):
+        write_beton(tmp_path / "a.beton", in_memory(40, 150, 150), FfcvOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dying_decoder_process_ends_the_check(tmp_path):
     split = KillerSplit(**vars(in_files(tmp_path, [(3, 3)] * 100)))
     with pytest.raises(ValueError, match="decoded images was killed, most likely because memory ran out"):
