@@ -24,7 +24,7 @@ from typing import NoReturn
 import numpy as np
 
 from fastlt.names import unknown
-from loaders.image_check import Advance, BadImage, ImageCheck, available_cores, check_images
+from loaders.image_check import Advance, BadImage, ImageCheck, available_cores, check_images, counted
 from loaders.sources.split import Split
 
 MODES = ("raw", "jpg", "proportion")
@@ -218,7 +218,7 @@ def _watch(
     seen, changed = 0, time.monotonic()
     while True:
         reported = receiver.poll(POLL_S)
-        count = min(samples.done.value, len(samples))  # an image that did not fit its page is not read again
+        count = min(counted(samples.done), len(samples))  # an image that did not fit its page is not read again
         if count != seen:
             advance(count - seen)
             seen, changed = count, time.monotonic()
@@ -267,29 +267,34 @@ def _writer_process(
     cv2.setNumThreads(0)  # its threads do not survive a fork
     progress_bar = ffcv.writer.tqdm
     ffcv.writer.tqdm = lambda total: progress_bar(total=total, disable=True)  # the parent shows the progress
+    made: list[multiprocessing.Process] = []
+    ffcv.writer.Process = lambda **arguments: made.append(multiprocessing.Process(**arguments)) or made[-1]
     field = RGBImageField(write_mode=options.mode, jpeg_quality=options.jpeg_quality)
     fields = {"image": field, "label": IntField()}
     writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=workers)
-    threading.Thread(target=_guard, args=(writer, samples, sender, parent), daemon=True).start()
+    threading.Thread(target=_guard, args=(writer, made, samples, sender, parent), daemon=True).start()
     try:
         writer.from_indexed_dataset(samples, chunksize=CHUNK)
     except Exception:
         traceback.print_exc()
-        _give_up(writer, multiprocessing.active_children(), sender, "FFCV's writer failed")
+        _give_up(writer, made, sender, "FFCV's writer failed")
     sender.send(None)
 
 
-def _guard(writer: object, samples: _Samples, sender: Connection, parent: int) -> None:
-    """Watch from inside the writer's process; when a worker fails, or the parent is gone or says so, end everything."""
-    workers: dict[int, multiprocessing.Process] = {}
+def _guard(
+    writer: object, workers: list[multiprocessing.Process], samples: _Samples, sender: Connection, parent: int
+) -> None:
+    """Watch from inside the writer's process; when a worker fails, or the parent is gone or says so, end everything.
+
+    workers: those that FFCV has made; `multiprocessing.active_children` forgets one that dies before it is looked at.
+    """
     while True:
-        workers.update((worker.pid, worker) for worker in multiprocessing.active_children())
-        failed = [worker.exitcode for worker in workers.values() if worker.exitcode not in (None, 0)]
+        failed = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
         if failed:
             how = f"was killed by signal {-failed[0]} (out of memory?)" if failed[0] < 0 else "failed"
-            _give_up(writer, list(workers.values()), sender, f"a worker of FFCV's writer {how}")
+            _give_up(writer, workers, sender, f"a worker of FFCV's writer {how}")
         if samples.abort.is_set() or os.getppid() != parent:
-            _give_up(writer, list(workers.values()), None, "")
+            _give_up(writer, workers, None, "")
         time.sleep(POLL_S)
 
 
@@ -298,7 +303,8 @@ def _give_up(
 ) -> NoReturn:
     """End the workers and this process, leaving nothing behind; FFCV's own process would wait for them for ever."""
     for worker in workers:
-        worker.kill()
+        if worker.pid is not None:  # else not started yet
+            worker.kill()
     shared = getattr(writer, "metadata_sm", None)
     if hasattr(shared, "unlink"):
         shared.close()

@@ -6,7 +6,7 @@ import numpy as np
 
 from loaders.beton import Beton
 from loaders.dataset import SPLITS, ConvertedDataset, file_checksums
-from loaders.image_check import CHUNK, map_chunks
+from loaders.image_check import CHUNK, image_done, map_chunks
 from loaders.native import kernels
 from loaders.progress import progress_bar
 from loaders.protocol import StoredSplit
@@ -59,9 +59,8 @@ def _verify_split(
     kernels()  # imported here, and not in each process
     chunks = [range(start, min(start + CHUNK, len(stored))) for start in range(0, len(stored), CHUNK)]
     with progress_bar(f"verify {split}" + (" shards" if kind == "dali" else ""), len(stored), progress) as advance:
-        for chunk, errors in map_chunks(_decode, stored, chunks, num_workers=num_workers):
+        for _, errors in map_chunks(_decode, stored, chunks, num_workers=num_workers, advance=advance):
             damaged += errors
-            advance(len(chunk))
     more = [f"{split}: … and {len(damaged) - SHOWN} more damaged images"] if len(damaged) > SHOWN else []
     return problems + sorted(damaged)[:SHOWN] + more
 
@@ -75,4 +74,5 @@ def _decode(stored: StoredSplit, chunk: range) -> list[str]:
             errors.append(str(error))
         else:
             assert image.shape == (stored.heights[i], stored.widths[i], 3), image.shape
+        image_done()
     return errors
