@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.crop import common_shape
+from loaders.damage import DamageError
 from loaders.native import decode_jpeg
 
 VERSION = 2
@@ -70,7 +71,7 @@ class Beton:
 
     @classmethod
     def open(cls, path: Path | str) -> Beton:
-        """Opens `path`; ValueError when it is absent, no .beton file, of another layout or cut short."""
+        """Opens `path`; DamageError when it is absent, no .beton file, of another layout or cut short."""
         return cls(path)
 
     def __reduce__(self) -> tuple:
@@ -89,18 +90,18 @@ class Beton:
         return self.storage[self.offsets[i] : self.offsets[i] + self.sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i` as RGB uint8 (H, W, 3), read-only where stored raw; ValueError naming it when it is damaged."""
+        """Image `i` as RGB uint8 (H, W, 3), read-only where stored raw; DamageError naming it when it is damaged."""
         height, width = int(self.heights[i]), int(self.widths[i])
         if not self.is_jpeg[i]:
             return self.encoded(i).reshape(height, width, 3)
         try:
             return decode_jpeg(self.encoded(i), height, width)
         except ValueError as error:
-            raise ValueError(f"{self.path}, image {i}: {error}; convert the data set again") from error
+            raise DamageError(f"{self.path}, image {i}: {error}; convert the data set again") from error
 
     def _map(self) -> np.ndarray:
         if not self.path.is_file():
-            raise ValueError(f"{self.path} does not exist: convert the data set first")
+            raise DamageError(f"{self.path} does not exist: convert the data set first")
         if self.path.stat().st_size < HEADER.itemsize:
             raise self._unusable("it is shorter than a header")
         return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
@@ -121,5 +122,5 @@ class Beton:
             raise self._unusable("its allocation table misses images")
         return allocations["size"][order][place].astype(np.int64)
 
-    def _unusable(self, why: str) -> ValueError:
-        return ValueError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")
+    def _unusable(self, why: str) -> DamageError:
+        return DamageError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")

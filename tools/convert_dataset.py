@@ -151,11 +151,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Check a converted data set; 1 when it is damaged."""
+    from loaders.damage import DamageError
     from loaders.dataset import ConvertedDataset
     from loaders.verify import verify
 
-    dataset = ConvertedDataset.open(arguments.verify.expanduser())
-    problems = verify(dataset, num_workers=arguments.workers, progress=not arguments.quiet)
+    try:
+        dataset = ConvertedDataset.open(arguments.verify.expanduser())
+        problems = verify(dataset, num_workers=arguments.workers, progress=not arguments.quiet)
+    except DamageError as error:
+        problems = [str(error)]
     for problem in problems:
         print(f"convert_dataset.py: {problem}", file=sys.stderr)
     if problems:

@@ -80,6 +80,12 @@ def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
         file.write(b"damage")
     run("--verify", copy, "--quiet", code=1)
     assert "meta.beton: its sha256" in capsys.readouterr().err
+    (copy / "meta.beton").unlink()
+    run("--verify", copy, "--quiet", code=1)
+    assert "meta.beton is missing" in capsys.readouterr().err
+    (copy / "manifest.json").write_text("{")
+    run("--verify", copy, "--quiet", code=1)
+    assert "manifest.json is not a manifest" in capsys.readouterr().err
     run("--verify", tmp_path, "--quiet", code=2)
     assert "not a converted data set" in capsys.readouterr().err
 

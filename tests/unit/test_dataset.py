@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from PIL import Image
 from loaders import dali_format
 from loaders import dataset as dataset_module
 from loaders.beton import Beton
-from loaders.dataset import ConvertedDataset, conversion_request, convert, write_skipped
+from loaders.damage import DamageError
+from loaders.dataset import ConvertedDataset, conversion_request, convert, sealed, write_skipped
 from loaders.ffcv_format import FfcvOptions
 from loaders.image_check import BadImage
 from loaders.sources import FileSplit, Source, open_source
@@ -55,7 +57,7 @@ def files(tmp_path) -> Source:
 
 def edit(root: Path, **changes) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
-    (root / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    (root / "manifest.json").write_text(sealed({**manifest, **changes}))
 
 
 def test_what_was_converted_opens(converted):
@@ -145,9 +147,9 @@ def test_other_schemas_are_refused(copy):
 
 
 def test_another_format_only_is_said_to_lack_ffcv(copy):
-    edit(copy, formats={"dali": {}})
+    dataset = ConvertedDataset.open(copy)
     with pytest.raises(ValueError, match="was not converted to FFCV"):
-        ConvertedDataset.open(copy).beton("train")
+        replace(dataset, manifest={**dataset.manifest, "formats": {"dali": {}}}).beton("train")
 
 
 def test_verify_finds_a_changed_byte_and_disagreeing_labels(copy, converted):
@@ -160,10 +162,63 @@ def test_verify_finds_a_changed_byte_and_disagreeing_labels(copy, converted):
 
     shutil.copy(converted.root / "test.beton", copy / "test.beton")
     described = converted.manifest["splits"]
-    wrong = {**described["meta"], "class_counts": [100], "image_size": {"same": True, "min": [9, 9], "max": [9, 9]}}
+    edit(copy, splits={**described, "meta": {**described["meta"], "class_counts": [9, 11] + [10] * 8}})
+    (problem,) = verify(ConvertedDataset.open(copy), progress=False)[:1]
+    assert "labels.npz and manifest.json disagree on the class counts of 'meta'" in problem
+    wrong = {**described["meta"], "image_size": {"same": True, "min": [9, 9], "max": [9, 9]}}
     edit(copy, splits={**described, "meta": wrong})
-    problems = verify(ConvertedDataset.open(copy), progress=False)
-    assert [problem.split(":")[0] for problem in problems] == ["meta", "meta"]
+    assert verify(ConvertedDataset.open(copy), progress=False) == [
+        "meta: the image sizes in meta.beton and the manifest disagree"
+    ]
+
+
+def test_verify_notices_an_edited_manifest(copy, converted):
+    names = ["zero", *converted.class_names[1:]]
+    (copy / "manifest.json").write_text(json.dumps({**converted.manifest, "class_names": names}))
+    assert verify(ConvertedDataset.open(copy), progress=False) == [
+        "manifest.json: its content is not what was written; it was edited or damaged"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({"files": []}, "'files'"),
+        ({"request": 3}, "'request'"),
+        ({"class_names": [1, 2]}, "the class names"),
+        ({"class_names": list("01234")}, "the split 'train'"),
+        ({"splits": {}}, "the split 'train'"),
+        ({"formats": {}}, "formats, ffcv or dali"),
+        ({"formats": {"dali": {}}}, "the file dali/train.npz"),
+        ({"files": {"labels.npz": {"bytes": 5}}}, "the length and checksum of labels.npz"),
+        ({"files": {}}, "the file labels.npz"),
+    ],
+)
+def test_manifests_that_lack_something_are_damage(copy, change, lacking):
+    edit(copy, **change)
+    with pytest.raises(DamageError, match=rf"is damaged: manifest.json lacks {lacking}, or .* make it again with"):
+        ConvertedDataset.open(copy)
+
+
+def test_all_missing_files_are_named(copy):
+    (copy / "train.beton").unlink()
+    (copy / "meta.beton").write_bytes(b"")
+    with pytest.raises(DamageError, match=r"meta.beton has 0 bytes, .*; train.beton is missing; make it again"):
+        ConvertedDataset.open(copy)
+
+
+def test_any_flipped_byte_of_the_labels_is_damage_and_nothing_else(copy):
+    """Whatever the zip and npy readers raise for it; some bytes, a date for one, mean nothing to them."""
+    whole = (copy / "labels.npz").read_bytes()
+    labels = ConvertedDataset.open(copy).labels("train")
+    damaged = 0
+    for place in range(0, len(whole), 11):
+        (copy / "labels.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            np.testing.assert_array_equal(ConvertedDataset.open(copy).labels("train"), labels)
+        except DamageError:
+            damaged += 1
+    assert damaged > len(whole) / 11 * 0.8
 
 
 def test_verify_decodes_every_jpeg(files, tmp_path):
