@@ -63,7 +63,9 @@ def default_folder(data: DataRecipe) -> Path:
 
 def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
     """The command that makes the data set a recipe asks for."""
-    words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder), "--root", data.root or "DIR"]
+    words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder)]
+    if data.source != "digits":
+        words += ["--root", data.root or "DIR"]
     for key in LIST_KEYS:
         if getattr(data, key):
             words += [f"--{key.replace('_', '-')}", getattr(data, key)]

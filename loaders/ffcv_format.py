@@ -256,6 +256,7 @@ def _writer_process(
     parent: int,
 ) -> None:
     """The child: FFCV's writer, with a thread that watches its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the parent does when it is terminated is not for this one
     os.setpgrp()  # one group to kill, and Ctrl-C reaches the parent alone
     os.dup2(errors, 2)  # the workers' tracebacks are the reason that is reported
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the parent's may not write to descriptor 2

@@ -175,6 +175,7 @@ def _start(function: Callable, subject: object, parent: int, abort: Event, done:
     global _task, _done
     _task, _done = (function, subject), done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and what the parent does when it is terminated is not for this one
     threading.Thread(target=_end_with, args=(parent, abort), daemon=True).start()
 
 

@@ -514,6 +514,20 @@ def test_malformed_lists_are_refused_with_line_numbers(lists):
     assert read_list(path).paths == ["a.png", "b.png"]
 
 
+def test_lists_that_are_no_text_or_hold_no_class_numbers_are_refused(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("caf\u00e9/1.jpg 0\n".encode("latin1"))
+    with pytest.raises(ValueError, match=r"list.txt is not UTF-8 text .*: save it as UTF-8"):
+        read_list(path)
+    with pytest.raises(ValueError, match="is a folder, not a list"):
+        read_list(tmp_path)
+    path.write_text("a.jpg 99999999999999999999\nb.jpg 3\n")
+    with pytest.raises(ValueError, match=r"1 lines are not `relative/path label` .*: line 1: 'a.jpg 9999"):
+        read_list(path)
+    path.write_bytes("a\u2028b.jpg 0\r\nc.jpg 1\r\n".encode())
+    assert read_list(path).paths == ["a\u2028b.jpg", "c.jpg"]
+
+
 def test_labels_that_do_not_fit_are_refused(lists):
     with pytest.raises(ValueError, match="has label 1, but num_classes is 1"):
         open_lists(lists, num_classes=1)
