@@ -233,6 +233,7 @@ def convert(
             },
             "formats": {kind: options.parameters() for kind in formats},
             "request": _plain(request),
+            "listing_sha256": source.listing_sha256(),
             "skipped": sum(len(images) for images in bad.values()),
             "files": _files(work, progress),
             "versions": _versions(),

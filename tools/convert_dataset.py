@@ -19,7 +19,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -29,7 +29,10 @@ if str(ROOT) not in sys.path:
 from fastlt.names import unknown  # noqa: E402
 from loaders.ffcv_format import MODES, FfcvOptions  # noqa: E402
 from loaders.longtail import CONVENTIONS  # noqa: E402
-from loaders.sources import SOURCES, open_source  # noqa: E402
+from loaders.sources import SOURCES, Source, open_source  # noqa: E402
+
+if TYPE_CHECKING:
+    from loaders.dataset import ConvertedDataset
 
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
 CIFAR = ("cifar10", "cifar100")
@@ -181,17 +184,11 @@ def run_convert(arguments: argparse.Namespace) -> int:
                 "convert it anew with --format both --overwrite, or give another folder"
             )
         if there.matches(request):
-            print(f"{out} already holds this data set: nothing to do")
+            print(f"{out} already holds this data set: nothing to do{compare_listing(there, arguments, chosen)}")
             return 0
         raise ValueError(f"{out} holds another data set (see its manifest.json): give another folder, or --overwrite")
     check_target(out, overwrite=arguments.overwrite)
-    source = open_source(
-        arguments.source,
-        root=arguments.root,
-        download=not arguments.no_download,
-        num_classes=arguments.num_classes,
-        **chosen,
-    )
+    source = open_chosen(arguments, chosen)
     dataset = convert(
         source,
         out,
@@ -204,6 +201,37 @@ def run_convert(arguments: argparse.Namespace) -> int:
     )
     report(dataset)
     return 0
+
+
+def open_chosen(arguments: argparse.Namespace, chosen: dict) -> Source:
+    """The source that the command line describes; `chosen`: the options by which its images are chosen."""
+    return open_source(
+        arguments.source,
+        root=arguments.root,
+        download=not arguments.no_download,
+        num_classes=arguments.num_classes,
+        **chosen,
+    )
+
+
+def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chosen: dict) -> str:
+    """ValueError when the source lists other images now than those converted; else what to add to the message.
+
+    The request knows neither the folder nor the lines of the lists, and the images may be gone after the conversion.
+    """
+    known = there.manifest.get("listing_sha256")
+    if known is None:
+        return ""
+    try:
+        listing = open_chosen(arguments, chosen).listing_sha256()
+    except ValueError as error:
+        return f" (though the images are not as they were: {error})"
+    if listing != known:
+        raise ValueError(
+            f"{there.root} was made from other images than {arguments.root} and the lists hold now: "
+            "give another folder, or --overwrite"
+        )
+    return ""
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

@@ -104,6 +104,19 @@ def test_an_image_folder_is_converted_scaled_and_overwritten(folder, tmp_path, c
     run("--verify", tmp_path / "out", "--quiet")
 
 
+def test_other_images_under_the_same_options_are_not_taken_for_the_converted_ones(folder, tmp_path, capsys):
+    words = ["image_folder", "--out", tmp_path / "out", "--meta-per-class", 4, "--quiet", "--root"]
+    run(*words, folder)
+    folder.rename(tmp_path / "moved")
+    run(*words, tmp_path / "moved")
+    assert capsys.readouterr().out.endswith("already holds this data set: nothing to do\n")
+    run(*words, folder)  # the images may be gone after the conversion
+    assert "nothing to do (though the images are not as they were: root " in capsys.readouterr().out
+    (tmp_path / "moved" / "train" / "ant" / "11.jpg").rename(tmp_path / "moved" / "train" / "ant" / "12.jpg")
+    run(*words, tmp_path / "moved", code=2)
+    assert "was made from other images than" in capsys.readouterr().err
+
+
 def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys):
     bad = folder / "train" / "bee" / "05.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
