@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -31,6 +32,8 @@ MODES = ("raw", "jpg", "proportion")
 MIN_PAGE_BYTES, DEFAULT_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 23, 1 << 31  # FFCV: powers of two from 2 MiB
 PAGE_MEMORY_BYTES = 1 << 31  # each of FFCV's workers holds a page
 CHUNK = 100  # images a worker takes at a time, FFCV's default
+SHARED_MEMORY = Path("/dev/shm")
+SAMPLE_BYTES = 32  # of it, at least what FFCV takes for the metadata of an image
 POLL_S = 0.1
 GRACE_S = 5.0  # for the writer's process to report before it is killed
 
@@ -112,6 +115,7 @@ def write_beton(
         raise ValueError(f"{path.name}: none of the {len(split)} images can be decoded")
     sizes = stored_sizes(check.sizes[check.good], options.max_resolution)
     page_bytes, workers = _page_and_workers(sizes, options.num_workers or available_cores())
+    _check_shared_memory(len(sizes))
     partial = path.with_name(path.name + ".partial")
     try:
         _run_writer(partial, _Samples(split, check.good, sizes), options, page_bytes, workers, advance, timeout_s)
@@ -120,6 +124,18 @@ def write_beton(
     finally:
         partial.unlink(missing_ok=True)
     return list(check.bad)
+
+
+def _check_shared_memory(count: int) -> None:
+    """ValueError when FFCV's table of samples has no room there: its workers would be killed when they write to it."""
+    needed = (1 << 20) + SAMPLE_BYTES * count
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if free < needed:
+        raise ValueError(
+            f"shared memory, {SHARED_MEMORY}, has {free / 2**20:.1f} MiB free, and FFCV's writer needs "
+            f"{needed / 2**20:.1f} MiB for {count:,} images: make it larger (docker run --shm-size=1g), or convert to "
+            "--format dali"
+        )
 
 
 def _check_written(path: Path, labels: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_a_slow_chunk_is_not_taken_for_a_stuck_one(tmp_path):
     assert not check_images(split, num_workers=1, advance=shown.append, timeout_s=1.5).bad
     assert sum(shown) == 20
     assert len(shown) > 5
+
+
+def test_too_little_shared_memory_is_said_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ffcv_format.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1 << 20))
+    with pytest.raises(ValueError, match=r"/dev/shm, has 1.0 MiB free, .* make it larger .*--shm-size"):
+        write_beton(tmp_path / "a.beton", in_memory(5), FfcvOptions())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_the_writer_itself_is_reported(tmp_path):
