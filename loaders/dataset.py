@@ -74,10 +74,12 @@ class ConvertedDataset:
         is not whole any more.
         """
         root = Path(root)
-        manifest = _read_manifest(root)
-        problems = [
-            problem for name, of_file in manifest["files"].items() if (problem := _changed(root, name, of_file))
-        ]
+        try:
+            manifest = _read_manifest(root)
+            changes = [_changed(root, name, expected) for name, expected in manifest["files"].items()]
+        except OSError as error:
+            raise DamageError(f"{root} cannot be read: {error.strerror} ({error.filename})") from None
+        problems = [change for change in changes if change is not None]
         if problems:
             more = f"; and {len(problems) - SHOWN_FILES} more files" if len(problems) > SHOWN_FILES else ""
             raise _damaged(root, "; ".join(problems[:SHOWN_FILES]) + more)

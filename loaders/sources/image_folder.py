@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -88,7 +90,19 @@ def _read_folder(root: Path, folder: Path, class_names: tuple[str, ...]) -> File
 
 def _images(folder: Path) -> list[Path]:
     """The files below `folder` that are called images, readable or not, and those that are images by another name."""
-    return sorted(path for path in folder.rglob("*") if not path.is_dir() and _is_image(path))
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):  # as torchvision's ImageFolder
+        real = os.path.realpath(here)
+        if real in seen:  # a link that leads back would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(here, name) for name in names]
+    return sorted(path for path in found if _is_image(path))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise ValueError(f"{error.filename} cannot be read ({error.strerror}): its images would be left out")
 
 
 def _is_image(path: Path) -> bool:

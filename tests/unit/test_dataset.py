@@ -200,6 +200,15 @@ def test_manifests_that_lack_something_are_damage(copy, change, lacking):
         ConvertedDataset.open(copy)
 
 
+def test_a_folder_that_may_not_be_read_is_said(copy, monkeypatch):
+    def denied(path, **arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(DamageError, match=r"copy cannot be read: Permission denied \(.*manifest.json\)"):
+        ConvertedDataset.open(copy)
+
+
 def test_all_missing_files_are_named(copy):
     (copy / "train.beton").unlink()
     (copy / "meta.beton").write_bytes(b"")

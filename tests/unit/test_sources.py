@@ -18,6 +18,7 @@ from loaders.image_check import check_images
 from loaders.sources import open_source
 from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, jpeg_bytes
+from loaders.sources.image_folder import _images
 from loaders.sources.list_file import read_list
 
 RNG = np.random.default_rng(0)
@@ -430,6 +431,26 @@ def test_images_by_another_name_and_broken_links_are_not_passed_over(tmp_path):
     assert of_a == ["000.png", "001.PNG", "gone.jpg", "x", "y.dat"]  # z.avif, the last by name, is held out
     bad = [(Path(image.name).name, image.reason) for image in check_images(split, num_workers=1).bad]
     assert bad == [("gone.jpg", "no such file")]
+
+
+def test_linked_folders_are_walked_once_and_unreadable_ones_are_refused(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "root", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    save(tmp_path / "more" / "deep" / "z.png", COLOUR)
+    (root / "train" / "a" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(root / "train" / "a")
+    split = open_source("image_folder", root=root, meta_per_class=1).splits["train"]
+    assert [path for path in split.paths if "/a/" in path] == ["train/a/000.png", "train/a/001.PNG"]
+    assert (
+        open_source("image_folder", root=root, meta_per_class=1).splits["meta"].paths[0].endswith("linked/deep/z.png")
+    )
+
+    def denied(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match=r"a cannot be read \(Permission denied\): its images would be left out"):
+        _images(root / "train" / "a")
 
 
 def test_folders_that_do_not_fit_together_are_refused(tmp_path):

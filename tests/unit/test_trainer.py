@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlt import prepare
 from fastlt.recipe import load_recipe
 from fastlt.runlog import RunLog, result_table
 from fastlt.train import main
@@ -327,6 +328,15 @@ def test_the_command_survives_a_kill_and_a_stop(digits_words, tmp_path):
         assert process.returncode == code, output
         assert final_state(folder)["progress"]["done"] > before
     assert "the same command goes on from there" in output
+
+
+def test_data_that_may_not_be_read_are_a_message(tmp_path, capsys, monkeypatch):
+    def denied(data, folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(prepare, "ensure_converted", denied)
+    assert main([str(RECIPE), f"runs={tmp_path}", f"data.converted={tmp_path / 'data'}"]) == 2
+    assert capsys.readouterr().err == f"fastlt: {tmp_path / 'data'}: Permission denied\n"
 
 
 @pytest.mark.parametrize(
