@@ -140,7 +140,15 @@ class ConvertedDataset:
 
     def matches(self, request: Mapping[str, Any]) -> bool:
         """Whether this is what `convert` would make of `request`."""
-        return self.manifest["request"] == _plain(request)
+        return not self.differences(request)
+
+    def differences(self, request: Mapping[str, Any]) -> list[str]:
+        """In what it is not what `convert` would make of `request`, one line each."""
+        made, wanted = self.manifest["request"], _plain(request)
+        keys = [*wanted, *(key for key in made if key not in wanted)]
+        return [
+            f"{key} is {made.get(key)!r}, not {wanted.get(key)!r}" for key in keys if made.get(key) != wanted.get(key)
+        ]
 
     def _require(self, kind: str, what: str) -> None:
         if kind not in self.formats:
@@ -270,7 +278,8 @@ def file_sha256(path: Path) -> str:
 def _read_manifest(root: Path) -> dict[str, Any]:
     make = f"make one with `{MAKE.format(folder=root)}`"
     if not root.is_dir():
-        raise ValueError(f"{root} does not exist, so there is no converted data set: {make}")
+        what = "is a file, no folder" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {what}, so there is no converted data set: {make}")
     path = root / MANIFEST
     if not path.is_file():
         entries = sorted(entry.name for entry in root.iterdir())

@@ -186,7 +186,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
         if there.matches(request):
             print(f"{out} already holds this data set: nothing to do{compare_listing(there, arguments, chosen)}")
             return 0
-        raise ValueError(f"{out} holds another data set (see its manifest.json): give another folder, or --overwrite")
+        differences = "; ".join(there.differences(request))
+        raise ValueError(f"{out} holds another data set: {differences}; give another folder, or --overwrite")
     check_target(out, overwrite=arguments.overwrite)
     source = open_chosen(arguments, chosen)
     dataset = convert(

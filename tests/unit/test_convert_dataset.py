@@ -65,7 +65,7 @@ def test_the_same_command_again_has_nothing_to_do(digits, capsys):
 
 def test_another_data_set_is_not_overwritten_unasked(digits, capsys):
     run("digits", "--out", digits, "--imbalance", 10, code=2)
-    assert "holds another data set" in capsys.readouterr().err
+    assert "holds another data set: imbalance_factor is 20.0, not 10.0; give another" in capsys.readouterr().err
     assert ConvertedDataset.open(digits).class_counts().counts[0] == 128
 
 
