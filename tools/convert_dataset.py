@@ -129,6 +129,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         parser.error("--jpeg-quality has no meaning for raw pixels: add --mode jpg or proportion, or leave it out")
     if arguments.mode == "proportion" and "dali" in FORMATS[arguments.format]:
         parser.error(f"--mode proportion is for --format ffcv only, not for {arguments.format}: take raw or jpg")
+    if arguments.source in ONLY_FOR["root"] and arguments.root is None:
+        parser.error(f"{arguments.source} needs --root DIR: the folder that holds its images")
     return arguments
 
 

@@ -165,6 +165,7 @@ def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
         ),
         (["digits", "--out", "x", "--root", "y"], "--root is for cifar10 and cifar100 and image_folder and list_file"),
         (["image_folder", "--out", "x", "--no-download"], "--no-download is for cifar10 and cifar100 only"),
+        (["cifar10", "--out", "x"], "cifar10 needs --root DIR: the folder that holds its images"),
         (["--verify", "x", "--imbalance", "3"], "--imbalance has no meaning with --verify: leave it out"),
         (["digits", "--out", "x", "--mode", "smart"], "argument --mode: invalid choice: 'smart'"),
         (["digits", "--out", "x", "--format", "tar"], "argument --format: invalid choice"),
