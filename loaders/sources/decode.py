@@ -114,7 +114,7 @@ def _has_end(data: bytes) -> bool:
         if marker == SCAN:
             break
         place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return data.find(END_OF_IMAGE, place) >= 0
+    return data.rfind(END_OF_IMAGE, place) >= 0
 
 
 def _open(path: Path) -> Image.Image:
