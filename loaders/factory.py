@@ -12,6 +12,7 @@ from fastlt.names import unknown
 from loaders.beton import Beton
 from loaders.crop import CropSpec
 from loaders.dali_augment import build_dali_augment
+from loaders.damage import DamageError
 from loaders.memory import free_bytes, readable
 from loaders.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
@@ -103,7 +104,7 @@ def make_loader(
         options["augment"] = build_dali_augment(dali_augment)
     stored = _open(dataset, split, backend)
     if not np.array_equal(stored.labels, dataset.labels(split)):
-        raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
+        raise DamageError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     plan = EpochPlan(
         labels=stored.labels,
         heights=stored.heights,
