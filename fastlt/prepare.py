@@ -63,7 +63,9 @@ def default_folder(data: DataRecipe) -> Path:
 
 def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
     """The command that makes the data set a recipe asks for."""
-    words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder), "--root", data.root or "DIR"]
+    words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder)]
+    if data.source != "digits":
+        words += ["--root", data.root or "DIR"]
     for key in LIST_KEYS:
         if getattr(data, key):
             words += [f"--{key.replace('_', '-')}", getattr(data, key)]
@@ -95,13 +97,18 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
 
 
 def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on the main process, on every process; so is its ValueError, or the others would wait."""
+    """What `work` gives on the main process, on every process; so is its ValueError, or the others would wait.
+
+    That a file or folder cannot be read or written is a ValueError, too: a matter of the user's data.
+    """
     outcome: list = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = work()
         except ValueError as error:
             outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -37,12 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
     from fastlt.runlog import result_table
+    from loaders.damage import DamageError
 
     try:
         result = trainer.fit()
     except Interrupted as stopped:
         trainer.say(f"{stopped}; the same command goes on from there")
         return 128 + trainer.stop_signal
+    except DamageError as error:
+        print(f"fastlt: {error}", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"fastlt: {error}", file=sys.stderr)
         return 1

@@ -317,6 +317,8 @@ class Trainer:
         total, every = stage.length * unit, stage.evaluate_every * unit
         step.train_mode()
         self.say(f"stage {name}: {stage.method}, {stage.loss}, {total} iterations; loader {train.reason}")
+        for advice in step.advice():
+            self.say(f"stage {name}: {advice}")
         progress = self.progress
         bar = progress_bar(total, progress.iteration, name, enabled=self.main)
         batches = self._timed(endless(train, progress.iteration))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.crop import common_shape
+from loaders.damage import DamageError
 from loaders.native import decode_jpeg
 
 VERSION = 2
@@ -58,18 +59,19 @@ class Beton:
             raise self._unusable("its writer did not finish")
         samples = self._table(SAMPLE, HEADER.itemsize + fields.nbytes, int(header["num_samples"]))
         self.offsets = samples["image"]["data_ptr"].astype(np.int64)
-        self.sizes = self._stored_sizes(int(header["allocation_table"]))
+        table = int(header["allocation_table"])
+        self.sizes = self._stored_sizes(table)
         self.is_jpeg = samples["image"]["mode"] == JPEG
         self.heights = samples["image"]["height"].astype(np.int64)
         self.widths = samples["image"]["width"].astype(np.int64)
         self.labels = samples["label"].astype(np.int64)
         raw_sizes = 3 * self.heights * self.widths
-        if (self.sizes != raw_sizes)[~self.is_jpeg].any() or (self.offsets + self.sizes > self.storage.size).any():
+        if (self.sizes != raw_sizes)[~self.is_jpeg].any() or (self.offsets + self.sizes > table).any():
             raise self._unusable("its sample sizes do not add up")
 
     @classmethod
     def open(cls, path: Path | str) -> Beton:
-        """Opens `path`; ValueError when it is absent, no .beton file, of another layout or cut short."""
+        """Opens `path`; DamageError when it is absent, no .beton file, of another layout or cut short."""
         return cls(path)
 
     def __reduce__(self) -> tuple:
@@ -88,18 +90,18 @@ class Beton:
         return self.storage[self.offsets[i] : self.offsets[i] + self.sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i` as RGB uint8 (H, W, 3), read-only where stored raw; ValueError naming it when it is damaged."""
+        """Image `i` as RGB uint8 (H, W, 3), read-only where stored raw; DamageError naming it when it is damaged."""
         height, width = int(self.heights[i]), int(self.widths[i])
         if not self.is_jpeg[i]:
             return self.encoded(i).reshape(height, width, 3)
         try:
             return decode_jpeg(self.encoded(i), height, width)
         except ValueError as error:
-            raise ValueError(f"{self.path}, image {i}: {error}; convert the data set again") from error
+            raise DamageError(f"{self.path}, image {i}: {error}; convert the data set again") from error
 
     def _map(self) -> np.ndarray:
         if not self.path.is_file():
-            raise ValueError(f"{self.path} does not exist: convert the data set first")
+            raise DamageError(f"{self.path} does not exist: convert the data set first")
         if self.path.stat().st_size < HEADER.itemsize:
             raise self._unusable("it is shorter than a header")
         return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
@@ -120,5 +122,5 @@ class Beton:
             raise self._unusable("its allocation table misses images")
         return allocations["size"][order][place].astype(np.int64)
 
-    def _unusable(self, why: str) -> ValueError:
-        return ValueError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")
+    def _unusable(self, why: str) -> DamageError:
+        return DamageError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")

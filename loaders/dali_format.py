@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.ffcv_format import FfcvOptions, scaled, stored_sizes
-from loaders.image_check import STUCK_S, Advance, BadImage, ImageCheck, check_images, map_chunks
+from loaders.image_check import STUCK_S, Advance, BadImage, ImageCheck, check_images, image_done, map_chunks
 from loaders.sources.split import Split
 from loaders.tar_shards import BLOCK, COLUMNS, IDX_VERSION, idx_line, member_names, padded, shard_path
 
@@ -45,7 +45,7 @@ def write_shards(
     check: what `check_images(split)` gave; without it, every image is decoded here first.
     advance: called with the number of images written since the last call.
     shard_images: images a shard; more when there would be more than 128 shards.
-    timeout_s: writing processes that finish no shard for so long are ended.
+    timeout_s: writing processes that finish no image for so long are ended.
     Raises ValueError when no image is good, the mode is FFCV's own, or a writing process dies.
     """
     from loaders.native import kernels  # lazily: usage errors must not wait for torch and FFCV
@@ -62,10 +62,10 @@ def write_shards(
     places = np.zeros((count, 2), dtype=np.int64)
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     kernels()  # here, and not in each process of each split
-    done = map_chunks(_write_shard, shards, chunks, num_workers=options.num_workers, timeout_s=timeout_s)
+    workers = options.num_workers
+    done = map_chunks(_write_shard, shards, chunks, num_workers=workers, advance=advance, timeout_s=timeout_s)
     for chunk, written in done:
         places[chunk.start : chunk.stop] = written
-        advance(len(chunk))
     first = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     labels = split.labels[check.good].astype(np.int64)
     columns = (first, places[:, 0], places[:, 1], sizes[:, 0], sizes[:, 1], labels)
@@ -100,6 +100,7 @@ def _write_shard(shards: _Shards, chunk: range) -> np.ndarray:
             label = _add(file, label_name, str(shards.split.labels[shards.good[k]]).encode())
             places.append(image[1:])
             lines.append(idx_line(image, label))
+            image_done()
         file.write(bytes(2 * BLOCK))  # the end of a tar file
     tar.with_suffix(".idx").write_text("\n".join(lines) + "\n")
     return np.array(places, dtype=np.int64)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlt.state import Batch
 from loaders.dali_augment import DaliAugment
+from loaders.damage import DamageError
 from loaders.host_loader import HostLoader, default_workers, upload
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
@@ -51,7 +52,7 @@ class DaliLoader(HostLoader):
     num_workers: DALI's CPU threads; None takes the cores of this job over its processes.
     augment: DALI's automatic augmentation of training images after the crop. Its random numbers come from (seed,
         epoch), so an epoch that is resumed first passes over the batches before it, with tiny images in their place.
-    A damaged image raises RuntimeError naming it, unless the damage lies beyond the rectangle.
+    A damaged image raises DamageError naming it, unless the damage lies beyond the rectangle.
     """
 
     backend = "dali"
@@ -165,8 +166,8 @@ class DaliLoader(HostLoader):
         for i in suspects:
             try:
                 self.stored.image(i)
-            except ValueError as damage:
-                return RuntimeError(str(damage))
+            except DamageError as damage:
+                return damage
         reason = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
         return RuntimeError(
             f"{self.stored.path}: DALI failed on one of the images {suspects[0]} to {suspects[-1]}, which other "

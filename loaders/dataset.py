@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ import numpy as np
 
 from fastlt.names import pick, unknown
 from loaders.dali_format import check_dali_options, write_shards
+from loaders.damage import DamageError, read_arrays
 from loaders.ffcv_format import FfcvOptions, stored_sizes, write_beton
 from loaders.image_check import STUCK_S, BadImage, ImageCheck, available_cores, check_images
 from loaders.progress import progress_bar
@@ -34,9 +35,21 @@ if TYPE_CHECKING:
 SCHEMA = 1
 LABELS, SKIPPED = "labels.npz", "skipped.txt"
 SPLITS = ("train", "meta", "test")
-SHOWN = 20  # how many bad images a message names
+SHOWN = 1000  # how many bad images a message names
+SHOWN_FILES = 5  # how many damaged files it names
+SEAL = "manifest_sha256"
+MANIFEST_KEYS = {
+    "source": str,
+    "class_names": list,
+    "splits": dict,
+    "formats": dict,
+    "request": dict,
+    "skipped": int,
+    "files": dict,
+    "versions": dict,
+}
 FORMATS = ("ffcv", "dali")
-LIBRARIES = ("ffcv", "numpy", "opencv-python", "pillow")
+LIBRARIES = ("fastlt", "ffcv", "numpy", "opencv-python", "pillow", "scikit-learn")
 MAKE = "python tools/convert_dataset.py SOURCE --out {folder}"
 
 
@@ -57,20 +70,19 @@ class ConvertedDataset:
     def open(cls, root: Path | str) -> ConvertedDataset:
         """Open a folder; checks that its files are there and as long as the manifest says (contents: `verify`).
 
-        Raises ValueError, with the command to run, for a folder that is not a whole converted data set.
+        Raises ValueError, with the command to run, for a folder that is no converted data set, DamageError for one that
+        is not whole any more.
         """
         root = Path(root)
-        manifest = _read_manifest(root)
-        make = MAKE.format(folder=root)
-        for name, expected in manifest["files"].items():
-            path = root / name
-            if not path.is_file():
-                raise ValueError(f"{root} is damaged: {name} is missing; make it again with `{make} --overwrite`")
-            if path.stat().st_size != expected["bytes"]:
-                raise ValueError(
-                    f"{root} is damaged: {name} has {path.stat().st_size:,} bytes, its manifest says "
-                    f"{expected['bytes']:,}; make it again with `{make} --overwrite`"
-                )
+        try:
+            manifest = _read_manifest(root)
+            changes = [_changed(root, name, expected) for name, expected in manifest["files"].items()]
+        except OSError as error:
+            raise DamageError(f"{root} cannot be read: {error.strerror} ({error.filename})") from None
+        problems = [change for change in changes if change is not None]
+        if problems:
+            more = f"; and {len(problems) - SHOWN_FILES} more files" if len(problems) > SHOWN_FILES else ""
+            raise _damaged(root, "; ".join(problems[:SHOWN_FILES]) + more)
         return cls(root, tuple(manifest["class_names"]), manifest)
 
     @property
@@ -79,8 +91,17 @@ class ConvertedDataset:
 
     @cached_property
     def _labels(self) -> dict[str, np.ndarray]:
-        with np.load(self.root / LABELS, allow_pickle=False) as arrays:
-            return {split: arrays[split] for split in SPLITS}
+        try:
+            labels = read_arrays(self.root / LABELS, SPLITS)
+        except DamageError as error:
+            raise _damaged(self.root, f"{LABELS} cannot be read ({error})") from None
+        for split, of_split in labels.items():
+            counts = self.manifest["splits"][split]["class_counts"]
+            if of_split.dtype != np.int64 or of_split.ndim != 1 or of_split.min(initial=0) < 0:
+                raise _damaged(self.root, f"the labels of {split!r} in {LABELS} are no class numbers")
+            if np.bincount(of_split, minlength=self.num_classes).tolist() != counts:
+                raise _damaged(self.root, f"{LABELS} and {MANIFEST} disagree on the class counts of {split!r}")
+        return labels
 
     def labels(self, split: str) -> np.ndarray:
         """The labels of a split, int64 (N,)."""
@@ -119,7 +140,15 @@ class ConvertedDataset:
 
     def matches(self, request: Mapping[str, Any]) -> bool:
         """Whether this is what `convert` would make of `request`."""
-        return self.manifest["request"] == _plain(request)
+        return not self.differences(request)
+
+    def differences(self, request: Mapping[str, Any]) -> list[str]:
+        """In what it is not what `convert` would make of `request`, one line each."""
+        made, wanted = self.manifest["request"], _plain(request)
+        keys = [*wanted, *(key for key in made if key not in wanted)]
+        return [
+            f"{key} is {made.get(key)!r}, not {wanted.get(key)!r}" for key in keys if made.get(key) != wanted.get(key)
+        ]
 
     def _require(self, kind: str, what: str) -> None:
         if kind not in self.formats:
@@ -203,22 +232,38 @@ def convert(
         np.savez(work / LABELS, **labels)
         bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
-            lines = [f"{name}\t{image.name}\t{image.reason}\n" for name in SPLITS for image in bad[name]]
-            (work / SKIPPED).write_text("".join(lines))
+            write_skipped(work / SKIPPED, bad)
         manifest = {
             "schema": SCHEMA,
             "source": source.name,
             "class_names": list(source.class_names),
-            "splits": {name: _describe(source.splits[name], labels[name], sizes[name], bad[name]) for name in SPLITS},
+            "splits": {
+                name: _describe(source.splits[name], labels[name], sizes[name], bad[name], source.num_classes)
+                for name in SPLITS
+            },
             "formats": {kind: options.parameters() for kind in formats},
             "request": _plain(request),
+            "listing_sha256": source.listing_sha256(),
             "skipped": sum(len(images) for images in bad.values()),
             "files": _files(work, progress),
             "versions": _versions(),
         }
-        write_durably(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_durably(work / MANIFEST, sealed(manifest))
         publish(work, out, overwrite)
     return ConvertedDataset.open(out)
+
+
+def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:
+    """One line for each image that is left out: its split, path and reason, with tabs between them.
+
+    Paths keep their bytes, whatever encoding these are of, but for tabs and line ends, which are spelled out.
+    """
+    lines = []
+    for split in SPLITS:
+        for image in bad[split]:
+            fields = [text.replace("\t", "\\t").replace("\n", "\\n") for text in (image.name, image.reason)]
+            lines.append("\t".join([split, *fields]) + "\n")
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 def file_sha256(path: Path) -> str:
@@ -233,7 +278,8 @@ def file_sha256(path: Path) -> str:
 def _read_manifest(root: Path) -> dict[str, Any]:
     make = f"make one with `{MAKE.format(folder=root)}`"
     if not root.is_dir():
-        raise ValueError(f"{root} does not exist, so there is no converted data set: {make}")
+        what = "is a file, no folder" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {what}, so there is no converted data set: {make}")
     path = root / MANIFEST
     if not path.is_file():
         entries = sorted(entry.name for entry in root.iterdir())
@@ -244,12 +290,68 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of a converted data set ({error}): {make} --overwrite") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamageError(f"{path} is not a manifest of a converted data set ({error}): {make} --overwrite") from None
     if schema != SCHEMA:
-        advice = "update fastlt" if schema > SCHEMA else f"{make} --overwrite"
+        advice = "update fastlt" if isinstance(schema, int) and schema > SCHEMA else f"{make} --overwrite"
         raise ValueError(f"{root} has schema {schema}, this version reads {SCHEMA}: {advice}")
+    wrong = next((what for what, holds in _statements(manifest) if not holds), None)
+    if wrong is not None:
+        raise _damaged(root, f"{MANIFEST} lacks {wrong}, or has something else in its place")
     return manifest
+
+
+def _statements(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What a manifest must hold, each as (what, whether it does); to be read until the first that does not."""
+    for key, kind in MANIFEST_KEYS.items():
+        yield repr(key), isinstance(manifest.get(key), kind)
+    names, formats, files = manifest["class_names"], manifest["formats"], manifest["files"]
+    yield "the class names", bool(names) and all(isinstance(name, str) for name in names)
+    yield f"formats, {' or '.join(FORMATS)}", bool(formats) and set(formats) <= set(FORMATS)
+    for split in SPLITS:
+        yield f"the split {split!r}", _describes(manifest["splits"].get(split), len(names))
+    for name, expected in files.items():
+        held = isinstance(expected, dict) and isinstance(expected.get("bytes"), int) and "sha256" in expected
+        yield f"the length and checksum of {name}", held
+    needed = [LABELS, *(f"{split}.beton" for split in SPLITS if "ffcv" in formats)]
+    for name in needed + [f"dali/{split}.npz" for split in SPLITS if "dali" in formats]:
+        yield f"the file {name}", name in files
+
+
+def _describes(split: object, num_classes: int) -> bool:
+    """Whether this is what `_describe` makes."""
+    try:
+        counts, size = split["class_counts"], split["image_size"]
+        shapes = [len(size["min"]), len(size["max"])] == [2, 2] and isinstance(size["same"], bool)
+        return len(counts) == num_classes and sum(counts) == split["count"] and "provenance" in split and shapes
+    except (KeyError, TypeError):
+        return False
+
+
+def _changed(root: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """What can be seen to be wrong with a file without reading it."""
+    path = root / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{name} has {path.stat().st_size:,} bytes, its manifest says {expected['bytes']:,}"
+    return None
+
+
+def _damaged(root: Path, what: str) -> DamageError:
+    return DamageError(f"{root} is damaged: {what}; make it again with `{MAKE.format(folder=root)} --overwrite`")
+
+
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of manifest.json, with a checksum of its own content by which `verify` notices edits."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return json.dumps({**rest, SEAL: manifest_sha256(rest)}, indent=1) + "\n"
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """The checksum of all that a manifest says, but of itself."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_formats(formats: tuple[str, ...], options: FfcvOptions) -> None:
@@ -306,11 +408,13 @@ def _check_space(folder: Path, sizes: dict[str, np.ndarray], options: FfcvOption
         )
 
 
-def _describe(split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[BadImage, ...]) -> dict[str, Any]:
+def _describe(
+    split: Split, labels: np.ndarray, sizes: np.ndarray, bad: tuple[BadImage, ...], num_classes: int
+) -> dict[str, Any]:
     low, high = sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()
     return {
         "count": len(labels),
-        "class_counts": np.bincount(labels).tolist(),
+        "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
         "provenance": split.provenance,
         "image_size": {"same": low == high, "min": low, "max": high},  # (height, width)
         "skipped": len(bad),

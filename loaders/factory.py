@@ -12,6 +12,7 @@ from fastlt.names import unknown
 from loaders.beton import Beton
 from loaders.crop import CropSpec
 from loaders.dali_augment import build_dali_augment
+from loaders.damage import DamageError
 from loaders.memory import free_share, readable
 from loaders.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
@@ -174,7 +175,7 @@ def _open(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -
     """
     stored = _open_format(dataset, split, backend)
     if not np.array_equal(stored.labels, dataset.labels(split)):
-        raise ValueError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
+        raise DamageError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     return stored
 
 

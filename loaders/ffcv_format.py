@@ -7,8 +7,10 @@ reason.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,13 +25,15 @@ from typing import NoReturn
 import numpy as np
 
 from fastlt.names import unknown
-from loaders.image_check import Advance, BadImage, ImageCheck, available_cores, check_images
+from loaders.image_check import Advance, BadImage, ImageCheck, available_cores, check_images, counted
 from loaders.sources.split import Split
 
 MODES = ("raw", "jpg", "proportion")
 MIN_PAGE_BYTES, DEFAULT_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 23, 1 << 31  # FFCV: powers of two from 2 MiB
 PAGE_MEMORY_BYTES = 1 << 31  # each of FFCV's workers holds a page
 CHUNK = 100  # images a worker takes at a time, FFCV's default
+SHARED_MEMORY = Path("/dev/shm")
+SAMPLE_BYTES = 32  # of it, at least what FFCV takes for the metadata of an image
 POLL_S = 0.1
 GRACE_S = 5.0  # for the writer's process to report before it is killed
 
@@ -103,20 +107,46 @@ def write_beton(
     check: what `check_images(split)` gave; without it, every image is decoded here first.
     advance: called with the number of images written since the last call.
     timeout_s: a writer without progress for so long is ended.
-    Written under a temporary name and renamed when whole. Raises ValueError when no image is good or the writer fails.
+    Written under a temporary name and renamed when whole. Raises ValueError when no image is good or the writer fails,
+    OSError when the disk is full.
     """
     check = check or check_images(split, num_workers=options.num_workers)
     if not len(check.good):
         raise ValueError(f"{path.name}: none of the {len(split)} images can be decoded")
     sizes = stored_sizes(check.sizes[check.good], options.max_resolution)
     page_bytes, workers = _page_and_workers(sizes, options.num_workers or available_cores())
+    _check_shared_memory(len(sizes))
     partial = path.with_name(path.name + ".partial")
     try:
         _run_writer(partial, _Samples(split, check.good, sizes), options, page_bytes, workers, advance, timeout_s)
+        _check_written(partial, split.labels[check.good])
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return list(check.bad)
+
+
+def _check_shared_memory(count: int) -> None:
+    """ValueError when FFCV's table of samples has no room there: its workers would be killed when they write to it."""
+    needed = (1 << 20) + SAMPLE_BYTES * count
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if free < needed:
+        raise ValueError(
+            f"shared memory, {SHARED_MEMORY}, has {free / 2**20:.1f} MiB free, and FFCV's writer needs "
+            f"{needed / 2**20:.1f} MiB for {count:,} images: make it larger (docker run --shm-size=1g), or convert to "
+            "--format dali"
+        )
+
+
+def _check_written(path: Path, labels: np.ndarray) -> None:
+    """ValueError when a file that FFCV has written lacks something.
+
+    FFCV does not look at how many bytes of a page the system took: on a full disk it may be fewer, without an error.
+    """
+    from loaders.beton import Beton  # lazily: usage errors must not wait for torch
+
+    if not np.array_equal(Beton.open(path).labels, labels):
+        raise ValueError(f"{path.name.removesuffix('.partial')} was not written whole: its labels are not the split's")
 
 
 def _page_and_workers(sizes: np.ndarray, cores: int) -> tuple[int, int]:
@@ -191,6 +221,8 @@ def _run_writer(
         if problem:
             errors.seek(0)
             reason = _last_error(errors.read().decode(errors="replace")) or "it left no message"
+            if os.strerror(errno.ENOSPC) in reason:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             raise ValueError(f"{path.name.removesuffix('.partial')} was not written: {problem}: {reason}")
     advance(0)
 
@@ -202,7 +234,7 @@ def _watch(
     seen, changed = 0, time.monotonic()
     while True:
         reported = receiver.poll(POLL_S)
-        count = min(samples.done.value, len(samples))  # an image that did not fit its page is not read again
+        count = min(counted(samples.done), len(samples))  # an image that did not fit its page is not read again
         if count != seen:
             advance(count - seen)
             seen, changed = count, time.monotonic()
@@ -240,6 +272,7 @@ def _writer_process(
     parent: int,
 ) -> None:
     """The child: FFCV's writer, with a thread that watches its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the parent does when it is terminated is not for this one
     os.setpgrp()  # one group to kill, and Ctrl-C reaches the parent alone
     os.dup2(errors, 2)  # the workers' tracebacks are the reason that is reported
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the parent's may not write to descriptor 2
@@ -251,29 +284,34 @@ def _writer_process(
     cv2.setNumThreads(0)  # its threads do not survive a fork
     progress_bar = ffcv.writer.tqdm
     ffcv.writer.tqdm = lambda total: progress_bar(total=total, disable=True)  # the parent shows the progress
+    made: list[multiprocessing.Process] = []
+    ffcv.writer.Process = lambda **arguments: made.append(multiprocessing.Process(**arguments)) or made[-1]
     field = RGBImageField(write_mode=options.mode, jpeg_quality=options.jpeg_quality)
     fields = {"image": field, "label": IntField()}
     writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=workers)
-    threading.Thread(target=_guard, args=(writer, samples, sender, parent), daemon=True).start()
+    threading.Thread(target=_guard, args=(writer, made, samples, sender, parent), daemon=True).start()
     try:
         writer.from_indexed_dataset(samples, chunksize=CHUNK)
     except Exception:
         traceback.print_exc()
-        _give_up(writer, multiprocessing.active_children(), sender, "FFCV's writer failed")
+        _give_up(writer, made, sender, "FFCV's writer failed")
     sender.send(None)
 
 
-def _guard(writer: object, samples: _Samples, sender: Connection, parent: int) -> None:
-    """Watch from inside the writer's process; when a worker fails, or the parent is gone or says so, end everything."""
-    workers: dict[int, multiprocessing.Process] = {}
+def _guard(
+    writer: object, workers: list[multiprocessing.Process], samples: _Samples, sender: Connection, parent: int
+) -> None:
+    """Watch from inside the writer's process; when a worker fails, or the parent is gone or says so, end everything.
+
+    workers: those that FFCV has made; `multiprocessing.active_children` forgets one that dies before it is looked at.
+    """
     while True:
-        workers.update((worker.pid, worker) for worker in multiprocessing.active_children())
-        failed = [worker.exitcode for worker in workers.values() if worker.exitcode not in (None, 0)]
+        failed = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
         if failed:
             how = f"was killed by signal {-failed[0]} (out of memory?)" if failed[0] < 0 else "failed"
-            _give_up(writer, list(workers.values()), sender, f"a worker of FFCV's writer {how}")
+            _give_up(writer, workers, sender, f"a worker of FFCV's writer {how}")
         if samples.abort.is_set() or os.getppid() != parent:
-            _give_up(writer, list(workers.values()), None, "")
+            _give_up(writer, workers, None, "")
         time.sleep(POLL_S)
 
 
@@ -282,7 +320,8 @@ def _give_up(
 ) -> NoReturn:
     """End the workers and this process, leaving nothing behind; FFCV's own process would wait for them for ever."""
     for worker in workers:
-        worker.kill()
+        if worker.pid is not None:  # else not started yet
+            worker.kill()
     shared = getattr(writer, "metadata_sm", None)
     if hasattr(shared, "unlink"):
         shared.close()

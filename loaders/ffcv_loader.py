@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from loaders.beton import Beton
+from loaders.damage import DamageError
 from loaders.host_loader import STALL_S, HostLoader, default_workers
 from loaders.native import keep_torch_threads
 from loaders.plan import EpochPlan
@@ -77,7 +78,8 @@ class FfcvLoader(HostLoader):
 
     num_workers: decoding threads; None takes the cores of this job over its processes.
     The first batch of a process waits some seconds for numba to compile the decoder.
-    A damaged image, an exception in a thread and a decoder silent for ten minutes raise RuntimeError naming the file.
+    A damaged image raises DamageError naming it; an exception in a thread and a decoder silent for ten minutes raise
+    RuntimeError naming the file.
     """
 
     backend = "ffcv"
@@ -158,8 +160,8 @@ class FfcvLoader(HostLoader):
                 f"{self.stored.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
                 "The 'torch' backend reads it without FFCV's kernels"
             ) from None
-        except ValueError as damage:
-            raise RuntimeError(str(damage)) from damage
+        except DamageError as damage:
+            raise DamageError(str(damage)) from damage  # in this thread, with its own traceback
         except Exception as error:
             raise RuntimeError(
                 f"{self.stored.path}: a decoding thread stopped with {type(error).__name__}: {error}; "

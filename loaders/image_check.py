@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 
 import numpy as np
@@ -19,7 +21,8 @@ from loaders.sources.split import ArraySplit, Split
 
 CHUNK = 32  # images a task: few enough that the progress moves and the cores end together
 MAX_SIDE = 65535  # FFCV stores width and height in 16 bits
-STUCK_S = 300.0  # without a result from any process; one task is 32 images, or the 1024 and more of a shard
+STUCK_S = 300.0  # without an image from any process
+POLL_S = 0.2
 Advance = Callable[[int], None]
 
 
@@ -67,7 +70,7 @@ def check_images(
 
     num_workers: processes, None for one a core.
     advance: called with the number of images done since the last call.
-    timeout_s: processes without a result for so long are ended.
+    timeout_s: processes that finish no image for so long are ended.
     Raises ValueError when a decoding process dies (out of memory, most likely) or all are stuck.
     """
     if isinstance(split, ArraySplit):
@@ -76,13 +79,12 @@ def check_images(
     sizes = np.zeros((len(split), 2), dtype=np.int64)
     bad: list[BadImage] = []
     chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
-    checked = map_chunks(_check_chunk, split, chunks, num_workers=num_workers, timeout_s=timeout_s)
+    checked = map_chunks(_check_chunk, split, chunks, num_workers=num_workers, advance=advance, timeout_s=timeout_s)
     for chunk, results in checked:
         for i, (size, reason) in zip(chunk, results, strict=True):
             sizes[i] = size
             if reason is not None:
                 bad.append(BadImage(i, split.name(i), reason))
-        advance(len(chunk))
     return ImageCheck(sizes, tuple(sorted(bad, key=lambda image: image.index)))
 
 
@@ -92,20 +94,24 @@ def map_chunks(
     chunks: list[range],
     *,
     num_workers: int | None = None,
+    advance: Advance = lambda n: None,
     timeout_s: float = STUCK_S,
 ) -> Iterator[tuple[range, object]]:
     """(chunk, function(subject, chunk)) for each chunk as it is done, computed by forked processes.
 
-    Raises ValueError when a process dies or none has a result for `timeout_s`, whatever `function` raises otherwise;
-    no process outlives the call.
+    function: calls `image_done` for each image, so that chunks of any length show progress and are not taken for stuck.
+    advance: called with the number of images done since the last call.
+    Raises ValueError when a process dies or none finishes an image for `timeout_s`, whatever `function` raises
+    otherwise; no process outlives the call.
     """
     workers = min(num_workers or available_cores(), len(chunks))
     if not workers:
         return
     # Forked, so that the list of paths is shared and not copied to each process.
-    with _pool(workers, function, subject) as (pool, abort):
+    with _pool(workers, function, subject) as (pool, abort, done):
         waiting = iter(chunks)
         running = {}
+        seen, changed = 0, time.monotonic()
         try:
             while True:
                 # A few tasks ahead of the workers, not all: the queue of a million images would be memory for nothing.
@@ -113,16 +119,20 @@ def map_chunks(
                     running[pool.submit(_run, chunk)] = chunk
                 if not running:
                     return
-                finished = wait(running, timeout=timeout_s, return_when=FIRST_COMPLETED).done
-                if not finished:
+                finished = wait(running, timeout=min(POLL_S, timeout_s), return_when=FIRST_COMPLETED).done
+                count = counted(done)
+                if finished or count != seen:
+                    advance(count - seen)
+                    seen, changed = count, time.monotonic()
+                elif time.monotonic() - changed > timeout_s:
                     abort.set()
                     first = min(chunk.start for chunk in running.values())
                     raise ValueError(
                         f"no image was finished for {timeout_s:g} s, from number {first} of the split on: is the disk "
                         "that holds them reachable?"
                     )
-                for done in finished:
-                    yield running.pop(done), done.result()
+                for future in finished:
+                    yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise ValueError(
                 "a process that decoded images was killed, most likely because memory ran out: use fewer (--workers)"
@@ -130,25 +140,42 @@ def map_chunks(
 
 
 @contextmanager
-def _pool(workers: int, function: Callable, subject: object) -> Iterator[tuple[ProcessPoolExecutor, Event]]:
-    """The processes, and what ends them whatever they are doing when it is set."""
+def _pool(
+    workers: int, function: Callable, subject: object
+) -> Iterator[tuple[ProcessPoolExecutor, Event, Synchronized]]:
+    """The processes, what ends them whatever they are doing when it is set, and the number of images they have done."""
     context = multiprocessing.get_context("fork")
-    abort = context.Event()
-    arguments = (function, subject, os.getpid(), abort)
+    abort, done = context.Event(), context.Value("q", 0)
+    arguments = (function, subject, os.getpid(), abort, done)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments)
     try:
-        yield pool, abort
+        yield pool, abort, done
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_task: tuple[Callable, object] | None = None  # of a worker process, set once when it is forked
+# Of a worker process, set once when it is forked.
+_task: tuple[Callable, object] | None = None
+_done: Synchronized | None = None
 
 
-def _start(function: Callable, subject: object, parent: int, abort: Event) -> None:
-    global _task
-    _task = (function, subject)
+def image_done() -> None:
+    """Tell the process that waits for this one's chunk that one more image of it is done."""
+    if _done is not None:
+        with _done.get_lock():
+            _done.value += 1
+
+
+def counted(done: Synchronized) -> int:
+    """The count, read without its lock: a process that is killed while it counts never gives that back."""
+    return done.get_obj().value
+
+
+def _start(function: Callable, subject: object, parent: int, abort: Event, done: Synchronized) -> None:
+    global _task, _done
+    _task, _done = (function, subject), done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and what the parent does when it is terminated is not for this one
     threading.Thread(target=_end_with, args=(parent, abort), daemon=True).start()
 
 
@@ -171,7 +198,11 @@ def _take(items: Iterator[range], count: int) -> Iterable[range]:
 
 
 def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], str | None]]:
-    return [_check(split, i) for i in chunk]
+    results = []
+    for i in chunk:
+        results.append(_check(split, i))
+        image_done()
+    return results
 
 
 def _check(split: Split, i: int) -> tuple[tuple[int, int], str | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastlt.names import pick
+from loaders.damage import DamageError
 from loaders.dataset import check_source, refuse_bad_images
 from loaders.image_check import ImageCheck
 from loaders.sources.split import Source, Split
@@ -40,14 +41,14 @@ class SourceSplit:
         return len(self.labels)
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i` as RGB uint8 (H, W, 3); ValueError naming it when its file was changed or damaged meanwhile."""
+        """Image `i` as RGB uint8 (H, W, 3); DamageError naming it when its file was changed or damaged meanwhile."""
         try:
             image = self.split.image(i)
         except ValueError as error:
-            raise ValueError(f"{self.split.name(i)}: {error}") from error
+            raise DamageError(f"{self.split.name(i)}: {error}") from error
         expected = (self.heights[i], self.widths[i], 3)
         if image.shape != expected:
-            raise ValueError(
+            raise DamageError(
                 f"{self.split.name(i)}: it was changed after the run began ({image.shape}, not {expected})"
             )
         return image

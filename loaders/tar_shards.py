@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import io
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from loaders.crop import common_shape
+from loaders.damage import DamageError, read_arrays
 
 JPEG_START = b"\xff\xd8"
 BLOCK = 512  # tar's unit: headers are one, data are padded to it
@@ -46,7 +46,7 @@ class TarShards:
 
     @classmethod
     def open(cls, path: Path | str) -> TarShards:
-        """Opens the split with index `path`; ValueError when a file is absent, of another layout or cut short."""
+        """Opens the split with index `path`; DamageError when a file is absent, of another layout or cut short."""
         return cls(path)
 
     def __reduce__(self) -> tuple:
@@ -71,13 +71,13 @@ class TarShards:
         return self._shards[self._shard_of[i]][start : start + self.sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i` as RGB uint8 (H, W, 3); ValueError naming it when it is damaged."""
+        """Image `i` as RGB uint8 (H, W, 3); DamageError naming it when it is damaged."""
         height, width = int(self.heights[i]), int(self.widths[i])
         try:
             return decode(self.encoded(i), height, width)
         except ValueError as error:
             tar = shard_path(self.path, int(self._shard_of[i]))
-            raise ValueError(f"{tar}, image {i}: {error}; convert the data set again") from error
+            raise DamageError(f"{tar}, image {i}: {error}; convert the data set again") from error
 
     def problems(self, shard: int) -> list[str]:
         """Where a shard and the two indices of it disagree, one line each; reads the tar file's headers and labels."""
@@ -105,11 +105,10 @@ class TarShards:
 
     def _read_index(self) -> dict[str, np.ndarray]:
         if not self.path.is_file():
-            raise ValueError(f"{self.path} does not exist: convert the data set with --format dali")
+            raise DamageError(f"{self.path} does not exist: convert the data set with --format dali")
         try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in COLUMNS}
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            return read_arrays(self.path, COLUMNS)
+        except DamageError as error:
             raise self._unusable(f"its index cannot be read ({error})") from None
 
     def _map(self, number: int) -> np.ndarray:
@@ -118,8 +117,8 @@ class TarShards:
             raise self._unusable(f"{tar.name} is missing or empty")
         return np.asarray(np.memmap(tar, dtype=np.uint8, mode="r"))
 
-    def _unusable(self, why: str) -> ValueError:
-        return ValueError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")
+    def _unusable(self, why: str) -> DamageError:
+        return DamageError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")
 
 
 def _label_text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
@@ -161,11 +160,13 @@ def decode(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
         from loaders.native import decode_jpeg  # lazily: the writer shares this file, and its errors wait for no torch
 
         return decode_jpeg(encoded, height, width)
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
             pixels = np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError("damaged PNG data (no PNG file at all)") from None
     except Exception as error:  # Pillow's reader raises SyntaxError, struct.error, OSError, … on damaged files
         raise ValueError(f"damaged PNG data ({error or type(error).__name__})") from None
     if pixels.shape != (height, width, 3):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from loaders.damage import DamageError
 from loaders.host_loader import STALL_S, HostLoader, default_workers
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
@@ -37,11 +38,14 @@ class _CroppedBatches(Dataset):
     def __init__(self, stored: StoredSplit, shape: tuple[int, int]) -> None:
         self.stored, self.shape = stored, shape
 
-    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor:
+    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor | DamageError:
         index, boxes = asked
         images = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
-        for i, box, out in zip(index, boxes, images, strict=True):
-            resize_crop(self.stored.image(i), box, out)
+        try:
+            for i, box, out in zip(index, boxes, images, strict=True):
+                resize_crop(self.stored.image(i), box, out)
+        except DamageError as damage:
+            return damage  # raised, it would reach the user with the worker's traceback for a message
         return torch.from_numpy(images)
 
 
@@ -66,7 +70,7 @@ class TorchLoader(HostLoader):
 
     num_workers: processes, which import the main module: a script needs its `if __name__ == "__main__"`. 0 reads in
         this process; None takes the cores of this job over its processes.
-    A damaged image raises ValueError naming it; a worker silent for ten minutes raises RuntimeError.
+    A damaged image raises DamageError naming it; a worker silent for ten minutes raises RuntimeError.
     """
 
     backend = "torch"
@@ -101,7 +105,10 @@ class TorchLoader(HostLoader):
 
     def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
         self._sampler.index, self._sampler.boxes = index, boxes
-        yield from self._loader
+        for images in self._loader:
+            if isinstance(images, DamageError):
+                raise images
+            yield images
 
     def close(self) -> None:
         """Ends the running epoch and the worker processes."""

@@ -8,14 +8,18 @@
     python tools/convert_dataset.py --verify data/cifar100-if100
 
 A conversion that is interrupted leaves nothing that could be mistaken for a data set; the same command starts it again.
-Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 or 143 interrupted or terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -25,30 +29,52 @@ if str(ROOT) not in sys.path:
 from fastlt.names import unknown  # noqa: E402
 from loaders.ffcv_format import MODES, FfcvOptions  # noqa: E402
 from loaders.longtail import CONVENTIONS  # noqa: E402
-from loaders.sources import SOURCES, open_source  # noqa: E402
+from loaders.sources import SOURCES, Source, open_source  # noqa: E402
+
+if TYPE_CHECKING:
+    from loaders.dataset import ConvertedDataset
 
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
+CIFAR = ("cifar10", "cifar100")
 ONLY_FOR = {
+    "root": (*CIFAR, "image_folder", "list_file"),
     "train_list": ("list_file",),
     "meta_list": ("list_file",),
     "test_list": ("list_file",),
-    "convention": ("cifar10", "cifar100"),
+    "convention": CIFAR,
+    "no_download": CIFAR,
 }
+WITH_VERIFY = ("verify", "workers", "quiet")
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code. A mistake in the input is one message, not a traceback."""
     arguments = parse(words)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return run_verify(arguments) if arguments.verify else run_convert(arguments)
     except ValueError as error:
         print(f"convert_dataset.py: error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"convert_dataset.py: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        print(f"convert_dataset.py: error: {error.strerror or error}{where}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nconvert_dataset.py: interrupted; nothing was left behind", file=sys.stderr)
         return 130
+    except Terminated:
+        print("\nconvert_dataset.py: terminated; nothing was left behind", file=sys.stderr)
+        return 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 2
+
+
+class Terminated(BaseException):
+    """Somebody, a batch system for one, has asked this process to end."""
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise Terminated
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -68,19 +94,19 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     data.add_argument("--root", metavar="DIR", help="folder with the images (not needed for digits)")
     for split in ("train", "meta", "test"):
         data.add_argument(f"--{split}-list", metavar="FILE", help="list_file: lines of `relative/path label`")
-    data.add_argument("--num-classes", type=int, metavar="C", help="what the data set must have")
-    data.add_argument("--imbalance", type=float, metavar="IF", help="cut a long tail, largest over smallest class")
+    data.add_argument("--num-classes", type=whole(1), metavar="C", help="what the data set must have")
+    data.add_argument("--imbalance", type=imbalance, metavar="IF", help="cut a long tail, largest over smallest class")
     data.add_argument("--convention", choices=sorted(CONVENTIONS), help="how CIFAR is cut (default: paper)")
-    data.add_argument("--meta-per-class", type=int, default=10, metavar="N", help="validation images (default: 10)")
+    data.add_argument("--meta-per-class", type=whole(1), default=10, metavar="N", help="validation images (10)")
     data.add_argument("--no-download", action="store_true", help="do not fetch CIFAR when it is not under --root")
 
     storage = parser.add_argument_group("how they are stored")
     storage.add_argument("--mode", choices=MODES, default="raw", help="default: raw, the fastest to read")
-    storage.add_argument("--max-resolution", type=int, metavar="PIXELS", help="scale longer sides down to this")
-    storage.add_argument("--jpeg-quality", type=int, default=90, metavar="Q", help="1 to 100 (default: 90)")
+    storage.add_argument("--max-resolution", type=whole(1), metavar="PIXELS", help="scale longer sides down to this")
+    storage.add_argument("--jpeg-quality", type=whole(1, 100), metavar="Q", help="1 to 100 (default: 90), not for raw")
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    run.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: all cores)")
     run.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="images that cannot be decoded")
     run.add_argument("--overwrite", action="store_true", help="replace the converted data set at --out")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -89,20 +115,57 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     if arguments.verify:
         if arguments.source or arguments.out:
             parser.error("--verify reads a converted data set back: it takes neither a source nor --out")
+        for name, value in vars(arguments).items():
+            if name not in WITH_VERIFY and value != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no meaning with --verify: leave it out")
     elif not (arguments.source and arguments.out):
         parser.error("a source and --out DIR are needed (or --verify DIR)")
     elif arguments.source not in SOURCES:
         parser.error(unknown("source", arguments.source, SOURCES))
     for name, sources in ONLY_FOR.items():
-        if getattr(arguments, name) is not None and arguments.source not in sources:
-            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only")
+        if getattr(arguments, name) != parser.get_default(name) and arguments.source not in (None, *sources):
+            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only, not for {arguments.source}")
+    if arguments.mode == "raw" and arguments.jpeg_quality is not None:
+        parser.error("--jpeg-quality has no meaning for raw pixels: add --mode jpg or proportion, or leave it out")
+    if arguments.mode == "proportion" and "dali" in FORMATS[arguments.format]:
+        parser.error(f"--mode proportion is for --format ffcv only, not for {arguments.format}: take raw or jpg")
+    if arguments.source in ONLY_FOR["root"] and arguments.root is None:
+        parser.error(f"{arguments.source} needs --root DIR: the folder that holds its images")
     return arguments
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high`, for argparse, which puts the option's name before the message."""
+
+    def read(word: str) -> int:
+        allowed = f"a whole number from {low} on" if high is None else f"a whole number from {low} to {high}"
+        try:
+            number = int(word)
+        except ValueError:
+            number = None
+        if number is None or number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{word!r} is not {allowed}")
+        return number
+
+    return read
+
+
+def imbalance(word: str) -> float:
+    """A reader of imbalance factors, as `whole`."""
+    try:
+        factor = float(word)
+    except ValueError:
+        factor = math.nan
+    if not 1 <= factor < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 (balanced) on")
+    return factor
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert, unless what is asked for is already there."""
     out = arguments.out.expanduser()
-    options = FfcvOptions(arguments.mode, arguments.max_resolution, arguments.jpeg_quality, arguments.workers)
+    quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
+    options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
     chosen = {
         "train_list": arguments.train_list,
         "meta_list": arguments.meta_list,
@@ -123,17 +186,12 @@ def run_convert(arguments: argparse.Namespace) -> int:
                 "convert it anew with --format both --overwrite, or give another folder"
             )
         if there.matches(request):
-            print(f"{out} already holds this data set: nothing to do")
+            print(f"{out} already holds this data set: nothing to do{compare_listing(there, arguments, chosen)}")
             return 0
-        raise ValueError(f"{out} holds another data set (see its manifest.json): give another folder, or --overwrite")
+        differences = "; ".join(there.differences(request))
+        raise ValueError(f"{out} holds another data set: {differences}; give another folder, or --overwrite")
     check_target(out, overwrite=arguments.overwrite)
-    source = open_source(
-        arguments.source,
-        root=arguments.root,
-        download=not arguments.no_download,
-        num_classes=arguments.num_classes,
-        **chosen,
-    )
+    source = open_chosen(arguments, chosen)
     dataset = convert(
         source,
         out,
@@ -148,13 +206,48 @@ def run_convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def open_chosen(arguments: argparse.Namespace, chosen: dict) -> Source:
+    """The source that the command line describes; `chosen`: the options by which its images are chosen."""
+    return open_source(
+        arguments.source,
+        root=arguments.root,
+        download=not arguments.no_download,
+        num_classes=arguments.num_classes,
+        **chosen,
+    )
+
+
+def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chosen: dict) -> str:
+    """ValueError when the source lists other images now than those converted; else what to add to the message.
+
+    The request knows neither the folder nor the lines of the lists, and the images may be gone after the conversion.
+    """
+    known = there.manifest.get("listing_sha256")
+    if known is None:
+        return ""
+    try:
+        listing = open_chosen(arguments, chosen).listing_sha256()
+    except ValueError as error:
+        return f" (though the images are not as they were: {error})"
+    if listing != known:
+        raise ValueError(
+            f"{there.root} was made from other images than {arguments.root} and the lists hold now: "
+            "give another folder, or --overwrite"
+        )
+    return ""
+
+
 def run_verify(arguments: argparse.Namespace) -> int:
     """Check a converted data set; 1 when it is damaged."""
+    from loaders.damage import DamageError
     from loaders.dataset import ConvertedDataset
     from loaders.verify import verify
 
-    dataset = ConvertedDataset.open(arguments.verify.expanduser())
-    problems = verify(dataset, num_workers=arguments.workers, progress=not arguments.quiet)
+    try:
+        dataset = ConvertedDataset.open(arguments.verify.expanduser())
+        problems = verify(dataset, num_workers=arguments.workers, progress=not arguments.quiet)
+    except DamageError as error:
+        problems = [str(error)]
     for problem in problems:
         print(f"convert_dataset.py: {problem}", file=sys.stderr)
     if problems:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets fastlt up in ./.venv: the system packages FFCV is built against, then the project under constraints.txt.
+# Installs, where it may, an allocator that saves memory; see fastlt/host_memory.py.
 # Idempotent: once it has succeeded and its inputs are unchanged it returns at once, without a network.
 #
 #   PYTHON=python3.12   the interpreter the environment is made with (default: python3, 3.10 or newer)
@@ -55,6 +56,16 @@ Install them (apt-get install $packages), then run this again."
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null \
         || fail "apt-get could not install: $packages"
 fi
+
+# Another malloc, of use for `options.lean` alone: nothing fails for its sake, and nobody is asked for a password.
+allocator=libtcmalloc_minimal.so.4 allocator_package=libtcmalloc-minimal4
+preloads() { ! LD_PRELOAD=$allocator env true 2>&1 | grep -q 'cannot be preloaded'; }
+if ! preloads && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    echo "setup: installing $allocator_package"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        $allocator_package; } >/dev/null 2>&1 || true
+fi
+preloads || echo "setup: going on without $allocator (Debian's $allocator_package); only options.lean would gain from it"
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
     || fail "$("$python" --version) is too old: Python 3.10 or newer is needed; name one with PYTHON=python3.12 make setup"

@@ -146,6 +146,10 @@ class Step:
         """Put each module into the mode it is trained in; called once, before the first iteration."""
         self.model.train()
 
+    def advice(self) -> Sequence[str]:
+        """What the user is told at the start of the stage: things that cost something and can be changed."""
+        return ()
+
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         """Train on one batch. Changes the model, the optimizer and the step's own state; does not synchronise."""
         raise NotImplementedError

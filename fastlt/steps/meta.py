@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastlt import meta_gradient
 from fastlt.compiled import adam_options
+from fastlt.host_memory import why_holes_stay
 from fastlt.kept_activations import OverwrittenError, lean
 from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
@@ -260,6 +261,10 @@ class LearnedWeightStep(MetaStep):
         )
         self.iteration = 0
         self.metrics: dict[str, Tensor] = {}  # of the latest step on theta
+
+    def advice(self) -> list[str]:
+        holes = why_holes_stay() if self.lean else None
+        return [] if holes is None else [f"options.lean: {holes}"]
 
     def why_not_compiled(self) -> str | None:
         if self.parts.compiler.mode == "cudagraph" and self.options.approximate.every > 1:

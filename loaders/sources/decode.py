@@ -19,6 +19,17 @@ EXTENSIONS = frozenset(
 )
 MAX_PIXELS = 178_956_970  # Pillow's own limit of what may be decoded: 0.5 GiB of RGB
 ORIENTATION_TAG = 0x0112
+# How JPEG, PNG, GIF, TIFF and JPEG 2000 begin; BMP, PPM and TGA have too little that is theirs alone.
+SIGNATURES = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n",
+    b"GIF8",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+)
+SCAN, END_OF_IMAGE = 0xDA, b"\xff\xd9"  # JPEG: the marker before the compressed pixels, and the last one
 
 
 def decode_image(path: Path) -> np.ndarray:
@@ -29,20 +40,26 @@ def decode_image(path: Path) -> np.ndarray:
     the EXIF orientation is applied, and of an animation the first frame is taken.
     Raises ValueError with the reason, without the path, when the file holds no whole image.
     """
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError("the file is empty (0 bytes)")
     try:
+        if not path.is_file() and path.exists():  # to open a pipe would wait for ever
+            raise ValueError("not a file (a folder, a pipe or a device)")
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty (0 bytes)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
             with _open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
                 image.load()
+                if image.format in ("JPEG", "MPO") and not _has_end(path.read_bytes()):
+                    raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
                 return _to_rgb(_upright(image))
     except ValueError:
         raise
     except FileNotFoundError:
         raise ValueError("no such file") from None
+    except PermissionError:
+        raise ValueError("no permission to read it") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
@@ -66,6 +83,38 @@ def jpeg_bytes(path: Path) -> bytes | None:
         with _open(path) as image:
             plain = image.mode in ("RGB", "L") and _orientation(image) == 1
     return data if plain else None
+
+
+def looks_like_image(path: Path) -> bool:
+    """Whether a file begins as image files do, those of formats that cannot be read here among them."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
+    # RIFF holds sound and films, too, and so does the box "ftyp", with which HEIF and AVIF begin.
+    if start[:4] == b"RIFF":
+        return start[8:12] == b"WEBP"
+    if start[4:8] == b"ftyp":
+        return start[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+    return start.startswith(SIGNATURES)
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether an end-of-image marker follows the first scan of JPEG bytes; within a scan no other bytes look like it.
+
+    Pillow asks for none when what lies in the place of the missing data, zeros of a broken download say, can be taken
+    for the rest of the image. A thumbnail has an end of its own, before the scan.
+    """
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == SCAN:
+            break
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data.rfind(END_OF_IMAGE, place) >= 0
 
 
 def _open(path: Path) -> Image.Image:

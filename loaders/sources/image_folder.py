@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from loaders.longtail import holdout_per_class, longtail_subset, subsample
-from loaders.sources.decode import EXTENSIONS
+from loaders.sources.decode import EXTENSIONS, looks_like_image
 from loaders.sources.split import FileSplit, Source
 
 META_FOLDERS = ("meta", "val")
@@ -21,6 +23,8 @@ def open_image_folder(
     With train, test and meta or val, the meta set is the first `meta_per_class` images of each class of the latter.
     With train and only one of test or val, that one is the test set, and the last `meta_per_class` images of each class
     of train (sorted by name) are held out as the meta set.
+    Other files (notes, thumbnails' databases) may lie among the images. An image is known by its first bytes where its
+    extension does not say so, and a link `a.jpg` that leads nowhere is an image that cannot be read.
     Raises ValueError when a folder, or a class in one of them, is missing.
     """
     train_folder = root / "train"
@@ -85,7 +89,24 @@ def _read_folder(root: Path, folder: Path, class_names: tuple[str, ...]) -> File
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    """The files below `folder` that are called images, readable or not, and those that are images by another name."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):  # as torchvision's ImageFolder
+        real = os.path.realpath(here)
+        if real in seen:  # a link that leads back would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(here, name) for name in names]
+    return sorted(path for path in found if _is_image(path))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise ValueError(f"{error.filename} cannot be read ({error.strerror}): its images would be left out")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS or (not path.name.startswith(".") and looks_like_image(path))
 
 
 def _some(names: list[str], limit: int = 5) -> str:

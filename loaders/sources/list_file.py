@@ -11,6 +11,7 @@ import numpy as np
 from loaders.longtail import holdout_per_class, longtail_subset, subsample
 from loaders.sources.split import FileSplit, Source
 
+MAX_LABEL = 1_000_000  # what is more is no class number, and would take memory for as many classes
 SHOWN = 5  # how many offending lines or paths a message names
 
 
@@ -77,15 +78,20 @@ def read_list(path: Path) -> ListFile:
     Raises ValueError with line numbers for lines that are not `path label`, and for a path that comes twice.
     """
     if not path.is_file():
-        raise ValueError(f"list {path} does not exist")
+        what = "is a folder, not a list" if path.is_dir() else "does not exist"
+        raise ValueError(f"list {path} {what}: give a file of `relative/path label` lines")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"list {path} is not UTF-8 text ({error}): save it as UTF-8") from None
     paths, labels, malformed = [], [], []
     first_line: dict[str, int] = {}
     duplicates = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         words = line.strip().rsplit(maxsplit=1)
-        if len(words) != 2 or not words[1].isdecimal():
+        if len(words) != 2 or not words[1].isdecimal() or int(words[1]) > MAX_LABEL:
             malformed.append(f"line {number}: {line.strip()[:80]!r}")
             continue
         if words[0] in first_line:
@@ -94,7 +100,9 @@ def read_list(path: Path) -> ListFile:
         paths.append(words[0])
         labels.append(int(words[1]))
     if malformed:
-        raise ValueError(f"{path}: {len(malformed)} lines are not `relative/path label`: {_some(malformed)}")
+        raise ValueError(
+            f"{path}: {len(malformed)} lines are not `relative/path label` (labels: 0, 1, 2, …): {_some(malformed)}"
+        )
     if duplicates:
         raise ValueError(f"{path}: {len(duplicates)} images are listed more than once: {_some(duplicates)}")
     if not paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,3 +135,17 @@ class Source:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def listing_sha256(self) -> str | None:
+        """A checksum of which files are in which split and class, wherever their root lies; None for arrays.
+
+        By it another folder, or a list that was edited, is told from the one that was converted.
+        """
+        digest = hashlib.sha256(repr(self.class_names).encode("utf-8", "surrogateescape"))
+        for name, split in sorted(self.splits.items()):
+            if not isinstance(split, FileSplit):
+                return None
+            digest.update(f"\0{name}\0".encode())
+            for path, label in zip(split.paths, split.labels.tolist(), strict=True):
+                digest.update(f"{path}\0{label}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()

@@ -65,7 +65,7 @@ def test_the_same_command_again_has_nothing_to_do(digits, capsys):
 
 def test_another_data_set_is_not_overwritten_unasked(digits, capsys):
     run("digits", "--out", digits, "--imbalance", 10, code=2)
-    assert "holds another data set" in capsys.readouterr().err
+    assert "holds another data set: imbalance_factor is 20.0, not 10.0; give another" in capsys.readouterr().err
     assert ConvertedDataset.open(digits).class_counts().counts[0] == 128
 
 
@@ -80,6 +80,12 @@ def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
         file.write(b"damage")
     run("--verify", copy, "--quiet", code=1)
     assert "meta.beton: its sha256" in capsys.readouterr().err
+    (copy / "meta.beton").unlink()
+    run("--verify", copy, "--quiet", code=1)
+    assert "meta.beton is missing" in capsys.readouterr().err
+    (copy / "manifest.json").write_text("{")
+    run("--verify", copy, "--quiet", code=1)
+    assert "manifest.json is not a manifest" in capsys.readouterr().err
     run("--verify", tmp_path, "--quiet", code=2)
     assert "not a converted data set" in capsys.readouterr().err
 
@@ -96,6 +102,19 @@ def test_an_image_folder_is_converted_scaled_and_overwritten(folder, tmp_path, c
     run(*words, "--overwrite")
     assert ConvertedDataset.open(tmp_path / "out").image_shape("train") is None
     run("--verify", tmp_path / "out", "--quiet")
+
+
+def test_other_images_under_the_same_options_are_not_taken_for_the_converted_ones(folder, tmp_path, capsys):
+    words = ["image_folder", "--out", tmp_path / "out", "--meta-per-class", 4, "--quiet", "--root"]
+    run(*words, folder)
+    folder.rename(tmp_path / "moved")
+    run(*words, tmp_path / "moved")
+    assert capsys.readouterr().out.endswith("already holds this data set: nothing to do\n")
+    run(*words, folder)  # the images may be gone after the conversion
+    assert "nothing to do (though the images are not as they were: root " in capsys.readouterr().out
+    (tmp_path / "moved" / "train" / "ant" / "11.jpg").rename(tmp_path / "moved" / "train" / "ant" / "12.jpg")
+    run(*words, tmp_path / "moved", code=2)
+    assert "was made from other images than" in capsys.readouterr().err
 
 
 def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys):
@@ -130,7 +149,24 @@ def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
         (["digits", "--out", "x", "--verify", "y"], "takes neither a source nor --out"),
         (["digits", "--out", "x", "--train-list", "y"], "--train-list is for list_file only"),
         (["image_folder", "--out", "x", "--convention", "ldam"], "--convention is for cifar10 and cifar100 only"),
-        (["digits", "--out", "x", "--imbalance", "ten"], "argument --imbalance: invalid float value"),
+        (["digits", "--out", "x", "--imbalance", "ten"], "--imbalance: 'ten' is not a number from 1 (balanced) on"),
+        (["digits", "--out", "x", "--imbalance", "0.5"], "--imbalance: '0.5' is not a number from 1 (balanced) on"),
+        (["digits", "--out", "x", "--imbalance", "nan"], "--imbalance: 'nan' is not"),
+        (["digits", "--out", "x", "--workers", "0"], "--workers: '0' is not a whole number from 1 on"),
+        (["digits", "--out", "x", "--meta-per-class", "2.5"], "--meta-per-class: '2.5' is not a whole number from 1"),
+        (
+            ["digits", "--out", "x", "--jpeg-quality", "101"],
+            "--jpeg-quality: '101' is not a whole number from 1 to 100",
+        ),
+        (["digits", "--out", "x", "--jpeg-quality", "90"], "has no meaning for raw pixels: add --mode jpg"),
+        (
+            ["digits", "--out", "x", "--mode", "proportion", "--format", "both"],
+            "is for --format ffcv only, not for both",
+        ),
+        (["digits", "--out", "x", "--root", "y"], "--root is for cifar10 and cifar100 and image_folder and list_file"),
+        (["image_folder", "--out", "x", "--no-download"], "--no-download is for cifar10 and cifar100 only"),
+        (["cifar10", "--out", "x"], "cifar10 needs --root DIR: the folder that holds its images"),
+        (["--verify", "x", "--imbalance", "3"], "--imbalance has no meaning with --verify: leave it out"),
         (["digits", "--out", "x", "--mode", "smart"], "argument --mode: invalid choice: 'smart'"),
         (["digits", "--out", "x", "--format", "tar"], "argument --format: invalid choice"),
     ],
@@ -142,10 +178,7 @@ def test_command_lines_that_make_no_sense(capsys, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["digits", "--imbalance", "0.5"], "imbalance_factor is 0.5"),
         (["digits", "--imbalance", "1000"], "it can be at most 128"),
-        (["digits", "--jpeg-quality", "0"], "jpeg_quality is 0"),
-        (["digits", "--workers", "0"], "num_workers is 0"),
         (["digits", "--meta-per-class", "500"], "digits has room for 1 to"),
         (["image_folder", "--root", "absent"], "does not exist"),
         (["list_file", "--root", "."], "needs --train-list and --test-list"),
@@ -180,8 +213,10 @@ def test_a_usage_error_does_not_wait_for_torch(tmp_path):
         (signal.SIGKILL, "out.partial/.lock"),
         (signal.SIGKILL, "out.partial/train.beton.partial"),
         (signal.SIGINT, "out.partial/train.beton.partial"),
+        (signal.SIGTERM, "out.partial/train.beton.partial"),
+        (signal.SIGTERM, "out.partial/.lock"),
     ],
-    ids=["killed while checking", "killed while writing", "interrupted while writing"],
+    ids=["killed while checking", "killed writing", "interrupted writing", "terminated writing", "terminated checking"],
 )
 def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarted(
     tmp_path, no_shared_memory_left, how, when
@@ -205,8 +240,8 @@ def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarte
     error = process.communicate(timeout=60)[1]
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
-    if how == signal.SIGINT:
-        assert process.returncode == 130
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how
         assert not (tmp_path / "out.partial").exists()
     else:
         assert process.returncode == -how

@@ -20,7 +20,7 @@ from fastlt.recipe import load_recipe
 from loaders import dali_format
 from loaders.crop import CropSpec
 from loaders.dali_format import write_shards
-from loaders.dataset import ConvertedDataset, convert, file_sha256
+from loaders.dataset import ConvertedDataset, convert, file_sha256, sealed
 from loaders.factory import make_loader
 from loaders.ffcv_format import FfcvOptions
 from loaders.image_check import ImageCheck
@@ -214,7 +214,7 @@ def damage(dataset: ConvertedDataset, name: str, change) -> ConvertedDataset:
     path.write_bytes(change(path.read_bytes()))
     manifest = json.loads((dataset.root / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    (dataset.root / "manifest.json").write_text(json.dumps(manifest))
+    (dataset.root / "manifest.json").write_text(sealed(manifest))
     return ConvertedDataset.open(dataset.root)
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from loaders import dali_format
 from loaders import dataset as dataset_module
 from loaders.beton import Beton
-from loaders.dataset import ConvertedDataset, conversion_request, convert
+from loaders.damage import DamageError
+from loaders.dataset import ConvertedDataset, conversion_request, convert, sealed, write_skipped
 from loaders.ffcv_format import FfcvOptions
+from loaders.image_check import BadImage
 from loaders.sources import FileSplit, Source, open_source
 from loaders.verify import verify
 
@@ -51,7 +57,7 @@ def files(tmp_path) -> Source:
 
 def edit(root: Path, **changes) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
-    (root / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    (root / "manifest.json").write_text(sealed({**manifest, **changes}))
 
 
 def test_what_was_converted_opens(converted):
@@ -107,6 +113,9 @@ def test_a_request_is_recognised(converted):
 def test_folders_that_are_no_data_set_are_refused_with_the_command(copy, tmp_path):
     with pytest.raises(ValueError, match=r"does not exist.*convert_dataset.py SOURCE --out .*nowhere"):
         ConvertedDataset.open(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, no folder, so there is no converted data set"):
+        ConvertedDataset.open(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="it is empty"):
         ConvertedDataset.open(tmp_path / "empty")
@@ -141,9 +150,9 @@ def test_other_schemas_are_refused(copy):
 
 
 def test_another_format_only_is_said_to_lack_ffcv(copy):
-    edit(copy, formats={"dali": {}})
+    dataset = ConvertedDataset.open(copy)
     with pytest.raises(ValueError, match="was not converted to FFCV"):
-        ConvertedDataset.open(copy).beton("train")
+        replace(dataset, manifest={**dataset.manifest, "formats": {"dali": {}}}).beton("train")
 
 
 def test_verify_finds_a_changed_byte_and_disagreeing_labels(copy, converted):
@@ -156,10 +165,72 @@ def test_verify_finds_a_changed_byte_and_disagreeing_labels(copy, converted):
 
     shutil.copy(converted.root / "test.beton", copy / "test.beton")
     described = converted.manifest["splits"]
-    wrong = {**described["meta"], "class_counts": [100], "image_size": {"same": True, "min": [9, 9], "max": [9, 9]}}
+    edit(copy, splits={**described, "meta": {**described["meta"], "class_counts": [9, 11] + [10] * 8}})
+    (problem,) = verify(ConvertedDataset.open(copy), progress=False)[:1]
+    assert "labels.npz and manifest.json disagree on the class counts of 'meta'" in problem
+    wrong = {**described["meta"], "image_size": {"same": True, "min": [9, 9], "max": [9, 9]}}
     edit(copy, splits={**described, "meta": wrong})
-    problems = verify(ConvertedDataset.open(copy), progress=False)
-    assert [problem.split(":")[0] for problem in problems] == ["meta", "meta"]
+    assert verify(ConvertedDataset.open(copy), progress=False) == [
+        "meta: the image sizes in meta.beton and the manifest disagree"
+    ]
+
+
+def test_verify_notices_an_edited_manifest(copy, converted):
+    names = ["zero", *converted.class_names[1:]]
+    (copy / "manifest.json").write_text(json.dumps({**converted.manifest, "class_names": names}))
+    assert verify(ConvertedDataset.open(copy), progress=False) == [
+        "manifest.json: its content is not what was written; it was edited or damaged"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({"files": []}, "'files'"),
+        ({"request": 3}, "'request'"),
+        ({"class_names": [1, 2]}, "the class names"),
+        ({"class_names": list("01234")}, "the split 'train'"),
+        ({"splits": {}}, "the split 'train'"),
+        ({"formats": {}}, "formats, ffcv or dali"),
+        ({"formats": {"dali": {}}}, "the file dali/train.npz"),
+        ({"files": {"labels.npz": {"bytes": 5}}}, "the length and checksum of labels.npz"),
+        ({"files": {}}, "the file labels.npz"),
+    ],
+)
+def test_manifests_that_lack_something_are_damage(copy, change, lacking):
+    edit(copy, **change)
+    with pytest.raises(DamageError, match=rf"is damaged: manifest.json lacks {lacking}, or .* make it again with"):
+        ConvertedDataset.open(copy)
+
+
+def test_a_folder_that_may_not_be_read_is_said(copy, monkeypatch):
+    def denied(path, **arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(DamageError, match=r"copy cannot be read: Permission denied \(.*manifest.json\)"):
+        ConvertedDataset.open(copy)
+
+
+def test_all_missing_files_are_named(copy):
+    (copy / "train.beton").unlink()
+    (copy / "meta.beton").write_bytes(b"")
+    with pytest.raises(DamageError, match=r"meta.beton has 0 bytes, .*; train.beton is missing; make it again"):
+        ConvertedDataset.open(copy)
+
+
+def test_any_flipped_byte_of_the_labels_is_damage_and_nothing_else(copy):
+    """Whatever the zip and npy readers raise for it; some bytes, a date for one, mean nothing to them."""
+    whole = (copy / "labels.npz").read_bytes()
+    labels = ConvertedDataset.open(copy).labels("train")
+    damaged = 0
+    for place in range(0, len(whole), 11):
+        (copy / "labels.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            np.testing.assert_array_equal(ConvertedDataset.open(copy).labels("train"), labels)
+        except DamageError:
+            damaged += 1
+    assert damaged > len(whole) / 11 * 0.8
 
 
 def test_verify_decodes_every_jpeg(files, tmp_path):
@@ -200,6 +271,12 @@ def test_bad_images_are_skipped_and_written_down(files, tmp_path):
         ["train", str(tmp_path / f"images/train{i}.png")] for i in (2, 5)
     ]
     assert "skipped.txt" in dataset.manifest["files"]
+
+
+def test_paths_of_any_bytes_are_written_down_in_one_line(tmp_path):
+    bad = {"train": (BadImage(0, os.fsdecode(b"a\xff\n.jpg"), "damaged: \t"),), "meta": (), "test": ()}
+    write_skipped(tmp_path / "skipped.txt", bad)
+    assert (tmp_path / "skipped.txt").read_bytes() == b"train\ta\xff\\n.jpg\tdamaged: \\t\n"
 
 
 def test_skipping_never_loses_a_class(files, tmp_path):
@@ -252,13 +329,57 @@ def test_only_converted_data_sets_are_replaced_and_only_when_asked(files, tmp_pa
         convert(files, out, request={"a": 2}, **options)
     assert convert(files, out, request={"a": 2}, overwrite=True, **options).matches({"a": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
-    with pytest.raises(ValueError, match="is not a converted data set: give another folder"):
+    with pytest.raises(ValueError, match="is not a converted data set: give a folder that does not exist yet"):
         convert(files, tmp_path / "images", request={}, overwrite=True, **options)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="give another folder"):
+    with pytest.raises(ValueError, match="give a folder that does not"):
         convert(files, tmp_path / "file", request={}, overwrite=True, **options)
     with pytest.raises(ValueError, match="cannot write next to"):
         convert(files, tmp_path / "file" / "out", request={}, **options)
+
+
+def test_a_link_to_an_empty_folder_is_followed(files, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "empty").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "empty")
+    options = {"options": OPTIONS, "on_error": "skip", "progress": False}
+    convert(files, tmp_path / "out", request={}, **options)
+    assert convert(files, tmp_path / "out", request={"a": 2}, overwrite=True, **options).matches({"a": 2})
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "empty" / "manifest.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
+
+
+def test_folders_that_cannot_be_replaced_are_refused_before_any_work(files, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here"):
+        with pytest.raises(ValueError, match=r"here is the current folder: give a folder below it"):
+            convert(None, out, options=OPTIONS, request={})
+    with pytest.raises(ValueError, match="is a mount point: give a folder below it, such as /proc/converted"):
+        convert(None, "/proc", options=OPTIONS, request={})
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "dali", "labels"])
+def test_a_disk_that_becomes_full_is_said_with_its_place(files, tmp_path, monkeypatch, kind):
+    """FFCV's worker, a process that writes shards, and this one: wherever the disk becomes full."""
+    formats = ("ffcv",)
+    if kind == "ffcv":
+        import ffcv.memory_allocator
+
+        monkeypatch.setattr(ffcv.memory_allocator.MemoryAllocator, "flush_page", full_disk)
+    elif kind == "dali":
+        formats = ("dali",)
+        monkeypatch.setattr(dali_format, "_add", full_disk)
+    else:
+        monkeypatch.setattr(dataset_module.np, "savez", full_disk)
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no space left for out; nothing was left behind: make room"):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, formats=formats, on_error="skip", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):

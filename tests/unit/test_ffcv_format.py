@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loaders import ffcv_format
 from loaders.beton import Beton
 from loaders.ffcv_format import FfcvOptions, _page_and_workers, stored_sizes, write_beton
 from loaders.image_check import ImageCheck, check_images
@@ -153,9 +155,59 @@ def test_a_stuck_writer_is_ended_with_the_reason_and_leaves_nothing(tmp_path, no
     assert multiprocessing.active_children() == children
 
 
+def test_a_worker_that_dies_at_once_and_counting_is_noticed(tmp_path, monkeypatch, no_shared_memory_left):
+    def die_counting(samples, position):
+        samples.done.get_lock().acquire()
+        os.kill(os.getpid(), 9)
+
+    monkeypatch.setattr(ffcv_format._Samples, "__getitem__", die_counting)
+    monkeypatch.setattr(ffcv_format, "POLL_S", 2.0)  # it is dead before its guard looks at it for the first time
+    with pytest.raises(ValueError, match="killed by signal 9"):
+        write_beton(tmp_path / "a.beton", in_memory(250), FfcvOptions(num_workers=2), timeout_s=30)
+
+
+def test_a_slow_chunk_is_not_taken_for_a_stuck_one(tmp_path):
+    """One chunk takes 4 s, each of its images 0.2 s: slower than the limit, and yet it moves all the time."""
+    split = SlowSplit(**vars(in_files(tmp_path, [(3, 3)] * 20)))
+    shown = []
+    assert not check_images(split, num_workers=1, advance=shown.append, timeout_s=1.5).bad
+    assert sum(shown) == 20
+    assert len(shown) > 5
+
+
+def test_too_little_shared_memory_is_said_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ffcv_format.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1 << 20))
+    with pytest.raises(ValueError, match=r"/dev/shm, has 1.0 MiB free, .* make it larger .*--shm-size"):
+        write_beton(tmp_path / "a.beton", in_memory(5), FfcvOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_of_the_writer_itself_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"FFCV's writer failed: FileNotFoundError: .*absent"):
         write_beton(tmp_path / "absent" / "a.beton", in_memory(5), FfcvOptions())
+
+
+def test_a_page_that_was_written_in_part_is_noticed(tmp_path, monkeypatch):
+    """As on a disk that becomes full and has room again when the table of contents is written."""
+    import ffcv.memory_allocator
+
+    class Short:
+        def __init__(self, file):
+            self.file, self.seek, self.close = file, file.seek, file.close
+
+        def write(self, data):
+            return self.file.write(data[: len(data) // 2])
+
+    enter = ffcv.memory_allocator.MemoryAllocator.__enter__
+
+    def enter_short(self):
+        enter(self)
+        self.fp = Short(self.fp)
+
+    monkeypatch.setattr(ffcv.memory_allocator.MemoryAllocator, "__enter__", enter_short)
+    with pytest.raises(ValueError, match=r"cannot be read as a converted split: its sample sizes do not add up"):
+        write_beton(tmp_path / "a.beton", in_memory(40, 150, 150), FfcvOptions())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dying_decoder_process_ends_the_check(tmp_path):
@@ -182,6 +234,14 @@ class StuckSplit(FileSplit):
     def image(self, i: int) -> np.ndarray:
         if i >= 40:
             time.sleep(600)
+        return super().image(i)
+
+
+class SlowSplit(FileSplit):
+    """Files that take a while."""
+
+    def image(self, i: int) -> np.ndarray:
+        time.sleep(0.2)
         return super().image(i)
 
 

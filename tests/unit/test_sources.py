@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import struct
 import tarfile
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loaders.image_check import check_images
 from loaders.sources import open_source
 from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, jpeg_bytes
+from loaders.sources.image_folder import _images
 from loaders.sources.list_file import read_list
 
 RNG = np.random.default_rng(0)
@@ -132,8 +136,29 @@ def test_files_that_are_no_images_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         decode_image(tmp_path / "absent.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(ValueError, match="damaged"):
-        decode_image(tmp_path / "folder.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")  # opening it would wait for a writer
+    for name in ("folder.jpg", "pipe.jpg"):
+        with pytest.raises(ValueError, match="not a file"):
+            decode_image(tmp_path / name)
+    with pytest.raises(ValueError, match="File name too long"):
+        decode_image(tmp_path / ("a" * 300 + ".jpg"))
+
+
+@pytest.mark.parametrize("thumbnail", [False, True])
+def test_a_jpeg_whose_end_was_overwritten_is_an_error(tmp_path, thumbnail):
+    """Zeros, as an interrupted download leaves them, can stand for the rest of a picture: Pillow takes them."""
+    inner = io.BytesIO()
+    Image.fromarray(COLOUR).save(inner, "JPEG")
+    exif = b"Exif\0\0" + inner.getvalue() if thumbnail else b""
+    path = save(tmp_path / "a.jpg", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), exif=exif)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-900] + bytes(20_000))
+    with Image.open(path) as image:
+        image.load()
+    with pytest.raises(ValueError, match="no end-of-image marker"):
+        decode_image(path)
+    path.write_bytes(whole + b"what some cameras append")
+    assert decode_image(path).shape == (64, 64, 3)
 
 
 def test_a_file_that_claims_too_many_pixels_is_an_error(tmp_path):
@@ -392,6 +417,42 @@ def test_without_a_meta_folder_images_are_held_out_of_train(tmp_path, test_folde
         open_source("image_folder", root=root, meta_per_class=30)
 
 
+def test_images_by_another_name_and_broken_links_are_not_passed_over(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
+    a = root / "train" / "a"
+    save(a / "x.png", COLOUR).rename(a / "x")
+    save(a / "y.jpg", COLOUR).rename(a / "y.dat")
+    (a / "z.avif").write_bytes(b"\0\0\0\x20ftypavif" + bytes(100))
+    (a / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (a / "sound.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
+    os.mkfifo(a / "pipe")
+    split = open_source("image_folder", root=root, meta_per_class=1).splits["train"]
+    of_a = [Path(path).name for path in split.paths if "/a/" in path]
+    assert of_a == ["000.png", "001.PNG", "gone.jpg", "x", "y.dat"]  # z.avif, the last by name, is held out
+    bad = [(Path(image.name).name, image.reason) for image in check_images(split, num_workers=1).bad]
+    assert bad == [("gone.jpg", "no such file")]
+
+
+def test_linked_folders_are_walked_once_and_unreadable_ones_are_refused(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "root", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    save(tmp_path / "more" / "deep" / "z.png", COLOUR)
+    (root / "train" / "a" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(root / "train" / "a")
+    split = open_source("image_folder", root=root, meta_per_class=1).splits["train"]
+    assert [path for path in split.paths if "/a/" in path] == ["train/a/000.png", "train/a/001.PNG"]
+    assert (
+        open_source("image_folder", root=root, meta_per_class=1).splits["meta"].paths[0].endswith("linked/deep/z.png")
+    )
+
+    def denied(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match=r"a cannot be read \(Permission denied\): its images would be left out"):
+        _images(root / "train" / "a")
+
+
 def test_folders_that_do_not_fit_together_are_refused(tmp_path):
     root = make_folder(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 1}})
     with pytest.raises(ValueError, match=r"test has no images of 1 of 2 classes: b"):
@@ -472,6 +533,20 @@ def test_malformed_lists_are_refused_with_line_numbers(lists):
         read_list(lists / "absent.txt")
     path.write_bytes(b"\xef\xbb\xbfa.png\t0\r\nb.png   1\r\n")
     assert read_list(path).paths == ["a.png", "b.png"]
+
+
+def test_lists_that_are_no_text_or_hold_no_class_numbers_are_refused(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("caf\u00e9/1.jpg 0\n".encode("latin1"))
+    with pytest.raises(ValueError, match=r"list.txt is not UTF-8 text .*: save it as UTF-8"):
+        read_list(path)
+    with pytest.raises(ValueError, match="is a folder, not a list"):
+        read_list(tmp_path)
+    path.write_text("a.jpg 99999999999999999999\nb.jpg 3\n")
+    with pytest.raises(ValueError, match=r"1 lines are not `relative/path label` .*: line 1: 'a.jpg 9999"):
+        read_list(path)
+    path.write_bytes("a\u2028b.jpg 0\r\nc.jpg 1\r\n".encode())
+    assert read_list(path).paths == ["a\u2028b.jpg", "c.jpg"]
 
 
 def test_labels_that_do_not_fit_are_refused(lists):

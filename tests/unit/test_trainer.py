@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlt import prepare
 from fastlt.recipe import load_recipe
 from fastlt.runlog import RunLog, result_table
 from fastlt.train import main
 from fastlt.trainer import Interrupted, Trainer, endless
+from loaders.beton import Beton
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
@@ -170,6 +172,15 @@ def test_a_killed_run_forgets_what_it_logged_after_its_checkpoint(tmp_path):
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["iteration"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_a_lean_run_says_once_what_keeps_it_from_saving_memory(digits_words, capsys, monkeypatch):
+    for malloc, said in (("glibc 2.36", 1), ("tcmalloc", 0)):
+        monkeypatch.setattr("fastlt.host_memory.allocator", lambda malloc=malloc: malloc)
+        make(digits_words, f"{STAGE}.options.lean=true", f"name={malloc.split()[0]}").fit()
+        out = capsys.readouterr().out
+        assert out.count("options.lean: memory comes from glibc 2.36") == said
+        assert out.count("LD_PRELOAD=") == said
 
 
 def test_a_finished_run_is_not_run_again(digits_words, capsys):
@@ -376,3 +387,37 @@ def test_the_command_survives_a_kill_and_a_stop(digits_words, tmp_path):
         assert process.returncode == code, output
         assert final_state(folder)["progress"]["done"] > before
     assert "the same command goes on from there" in output
+
+
+def test_data_that_may_not_be_read_are_a_message(tmp_path, capsys, monkeypatch):
+    def denied(data, folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(prepare, "ensure_converted", denied)
+    assert main([str(RECIPE), f"runs={tmp_path}", f"data.converted={tmp_path / 'data'}"]) == 2
+    assert capsys.readouterr().err == f"fastlt: {tmp_path / 'data'}: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [("labels.npz", "ffcv"), ("train.beton", "ffcv"), ("train.beton", "torch"), ("train.beton", "resident")],
+)
+def test_a_damaged_data_set_is_one_message_and_exit_code_2(tmp_path, capsys, name, loader):
+    """Whether the damage is seen before the work begins or by the loader in the middle of it."""
+    folder = tmp_path / "data"
+    words = [f"runs={tmp_path}", f"data.converted={folder}", "data.storage.mode=jpg", f"data.loader={loader}"]
+    words += [f"{STAGE}.iterations=30", f"{STAGE}.warmup=1", f"{STAGE}.evaluate_every=30", "num_threads=1"]
+    make(words)
+    data = bytearray((folder / name).read_bytes())
+    if name == "train.beton":
+        beton = Beton.open(folder / name)
+        data[beton.offsets[7] : beton.offsets[7] + 200] = bytes(200)
+        reason = f"fastlt: {folder / name}, image 7: damaged JPEG data"
+    else:
+        data[len(data) // 3] ^= 1
+        reason = f"fastlt: {folder} is damaged: {name} cannot be read"
+    (folder / name).write_bytes(data)
+    assert main([str(RECIPE), *words]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlt: ")]
+    assert len(error) == 1
+    assert error[0].startswith(reason)

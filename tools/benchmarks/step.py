@@ -37,7 +37,7 @@ from pathlib import Path
 
 import torch
 
-from fastlt.host_memory import keep_freed_memory
+from fastlt.host_memory import allocator, keep_freed_memory
 from fastlt.models.classifier import check_model
 from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, float64_gradient, make_problem, missing
 
@@ -71,6 +71,8 @@ def main(arguments: list[str]) -> int:
     rows = measure(words)
     settings = {k: v for k, v in vars(words).items() if k not in ("json", "peak_of", "rows")}
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    if words.device == "cpu":
+        settings["malloc"] = allocator()
     if words.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
     else:

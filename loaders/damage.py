@@ -1,0 +1,24 @@
+"""What is said of data that cannot be read any more, and reading arrays that may be damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class DamageError(ValueError, RuntimeError):
+    """Data that were whole once are not any more; the message says which, and what to do.
+
+    Both a ValueError, for it is the user's data that are wrong, and what the readers' threads raise.
+    """
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays `names` of an .npz file; DamageError, with the reason only, when it is not what `np.savez` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, NotImplementedError, KeyError, …
+        raise DamageError(f"{type(error).__name__}: {error}") from None
