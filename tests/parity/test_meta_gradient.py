@@ -343,11 +343,70 @@ def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_
         assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-11), name
 
 
-class AddsConstant(torch.nn.Module):
-    """Adds a constant to a normalised convolution, and then overwrites the constant, which autograd allows."""
+class Noisy(torch.nn.Module):
+    """Draws in its forward pass, and has nothing that tells so from outside."""
 
     def __init__(self):
         super().__init__()
+        self.conv, self.bn, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        return self.head((x * torch.rand_like(x)).mean((2, 3)))
+
+
+DRAWING = {
+    "dropout": lambda: build_model("cifar_resnet8", num_classes=CLASSES, drop_rate=0.4),
+    "stochastic_depth": lambda: build_model("convnext_atto", num_classes=CLASSES, drop_path_rate=0.5),
+    "unseen": Noisy,
+}
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("network", DRAWING)
+def test_a_step_is_exact_about_the_noise_that_its_training_pass_drew(network, lean):
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    model = DRAWING[network]().double().train()
+    images, labels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % CLASSES
+    step = make_step("cross_entropy", model, (images, labels), counts, 0.1, lean=lean)
+    batch, meta_batch = (Batch(images[i], labels[i], i) for i in (torch.arange(8), torch.arange(8, 20)))
+    weights = torch.linspace(0.5, 1.5, CLASSES, dtype=torch.float64).requires_grad_()
+    state = torch.get_rng_state()
+    run = step.training_pass(batch)
+    per_sample, _ = step.per_sample_gradient(run, weights.detach()[batch.labels], meta_batch)
+    fast = meta_gradient.sum_by_class(per_sample, batch.labels, CLASSES)
+    # Both go forward on the training batch, then on the meta batch.
+    torch.set_rng_state(state)
+    pairs = [(step.parts.augment(b.images), b.labels) for b in (batch, meta_batch)]
+    objective = meta_objective(model, None, weights, *pairs, lr=0.1, loss=cross_entropy, weights=weights)
+    assert relative_error(fast, torch.autograd.grad(objective, weights)[0]) <= 1e-10
+
+
+def test_a_step_measures_the_accuracy_before_its_batch_moves_the_statistics():
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    images, labels = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
+    step = make_step("cross_entropy", model, (images, labels), counts, 0.1)
+    seen, update = [], step.parts.class_accuracy.update
+
+    def note(network):
+        seen.append(int(network.backbone.bn1.num_batches_tracked))
+        return update(network)
+
+    step.parts.class_accuracy.update = note
+    for _ in range(3):
+        step(Batch(images, labels, labels), Batch(images, labels, labels))
+    assert seen == [0, 1, 2]
+
+
+class AddsConstant(torch.nn.Module):
+    """Adds a constant to a normalised convolution, and then overwrites the constant, which autograd allows."""
+
+    def __init__(self, drop_rate=0.0):
+        super().__init__()
+        self.drop_rate = drop_rate
         self.conv, self.bn = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3)
         self.head = torch.nn.Linear(3, CLASSES)
 
@@ -355,13 +414,13 @@ class AddsConstant(torch.nn.Module):
         constant = x.clone()
         square = F.relu(self.bn(self.conv(x)) + constant, inplace=True).square()
         constant.zero_()
-        return self.head(square.mean((2, 3)))
+        return self.head(F.dropout(square.mean((2, 3)), self.drop_rate))
 
 
 def test_a_lean_step_says_when_the_model_does_not_allow_it_and_stays_exact():
     torch.manual_seed(3)
     counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
-    model = AddsConstant().double().train()
+    model = AddsConstant(drop_rate=0.5).double().train()
     batch = Batch(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10) % CLASSES, torch.arange(10))
     nets = []
     for lean in (False, True):
