@@ -243,6 +243,22 @@ def test_a_pass_that_changes_is_computed_anew_with_a_warning():
     assert torch.equal(fast, meta_gradient.directional_derivative(losses_of, parameters, direction))
 
 
+def test_the_tangent_is_taken_along_a_unit_direction_and_scaled_back():
+    direction = [torch.tensor([3e-9, 0.0]), torch.tensor([[4e-9]])]
+    parameters = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(1, 1, requires_grad=True)}
+    seen = {}
+
+    def tangents(primals, unit):
+        assert not any(p.requires_grad for p in primals.values())
+        seen.update(unit)
+        return torch.tensor([1.0, -2.0])
+
+    scaled = meta_gradient.along_unit_direction(tangents, parameters, direction)
+    assert torch.allclose(seen["a"], torch.tensor([0.6, 0.0]))
+    assert torch.allclose(seen["b"], torch.tensor([[0.8]]))
+    assert torch.allclose(scaled, torch.tensor([5e-9, -1e-8]), atol=0)
+
+
 def test_zero_direction_gives_zeros_and_not_nan():
     model, _, _, (images, labels), _ = make("cifar_resnet8")
     parameters = meta_gradient.trainable_parameters(model)
