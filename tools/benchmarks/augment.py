@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from fastlt.augment import build_augment
-from tools.benchmarks.rounds import interleaved, report, row
+from tools.benchmarks.rounds import device_name, interleaved, report, row
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--policy", choices=("cifar10", "imagenet"), default="cifar10", help="of AutoAugment")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: 7)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     if words.threads:

@@ -28,7 +28,7 @@ from loaders.ffcv_format import FfcvOptions
 from loaders.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source
 from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
-from tools.benchmarks.rounds import Row, interleaved, report, row
+from tools.benchmarks.rounds import Row, device_name, interleaved, report, row
 
 BOTH = ("ffcv", "dali")
 EXTENSIONS = (".jpg", ".jpeg")
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=128, help="batch size (default: 128)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="default: all cores")
     parser.add_argument("--rounds", type=int, default=5, help="measured epochs of each (default: 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -26,6 +27,16 @@ class Row:
     img_s: float
     ratio_bare: float | None = None
     ratio_torchvision: float | None = None
+
+
+def device_name(text: str) -> str:
+    """The value of an option --device, for argparse: a device of torch that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        allowed = "cpu, cuda, cuda:0, ..." if torch.cuda.is_available() else "cpu; there is no CUDA device"
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; allowed here: {allowed}") from None
+    return text
 
 
 def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> Speeds:

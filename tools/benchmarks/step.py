@@ -40,6 +40,7 @@ import torch
 from fastlt.host_memory import keep_freed_memory
 from fastlt.models.classifier import check_model
 from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, float64_gradient, make_problem, missing
+from tools.benchmarks.rounds import device_name
 
 ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
 
@@ -99,7 +100,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     usual = [name for name in WAYS if name not in ON_REQUEST]
     parser.add_argument(
         "--rows", nargs="+", choices=list(WAYS), default=usual, help="default: all but those on request"
