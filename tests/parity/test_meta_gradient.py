@@ -167,6 +167,23 @@ def test_float32_is_close_to_float64_and_no_worse_than_double_backward():
     assert relative_error(fast.double(), exact) <= 1.5 * relative_error(slow.double(), exact)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_float32_is_close_to_float64_on_smooth_backbones(name, memory_format):
+    """4e-7 was measured. With ReLU or hardswish a unit that switches between the two precisions is a step of its own.
+
+    ResNet-10, ResNet-18 and MobileNetV3: 2e-7 to 1e-4 where none switches and up to 3e-2 where one does, in double
+    backward as well as here.
+    """
+    problem = make(name, memory_format=memory_format, size=32)
+    _, exact = theta_gradients(*problem, driver_weight=0.0)
+    model, net, accuracy, (x, y), (xm, ym) = problem
+    weights = eq4(net, accuracy).detach().float()
+    fast = fast_class_gradient(model.float(), weights, (x.float(), y), (xm.float(), ym), 0.2)
+    gradient = torch.autograd.grad(eq4(net, accuracy), list(net.parameters()), fast.double())
+    assert relative_error(torch.cat([g.flatten() for g in gradient]), exact) <= 1e-4
+
+
 def test_class_gradient_equals_a_central_difference_in_the_weights():
     model, net, accuracy, batch, meta_batch = make("cifar_resnet8")
     weights = eq4(net, accuracy).detach()
