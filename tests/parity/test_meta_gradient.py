@@ -434,6 +434,25 @@ def test_a_step_measures_the_accuracy_before_its_batch_moves_the_statistics():
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_step_lets_go_of_its_record_before_the_last_backward_pass(lean, monkeypatch):
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    images, labels = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
+    step = make_step("cross_entropy", model, (images, labels), counts, 0.1, lean=lean)
+    runs, training_pass, descend = [], step.training_pass, step.descend
+    monkeypatch.setattr(step, "training_pass", lambda batch: runs.append(training_pass(batch)) or runs[-1])
+
+    def watched(objective):
+        assert runs[-1].record.calls == []
+        descend(objective)
+
+    monkeypatch.setattr(step, "descend", watched)
+    step(Batch(images, labels, labels), Batch(images, labels, labels))
+    assert len(runs) == 1
+
+
 class AddsConstant(torch.nn.Module):
     """Adds a constant to a normalised convolution, and then overwrites the constant, which autograd allows."""
 
