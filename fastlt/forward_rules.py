@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
 
 class ForwardChangedError(RuntimeError):
@@ -153,6 +153,29 @@ def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     return torch.batch_norm(x, weight, bias, mean, inverse_std.pow(-2), False, 0.0, 0.0, False)
 
 
+def scaled_and_shifted(values: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    """values (N, C, ...) times factor (C,) plus shift (C,), channel by channel, as one operation for the rules."""
+    if has_torch_function_variadic(values, factor, shift):
+        return handle_torch_function(scaled_and_shifted, (values, factor, shift), values, factor, shift)
+    channels = [1, -1, *[1] * (values.dim() - 2)]
+    return values * factor.view(channels) + shift.view(channels)
+
+
+def scaled_and_shifted_forward(function, values, factor, shift) -> tuple[Tensor, tuple]:
+    """Factor and shift are small and follow from the statistics of the batch: they are kept, not computed again."""
+    return function(values, factor, shift), (factor.detach(), shift.detach())
+
+
+def scaled_and_shifted_tangent(function, saved, output, values, factor, shift) -> Tensor | None:
+    """dy = f dx + df x + db."""
+    (x, dx), (f, df), (_, db) = parts(values), parts(factor), parts(shift)
+    zeros = torch.zeros_like(f)
+    through_values = None if dx is None else function(dx, f, zeros)
+    if df is None and db is None:
+        return through_values
+    return sum_of(through_values, function(x, zeros if df is None else df, zeros if db is None else db))
+
+
 def relu_tangent(function, saved, output: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
     """dy = dx where y > 0, else 0."""
     _, dx = parts(input)
@@ -199,6 +222,12 @@ RULES: dict[Callable, Rule] = {
         forward=batch_norm_forward,
         sources=lambda input, running_mean, running_var, weight=None, bias=None, *args, **kw: (input, weight, bias),
         again=lambda function, saved, input, weight, bias: normalised(input, weight, bias, *saved),
+    ),
+    scaled_and_shifted: Rule(
+        scaled_and_shifted_tangent,
+        forward=scaled_and_shifted_forward,
+        sources=lambda values, factor, shift: (values,),
+        again=lambda function, saved, values: function(values, *saved),
     ),
     F.relu: Rule(
         relu_tangent,

@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a file of recipes/, or your own")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.root=/images seed=1")
     parser.add_argument("--check", action="store_true", help="check the recipe, print it in full, and stop")
-    words = parser.parse_args(arguments)
+    # Options may stand between the recipe and its overrides.
+    words = parser.parse_intermixed_args(arguments)
 
     # Imported late: a mistake on the command line answers before torch has loaded.
     from fastlt.recipe import load_recipe

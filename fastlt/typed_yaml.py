@@ -6,6 +6,7 @@ Knows nothing about training: `fastlt.recipe` says what the keys are, this says 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -101,6 +102,8 @@ def _describe(value: Any) -> str:
     }
     if value is None:
         return "nothing"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"no finite number ({value!r})"
     return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
 
 
@@ -192,6 +195,9 @@ def _convert_scalar(kind: type, value: Any, where: str, mistakes: list[str]) -> 
             return _wrong(mistakes, where, value, "a number")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        # No key means one; nan would pass every check of a range, which asks whether the value lies outside.
+        return _wrong(mistakes, where, value, "a number")
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value
     return _wrong(mistakes, where, value, _name(kind))

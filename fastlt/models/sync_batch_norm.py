@@ -11,6 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fastlt.distributed import Reducer
+from fastlt.forward_rules import scaled_and_shifted
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -83,8 +84,7 @@ class Synchronised:
         if self.weight is not None:
             factor = factor * self.weight
         shift = -mean * factor if self.bias is None else self.bias - mean * factor
-        channels = [1, -1, *[1] * (x.dim() - 2)]
-        return (values * factor.view(channels) + shift.view(channels)).to(x.dtype)
+        return scaled_and_shifted(values, factor, shift).to(x.dtype)
 
     def _follow(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         with torch.no_grad():

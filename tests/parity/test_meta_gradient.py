@@ -167,6 +167,23 @@ def test_float32_is_close_to_float64_and_no_worse_than_double_backward():
     assert relative_error(fast.double(), exact) <= 1.5 * relative_error(slow.double(), exact)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_float32_is_close_to_float64_on_smooth_backbones(name, memory_format):
+    """4e-7 was measured. With ReLU or hardswish a unit that switches between the two precisions is a step of its own.
+
+    ResNet-10, ResNet-18 and MobileNetV3: 2e-7 to 1e-4 where none switches and up to 3e-2 where one does, in double
+    backward as well as here.
+    """
+    problem = make(name, memory_format=memory_format, size=32)
+    _, exact = theta_gradients(*problem, driver_weight=0.0)
+    model, net, accuracy, (x, y), (xm, ym) = problem
+    weights = eq4(net, accuracy).detach().float()
+    fast = fast_class_gradient(model.float(), weights, (x.float(), y), (xm.float(), ym), 0.2)
+    gradient = torch.autograd.grad(eq4(net, accuracy), list(net.parameters()), fast.double())
+    assert relative_error(torch.cat([g.flatten() for g in gradient]), exact) <= 1e-4
+
+
 def test_class_gradient_equals_a_central_difference_in_the_weights():
     model, net, accuracy, batch, meta_batch = make("cifar_resnet8")
     weights = eq4(net, accuracy).detach()
@@ -241,6 +258,22 @@ def test_a_pass_that_changes_is_computed_anew_with_a_warning():
     with pytest.warns(UserWarning, match="does not do the same twice"):
         fast = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
     assert torch.equal(fast, meta_gradient.directional_derivative(losses_of, parameters, direction))
+
+
+def test_the_tangent_is_taken_along_a_unit_direction_and_scaled_back():
+    direction = [torch.tensor([3e-9, 0.0]), torch.tensor([[4e-9]])]
+    parameters = {"a": torch.ones(2, requires_grad=True), "b": torch.ones(1, 1, requires_grad=True)}
+    seen = {}
+
+    def tangents(primals, unit):
+        assert not any(p.requires_grad for p in primals.values())
+        seen.update(unit)
+        return torch.tensor([1.0, -2.0])
+
+    scaled = meta_gradient.along_unit_direction(tangents, parameters, direction)
+    assert torch.allclose(seen["a"], torch.tensor([0.6, 0.0]))
+    assert torch.allclose(seen["b"], torch.tensor([[0.8]]))
+    assert torch.allclose(scaled, torch.tensor([5e-9, -1e-8]), atol=0)
 
 
 def test_zero_direction_gives_zeros_and_not_nan():
@@ -343,11 +376,89 @@ def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_
         assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-11), name
 
 
-class AddsConstant(torch.nn.Module):
-    """Adds a constant to a normalised convolution, and then overwrites the constant, which autograd allows."""
+class Noisy(torch.nn.Module):
+    """Draws in its forward pass, and has nothing that tells so from outside."""
 
     def __init__(self):
         super().__init__()
+        self.conv, self.bn, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        return self.head((x * torch.rand_like(x)).mean((2, 3)))
+
+
+DRAWING = {
+    "dropout": lambda: build_model("cifar_resnet8", num_classes=CLASSES, drop_rate=0.4),
+    "stochastic_depth": lambda: build_model("convnext_atto", num_classes=CLASSES, drop_path_rate=0.5),
+    "unseen": Noisy,
+}
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("network", DRAWING)
+def test_a_step_is_exact_about_the_noise_that_its_training_pass_drew(network, lean):
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    model = DRAWING[network]().double().train()
+    images, labels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % CLASSES
+    step = make_step("cross_entropy", model, (images, labels), counts, 0.1, lean=lean)
+    batch, meta_batch = (Batch(images[i], labels[i], i) for i in (torch.arange(8), torch.arange(8, 20)))
+    weights = torch.linspace(0.5, 1.5, CLASSES, dtype=torch.float64).requires_grad_()
+    state = torch.get_rng_state()
+    run = step.training_pass(batch)
+    per_sample, _ = step.per_sample_gradient(run, weights.detach()[batch.labels], meta_batch)
+    fast = meta_gradient.sum_by_class(per_sample, batch.labels, CLASSES)
+    # Both go forward on the training batch, then on the meta batch.
+    torch.set_rng_state(state)
+    pairs = [(step.parts.augment(b.images), b.labels) for b in (batch, meta_batch)]
+    objective = meta_objective(model, None, weights, *pairs, lr=0.1, loss=cross_entropy, weights=weights)
+    assert relative_error(fast, torch.autograd.grad(objective, weights)[0]) <= 1e-10
+
+
+def test_a_step_measures_the_accuracy_before_its_batch_moves_the_statistics():
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    images, labels = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
+    step = make_step("cross_entropy", model, (images, labels), counts, 0.1)
+    seen, update = [], step.parts.class_accuracy.update
+
+    def note(network):
+        seen.append(int(network.backbone.bn1.num_batches_tracked))
+        return update(network)
+
+    step.parts.class_accuracy.update = note
+    for _ in range(3):
+        step(Batch(images, labels, labels), Batch(images, labels, labels))
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_step_lets_go_of_its_record_before_the_last_backward_pass(lean, monkeypatch):
+    torch.manual_seed(3)
+    counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
+    images, labels = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
+    step = make_step("cross_entropy", model, (images, labels), counts, 0.1, lean=lean)
+    runs, training_pass, descend = [], step.training_pass, step.descend
+    monkeypatch.setattr(step, "training_pass", lambda batch: runs.append(training_pass(batch)) or runs[-1])
+
+    def watched(objective):
+        assert runs[-1].record.calls == []
+        descend(objective)
+
+    monkeypatch.setattr(step, "descend", watched)
+    step(Batch(images, labels, labels), Batch(images, labels, labels))
+    assert len(runs) == 1
+
+
+class AddsConstant(torch.nn.Module):
+    """Adds a constant to a normalised convolution, and then overwrites the constant, which autograd allows."""
+
+    def __init__(self, drop_rate=0.0):
+        super().__init__()
+        self.drop_rate = drop_rate
         self.conv, self.bn = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3)
         self.head = torch.nn.Linear(3, CLASSES)
 
@@ -355,13 +466,13 @@ class AddsConstant(torch.nn.Module):
         constant = x.clone()
         square = F.relu(self.bn(self.conv(x)) + constant, inplace=True).square()
         constant.zero_()
-        return self.head(square.mean((2, 3)))
+        return self.head(F.dropout(square.mean((2, 3)), self.drop_rate))
 
 
 def test_a_lean_step_says_when_the_model_does_not_allow_it_and_stays_exact():
     torch.manual_seed(3)
     counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
-    model = AddsConstant().double().train()
+    model = AddsConstant(drop_rate=0.5).double().train()
     batch = Batch(torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8), torch.arange(10) % CLASSES, torch.arange(10))
     nets = []
     for lean in (False, True):

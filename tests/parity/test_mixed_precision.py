@@ -9,19 +9,25 @@ tangent adds nothing: along the exact direction the float32 one is 1e-4 (ResNet-
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_meta_gradient import CLASSES, cross_entropy, make, relative_error
 
 from fastlt import meta_gradient
+from fastlt.class_accuracy import ClassAccuracy
 from fastlt.difficulty import class_weights
+from fastlt.losses import build_loss
+from fastlt.state import Batch, ClassCounts
+from fastlt.steps import STEPS, StepParts
 
 LR = 0.1
 
 
-def theta_gradient(problem, dtype, *, low_lookahead=False, low_meta=False):
-    """dL_meta/dtheta, flat, and the losses of the training batch; master weights and tangent in `dtype`.
+def class_gradient(problem, dtype, *, low_lookahead=False, low_meta=False):
+    """dL_meta/dw (C,), the weights (C,) with their graph in theta, and the losses of the training batch.
 
+    dtype: of master weights and tangent.
     low_lookahead, low_meta: whether the forward and backward passes of the training batch, and of the meta batch, run
     under bfloat16 autocast. Written as the step does it, with the two choices apart.
     """
@@ -40,8 +46,14 @@ def theta_gradient(problem, dtype, *, low_lookahead=False, low_meta=False):
     assert all(d.dtype == dtype for d in direction), "master weights have gradients in their own precision"
     derivative = meta_gradient.directional_derivative(of_batch, parameters, direction)
     per_class = meta_gradient.sum_by_class(meta_gradient.weight_gradient(derivative, LR, len(labels)), labels, CLASSES)
-    gradient = torch.autograd.grad(weights, list(net.parameters()), per_class)
-    return torch.cat([g.flatten() for g in gradient]).double(), losses.detach()
+    return per_class, weights, losses.detach()
+
+
+def theta_gradient(problem, dtype, **low):
+    """dL_meta/dtheta, flat, and the losses of the training batch, see `class_gradient`."""
+    per_class, weights, losses = class_gradient(problem, dtype, **low)
+    gradient = torch.autograd.grad(weights, list(problem[1].parameters()), per_class)
+    return torch.cat([g.flatten() for g in gradient]).double(), losses
 
 
 # Backbone, image size, and bounds on the error with everything in bfloat16 and with the meta batch's passes alone in
@@ -64,3 +76,36 @@ def test_the_error_under_autocast_is_bounded(name, size, bound, meta_bound):
     assert low <= bound
     assert low_meta <= meta_bound
     assert low > single, "autocast changed nothing: these are not the passes in bfloat16"
+
+
+class Given:
+    """Stands in for the augmentation: the images of a batch are floats already."""
+
+    def __call__(self, images, dtype=None):
+        return images
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar_resnet8", 16), ("vit_tiny_patch16_224", 32)])
+def test_a_step_under_autocast_takes_the_passes_whose_error_is_bounded(name, size):
+    """bfloat16 for the passes of both batches, float32 for the tangent: neither more nor less of either."""
+    problem = make(name, size=size, batch=16)
+    model, _, _, (images, labels), (meta_images, meta_labels) = problem
+    expected, weights, _ = class_gradient(problem, torch.float32, low_lookahead=True, low_meta=True)
+    counts = ClassCounts(np.arange(1, CLASSES + 1), tuple("abcde"))
+    parts = StepParts(
+        model=model,
+        loss=build_loss("cross_entropy", counts),
+        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+        augment=Given(),
+        meta_augment=Given(),
+        class_counts=counts,
+        class_accuracy=ClassAccuracy(images.float(), labels, CLASSES, prepare=Given()),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    )
+    step = STEPS["difficulty"](parts)
+    run = step.training_pass(Batch(images.float(), labels, labels))
+    meta_batch = Batch(meta_images.float(), meta_labels, meta_labels)
+    per_sample, meta_loss = step.per_sample_gradient(run, weights.detach()[labels], meta_batch)
+    assert run.losses.dtype == per_sample.dtype == meta_loss.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert relative_error(meta_gradient.sum_by_class(per_sample, labels, CLASSES), expected) <= 1e-5

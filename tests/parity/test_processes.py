@@ -45,6 +45,13 @@ def test_two_processes_equal_one(case, ranks):
             assert torch.allclose(first.double(), alone.double(), rtol=1e-10, atol=1e-12), f"{part}.{name}"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "lean" in case[0]], ids="-".join)
+def test_lean_steps_let_go_of_activations_in_every_process(case, ranks):
+    for results in ranks:
+        let_go = results["-".join(case)]["let_go"]["activations"]
+        assert let_go.tolist() == [1] * ITERATIONS, "the ReLU's output, which follows from the convolution's"
+
+
 def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):
     step = balms_step(Reducer())
     head = {name: p.detach().clone() for name, p in step.model.head.named_parameters()}
@@ -72,10 +79,10 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] in COLLECTIVES], ids="-".join)
+@pytest.mark.parametrize("case", [case for case in CASES if case[0].removesuffix(" lean") in COLLECTIVES], ids="-".join)
 def test_an_iteration_communicates_no_more_than_it_must(case, ranks):
     method, _, normalisation = case
-    expected = dict(COLLECTIVES[method])
+    expected = dict(COLLECTIVES[method.removesuffix(" lean")])
     if normalisation == "batch":
         # Forward and backward; with a meta-step the lookahead's backward, the meta batch's two passes, and the tangent,
         # which carries the values along.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import balms_reference
 import numpy as np
@@ -21,12 +23,13 @@ from fastlt.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, LinearHead
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
+from fastlt.recorded_forward import ForwardRecord
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 
 CLASSES, ITERATIONS = 5, 6
-# method, how A is refreshed where the method wants it, and what normalises: BatchNorm over the batches of all
-# processes, or something that has no statistics of the batch
+# method (with `options.lean` where it says so), how A is refreshed where the method wants it, and what normalises:
+# BatchNorm over the batches of all processes, or something that has no statistics of the batch, or nothing
 CASES = [
     ("plain", "exact", "group"),
     ("cdb", "epoch", "group"),
@@ -42,6 +45,9 @@ CASES = [
     ("difficulty", "exact", "batch"),
     ("difficulty", "rolling", "batch"),
     ("mwn", "exact", "batch"),
+    ("difficulty lean", "exact", "none"),
+    ("difficulty lean", "rolling", "batch"),
+    ("mwn lean", "exact", "batch"),
 ]
 BATCH_NORMS = 2  # layers in the network that has them
 OPTIONS = {
@@ -70,10 +76,11 @@ class Scaled:
 
 def network(normalisation: str = "group") -> nn.Module:
     """Two convolutions and a head; the second BatchNorm, in timm's class, brings its own activation."""
-    if normalisation == "batch":
-        norms = [nn.BatchNorm2d(8), BatchNormAct2d(8, act_layer=nn.Tanh, inplace=False)]
-    else:
-        norms = [nn.GroupNorm(2, 8), nn.Tanh()]
+    norms = {
+        "batch": lambda: [nn.BatchNorm2d(8), BatchNormAct2d(8, act_layer=nn.Tanh, inplace=False)],
+        "group": lambda: [nn.GroupNorm(2, 8), nn.Tanh()],
+        "none": lambda: [nn.Identity(), nn.Tanh()],
+    }[normalisation]()
     layers = [nn.Conv2d(3, 8, 3, 2), norms[0], nn.ReLU(), nn.Conv2d(8, 8, 3), norms[1], nn.Flatten()]
     return Classifier(nn.Sequential(*layers), LinearHead(72, CLASSES)).double().train()
 
@@ -110,6 +117,20 @@ def share(batch: Batch, reducer: Reducer) -> Batch:
     return Batch(*(reducer.mine(t) for t in (batch.images, batch.labels, batch.index)))
 
 
+@contextmanager
+def activations_let_go() -> Iterator[list[int]]:
+    """How many activations that autograd wants each record lets go of in the meantime."""
+    numbers: list[int] = []
+    lighten = ForwardRecord.lighten
+
+    def counted(record: ForwardRecord) -> None:
+        lighten(record)
+        numbers.append(sum(c.activation.wanted and c.activation.tensor is None for c in record.calls))
+
+    with patch.object(ForwardRecord, "lighten", counted):
+        yield numbers
+
+
 def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> dict:
     """What a model and its method become in a few iterations."""
     torch.manual_seed(0)
@@ -117,8 +138,9 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
     if reducer.world_size > 1:
         synchronise_batch_norm(model, reducer)
     generator = torch.Generator().manual_seed(1)
+    method, _, lean = method.partition(" ")
     kind = STEPS[method]
-    options = kind.Options(**OPTIONS.get(method, {}))
+    options = kind.Options(**OPTIONS.get(method, {}), **({"lean": True} if lean else {}))
     kind.prepare_model(model, options, seed=2)
     if method == "paco":
         model.auxiliary.layers[1] = nn.Identity()  # its BatchNorm
@@ -146,9 +168,12 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
     )
     step = kind(parts, options)
     step.start_epoch(0)
-    for _ in range(ITERATIONS):
-        step(share(draw(12, generator), reducer), share(draw(10, generator), reducer))
+    with activations_let_go() as let_go:
+        for _ in range(ITERATIONS):
+            step(share(draw(12, generator), reducer), share(draw(10, generator), reducer))
     state = {"model": model.state_dict()}
+    if lean:
+        state["let_go"] = {"activations": torch.tensor(let_go)}
     if hasattr(step, "net"):
         state["net"] = step.net.state_dict()
     if method == "paco":

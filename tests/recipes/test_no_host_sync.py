@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 from test_combinations import FIRST, SECOND, load, stage
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlt.steps import STEPS
@@ -29,6 +31,19 @@ class NothingIsRead(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+# What fetches a whole tensor; on a CPU nothing is dispatched for it. (`numpy` refuses a GPU's tensor by itself.)
+FETCHES = {Tensor.cpu, Tensor.tolist}
+
+
+class NothingIsFetched(TorchFunctionMode):
+    """An error where a tensor is brought to the host."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in FETCHES:
+            raise AssertionError(f"{function} makes the host wait")
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def watched(monkeypatch):
     """Every step is watched; returns the names of the methods whose iterations were."""
@@ -38,7 +53,7 @@ def watched(monkeypatch):
         @functools.wraps(call)
         def iterate(*args):
             seen.append(name)
-            with NothingIsRead():
+            with NothingIsRead(), NothingIsFetched():
                 return call(*args)
 
         return iterate
@@ -66,9 +81,18 @@ def test_no_method_reads_a_number_back(digits, tmp_path, watched):
     assert set(methods) <= set(watched)
 
 
-def test_what_reads_a_number_back_is_found(digits, tmp_path, watched, monkeypatch):
+READERS = {
+    "item": Tensor.item,
+    "bool": bool,
+    "cpu": Tensor.cpu,
+    "tolist": lambda t: t.detach().tolist(),
+}
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_what_reads_a_number_back_is_found(digits, tmp_path, watched, monkeypatch, read):
     kind = STEPS["plain"]
-    monkeypatch.setattr(kind, "descend", lambda self, objective: objective.item())
+    monkeypatch.setattr(kind, "descend", lambda self, objective: READERS[read](objective))
     words = [f"data.converted={digits}", f"runs={tmp_path}", "data.loader=resident", "num_threads=1"]
     with pytest.raises(AssertionError, match="makes the host wait"):
         Trainer(load([stage("plain")], *words)).fit()

@@ -77,3 +77,11 @@ def test_a_wrong_word_is_one_message(capsys):
     assert "did you mean 'step'" in capsys.readouterr().err
     assert benchmark.main(["step", "--backbone", "cifar_resnet33", "--threads", str(torch.get_num_threads())]) == 2
     assert "cifar_resnet3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["step", "data", "augment"])
+def test_a_device_that_is_not_there_is_one_message(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([command, "--device", "nope"])
+    assert stopped.value.code == 2
+    assert "'nope' is no device of this machine; allowed here: cpu" in capsys.readouterr().err

@@ -123,16 +123,24 @@ def test_a_network_with_batchnorm_is_scored_as_its_own_eval_pass_does(limit, mon
         return x.float() / 64 - 2
 
     rolling = ClassAccuracy(images, labels, CLASSES, prepare=prepare, refresh="rolling", window=7, batch_size=32)
+    exact = ClassAccuracy(images, labels, CLASSES, prepare=prepare, batch_size=32)
     assert (rolling.images.dtype == torch.uint8) == (limit == 0)
+    answers = []
     for round_ in range(2):
         model(prepare(images[:16]))  # moves BatchNorm's statistics
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
         with class_accuracy.evaluation_mode(model):
             right = (model(prepare(images)).argmax(1) == labels).float()
         expected = torch.stack([right[labels == c].mean() for c in range(CLASSES)])
         for _ in range(7 if round_ else 1):
             latest = rolling.update(model)
         assert torch.equal(latest, expected)
-    assert len(rolling.folded.pairs) == 7
+        assert torch.equal(exact.update(model), expected)
+        answers.append(expected)
+    assert not torch.equal(*answers), "both rounds must differ, for what is folded to be of the latest network"
+    assert len(rolling.folded.pairs) == len(exact.folded.pairs) == 7
 
 
 def test_state_continues_in_the_middle_of_a_round():

@@ -100,7 +100,8 @@ def test_what_cannot_be_compiled_says_why_and_trains(method, drop_rate, why):
     assert torch.isfinite(step(*batches(0)).loss)
 
 
-def test_a_compiler_that_fails_is_given_up_with_its_reason_and_without_a_trace(monkeypatch):
+@pytest.mark.parametrize(("method", "drop_rate"), [("plain", 0.5), ("difficulty", 0.0)])
+def test_a_compiler_that_fails_is_given_up_with_its_reason_and_without_a_trace(monkeypatch, method, drop_rate):
     def failing(function, **options):
         def run(*args):
             function(*args)  # what it computed before it failed must not stay
@@ -109,11 +110,15 @@ def test_a_compiler_that_fails_is_given_up_with_its_reason_and_without_a_trace(m
         return run
 
     monkeypatch.setattr(torch, "compile", failing)
-    step = make_step("plain", Compiler("inductor"))
-    before = copy.deepcopy(step.state_dict())
+    step = make_step(method, Compiler("inductor"), drop_rate)
+    if method == "difficulty":
+        step.set_counters((7, (5, False, True)))  # as a run that resumes
+    before, counters, random = copy.deepcopy(step.state_dict()), step.counters(), torch.get_rng_state()
     assert ready(step, *batches(0)) == (step, "RuntimeError: no C++ compiler")
     for (name, old), (_, new) in zip(tensors(before), tensors(step.state_dict()), strict=True):
         assert torch.equal(old, new), name
+    assert step.counters() == counters
+    assert torch.equal(random, torch.get_rng_state())
     assert torch.isfinite(step(*batches(0)).loss)
 
 

@@ -90,6 +90,10 @@ MISTAKES = [
     (f"{STAGE}.loss_options.gamma=1", [f"{STAGE}.loss", "gamma"]),
     ("model.name=resnet23", ["model.name", "resnet23", "resnet"]),
     ("data.augment=[flop]", ["data.augment", "flop", "flip"]),
+    (f"{STAGE}.lr=.nan", [f"{STAGE}.lr", "no finite number (nan)", "allowed: a number"]),
+    (f"{STAGE}.weight_decay=inf", [f"{STAGE}.weight_decay", "no finite number (inf)"]),
+    (f"{STAGE}.milestones=[.nan]", [f"{STAGE}.milestones[0]", "no finite number"]),
+    ("checkpoint_every_s=.nan", ["checkpoint_every_s", "no finite number"]),
     (f"{STAGE}.epochs=3", [STAGE, "iterations and epochs"]),
     (f"{STAGE}.iterations=null", [STAGE, "neither"]),
     (f"{STAGE}.iterations=0", [f"{STAGE}.length", "> 0"]),
@@ -133,6 +137,14 @@ def test_lean_is_refused_where_nothing_is_recorded(write, word, allowed):
     assert load_recipe(write(BASE), lean).stages["end_to_end"].options["lean"]
     with pytest.raises(RecipeError, match=rf"options\.lean: .* set {word.split('=')[0]}: {allowed}"):
         load_recipe(write(BASE), [*lean, word])
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "driver_weight"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-1"])
+def test_a_meta_step_takes_no_number_that_it_could_not_train_with(write, option, value):
+    words = [f"{STAGE}.method=difficulty", f"{STAGE}.options.{option}={value}"]
+    with pytest.raises(RecipeError, match=rf"^{STAGE}\.options.*{option}.*number"):
+        load_recipe(write(BASE), words)
 
 
 def test_several_mistakes_come_in_one_message(write):

@@ -370,6 +370,15 @@ def test_the_command_answers_a_mistake_with_one_message_and_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_may_stand_anywhere_among_the_words(capsys):
+    words = [str(RECIPE), "seed=5", f"{STAGE}.lr=0.2"]
+    for position in range(len(words) + 1):
+        assert main([*words[:position], "--check", *words[position:]]) == 0
+        printed = capsys.readouterr().out
+        assert "seed: 5" in printed
+        assert "lr: 0.2" in printed
+
+
 def test_the_command_survives_a_kill_and_a_stop(digits_words, tmp_path):
     words = [*digits_words, f"{STAGE}.iterations=400", f"{STAGE}.evaluate_every=20"]
     folder = tmp_path / "runs" / "digits_lt"

@@ -15,9 +15,10 @@ def positive(text: str) -> int:
 
 
 def usable_device(text: str) -> str:
-    """A device of torch that is there."""
+    """A device of torch that this machine has."""
     try:
         torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, and a torch that was built without CUDA
-        raise argparse.ArgumentTypeError(f"{text!r} is no device here ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError):  # an unknown name, and a torch that was built without CUDA
+        allowed = "cpu, cuda, cuda:0, ..." if torch.cuda.is_available() else "cpu; there is no CUDA device"
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; allowed here: {allowed}") from None
     return text

@@ -40,6 +40,7 @@ import torch
 from fastlt.host_memory import allocator, keep_freed_memory
 from fastlt.models.classifier import check_model
 from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, float64_gradient, make_problem, missing
+from tools.benchmarks.options import positive, usable_device
 
 ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
 
@@ -87,11 +88,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-        return int(text)
-
     parser.add_argument("--backbone", default="cifar_resnet32", metavar="NAME", help="default: cifar_resnet32")
     parser.add_argument("--classes", type=positive, default=10, metavar="C", help="default: 10")
     parser.add_argument("--batch", type=positive, default=128, metavar="N", help="training batch (default: 128)")
@@ -101,7 +97,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     usual = [name for name in WAYS if name not in ON_REQUEST]
     parser.add_argument(
         "--rows", nargs="+", choices=list(WAYS), default=usual, help="default: all but those on request"
