@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
     time, a plain step 1 %, since its smaller heap was reused before. The peak of the process rose by 2 %.
 
     Changes the process for good. Returns whether it was done: False where malloc is not glibc's, but preloaded or of
-    another C library; preloaded ones keep freed memory by themselves.
+    another C library.
     """
     if not is_glibc(allocator()):
         return False
@@ -57,6 +57,5 @@ def why_holes_stay() -> str | None:
         return None
     return (
         f"memory comes from {name}, whose heap is left with holes that later blocks do not fit into; to gain all that "
-        f"can be saved, start the command with LD_PRELOAD={ADVISED} (Debian's package {ADVISED_PACKAGE}), or with "
-        "jemalloc or mimalloc"
+        f"can be saved, start the command with LD_PRELOAD={ADVISED} (Debian's package {ADVISED_PACKAGE})"
     )
