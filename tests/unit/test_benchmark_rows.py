@@ -75,6 +75,13 @@ def test_data_has_the_bare_pipelines_as_rows_of_their_own(capsys, tmp_path):
     assert settings["workers"] == 1
 
 
+@needs_dali
+def test_data_takes_the_small_images_from_cifar(capsys, real_data):
+    root = real_data("cifar-10-batches-py").parent
+    rows, _ = run(capsys, "data", "--cifar", str(root), "--small-count", "16", "--batch", "4", "--workers", "1")
+    assert {"CIFAR-10: fastlt ffcv", "CIFAR-10: bare ffcv", "CIFAR-10: torchvision"} <= rows.keys()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -97,6 +104,7 @@ def test_words_that_make_no_sense_are_one_message_and_code_2(capsys, words, mess
     ("words", "message"),
     [
         (["data", "--images", "/nowhere"], "/nowhere has no file that ends in .jpg or .jpeg"),
+        (["data", "--cifar", "/nowhere"], "cifar10 is not under /nowhere"),
         (["train", RECIPE, "data.loader=fcv"], "did you mean 'ffcv'"),
         (["train", RECIPE, "--stage", "second"], "has no stage 'second'"),
     ],

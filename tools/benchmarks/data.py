@@ -3,9 +3,10 @@
     python tools/benchmark.py data --images DIR
 
 Two kinds of jobs: random-resized crops of the JPEGs below DIR, repeated up to --count, once for each --storage; and
-small images without a crop, as CIFAR's. Bare FFCV and DALI read the very files that ours do and do the same work with
-their own operators and random numbers; torchvision's DataLoader decodes the originals with PIL. All shuffle, and use
---workers threads or processes. Without --images only the small images are measured.
+small images without a crop, those of CIFAR-10 (--cifar) or random ones of its size. Bare FFCV and DALI read the very
+files that ours do and do the same work with their own operators and random numbers; torchvision's DataLoader decodes
+the originals with PIL. All shuffle, and use --workers threads or processes. Without --images only the small images
+are measured.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from loaders.factory import make_loader
 from loaders.ffcv_format import FfcvOptions
 from loaders.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source
+from loaders.sources.cifar import CIFAR10, read_cifar
 from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from tools.benchmarks.options import positive, usable_device
 from tools.benchmarks.rounds import Row, interleaved, report, row
@@ -50,6 +52,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
     parser.add_argument("--count", type=positive, default=1024, help="photographs (default: 1024)")
     parser.add_argument("--small-count", type=positive, default=20_000, help="small images (default: 20000)")
+    parser.add_argument("--cifar", type=Path, metavar="DIR", help="folder that holds CIFAR-10, for the small images")
     parser.add_argument("--size", type=positive, default=224, help="side of the crops (default: 224)")
     parser.add_argument(
         "--storage",
@@ -92,13 +95,22 @@ def _measure_photographs(words: argparse.Namespace, storage: str, folder: Path) 
 
 
 def _measure_small(words: argparse.Namespace, folder: Path) -> list[Row]:
-    pixels = np.random.default_rng(0).integers(0, 256, (words.small_count, 8, 8, 3), dtype=np.uint8)
-    pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)
+    if words.cifar is None:
+        pixels = np.random.default_rng(0).integers(0, 256, (words.small_count, 8, 8, 3), dtype=np.uint8)
+        pixels, origin = pixels.repeat(4, axis=1).repeat(4, axis=2), "random"
+    else:
+        train, _, _ = read_cifar(CIFAR10, words.cifar, download=False)
+        pixels, origin = train.pixels[np.arange(words.small_count) % len(train)], "cifar10"
     labels = np.zeros(len(pixels), dtype=np.int64)
-    split = ArraySplit.whole(pixels, labels, origin="random", provenance="benchmark")
+    split = ArraySplit.whole(pixels, labels, origin=origin, provenance="benchmark")
     dataset = _convert(split, folder, FfcvOptions("raw", num_workers=words.workers), BOTH)
     return _measure(
-        "32 px", ("resident", "ffcv", "dali", "resident_jpeg", "torch"), dataset, split, CropSpec("none"), words
+        "32 px" if words.cifar is None else "CIFAR-10",
+        ("resident", "ffcv", "dali", "resident_jpeg", "torch"),
+        dataset,
+        split,
+        CropSpec("none"),
+        words,
     )
 
 
