@@ -17,7 +17,8 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -45,14 +46,15 @@ ONLY_FOR = {
     "no_download": CIFAR,
 }
 WITH_VERIFY = ("verify", "workers", "quiet")
+AGAIN_S = 0.05  # after which a signal's exception that Python dropped is raised again
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line `words`; returns the exit code. A mistake in the input is one message, not a traceback."""
     arguments = parse(words)
-    before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        return run_verify(arguments) if arguments.verify else run_convert(arguments)
+        with ended_by_signals():
+            return run_verify(arguments) if arguments.verify else run_convert(arguments)
     except ValueError as error:
         print(f"convert_dataset.py: error: {error}", file=sys.stderr)
     except OSError as error:
@@ -64,8 +66,6 @@ def main(words: list[str] | None = None) -> int:
     except Terminated:
         print("\nconvert_dataset.py: terminated; nothing was left behind", file=sys.stderr)
         return 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 2
 
 
@@ -75,6 +75,38 @@ class Terminated(BaseException):
 
 def _terminated(number: int, frame: object) -> NoReturn:
     raise Terminated
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt, and neither is lost.
+
+    Python drops what is raised while it runs a finaliser or a hook of fork: it is raised once more a moment later.
+    """
+    dropped: list[type[BaseException]] = []
+    report = sys.unraisablehook
+
+    def keep(unraisable: object) -> None:
+        if issubclass(unraisable.exc_type, Terminated | KeyboardInterrupt):
+            dropped.append(unraisable.exc_type)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        else:
+            report(unraisable)
+
+    def again(number: int, frame: object) -> NoReturn:
+        raise dropped[-1]
+
+    before = {
+        number: signal.signal(number, to) for number, to in ((signal.SIGTERM, _terminated), (signal.SIGALRM, again))
+    }
+    sys.unraisablehook = keep
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = report
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:

@@ -250,6 +250,28 @@ def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarte
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGTERM, convert_dataset.Terminated), (signal.SIGINT, KeyboardInterrupt)],
+    ids=["terminated", "interrupted"],
+)
+def test_a_signal_in_a_finaliser_is_not_lost(capsys, number, expected):
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work():
+        Finalised()  # gone at once; Python drops what its finaliser raises
+        time.sleep(30)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGALRM)]
+    with pytest.raises(expected), convert_dataset.ended_by_signals():
+        work()
+    assert capsys.readouterr().err == ""
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGALRM)] == handlers
+    time.sleep(2 * convert_dataset.AGAIN_S)  # nothing comes after it
+
+
 def test_real_cifar10_by_both_conventions(real_data, tmp_path):
     root = real_data("cifar-10-batches-py").parent
     for convention, total in (("ldam", 12_406), ("paper", 12_380)):
