@@ -698,8 +698,8 @@ class Trainer:
         self._finite(output)
         state = step.state_dict()
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": checkpoint.random_states()}
-        # BatchNorm's running statistics are those of each process's own batches.
         own["backends"] = self.backends
+        # BatchNorm's running statistics are those of each process's own batches.
         own["buffers"] = {k: b.cpu() for k, b in self.model.named_buffers()}
         processes = gather_object([own])
         if self.main:
