@@ -40,6 +40,11 @@ class Compiler:
             # process, not of this compiler: the backward pass is compiled when it is first run, wherever that is.
             torch._functorch.config.donated_buffer = False
 
+    @property
+    def traces(self) -> bool:
+        """Whether functions are taken apart into their operations now, so that Python must not watch them run."""
+        return self.active and self.mode == "inductor"
+
     def __call__(self, function: Callable) -> Callable:
         """`function`, compiled when it is first called. It must not change anything but the buffers of a module."""
         if self.mode != "inductor":

@@ -78,6 +78,19 @@ class RuledOperations(TorchFunctionMode):
         return self.returned
 
 
+class RuledTangents(RuledOperations):
+    """Inside a dual level: operations with a rule have their tangents from it, next to their outputs."""
+
+    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
+        if overwrites:
+            return function(*args, **kwargs)  # torch's derivative of what writes to its argument is as short
+        primals = [parts(a)[0] for a in args]
+        named = {name: parts(a)[0] for name, a in kwargs.items()}
+        output, saved = rule.forward(function, *primals, **named)
+        tangent = rule.tangent(function, saved, output, *args, **kwargs)
+        return output if tangent is None else forward_ad.make_dual(output, tangent)
+
+
 def parts(x: Any) -> tuple[Any, Tensor | None]:
     """(primal, tangent) of an argument; the tangent of a constant, or of what is no tensor, is None."""
     return tuple(forward_ad.unpack_dual(x)) if isinstance(x, Tensor) else (x, None)
@@ -105,13 +118,16 @@ def linear_map_tangent(function, saved, output, input: Tensor, weight: Tensor, b
 
 def batch_norm_applies(input, running_mean, running_var, weight=None, bias=None, training=False, *args, **kwargs):
     """Batch statistics, of more than one value a channel (with fewer, torch has the error message)."""
-    return training and input.numel() > input.shape[1] and input.device.type == "cpu"
+    return training and input.numel() > input.shape[1] and input.device.type in ("cpu", "cuda")
 
 
 def batch_norm_forward(
     function, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
-    """The kernel that F.batch_norm ends in on a CPU; it also tells the batch statistics."""
+    """torch's own kernel, which F.batch_norm ends in on a CPU; it also tells the batch statistics.
+
+    On a GPU F.batch_norm may take cuDNN's, which differs by rounding.
+    """
     output, mean, inverse_std = torch.native_batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )

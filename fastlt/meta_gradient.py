@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlt.forward_rules import ForwardChangedError
+from fastlt.forward_rules import ForwardChangedError, RuledTangents
 from fastlt.recorded_forward import ForwardRecord
 
 Tensors = dict[str, Tensor]
@@ -114,13 +114,16 @@ def directional_derivative(
 ) -> Tensor:
     """d/de losses(parameters + e * direction) at e = 0, for all samples at once: (b,), in the losses' dtype.
 
-    record: of a pass `losses(parameters)` that was made before; its activations are used instead of new ones. A pass
-    that cannot be repeated gives a warning and a Jacobian-vector product without it.
+    record: of a pass `losses(parameters)` that was made before; its activations are used instead of new ones, in its
+    types. A pass that cannot be repeated gives a warning and a Jacobian-vector product without it.
     """
 
     def tangents(primals: Tensors, unit: Tensors) -> Tensor:
-        reused = None if record is None else _reusing(losses, parameters, unit, record)
-        return torch.func.jvp(losses, (primals,), (unit,))[1] if reused is None else reused
+        reused = None if record is None else _reusing(losses, primals, unit, record)
+        if reused is not None:
+            return reused
+        with RuledTangents():
+            return _tangent_along(losses, primals, unit)
 
     return along_unit_direction(tangents, parameters, direction)
 
@@ -141,17 +144,25 @@ def along_unit_direction(
             return tangents({name: p.detach() for name, p in parameters.items()}, unit) * norm
 
 
-def _reusing(losses: LossOfParameters, parameters: Tensors, tangents: Tensors, record: ForwardRecord) -> Tensor | None:
-    """The losses' tangents from a recorded pass, or None, with a warning, when the pass does not repeat itself."""
+def _tangent_along(losses: LossOfParameters, parameters: Tensors, direction: Tensors) -> Tensor:
+    """d/de losses(parameters + e * direction) at e = 0, (b,); parameters: detached."""
+    with forward_ad.dual_level():
+        values = losses({name: forward_ad.make_dual(p, direction[name]) for name, p in parameters.items()})
+        primal, tangent = forward_ad.unpack_dual(values)
+        return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _reusing(losses: LossOfParameters, parameters: Tensors, direction: Tensors, record: ForwardRecord) -> Tensor | None:
+    """`_tangent_along` from a recorded pass, or None, with a warning, when the pass does not repeat itself."""
     device = next(iter(parameters.values())).device
     state = random_state(device)
+
+    def repeated(duals: Tensors) -> Tensor:
+        with record.reused():
+            return losses(duals)
+
     try:
-        with forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(p.data, tangents[name]) for name, p in parameters.items()}
-            with record.reused():
-                values = losses(duals)
-            primal, tangent = forward_ad.unpack_dual(values)
-            return torch.zeros_like(primal) if tangent is None else tangent
+        return _tangent_along(repeated, parameters, direction)
     except ForwardChangedError as change:
         warnings.warn(
             f"the model does not do the same twice on one batch ({change}); its forward pass is computed again for the "
@@ -185,7 +196,12 @@ def is_stochastic(model: nn.Module) -> bool:
 
 
 def random_state(device: torch.device) -> Mapping[str, Tensor]:
-    """The state of the default generators that a forward pass on `device` draws from."""
+    """The state of the default generators that a forward pass on `device` draws from.
+
+    Empty while a CUDA graph is captured: nothing that draws is, and the generators may not be asked then.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return {}
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -208,6 +224,7 @@ def replayed_randomness(state: Mapping[str, Tensor], device: torch.device):
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Put a `random_state` back."""
-    torch.set_rng_state(state["cpu"])
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

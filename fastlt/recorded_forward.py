@@ -11,7 +11,7 @@ pass, which computes it on its way, gives it back to autograd for the backward p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,8 +22,8 @@ from fastlt.kept_activations import Activation, KeptWatch, Making, Watch
 
 
 def recordable(images: Tensor) -> bool:
-    """Whether passes on such images are worth recording: on a CPU; elsewhere BatchNorm has kernels without a rule."""
-    return images.device.type == "cpu"
+    """Whether passes on such images can be recorded: where the rules know the kernels, on CPUs and CUDA devices."""
+    return images.device.type in ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,14 @@ class ForwardRecord:
     Holds references to activations that autograd mostly holds anyway; `clear` drops them.
     lean: whether `lighten` frees memory. Autograd then shares what it keeps with the record, which holds nothing else
         but what costs too much to be made again.
+    autocast: makes the context that the recorded pass runs in; `reused` enters it, so that the tangent has its types.
     """
 
-    def __init__(self, lean: bool = False) -> None:
+    def __init__(
+        self, lean: bool = False, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self.calls: list[Call] = []
-        self.lean = lean
+        self.lean, self.autocast = lean, autocast
 
     def clear(self) -> None:
         self.calls.clear()
@@ -76,7 +79,7 @@ class ForwardRecord:
         """
         mode = _Reuse(self.calls)
         try:
-            with mode:
+            with self.autocast(), mode:
                 yield
             if mode.position != len(self.calls):
                 raise ForwardChangedError(f"{mode.position} of {len(self.calls)} recorded operations were repeated")

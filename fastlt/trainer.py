@@ -91,6 +91,8 @@ class Trainer:
         self._set_threads()
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolutions are found once
         set_seed(recipe.seed)
         self.dataset = prepare_dataset(recipe.data, self.accelerator)
         self.counts = self.dataset.class_counts(recipe.data.shots)

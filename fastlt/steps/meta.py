@@ -16,11 +16,13 @@ from fastlt import meta_gradient
 from fastlt.compiled import adam_options
 from fastlt.host_memory import why_holes_stay
 from fastlt.kept_activations import OverwrittenError, lean
+from fastlt.names import pick
 from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 
-WHERE_LEAN = "activations are made again on a CPU only, in fp32 and with compile: none"
+TANGENTS = ("fp32", "autocast")
+WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
 
 
 def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -61,6 +63,7 @@ class MetaStep(Step):
     def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
         super().__init__(parts, options)
         self.network: nn.Module = parts.model
+        self.low_tangent = False  # whether the tangent has the types of mixed precision, and not float32
         self.lean = False  # whether activations that are cheap to compute are computed again to save memory
         self.lean_meta_pass = True  # until the model shows that it overwrites what they would be computed from
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
@@ -92,17 +95,19 @@ class MetaStep(Step):
         random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
         if not self._records(inputs):
             return TrainingPass(inputs, batch.labels, self.losses(inputs, batch.labels), random_state)
-        record = ForwardRecord(self.lean)
+        record = ForwardRecord(self.lean, self.parts.autocast)
         with record.recording():
             losses = self.losses(inputs, batch.labels)
         return TrainingPass(inputs, batch.labels, losses, random_state, record)
 
     def _records(self, inputs: Tensor) -> bool:
-        """Not what is compiled. Not in mixed precision: activations in bfloat16 are too coarse for the tangent."""
-        if self.parts.compiler.active:
-            return False
+        """What the tangent or `lean` has a use for, unless inductor compiles it."""
+        return not self.parts.compiler.traces and recordable(inputs) and (self.lean or self._reuses(inputs.device))
+
+    def _reuses(self, device: torch.device) -> bool:
+        """Whether the tangent's pass has the types of the training pass, whose activations it can then take."""
         with self.parts.autocast():
-            return recordable(inputs) and not torch.is_autocast_enabled(inputs.device.type)
+            return self.low_tangent or not torch.is_autocast_enabled(device.type)
 
     def per_sample_gradient(
         self, run: TrainingPass, weights: Tensor, meta_batch: Batch, lr: float | Tensor | None = None
@@ -161,8 +166,8 @@ class MetaStep(Step):
             return self._tangent_of_pass(run, direction)
 
     def _tangent_of_pass(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
-        # Outside autocast: a bfloat16 tangent was 4e-2 off, the float32 one 4e-7.
-        if self.parts.compiler.active:
+        # Outside autocast, but for `low_tangent`: along one direction, a bfloat16 tangent was 1e-2 off, this one 1e-4.
+        if self.parts.compiler.traces:
             stays = meta_gradient.what_stays(self.network, self.ahead)
             return meta_gradient.along_unit_direction(
                 lambda primals, unit: self.tangents(primals, unit, *stays, run.inputs, run.labels),
@@ -170,7 +175,8 @@ class MetaStep(Step):
                 direction,
             )
         losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
-        return meta_gradient.directional_derivative(losses, self.ahead, direction, run.record)
+        record = run.record if self._reuses(run.inputs.device) else None
+        return meta_gradient.directional_derivative(losses, self.ahead, direction, record)
 
 
 @dataclass(frozen=True)
@@ -221,35 +227,39 @@ class LearnedWeightStep(MetaStep):
     class Options:
         """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`.
         lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and
-            a little slower; on a CPU, in float32, with `compile: none`.
+            a little slower; not with `compile: inductor`.
+        tangent: of the meta-gradient under mixed precision. fp32: by a forward pass of its own. autocast: from the
+            training pass's activations, in its types; that is what differentiating twice would give there.
         """
 
         lr: float = 1e-3
         weight_decay: float = 1e-4
         approximate: Approximation = field(default_factory=Approximation)
         lean: bool = False
+        tangent: str = "fp32"
 
         def __post_init__(self) -> None:
             check_not_negative(self, "lr", "weight_decay")
+            pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
         mistakes = super().check_stage(stage, recipe)
-        if stage.options.get("lean"):
-            for key, value, allowed in (("precision", recipe.precision, "fp32"), ("compile", recipe.compile, "none")):
-                if value != allowed:
-                    mistakes.append(f"options.lean: is true with {key}: {value}; {WHERE_LEAN}; set {key}: {allowed}")
+        if stage.options.get("lean") and recipe.compile == "inductor":
+            mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
+        if stage.options.get("tangent") == "autocast" and recipe.precision == "fp32":
+            mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
         return mistakes
 
     @classmethod
     def check_model(cls, model: nn.Module, options: Options) -> None:
         if options.lean and not recordable(next(model.parameters())):
-            raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out, or train on a CPU")
+            raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out")
         options.approximate.parameters_of(model)
 
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
         super().__init__(parts, options)
-        self.lean = self.options.lean
+        self.lean, self.low_tangent = self.options.lean, self.options.tangent == "autocast"
         if self.lean and not self._records(self.parameters[0]):
             raise ValueError(f"options.lean is true; {WHERE_LEAN}")
         self.ahead = self.options.approximate.parameters_of(parts.model)

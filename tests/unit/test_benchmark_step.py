@@ -85,3 +85,20 @@ def test_a_device_that_is_not_there_is_one_message(command, capsys):
         benchmark.main([command, "--device", "nope"])
     assert stopped.value.code == 2
     assert "'nope' is no device of this machine; allowed here: cpu" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compiled_is_measured_as_it_is_and_says_so(capsys):
+    rows = run(capsys, "--no-memory", "--no-errors", "--compile", "cudagraph", "--rows", "plain", "double_backward")
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["grad_rel_error"] is None
+        assert row["why"] == "not compiled: CUDA graphs need a CUDA device"
+
+
+def test_the_operations_of_a_step_are_those_of_its_passes():
+    ways = {name: meta_steps.WAYS[name](step.problem_of(step.parse(SMALL))) for name in ("plain", "ours_frozen")}
+    plain, ours = (step.matrix_operations(way) for way in ways.values())
+    # By count of forwards, a backward pass being two: 3 for the plain step, with 8 meta images for 12 of the batch
+    # 1 + 2 + 8 / 12 * 3 + 2 + 2 for ours; the first layer's input needs no gradient and has no tangent.
+    assert ours / plain == pytest.approx(3, rel=0.05)
+    assert step.matrix_rate(step.problem_of(step.parse(SMALL))) > 1e8

@@ -131,12 +131,21 @@ def test_every_mistake_is_named(write, word, expected):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(("word", "allowed"), [("precision=bf16", "fp32"), ("compile=inductor", "none")])
-def test_lean_is_refused_where_nothing_is_recorded(write, word, allowed):
+def test_lean_is_refused_where_nothing_is_recorded(write):
     lean = [f"{STAGE}.method=difficulty", f"{STAGE}.options.lean=true"]
-    assert load_recipe(write(BASE), lean).stages["end_to_end"].options["lean"]
-    with pytest.raises(RecipeError, match=rf"options\.lean: .* set {word.split('=')[0]}: {allowed}"):
-        load_recipe(write(BASE), [*lean, word])
+    for word in ("precision=bf16", "compile=cudagraph"):
+        assert load_recipe(write(BASE), [*lean, word]).stages["end_to_end"].options["lean"]
+    with pytest.raises(RecipeError, match=r"options\.lean: .* set compile: none"):
+        load_recipe(write(BASE), [*lean, "compile=inductor"])
+
+
+def test_a_tangent_in_mixed_precision_needs_mixed_precision(write):
+    words = [f"{STAGE}.method=difficulty", f"{STAGE}.options.tangent=autocast"]
+    assert load_recipe(write(BASE), [*words, "precision=bf16"]).stages["end_to_end"].options["tangent"] == "autocast"
+    with pytest.raises(RecipeError, match=r"options\.tangent: is autocast with precision: fp32"):
+        load_recipe(write(BASE), words)
+    with pytest.raises(RecipeError, match="did you mean 'autocast'"):
+        load_recipe(write(BASE), [words[0], f"{STAGE}.options.tangent=autocst", "precision=bf16"])
 
 
 @pytest.mark.parametrize("option", ["lr", "weight_decay", "driver_weight"])

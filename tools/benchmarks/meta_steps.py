@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlt.augment import build_augment
+from fastlt.augment import Augment, normalise
 from fastlt.class_accuracy import ClassAccuracy
+from fastlt.compiled import Compiler, CudaCapture, adam_options, make_sgd, ready
 from fastlt.difficulty import DifficultyNet, class_weights
 from fastlt.losses import build_loss
 from fastlt.models import build_model
@@ -47,6 +48,7 @@ class Problem:
     num_classes: int
     memory_format: torch.memory_format
     precision: str
+    compile: str = "none"
 
     @property
     def device(self) -> torch.device:
@@ -58,12 +60,7 @@ class Problem:
 
     def augment(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalised images in the model's memory format, without random changes: they would be noise in the times."""
-        return self._normalise(images, dtype).contiguous(memory_format=self.memory_format)
-
-    def _normalise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        return build_augment([], image_size=images.shape[-1], mean=MEAN, std=STD, seed=0, device=images.device)(
-            images, dtype
-        )
+        return normalise(images, MEAN, STD, dtype).contiguous(memory_format=self.memory_format)
 
 
 def make_problem(
@@ -76,6 +73,7 @@ def make_problem(
     channels_last: bool,
     precision: str,
     device: str,
+    compile: str = "none",
 ) -> Problem:
     """Random images and labels, a network as it is initialised, accuracies between 0.2 and 0.9."""
     torch.manual_seed(0)
@@ -97,6 +95,7 @@ def make_problem(
         num_classes=num_classes,
         memory_format=memory_format,
         precision=precision,
+        compile=compile,
     )
 
 
@@ -110,12 +109,27 @@ class Way:
         self.problem = problem
         self.accuracy: Tensor | None = None
 
+    def compiled(self) -> tuple[Callable[[], Any], str | None]:
+        """What takes the steps from now on, as the problem's `compile` says, and None or why it is not compiled."""
+        raise NotImplementedError
+
     def step(self) -> None:
         raise NotImplementedError
 
     def theta_gradient(self) -> Tensor | None:
         """The gradient of the meta loss in the parameters of Difficulty-Net, flat; None for plain training."""
         raise NotImplementedError
+
+
+class Normalise(Augment):
+    """Augmentation that leaves the images as they are, in the problem's memory format."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__((), MEAN, STD, 0, problem.device)
+        self.memory_format = problem.memory_format
+
+    def apply(self, images: Tensor, draws: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return super().apply(images, draws, dtype).contiguous(memory_format=self.memory_format)
 
 
 class FrozenAccuracy(ClassAccuracy):
@@ -126,6 +140,24 @@ class FrozenAccuracy(ClassAccuracy):
 
     def update(self, model: nn.Module) -> Tensor:
         return self.frozen
+
+    def variant(self) -> None:
+        return None
+
+    def counters(self) -> None:
+        return None
+
+    def set_counters(self, counters: Any) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 class OwnStep(Way):
@@ -138,12 +170,13 @@ class OwnStep(Way):
         parts = StepParts(
             model=model,
             loss=build_loss("cross_entropy", counts),
-            optimizer=new_sgd(list(model.parameters())),
-            augment=problem.augment,
-            meta_augment=problem.augment,
+            optimizer=new_sgd(list(model.parameters()), problem),
+            augment=Normalise(problem),
+            meta_augment=Normalise(problem),
             class_counts=counts,
             class_accuracy=class_accuracy,
             autocast=problem.autocast,
+            compiler=Compiler(problem.compile),
         )
         self.of_fastlt = STEPS[method](
             parts, DifficultyStep.Options(driver_weight=0.0, **options) if method == "difficulty" else None
@@ -154,6 +187,10 @@ class OwnStep(Way):
     def step(self) -> None:
         output = self.of_fastlt(self.problem.batch, self.problem.meta_batch)
         self.accuracy = output.per_class.get("meta_accuracy")
+
+    def compiled(self) -> tuple[Callable[[], Any], str | None]:
+        iterate, reason = ready(self.of_fastlt, self.problem.batch, self.problem.meta_batch)
+        return lambda: iterate(self.problem.batch, self.problem.meta_batch), reason
 
     def theta_gradient(self) -> Tensor | None:
         if not isinstance(self.of_fastlt, DifficultyStep):
@@ -179,8 +216,9 @@ class TwiceDifferentiated(Way):
         self.net = copy.deepcopy(problem.net).to(dtype)
         self.accuracy = (problem.accuracy if accuracy is None else accuracy).to(dtype)
         self.parameters = list(self.model.parameters())
-        self.optimizer = new_sgd(self.parameters)
-        self.net_optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4, foreach=True)
+        self.optimizer = new_sgd(self.parameters, problem)
+        adam = adam_options(problem.compile, problem.device)
+        self.net_optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4, **adam)
 
     def losses(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         """Per-sample cross-entropy (b,)."""
@@ -197,6 +235,18 @@ class TwiceDifferentiated(Way):
 
     def step(self) -> None:
         self.theta_gradient()
+
+    def compiled(self) -> tuple[Callable[[], Any], str | None]:
+        """By hand, as a user of these packages could: a CUDA graph of the whole step; inductor does not do it."""
+        if self.problem.compile != "cudagraph":
+            return self.step, f"is not compiled by {self.problem.compile}"
+        if self.problem.device.type != "cuda":
+            return self.step, "CUDA graphs need a CUDA device"
+        try:
+            return CudaCapture()(self.step)[0], None
+        except Exception as error:
+            torch.cuda.synchronize()
+            return self.step, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
     def theta_gradient(self) -> Tensor:
         losses, parameters, gradients = self.meta_gradient()
@@ -255,9 +305,10 @@ class TorchOpt(TwiceDifferentiated):
         return losses, self.parameters, gradients
 
 
-def new_sgd(parameters: list[Tensor]) -> torch.optim.Optimizer:
+def new_sgd(parameters: list[Tensor], problem: Problem) -> torch.optim.Optimizer:
     """The optimizer of every way."""
-    return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
+    groups = [{"params": parameters}]
+    return make_sgd(groups, problem.compile, LR, problem.device, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
 def apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
@@ -272,7 +323,7 @@ def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
     return ClassAccuracy(
         *problem.meta_set,
         problem.num_classes,
-        prepare=problem.augment,
+        prepare=Normalise(problem),
         refresh=refresh,
         window=WINDOW,
         autocast=problem.autocast,
@@ -292,11 +343,14 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "higher": Higher,
     "torchopt": TorchOpt,
     "lean": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), lean=True),
+    "autocast_tangent": lambda problem: OwnStep(
+        problem, "difficulty", FrozenAccuracy(problem.accuracy), tangent="autocast"
+    ),
     "late_weights": lambda problem: _approximate(problem, late_weights=True),
     "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
     "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
-ON_REQUEST = ("lean", "late_weights", "lookahead_head", "late_head")
+ON_REQUEST = ("lean", "autocast_tangent", "late_weights", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 

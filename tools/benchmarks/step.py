@@ -9,6 +9,7 @@ higher, torchopt the same gradient by these packages
 
 On request (--rows), with the accuracies given, what takes less memory, and what costs less than exactness can:
 lean             as exact; activations that are cheap to compute are computed again
+autocast_tangent in bf16, the tangent has the types of the training pass, as that of the packages has
 late_weights     the update takes the weights of the lookahead
 lookahead_head   the lookahead moves the head alone
 late_head        both late_weights and lookahead_head
@@ -19,7 +20,12 @@ The gradient is that of the meta loss in the parameters of Difficulty-Net, in th
 norm, to the same gradient in float64. The peak memory of a CPU is that of the resident set over two steps, in a process
 for each way, above what was resident before (torch, model, data, and a step on 8 images, so that libraries are
 loaded); it holds the activations and everything the libraries allocate for themselves. Linux only. On a GPU it is
-the allocator's peak above what was allocated before.
+the allocator's peak above what was allocated before, of a step that is not compiled.
+
+With --compile cudagraph all ways are captured, the packages' whole step like ours. On a GPU the last column is the
+share of the device's matrix rate that a way gets: the operations that torch counts in its convolutions and matrix
+products, by its time, by the rate of a large matrix product in the same precision (TF32, for fp32 convolutions that
+may use it).
 """
 
 from __future__ import annotations
@@ -32,22 +38,30 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastlt.compiled import MODES
 from fastlt.host_memory import allocator, keep_freed_memory
 from fastlt.models.classifier import check_model
-from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, float64_gradient, make_problem, missing
+from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from tools.benchmarks.options import positive, usable_device
 
+IN_A_ROW = 10  # steps between two waits for a GPU, which otherwise idles while the first kernels are launched
 ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way; None where it has no value, with the reason in `why` when it could not be measured at all."""
+    """One way; None where it has no value. `why`: it could not be measured at all, or not as --compile says.
+
+    matrix_share: operations of its convolutions and matrix products a second, of the rate that the device was measured
+    to have; on a GPU only.
+    """
 
     name: str
     ms: float | None = None
@@ -55,6 +69,7 @@ class Row:
     ratio_frozen: float | None = None
     peak_bytes: int | None = None
     grad_rel_error: float | None = None
+    matrix_share: float | None = None
     why: str | None = None
 
 
@@ -63,8 +78,11 @@ def main(arguments: list[str]) -> int:
     words = parse(arguments)
     if words.threads:
         torch.set_num_threads(words.threads)
+    # As the trainer does; every way gains.
     if words.device == "cpu":
-        keep_freed_memory()  # as the trainer does; every way gains
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.benchmark = True
     if words.peak_of:
         print(peak_on_cpu(words))
         return 0
@@ -97,12 +115,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", choices=MODES, default="none", help="as in a recipe (default: none)")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     usual = [name for name in WAYS if name not in ON_REQUEST]
     parser.add_argument(
         "--rows", nargs="+", choices=list(WAYS), default=usual, help="default: all but those on request"
     )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    parser.add_argument(
+        "--errors", action=argparse.BooleanOptionalAction, default=True, help="compare gradients with float64"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -118,6 +140,7 @@ def problem_of(words: argparse.Namespace, **changes: int) -> Problem:
         channels_last=words.channels_last,
         precision=words.precision,
         device=words.device,
+        compile=words.compile,
         **options,
     )
 
@@ -127,12 +150,22 @@ def measure(words: argparse.Namespace) -> list[Row]:
     problem = problem_of(words)
     reasons = {name: missing(name) for name in words.rows}
     ways = {name: WAYS[name](problem) for name in words.rows if reasons[name] is None}
-    errors = gradient_errors(problem, ways)
-    peaks = {name: None for name in ways}
+    on_gpu = problem.device.type == "cuda"
+    errors = peaks = dict.fromkeys(ways)
+    if words.errors:
+        errors = gradient_errors(problem, ways)
+    else:
+        for way in ways.values():
+            way.step()  # what the first step allocates is no part of the peak
     if words.memory:
-        peaks = {name: peak_on_gpu(way) if problem.device.type == "cuda" else ask_child(name, words)
-                 for name, way in ways.items()}  # fmt: skip
-    times = interleaved(ways, words.rounds)
+        peaks = {name: peak_on_gpu(way) if on_gpu else ask_child(name, words) for name, way in ways.items()}
+    rate = matrix_rate(problem) if on_gpu else None
+    counts = {name: matrix_operations(way) for name, way in ways.items()} if on_gpu else {}
+    steps = {}
+    for name, way in ways.items():
+        steps[name], reason = (way.step, None) if words.compile == "none" else way.compiled()
+        reasons[name] = reason and f"not compiled: {reason}"
+    times = interleaved(steps, words.rounds, problem.device)
     rows = []
     for name in words.rows:
         row = Row(name, why=reasons[name])
@@ -144,6 +177,7 @@ def measure(words: argparse.Namespace) -> list[Row]:
                 ratio_frozen=ratio(times, name, "ours_frozen"),
                 peak_bytes=peaks[name],
                 grad_rel_error=errors[name],
+                matrix_share=counts[name] / statistics.median(times[name]) / rate if on_gpu else None,
             )
         rows.append(row)
     return rows
@@ -165,20 +199,48 @@ def gradient_errors(problem: Problem, ways: dict) -> dict[str, float | None]:
     return errors
 
 
-def interleaved(ways: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round."""
-    device = next(iter(ways.values())).problem.device if ways else None
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def interleaved(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a step of each way in each round: of one on a CPU, of the mean of `IN_A_ROW` on a GPU."""
+    count = IN_A_ROW if device.type == "cuda" else 1
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
-        for name, way in ways.items():
+        for name, step in steps.items():
             wait_for(device)
             started = time.perf_counter()
-            way.step()
+            for _ in range(count):
+                step()
             wait_for(device)
             # The first round is a warm-up.
             if round_:
-                times[name].append(time.perf_counter() - started)
+                times[name].append((time.perf_counter() - started) / count)
     return times
+
+
+def matrix_operations(way: Way) -> int:
+    """Operations of the convolutions and matrix products of one step, a multiplication and an addition counted as 2."""
+    with FlopCounterMode(display=False) as counter:
+        way.step()
+    return counter.get_total_flops()
+
+
+def matrix_rate(problem: Problem) -> float:
+    """Operations a second of a large matrix product, in the precision that the problem's convolutions have."""
+    bf16, side = problem.precision == "bf16", 8192 if problem.device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=problem.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        seconds = []
+        for _ in range(8):
+            wait_for(problem.device)
+            started = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            wait_for(problem.device)
+            seconds.append((time.perf_counter() - started) / 4)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * side**3 / statistics.median(seconds)
 
 
 def wait_for(device: torch.device) -> None:
@@ -241,9 +303,11 @@ def resident(entry: str) -> int:
 
 def print_table(rows: list[Row]) -> None:
     """The rows for people."""
-    print(f"{'':16} {'ms':>8} {'x plain':>8} {'x frozen':>9} {'peak MiB':>9} {'gradient error':>15}")
+    print(
+        f"{'':16} {'ms':>8} {'x plain':>8} {'x frozen':>9} {'peak MiB':>9} {'gradient error':>15} {'matrix rate':>12}"
+    )
     for row in rows:
-        if row.why:
+        if row.ms is None:
             print(f"{row.name:16} {row.why}")
             continue
         cells = (
@@ -252,8 +316,10 @@ def print_table(rows: list[Row]) -> None:
             _cell(row.ratio_frozen, "9.2f"),
             _cell(row.peak_bytes and row.peak_bytes / 2**20, "9.0f"),
             _cell(row.grad_rel_error, "15.1e"),
+            _cell(row.matrix_share, "12.1%"),
+            row.why or "",
         )
-        print(f"{row.name:16} {' '.join(cells)}")
+        print(f"{row.name:16} {' '.join(cells)}".rstrip())
 
 
 def _cell(value: float | None, form: str) -> str:
