@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlt.augment.draws import as_divisor
+
 
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
     """out = tables[n, c, images[n, c, i, j]]. tables: uint8 (N, 3 or 1, 256). Returns contiguous uint8."""
@@ -38,7 +40,8 @@ def contrast_table(images: Tensor, factor: Tensor) -> Tensor:
 
     The mean is exact; torchvision's is too up to 256x256 pixels, beyond which its float32 sum can be a level off.
     """
-    mean = grey(images).flatten(1).sum(1, dtype=torch.float64) / (images.shape[2] * images.shape[3])
+    total = grey(images).flatten(1).sum(1, dtype=torch.float64)
+    mean = total / as_divisor(images.shape[2] * images.shape[3], total)
     return _to_uint8(_rows(factor) * levels(images.device) + _rows(1 - factor) * _rows(mean))
 
 
@@ -146,7 +149,8 @@ def _gaussian_band(sigma: Tensor, radius: int, length: int) -> Tensor:
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of every pixel by `shift` (N,) of a full circle, in [-0.5, 0.5]."""
-    pixels = images.to(torch.float32) / 255
+    pixels = images.to(torch.float32)
+    pixels = pixels / as_divisor(255, pixels)
     red, green, blue = pixels.unbind(1)
     value, low = pixels.amax(1), pixels.amin(1)
     chroma = value - low
@@ -159,7 +163,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
         from_blue - from_green,
         torch.where(value == green, 2.0 + from_red - from_blue, 4.0 + from_green - from_red),
     )
-    hue = torch.fmod(sixth / 6.0 + 1.0, 1.0)
+    hue = torch.fmod(sixth / as_divisor(6, sixth) + 1.0, 1.0)
     hue = torch.remainder(hue + shift.to(torch.float32).view(-1, 1, 1), 1.0)
     return (_hsv_to_rgb(hue, saturation, value) * (256.0 - 1e-3)).to(torch.uint8)
 

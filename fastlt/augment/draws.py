@@ -55,10 +55,14 @@ Draws = Mapping[str, Union[Tensor, Rows, "Draws"]]
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`; pinned on the way to a GPU, since a copy from pageable memory makes the host wait."""
-    if device.type != "cuda":
+    """A tensor on `device`; pinned on the way to a GPU, since a copy from pageable memory makes the host wait.
+
+    What is there already, as held draws are, stays what it is: only a host's memory can be pinned.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Contiguous, for pinning keeps gaps, and a tensor with gaps is copied by way of pageable memory.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def upload_draws(draws: Draws, device: torch.device) -> Draws:
@@ -85,6 +89,13 @@ def overwrite_draws(held: Draws, draws: Draws) -> None:
             held[name].mask.copy_(value.mask)
         else:
             held[name].copy_(value)
+
+
+def as_divisor(value: float, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor of `like`'s type, to divide by: a GPU takes a tensor over a number times its reciprocal,
+    which rounds differently from a division, so that pixels would not be a CPU's.
+    """
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:

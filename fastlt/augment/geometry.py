@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlt.augment.draws import as_divisor
+
 
 def gather_pixels(images: Tensor, source: Tensor) -> Tensor:
     """out[n, c, i, j] = images[n, c] at flat position source[n, i, j].
@@ -82,11 +84,13 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     of an image at some shears, 0.01 % at rotations, none at translations.
     """
     height, width = images.shape[2:]
-    a, b, tx, c, d, ty = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3).unbind(1)
+    matrices = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3)
+    half_width, half_height = as_divisor(0.5 * width, matrices), as_divisor(0.5 * height, matrices)
+    a, b, tx, c, d, ty = matrices.unbind(1)
     x = _centred(width, images.device).view(1, 1, -1)
     y = _centred(height, images.device).view(1, -1, 1)
-    column = _to_pixels(x * (a / (0.5 * width)) + y * (b / (0.5 * width)) + tx / (0.5 * width), width)
-    row = _to_pixels(x * (c / (0.5 * height)) + y * (d / (0.5 * height)) + ty / (0.5 * height), height)
+    column = _to_pixels(x * (a / half_width) + y * (b / half_width) + tx / half_width, width)
+    row = _to_pixels(x * (c / half_height) + y * (d / half_height) + ty / half_height, height)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     source = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
     return gather_pixels(images, source.long()) * inside.unsqueeze(1)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlt.augment.draws as draws_module
-from fastlt.augment import Augment, build_augment, cutmix, mixup, normalise, output_size, pipeline
+from fastlt.augment import Augment, build_augment, colour, cutmix, geometry, mixup, normalise, output_size, pipeline
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 CHAINS = {
@@ -257,3 +257,30 @@ def test_sizes_that_images_do_not_have_are_refused(spec, image_size, message):
         augment(batch())
     with pytest.raises(ValueError, match=message):
         output_size(augment.operations, 32, 32)
+
+
+def test_held_draws_are_on_the_device_already_and_are_not_pinned():
+    with FakeTensorMode():
+        held = torch.empty(3, device="cuda:0")
+        assert draws_module.upload(held, torch.device("cuda", 0)) is held
+
+
+class NoDivisionByNumber(TorchDispatchMode):
+    """Fails where a GPU would multiply by a number's rounded reciprocal."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.div:
+            assert isinstance(args[1], torch.Tensor), "a division by a number"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["affine", "contrast_table", "shift_hue"])
+def test_operations_whose_rounding_matters_divide_by_tensors(name):
+    images, factor = batch(4, 9), torch.full((4,), 0.3, dtype=torch.float64)
+    work = {
+        "affine": lambda: geometry.affine(images, geometry.rotate(100 * factor)),
+        "contrast_table": lambda: colour.contrast_table(images, factor),
+        "shift_hue": lambda: colour.shift_hue(images, factor),
+    }
+    with NoDivisionByNumber():
+        work[name]()
