@@ -99,10 +99,10 @@ def ready(step: Any, batch: Any, meta_batch: Any, capture: Capture | None = None
         if compiler.mode == "inductor":
             return step, None
         give_optimizers_state(before, step.state_dict())
-        capture = capture or CudaCapture()
-        GraphedStep(step, batch, meta_batch, capture)(batch, meta_batch)
-        # Another one, since the optimizers' state is about to be put into new memory.
-        return GraphedStep(step, batch, meta_batch, capture), None
+        GraphedStep(step, batch, meta_batch, capture or CudaCapture())(batch, meta_batch)
+        # Another one, since the optimizers' state is about to be put into new memory; and a pool of its own, since
+        # nothing can be captured into one whose graphs are all gone.
+        return GraphedStep(step, batch, meta_batch, capture or CudaCapture()), None
     except Exception as error:
         compiler.give_up()
         for augment in (step.parts.augment, step.parts.meta_augment):
@@ -141,17 +141,29 @@ def give_optimizers_state(before: dict[str, Any], after: dict[str, Any]) -> None
 class CudaCapture:
     """`Capture` by CUDA graphs, which share their memory: what one returned is gone when another is replayed.
 
-    No kernel runs while a graph is captured, so its first replay is its first run.
+    No kernel runs while a graph is captured, so its first replay is its first run. What fails while it is captured is
+    raised as it was.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        graph = torch.cuda.CUDAGraph()
-        # Loaders' threads go on allocating and copying meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            result = function()
+        graph, current, reason = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+        try:
+            # Loaders' threads go on allocating and copying meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                try:
+                    result = function()
+                except Exception as error:
+                    reason = error
+                    raise
+        except Exception:
+            # To end a capture that failed fails, too: it says less, and leaves the capture's stream the current one.
+            torch.cuda.set_stream(current)
+            if reason is not None:
+                raise reason from None
+            raise
         return graph.replay, result
 
 

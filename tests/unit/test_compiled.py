@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastlt import compiled
 from fastlt.augment import build_augment
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, make_sgd, ready
+from fastlt.compiled import Compiler, CudaCapture, make_sgd, ready
 from fastlt.losses import build_loss
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
@@ -231,6 +233,49 @@ def test_a_graph_that_cannot_be_captured_says_why_and_the_step_draws_for_itself_
         assert torch.equal(old, new), name
     images = batches(0)[0].images
     assert not torch.equal(step.parts.augment(images), step.parts.augment(images))
+
+
+def test_a_capture_that_fails_raises_what_failed_and_leaves_the_stream(monkeypatch):
+    """Ending it is an error of its own, which would hide the reason and leave the capture's stream the current one."""
+
+    @contextlib.contextmanager
+    def graph(*args, **options):
+        try:
+            yield
+        finally:
+            streams.append("capture")
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    streams = []
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def reads():
+        raise ValueError("the host waits for the device")
+
+    with pytest.raises(ValueError, match="the host waits"):
+        CudaCapture()(reads)
+    assert streams == ["capture", "before"]
+
+
+def test_each_round_of_graphs_has_a_pool_of_its_own(monkeypatch):
+    """Once all graphs of a pool are gone, as those of the trial are, torch refuses to capture into it again."""
+    made = []
+
+    def capture():
+        made.append(Captured(step))
+        return made[-1]
+
+    monkeypatch.setattr(compiled, "CudaCapture", capture)
+    monkeypatch.setattr(compiled, "why_no_graph", lambda step, capture: None)
+    step = make_step("plain", Compiler("cudagraph"))
+    iterate, reason = ready(step, *batches(0))
+    assert reason is None
+    iterate(*batches(0))
+    assert [one.graphs for one in made] == [1, 1]
 
 
 def test_what_cannot_be_a_graph_is_told_before_anything_is_tried():
