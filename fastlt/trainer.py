@@ -721,6 +721,7 @@ class Trainer:
         if not path.exists():
             return None
         state = checkpoint.load(path, self.device)
+        checkpoint.step_counts_to_host(state["step"])
         if len(state["processes"]) != self.reducer.world_size:
             raise ValueError(
                 f"{path} was saved by {len(state['processes'])} processes, this run has {self.reducer.world_size}: "
