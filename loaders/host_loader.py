@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Generator, Iterable, Iterator
 
@@ -82,7 +83,7 @@ def upload(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     if device.type != "cuda":
         yield from host
         return
-    stream = torch.cuda.Stream(device)
+    stream = _copy_stream(device)
     ahead = None
     for images in host:
         with torch.cuda.stream(stream):
@@ -94,6 +95,12 @@ def upload(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
         ahead = copy, copied
     if ahead is not None:
         yield _handed_over(*ahead)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders and epochs: torch keeps the memory of batches that are gone for the stream they came by."""
+    return torch.cuda.Stream(device)
 
 
 def _handed_over(copy: Tensor, copied: torch.cuda.Event) -> Tensor:
