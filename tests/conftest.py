@@ -15,6 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    """Tests marked gpu are skipped, before any fixture works for them, where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def full_float32(request, monkeypatch):
+    """On a GPU float32 is not cut to TF32, which torch does in convolutions: bounds are those of float32."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Accelerate allows one configuration a process; each test gets its own."""

@@ -24,6 +24,7 @@ needs_dali = pytest.mark.skipif(
     not importlib.util.find_spec("nvidia") or not importlib.util.find_spec("nvidia.dali"),
     reason="NVIDIA DALI is not installed",
 )
+needs_ffcv = pytest.mark.skipif(not importlib.util.find_spec("ffcv"), reason="FFCV is not installed")
 DALI_BACKENDS = ("dali", "resident_jpeg")
 BETON_BACKENDS = [backend for backend in BACKENDS if backend not in DALI_BACKENDS]
 EVERY_BACKEND = [*BETON_BACKENDS, *(pytest.param(backend, marks=needs_dali) for backend in DALI_BACKENDS)]
