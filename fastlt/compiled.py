@@ -150,6 +150,8 @@ class CudaCapture:
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph, current, reason = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+        # Where it has not met a convolution before, cuDNN would time its ways to do it, which no capture allows.
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
         try:
             # Loaders' threads go on allocating and copying meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -164,6 +166,8 @@ class CudaCapture:
             if reason is not None:
                 raise reason from None
             raise
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
         return graph.replay, result
 
 

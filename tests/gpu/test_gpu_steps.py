@@ -75,6 +75,17 @@ def test_a_captured_iteration_does_not_wait_for_the_device(case):
     assert torch.isfinite(output.loss)
 
 
+def test_slices_of_sizes_that_no_iteration_has_met_are_captured(monkeypatch):
+    """12 images in 5 slices: of 2 and, first met while it is captured, of 3. cuDNN's search is on, as in training."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    step = make("difficulty-rolling", "cudagraph")
+    step.parts.class_accuracy.window = 5
+    call, reason = ready(step, *PAIRS[0])
+    assert reason is None
+    assert torch.isfinite(iterate(step, call, range(3)).loss)
+    assert torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize("mode", ["none", "cudagraph"])
 def test_an_iteration_with_a_loaded_state_does_not_wait_for_the_device(mode):
     """As a run resumes: everything is loaded to the device, and Adam counts on the host."""

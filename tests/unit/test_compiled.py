@@ -253,12 +253,16 @@ def test_a_capture_that_fails_raises_what_failed_and_leaves_the_stream(monkeypat
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
     def reads():
+        assert not torch.backends.cudnn.benchmark, "cuDNN would time its algorithms"
         raise ValueError("the host waits for the device")
 
     with pytest.raises(ValueError, match="the host waits"):
         CudaCapture()(reads)
     assert streams == ["capture", "before"]
+    assert torch.backends.cudnn.benchmark
 
 
 def test_each_round_of_graphs_has_a_pool_of_its_own(monkeypatch):
