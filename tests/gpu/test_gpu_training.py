@@ -73,7 +73,6 @@ def cases(*cells):
         ("resident", "bf16"),
         ("torch", "fp32"),
         ("ffcv", "fp32"),
-        ("ffcv", "bf16"),
         ("dali", "bf16"),
     ),
 )
@@ -120,7 +119,7 @@ def resumed(make, *words):
 
 @pytest.mark.parametrize(
     ("loader", "precision"),
-    cases(("resident", "fp32"), ("resident", "bf16"), ("torch", "fp32"), ("ffcv", "fp32"), ("dali", "fp32")),
+    cases(("resident", "fp32"), ("resident", "bf16"), ("ffcv", "fp32"), ("dali", "fp32")),
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one_bit_for_bit(make, deterministic, loader, precision):
     whole = make(loader, precision, name="whole")
@@ -149,7 +148,7 @@ def test_a_captured_run_is_resumed(make, capsys, precision):
 
 
 @pytest.mark.parametrize("compile", ["none", "cudagraph"])
-@pytest.mark.parametrize("loader", [pytest.param(name, marks=LOADERS[name]) for name in ("resident", "torch", "ffcv")])
+@pytest.mark.parametrize("loader", [pytest.param(name, marks=LOADERS[name]) for name in ("resident", "ffcv")])
 def test_the_loop_does_not_wait_between_two_logs(make, loader, compile):
     """Batches, learning rates and iterations, in the middle of an epoch: positions of an epoch are uploaded once."""
     trainer = make(loader, "fp32", compile)

@@ -11,10 +11,16 @@ import pytest
 from PIL import Image
 from small_betons import needs_dali, smooth_images
 
+from fastlt import compiled
+from fastlt.augment import Augment
+from fastlt.steps.difficulty import DifficultyStep
+from fastlt.trainer import Trainer
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools import benchmark  # noqa: E402
+from tools.benchmarks import train as benchmark_train  # noqa: E402
 
 RECIPE = str(ROOT / "recipes" / "digits_lt.yaml")
 KEYS = {"name", "img_s", "ratio_bare", "ratio_torchvision"}
@@ -55,6 +61,69 @@ def test_train_stands_against_one_batch_for_ever(capsys, digits_words):
     assert compared(rows) == {"training loop": (True, False), "one batch for ever": (False, False)}
     assert 0 <= settings["data_wait_share"] < 1
     assert settings["loader"] == "resident"
+    assert (settings["compile"], "not_compiled" in settings) == ("none", False)
+    assert settings["augment_ms"] > 0
+    assert 0 < settings["augment_share"] < 1
+
+
+def test_trains_share_of_augmentation_is_that_of_the_batches_an_iteration_augments(capsys, digits_words, monkeypatch):
+    sizes, call, measure = [], Augment.__call__, benchmark_train._Loop.augment_s
+    monkeypatch.setattr(
+        Augment, "__call__", lambda self, images, *args: sizes.append(len(images)) or call(self, images, *args)
+    )
+    monkeypatch.setattr(benchmark_train._Loop, "augment_s", lambda self, rounds: sizes.clear() or measure(self, rounds))
+    for words, expected in ([], [64, 100]), (["stages.end_to_end.method=plain"], [64]):
+        run(capsys, "train", RECIPE, *digits_words, *words, "--iterations", "2")
+        assert sizes == 2 * 2 * expected  # two iterations in a round, and a round to warm up
+
+
+def test_train_says_why_iterations_are_not_captured(capsys, digits_words):
+    words = ["train", RECIPE, *digits_words, "compile=cudagraph", "--iterations", "2", "--rounds", "1"]
+    assert benchmark.main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert "benchmark.py train: not compiled: CUDA graphs need a CUDA device" in said.err
+    assert json.loads(said.out)["settings"]["not_compiled"] == "CUDA graphs need a CUDA device"
+    assert benchmark.main(words) == 0
+    assert "not_compiled CUDA graphs need a CUDA device" in capsys.readouterr().out
+
+
+def test_trains_iterations_and_augmentation_are_replayed_where_they_are_captured(capsys, digits_words, monkeypatch):
+    captured, replayed = [], []
+
+    class Capture:
+        """As if a graph: runs everything again."""
+
+        def __call__(self, function):
+            captured.append(self)
+            result = function()
+
+            def replay():
+                replayed.append(self)
+                function()
+
+            return replay, result
+
+    monkeypatch.setattr(compiled, "CudaCapture", Capture)
+    monkeypatch.setattr(benchmark_train, "CudaCapture", Capture)
+    monkeypatch.setattr(compiled, "why_no_graph", lambda step, capture: None)
+    _, settings = run(capsys, "train", RECIPE, *digits_words, "compile=cudagraph", "--iterations", "3")
+    assert "not_compiled" not in settings
+    trial, iterations, augmentation = captured
+    # Both rows, and then the augmentation, are run once to warm up and once measured.
+    assert [replayed.count(capture) for capture in (trial, iterations, augmentation)] == [1, 2 * 2 * 3, 2 * 3]
+
+
+def test_train_begins_epochs_and_sets_learning_rates_as_training_does(capsys, digits_words, monkeypatch):
+    epochs, rates = [], []
+    start_epoch, set_lr = DifficultyStep.start_epoch, Trainer._set_lr
+    monkeypatch.setattr(
+        DifficultyStep, "start_epoch", lambda self, epoch: epochs.append(epoch) or start_epoch(self, epoch)
+    )
+    monkeypatch.setattr(Trainer, "_set_lr", lambda self, *args: set_lr(self, *args) or rates.append(args[0].lr))
+    run(capsys, "train", RECIPE, *digits_words, "--iterations", "4")
+    assert sorted(set(epochs)) == [0, 1, 2]  # 16 iterations of 6 an epoch
+    assert len(set(rates)) > 10  # of the stage's 12 iterations, after which the schedule starts again
+    assert rates[1:5] == rates[13:17]
 
 
 @needs_dali

@@ -2,24 +2,33 @@
 
     python tools/benchmark.py train recipes/digits_lt.yaml data.loader=ffcv
 
-Everything is the recipe's: loader, augmentation, model, loss, method and meta batches. Without an argument it is
-recipes/digits_lt.yaml. Nothing is validated or saved, and the run folder is a temporary one.
+Everything is the recipe's: loader, augmentation, model, loss, method, meta batches, and `compile`: iterations are those
+of training, captured in a CUDA graph where the recipe says so; where that cannot be, the reason is printed. Without an
+argument it is recipes/digits_lt.yaml. Nothing is validated or saved, and the run folder is a temporary one.
+
+augment_ms is what the augmentation of an iteration takes by itself: of the training batch, and of the meta batch where
+there is one; where iterations are captured, in a graph of its own and without the draws. augment_share is its share of
+an iteration on one batch for ever.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastlt.recipe import load_recipe
-from fastlt.state import Batch
+from fastlt.compiled import CudaCapture, ready
+from fastlt.recipe import StageRecipe, load_recipe
+from fastlt.state import Batch, StepOutput
+from fastlt.steps import Step
 from fastlt.trainer import Trainer, endless
+from loaders.protocol import BatchLoader
 from tools.benchmarks.options import positive
 from tools.benchmarks.rounds import interleaved, report, row
 
@@ -47,16 +56,17 @@ def main(arguments: list[str]) -> int:
         trainer = Trainer(recipe)
         stage = recipe.stages[name]
         step, train, meta = trainer._build_stage(stage)  # a loop of its own: the trainer's also logs and evaluates
-        step.start_epoch(0)
-        step.train_mode()
-        trainer._set_lr(step, stage, 0.0)
-        loop = _Loop(step, endless(train, 0), endless(meta, 0) if meta is not None else None, words.iterations)
         try:
+            loop = _Loop(trainer, stage, step, train, meta, words.iterations)
+            if loop.not_compiled is not None:
+                print(f"benchmark.py train: not compiled: {loop.not_compiled}", file=sys.stderr)
             speeds = interleaved({LOOP: loop.fed, ONE_BATCH: loop.one_batch}, words.rounds)
+            augment_s = loop.augment_s(words.rounds)
         finally:
             train.close()
             if meta is not None:
                 meta.close()
+    iteration_s = len(loop.batch) / statistics.median(speeds[ONE_BATCH])
     settings = {
         "recipe": recipe.name,
         "stage": name,
@@ -64,31 +74,50 @@ def main(arguments: list[str]) -> int:
         "batch_size": stage.batch_size,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
+        "compile": recipe.compile,
+        **({} if loop.not_compiled is None else {"not_compiled": loop.not_compiled}),
         "data_wait_share": round(statistics.median(loop.wait_shares[1:]), 4),
+        "augment_ms": round(1000 * augment_s, 4),
+        "augment_share": round(augment_s / iteration_s, 4),
     }
     report([row(speeds, LOOP, bare=ONE_BATCH), row(speeds, ONE_BATCH)], as_json=words.json, settings=settings)
     return 0
 
 
 class _Loop:
-    """A step and its batches; each call of `fed` and `one_batch` runs `iterations` of it and returns the images."""
+    """A stage's iterations as the trainer takes them; `fed` and `one_batch` run so many and return the images.
+
+    not_compiled: why iterations are not compiled or captured although the recipe says so; None otherwise.
+    """
 
     def __init__(
-        self, step: Callable, batches: Iterator[Batch], meta_batches: Iterator[Batch] | None, iterations: int
+        self,
+        trainer: Trainer,
+        stage: StageRecipe,
+        step: Step,
+        train: BatchLoader,
+        meta: BatchLoader | None,
+        iterations: int,
     ) -> None:
-        self.step, self.batches, self.meta_batches, self.iterations = step, batches, meta_batches, iterations
-        self.batch = next(batches)
-        self.meta_batch = None if meta_batches is None else next(meta_batches)
+        self.trainer, self.stage, self.step, self.iterations = trainer, stage, step, iterations
+        self.per_epoch = len(train)
+        self.unit = self.per_epoch if stage.epochs is not None else 1
+        self.batches = endless(train, 0)
+        self.meta_batches = None if meta is None else endless(meta, 0)
+        self.iteration = 0
         self.wait_shares: list[float] = []
+        step.train_mode()
+        self._set_up()
+        self.batch, self.meta_batch = self._next()
+        self.iterate, self.not_compiled = ready(step, self.batch, self.meta_batch)
 
     def fed(self) -> int:
         images, waited, started = 0, 0.0, time.perf_counter()
         for _ in range(self.iterations):
             asked = time.perf_counter()
-            batch = next(self.batches)
-            meta_batch = None if self.meta_batches is None else next(self.meta_batches)
+            batch, meta_batch = self._next()
             waited += time.perf_counter() - asked
-            output = self.step(batch, meta_batch)
+            output = self._iterate(batch, meta_batch)
             images += len(batch)
         output.loss.item()  # waits for the device, once a round
         self.wait_shares.append(waited / (time.perf_counter() - started))
@@ -96,6 +125,57 @@ class _Loop:
 
     def one_batch(self) -> int:
         for _ in range(self.iterations):
-            output = self.step(self.batch, self.meta_batch)
+            output = self._iterate(self.batch, self.meta_batch)
         output.loss.item()
         return self.iterations * len(self.batch)
+
+    def augment_s(self, rounds: int) -> float:
+        """Seconds that the augmentation of one iteration takes, the median of the rounds after one for warming up."""
+        run, times = self._augmentation(), []
+        for _ in range(1 + rounds):
+            self._wait()
+            started = time.perf_counter()
+            for _ in range(self.iterations):
+                run()
+            self._wait()
+            times.append((time.perf_counter() - started) / self.iterations)
+        return statistics.median(times[1:])
+
+    def _augmentation(self) -> Callable[[], object]:
+        """What augments the batches of one iteration: a graph where iterations are graphs, else the calls."""
+        parts, batch = self.step.parts, self.batch
+        chains = [(parts.augment, batch.images)]
+        if parts.second_augment is not None:
+            chains.append((parts.second_augment, batch.images if batch.second_crop is None else batch.second_crop))
+        if self.step.uses_meta_batch():
+            chains.append((parts.meta_augment, self.meta_batch.images))
+
+        def augment() -> list[torch.Tensor]:
+            return [chain(images) for chain, images in chains]
+
+        if self.trainer.recipe.compile != "cudagraph" or self.not_compiled is not None:
+            return augment
+        for chain, images in chains:
+            chain.hold(images)
+        replay, self.augmented = CudaCapture()(augment)  # kept: the graph writes there
+        return replay
+
+    def _iterate(self, batch: Batch, meta_batch: Batch | None) -> StepOutput:
+        """One iteration with what goes with it in training."""
+        self._set_up()
+        self.iteration += 1
+        return self.iterate(batch, meta_batch)
+
+    def _set_up(self) -> None:
+        """The beginning of an epoch and the learning rate; the schedule starts again where it ends."""
+        if self.iteration % self.per_epoch == 0:
+            self.step.start_epoch(self.iteration // self.per_epoch)
+        place = self.iteration % (self.stage.length * self.unit)
+        self.trainer._set_lr(self.step, self.stage, place / self.unit)
+
+    def _next(self) -> tuple[Batch, Batch | None]:
+        return next(self.batches), None if self.meta_batches is None else next(self.meta_batches)
+
+    def _wait(self) -> None:
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
