@@ -10,7 +10,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -314,7 +314,9 @@ def new_sgd(parameters: list[Tensor], problem: Problem) -> torch.optim.Optimizer
 def apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
     """One step with these gradients."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        # A fused optimizer wants both laid out alike.
+        alike = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -363,6 +365,5 @@ def missing(name: str) -> str | None:
 
 def float64_gradient(problem: Problem, accuracy: Tensor) -> Tensor:
     """The gradient in theta in float64, by differentiating twice; for float32 and bf16 problems alike."""
-    exact = copy.copy(problem)
-    object.__setattr__(exact, "precision", "fp32")
+    exact = replace(problem, precision="fp32", compile="none")
     return DoubleBackward(exact, torch.float64, accuracy).theta_gradient()
