@@ -22,11 +22,19 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def full_float32(request, monkeypatch):
-    """On a GPU float32 is not cut to TF32, which torch does in convolutions: bounds are those of float32."""
-    if request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_float32(request):
+    """On a GPU float32 is not cut to TF32, which torch does in convolutions: bounds are those of float32.
+
+    Nor does cuDNN time its algorithms, but where a test or the trainer asks for it.
+    """
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, convolutions.benchmark, products.allow_tf32
+    convolutions.allow_tf32, convolutions.benchmark, products.allow_tf32 = False, False, False
+    yield
+    convolutions.allow_tf32, convolutions.benchmark, products.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)
