@@ -7,9 +7,10 @@ group images by operation, which is what makes a batched policy cheap on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class Rows:
 # The choices of one operation for one batch, by name; nested where an operation has several turns.
 Draws = Mapping[str, Union[Tensor, Rows, "Draws"]]
 
+ALIGNED = 16  # bytes, more than any element has
+
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on `device`; pinned on the way to a GPU, since a copy from pageable memory makes the host wait.
@@ -79,16 +82,59 @@ def _upload_one(value: Tensor | Rows | Draws, device: torch.device) -> Tensor | 
     return upload(value, device)
 
 
-def overwrite_draws(held: Draws, draws: Draws) -> None:
-    """Put the values of `draws` into the memory of `held`, which has the same names, shapes and types."""
-    for name, value in draws.items():
+class HeldDraws:
+    """Draws on a device in memory that stays the same, to be overwritten by those of the next batch.
+
+    draws: of one batch, one entry an operation, of static shape; copied. They lie in one block, so that overwriting is
+    one copy from the host: a batch has dozens of small tensors, and a copy of each would cost more than drawing them.
+    """
+
+    def __init__(self, draws: Sequence[Draws], device: torch.device) -> None:
+        self.layout = [(tensor.dtype, tensor.shape) for tensor in _leaves(draws)]
+        sizes = [dtype.itemsize * shape.numel() for dtype, shape in self.layout]
+        self.ends = list(itertools.accumulate(-(-size // ALIGNED) * ALIGNED for size in sizes))
+        self.block = torch.empty(self.ends[-1] if sizes else 0, dtype=torch.uint8, device=device)
+        self.draws: list[Draws] = _with_leaves(draws, iter(self._views(self.block)))
+        self.overwrite(draws)
+
+    def overwrite(self, draws: Sequence[Draws]) -> None:
+        """Put draws of the same names, shapes and types into their place, without a wait for the device."""
+        leaves = list(_leaves(draws))
+        assert [(tensor.dtype, tensor.shape) for tensor in leaves] == self.layout, "draws differ from batch to batch"
+        # New for each batch: pinned memory is not given out again before the copies from it are done.
+        host = torch.empty(self.block.shape, dtype=torch.uint8, pin_memory=self.block.device.type == "cuda")
+        for place, tensor in zip(self._views(host), leaves, strict=True):
+            place.copy_(tensor)
+        self.block.copy_(host, non_blocking=True)
+
+    def _views(self, block: Tensor) -> list[Tensor]:
+        """The tensors that lie in a block."""
+        starts = [0, *self.ends[:-1]]
+        return [
+            block[start : start + dtype.itemsize * shape.numel()].view(dtype).view(shape)
+            for start, (dtype, shape) in zip(starts, self.layout, strict=True)
+        ]
+
+
+def _leaves(draws: Draws | Sequence[Draws]) -> Iterator[Tensor]:
+    """All tensors, in the order in which they stand there."""
+    for value in draws.values() if isinstance(draws, Mapping) else draws:
         if isinstance(value, Mapping):
-            overwrite_draws(held[name], value)
+            yield from _leaves(value)
         elif isinstance(value, Rows):
             assert value.index is None, "the number of rows differs from batch to batch"
-            held[name].mask.copy_(value.mask)
+            yield value.mask
         else:
-            held[name].copy_(value)
+            yield value
+
+
+def _with_leaves(draws: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same structure with other tensors."""
+    if isinstance(draws, Mapping):
+        return {name: _with_leaves(value, tensors) for name, value in draws.items()}
+    if isinstance(draws, Sequence):
+        return [_with_leaves(value, tensors) for value in draws]
+    return Rows(mask=next(tensors)) if isinstance(draws, Rows) else next(tensors)
 
 
 def as_divisor(value: float, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastlt.augment.draws import Draws, overwrite_draws, upload_draws
+from fastlt.augment.draws import Draws, HeldDraws, upload_draws
 from fastlt.augment.operations import (
     AutoAugment,
     ColorJitter,
@@ -88,7 +88,7 @@ class Augment:
         self.device = torch.device(device)
         self.static = self.device.type != "cpu"
         self.generator = torch.Generator().manual_seed(seed)
-        self.held: list[Draws] | None = None
+        self.held: HeldDraws | None = None
 
     def hold(self, images: Tensor) -> None:
         """Draw for a batch as large as `images`, into memory that stays the same; from now on calls use what it holds.
@@ -98,10 +98,9 @@ class Augment:
         self.static = True
         draws = self.draw(*images.shape[:1], *images.shape[2:])
         if self.held is None:
-            self.held = [upload_draws(drawn, images.device) for drawn in draws]
-            return
-        for held, drawn in zip(self.held, draws, strict=True):
-            overwrite_draws(held, upload_draws(drawn, images.device))
+            self.held = HeldDraws(draws, images.device)
+        else:
+            self.held.overwrite(draws)
 
     def release(self) -> None:
         """Undo `hold`: calls draw for themselves again."""
@@ -109,7 +108,7 @@ class Augment:
 
     def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """images: uint8 (N, 3, H, W), not changed. Returns normalised `dtype` (N, 3, h, w) in channels_last memory."""
-        draws = self.draw(*images.shape[:1], *images.shape[2:]) if self.held is None else self.held
+        draws = self.draw(*images.shape[:1], *images.shape[2:]) if self.held is None else self.held.draws
         return self.apply(images, draws, dtype)
 
     def draw(self, count: int, height: int, width: int) -> list[Draws]:
