@@ -51,7 +51,8 @@ from fastlt.models.classifier import check_model
 from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from tools.benchmarks.options import positive, usable_device
 
-IN_A_ROW = 10  # steps between two waits for a GPU, which otherwise idles while the first kernels are launched
+# Steps between two waits for a GPU, which otherwise idles while the first kernels are launched; not of LONG ones.
+IN_A_ROW, LONG = 10, 0.2  # seconds
 ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
@@ -200,19 +201,22 @@ def gradient_errors(problem: Problem, ways: dict) -> dict[str, float | None]:
 
 
 def interleaved(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step of each way in each round: of one on a CPU, of the mean of `IN_A_ROW` on a GPU."""
-    count = IN_A_ROW if device.type == "cuda" else 1
+    """Seconds of a step of each way in each round: of one on a CPU, of the mean of up to `IN_A_ROW` on a GPU."""
+
+    def seconds(step: Callable, count: int) -> float:
+        wait_for(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        wait_for(device)
+        return (time.perf_counter() - started) / count
+
+    warm_up = {name: seconds(step, 1) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for name, step in steps.items():
-            wait_for(device)
-            started = time.perf_counter()
-            for _ in range(count):
-                step()
-            wait_for(device)
-            # The first round is a warm-up.
-            if round_:
-                times[name].append((time.perf_counter() - started) / count)
+            enough = device.type == "cpu" or warm_up[name] > LONG
+            times[name].append(seconds(step, 1 if enough else IN_A_ROW))
     return times
 
 
