@@ -92,8 +92,9 @@ class HeldDraws:
     def __init__(self, draws: Sequence[Draws], device: torch.device) -> None:
         self.layout = [(tensor.dtype, tensor.shape) for tensor in _leaves(draws)]
         sizes = [dtype.itemsize * shape.numel() for dtype, shape in self.layout]
-        self.ends = list(itertools.accumulate(-(-size // ALIGNED) * ALIGNED for size in sizes))
-        self.block = torch.empty(self.ends[-1] if sizes else 0, dtype=torch.uint8, device=device)
+        aligned = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+        *self.starts, total = itertools.accumulate(aligned, initial=0)
+        self.block = torch.empty(total, dtype=torch.uint8, device=device)
         self.draws: list[Draws] = _with_leaves(draws, iter(self._views(self.block)))
         self.overwrite(draws)
 
@@ -109,10 +110,9 @@ class HeldDraws:
 
     def _views(self, block: Tensor) -> list[Tensor]:
         """The tensors that lie in a block."""
-        starts = [0, *self.ends[:-1]]
         return [
             block[start : start + dtype.itemsize * shape.numel()].view(dtype).view(shape)
-            for start, (dtype, shape) in zip(starts, self.layout, strict=True)
+            for start, (dtype, shape) in zip(self.starts, self.layout, strict=True)
         ]
 
 

@@ -259,6 +259,18 @@ def test_sizes_that_images_do_not_have_are_refused(spec, image_size, message):
         output_size(augment.operations, 32, 32)
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+def test_held_draws_are_those_of_a_call_and_stay_where_they_are(chain):
+    holding, calling, images = build(chain), build(chain), batch()
+    calling.static = True
+    places = set()
+    for _ in range(3):
+        holding.hold(images)
+        places.add(holding.held.block.data_ptr())
+        assert torch.equal(holding(images), calling(images))
+    assert len(places) == 1
+
+
 def test_held_draws_are_on_the_device_already_and_are_not_pinned():
     with FakeTensorMode():
         held = torch.empty(3, device="cuda:0")
