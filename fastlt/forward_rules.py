@@ -153,6 +153,8 @@ def batch_norm_tangent(
     """
     mean, inverse_std = saved
     (x, dx), (w, dw), (_, db) = parts(input), parts(weight), parts(bias)
+    if x.is_cuda and dx is not None and not (dw is None and db is None):
+        return _batch_norm_tangent_on_gpu(x, dx, w, dw, db, mean, inverse_std)
     through_input = None
     if dx is not None:
         through_input, _, _ = torch.ops.aten.native_batch_norm_backward(
@@ -162,6 +164,38 @@ def batch_norm_tangent(
         return through_input
     dw = torch.zeros_like(mean) if dw is None else dw
     return sum_of(through_input, normalised(x, dw, db, mean, inverse_std))
+
+
+# Stands in for a weight of zero, by which nothing can be divided; what a channel's tangent loses is in this proportion.
+_ALMOST_ZERO = 1e-12
+
+
+def _batch_norm_tangent_on_gpu(
+    x: Tensor,
+    dx: Tensor,
+    w: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+) -> Tensor:
+    """All of `batch_norm_tangent` in two passes over memory, by the kernels of SyncBatchNorm's backward pass.
+
+    From a sum a of dx and a sum b of dx (x - mean), over n values, the second of them computes
+    (w / std) (dx - a / n - (x - mean) b / (n std^2)). It takes both sums from outside: what makes dw x^ + db of it is
+    taken off them before.
+    """
+    n = x.numel() // x.shape[1]
+    a, b, _, _ = torch.batch_norm_backward_reduce(dx, x, mean, inverse_std, w, True, False, False)
+    if w is not None:
+        w = torch.where(w.abs() < _ALMOST_ZERO, torch.full_like(w, _ALMOST_ZERO), w)
+    factor = inverse_std if w is None else w * inverse_std
+    if db is not None:
+        a = torch.addcdiv(a, db, factor, value=-n)
+    if dw is not None:
+        b = torch.addcdiv(b, dw, factor * inverse_std, value=-n)
+    count = torch.full((1,), n, dtype=torch.int32, device=x.device)
+    return torch.batch_norm_backward_elemt(dx, x, mean, inverse_std, w, a, b, count)
 
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
