@@ -58,20 +58,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         ) from None
 
 
-def step_counts_to_host(step: dict[str, Any]) -> None:
-    """Bring the step counts of Adam that were loaded to a GPU back to the host, in place, where it wants them.
-
-    step: the state_dict of a Step. Adam reads its counts in every iteration, and would wait for the GPU each time; the
-    fused and the capturable one have them there.
-    """
-    for optimizer in (value for value in step.values() if isinstance(value, dict) and "param_groups" in value):
-        groups = [g for g in optimizer["param_groups"] if g.get("fused") or g.get("capturable")]
-        stay = {index for group in groups for index in group["params"]}
-        for index, state in optimizer["state"].items():
-            if "step" in state and index not in stay:
-                state["step"] = state["step"].cpu()
-
-
 def random_states() -> dict[str, Any]:
     """The default generators of torch and CUDA: dropout draws from them, everything else has a generator of its own."""
     return {

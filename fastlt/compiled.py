@@ -18,6 +18,15 @@ from torch import Tensor
 from fastlt import checkpoint
 
 MODES = ("none", "inductor", "cudagraph")
+
+
+def mode_for(asked: str, device: torch.device, processes: int) -> str:
+    """What a recipe's `compile` is on a device: `auto` captures iterations where it can, and else compiles nothing."""
+    if asked != "auto":
+        return asked
+    return "cudagraph" if device.type == "cuda" and processes == 1 else "none"
+
+
 # Takes a function of no arguments, runs it once for its operations, and returns what replays them and its result, which
 # every replay overwrites.
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
@@ -75,6 +84,32 @@ def adam_options(mode: str, device: torch.device) -> dict[str, Any]:
     if mode == "cudagraph":
         return {"fused": True, "capturable": device.type == "cuda"}
     return {"foreach": True}
+
+
+# Options of a group that say how torch computes a step, and not what.
+_IMPLEMENTATION = ("foreach", "fused", "capturable")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict(state)`, of whatever implementation `state` is; the optimizer keeps its own.
+
+    So a run that was captured goes on where it is not, and the other way round. Step counts go where the implementation
+    reads them: Adam's ordinary one would otherwise wait for a GPU in every iteration.
+    """
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group = {**saved, **{key: own[key] for key in _IMPLEMENTATION if key in own}}
+        if isinstance(own["lr"], Tensor):
+            group["lr"] = torch.as_tensor(saved["lr"], dtype=own["lr"].dtype, device=own["lr"].device).clone()
+        else:
+            group["lr"] = float(saved["lr"])
+        groups.append(group)
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for entry in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
+            if "step" in entry and not on_device:
+                entry["step"] = entry["step"].cpu()
 
 
 def ready(step: Any, batch: Any, meta_batch: Any, capture: Capture | None = None) -> tuple[Callable, str | None]:

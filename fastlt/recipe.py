@@ -157,7 +157,8 @@ class Recipe:
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     checkpoint_every_s: seconds between checkpoints, besides the one at every evaluation.
     compile: inductor takes the passes of a step through torch.compile, cudagraph captures whole iterations on a CUDA
-        device; where the method or the machine does not allow it, the stage says why and goes on without.
+        device; where the method or the machine does not allow it, the stage says why and goes on without. auto is
+        cudagraph on a CUDA device that one process trains on, and none elsewhere.
     sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     num_threads: CPU threads of torch; default: the cores this process may use, shared among processes.
     """
@@ -168,7 +169,7 @@ class Recipe:
     stages: dict[str, StageRecipe]
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: Literal["none", "inductor", "cudagraph"] = "none"
+    compile: Literal["auto", "none", "inductor", "cudagraph"] = "auto"
     channels_last: bool = True
     sync_batch_norm: bool = False
     runs: str = "runs"
@@ -248,7 +249,7 @@ def check(recipe: Recipe) -> list[str]:
     for key in ("log_every", "checkpoint_every_s"):
         if getattr(recipe, key) <= 0:
             mistakes.append(f"{key}: is {getattr(recipe, key)}; allowed: a number > 0")
-    if recipe.sync_batch_norm and recipe.compile != "none":
+    if recipe.sync_batch_norm and recipe.compile in ("inductor", "cudagraph"):
         mistakes.append(f"compile: is {recipe.compile!r} with sync_batch_norm, whose exchange cannot be; choose one")
     if recipe.num_threads is not None and recipe.num_threads < 1:
         mistakes.append(f"num_threads: is {recipe.num_threads}; allowed: an integer >= 1")

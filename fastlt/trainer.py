@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fastlt import checkpoint
 from fastlt.augment import build_augment, check_augment, normalise, output_size
 from fastlt.class_accuracy import ClassAccuracy, evaluation_mode
-from fastlt.compiled import Compiler, make_sgd, ready
+from fastlt.compiled import Compiler, make_sgd, mode_for, ready
 from fastlt.distributed import Reducer
 from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
@@ -88,6 +88,7 @@ class Trainer:
         self.device = torch.device("cpu") if device.type == "cpu" else device
         self.reducer = Reducer(self.accelerator.process_index, self.accelerator.num_processes)
         self.main = self.accelerator.is_main_process
+        self.compile = mode_for(recipe.compile, self.device, self.reducer.world_size)
         self._set_threads()
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -364,7 +365,7 @@ class Trainer:
 
     def _ready(self, name: str, step: Step, batch: Batch, meta_batch: Batch | None) -> Callable[..., StepOutput]:
         """What takes the iterations: the step, compiled on its first batches, which are trained on afterwards."""
-        if self.recipe.compile == "none":
+        if self.compile == "none":
             return step
         self._tick()
         iterate, reason = ready(step, batch, meta_batch)
@@ -379,7 +380,7 @@ class Trainer:
         options = self._prepare_model(stage)
         optimizer = make_sgd(
             kind.parameter_groups(self.model, options),
-            self.recipe.compile,
+            self.compile,
             stage.lr,
             self.device,
             momentum=stage.momentum,
@@ -420,7 +421,7 @@ class Trainer:
             class_accuracy=accuracy,
             autocast=self.accelerator.autocast,
             reducer=self.reducer,
-            compiler=Compiler(self.recipe.compile),
+            compiler=Compiler(self.compile),
             trained_classes=classes,
             stage_models={name: self._stage_model(name) for name in kind.models_of_stages(options)},
         )
@@ -721,7 +722,6 @@ class Trainer:
         if not path.exists():
             return None
         state = checkpoint.load(path, self.device)
-        checkpoint.step_counts_to_host(state["step"])
         if len(state["processes"]) != self.reducer.world_size:
             raise ValueError(
                 f"{path} was saved by {len(state['processes'])} processes, this run has {self.reducer.world_size}: "

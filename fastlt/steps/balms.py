@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlt import meta_gradient
+from fastlt.compiled import load_optimizer
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.decoupled import CrtStep
@@ -175,5 +176,5 @@ class BalmsStep(MetaStep, CrtStep):
         super().load_state_dict(state)
         with torch.no_grad():
             self.rate_logits.copy_(state["rate_logits"])
-        self.rate_optimizer.load_state_dict(state["rate_optimizer"])
+        load_optimizer(self.rate_optimizer, state["rate_optimizer"])
         self.generator.set_state(state["generator"].cpu())

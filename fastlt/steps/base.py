@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlt.augment import Augment
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler
+from fastlt.compiled import Compiler, load_optimizer
 from fastlt.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.state import Batch, ClassCounts, StepOutput
@@ -256,7 +256,7 @@ class Step:
         # In mid-epoch the trainer does not start the epoch again; what a loss derives from it is not in its state.
         self.epoch = state["epoch"]
         parts.loss.on_epoch(self.epoch)
-        parts.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(parts.optimizer, state["optimizer"])
         parts.augment.load_state_dict(state["augment"])
         if parts.meta_augment:
             parts.meta_augment.load_state_dict(state["meta_augment"])

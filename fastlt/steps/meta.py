@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlt import meta_gradient
-from fastlt.compiled import adam_options
+from fastlt.compiled import adam_options, load_optimizer
 from fastlt.host_memory import why_holes_stay
 from fastlt.kept_activations import OverwrittenError, lean
 from fastlt.names import pick
@@ -361,7 +361,7 @@ class LearnedWeightStep(MetaStep):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.net.load_state_dict(state["net"])
-        self.net_optimizer.load_state_dict(state["net_optimizer"])
+        load_optimizer(self.net_optimizer, state["net_optimizer"])
         self.iteration = state["iteration"]
         self.metrics = {}
 

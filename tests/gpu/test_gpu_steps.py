@@ -12,7 +12,6 @@ from on_gpu import DEVICE, no_waiting
 from test_compiled import GRAPHED, batches, make_step
 
 from fastlt.augment import build_augment
-from fastlt.checkpoint import step_counts_to_host
 from fastlt.class_accuracy import ClassAccuracy
 from fastlt.compiled import Compiler, make_sgd, ready
 from fastlt.losses import build_loss
@@ -95,7 +94,6 @@ def test_an_iteration_with_a_loaded_state_does_not_wait_for_the_device(mode):
     torch.save(step.state_dict(), file)
     file.seek(0)
     state = torch.load(file, map_location=DEVICE, weights_only=True)
-    step_counts_to_host(state)
     other = make("difficulty-exact", mode)
     other.load_state_dict(state)
     call, reason = ready(other, *PAIRS[0])

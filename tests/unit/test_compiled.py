@@ -8,13 +8,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlt import compiled
 from fastlt.augment import build_augment
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, CudaCapture, make_sgd, ready
+from fastlt.compiled import Compiler, CudaCapture, load_optimizer, make_sgd, mode_for, ready
 from fastlt.losses import build_loss
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
@@ -308,3 +309,50 @@ def test_a_run_says_what_it_compiled_and_ends_as_without(digits_words, capsys, m
         assert ("compiled in" in capsys.readouterr().out) == (mode == "inductor")
     assert len(asked) == 1
     assert results["none"]["per_class_accuracy"] == results["inductor"]["per_class_accuracy"]
+
+
+@pytest.mark.parametrize(("asked", "device", "processes", "mode"), [
+    ("auto", "cuda", 1, "cudagraph"),
+    ("auto", "cuda", 2, "none"),
+    ("auto", "cpu", 1, "none"),
+    ("inductor", "cuda", 1, "inductor"),
+    ("none", "cuda", 1, "none"),
+])  # fmt: skip
+def test_auto_captures_where_iterations_can_be_captured(asked, device, processes, mode):
+    assert mode_for(asked, torch.device(device), processes) == mode
+
+
+@pytest.mark.parametrize("modes", [("none", "cudagraph"), ("cudagraph", "none"), ("none", "none")])
+def test_a_run_goes_on_with_another_implementation_of_its_optimizers(modes):
+    steps = [make_step("difficulty", Compiler(mode)) for mode in modes]
+    before, after = steps
+    for iteration in range(3):
+        before(*batches(iteration))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    own = make_step("difficulty", Compiler(modes[1]))
+    for name in ("optimizer", "net_optimizer"):
+        for group, its in zip(getattr(after, name).param_groups, getattr(own, name).param_groups, strict=True):
+            assert {k: group[k] for k in ("foreach", "fused")} == {k: its[k] for k in ("foreach", "fused")}
+            assert isinstance(group["lr"], torch.Tensor) == isinstance(its["lr"], torch.Tensor)
+    for step in steps:
+        for iteration in range(3, 5):
+            step(*batches(iteration))
+    for (name, value), (_, other) in zip(*(tensors(s.state_dict()["model"]) for s in steps), strict=True):
+        assert torch.allclose(value.double(), other.double(), rtol=1e-5, atol=1e-7), name
+
+
+def test_adams_step_counts_come_to_the_host_unless_its_kernels_have_them():
+    """From a GPU it would read them, and wait, in every iteration after a run was resumed."""
+    with FakeTensorMode():
+        for fused, where in ((False, "cpu"), (True, "cuda")):
+            weight = torch.empty(3, device="cuda:0", requires_grad=True)
+            saved = torch.optim.Adam([weight], fused=True)
+            state = {
+                "step": torch.empty((), device="cuda:0"),
+                "exp_avg": weight.detach(),
+                "exp_avg_sq": weight.detach(),
+            }
+            optimizer = torch.optim.Adam([weight], fused=fused)
+            load_optimizer(optimizer, {**saved.state_dict(), "state": {0: state}})
+            assert optimizer.state[weight]["step"].device.type == where
+            assert optimizer.state[weight]["exp_avg"].device.type == "cuda"

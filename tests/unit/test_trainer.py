@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlt import prepare
-from fastlt.checkpoint import step_counts_to_host
 from fastlt.recipe import load_recipe
 from fastlt.runlog import RunLog, result_table
 from fastlt.train import main
@@ -432,18 +430,3 @@ def test_a_damaged_data_set_is_one_message_and_exit_code_2(tmp_path, capsys, nam
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlt: ")]
     assert len(error) == 1
     assert error[0].startswith(reason)
-
-
-def test_adams_step_counts_come_back_to_the_host_unless_its_kernels_have_them():
-    """From a GPU it would read them, and wait, in every iteration after a run was resumed."""
-    with FakeTensorMode():
-
-        def optimizer(**options):
-            state = {0: {"step": torch.empty((), device="cuda:0"), "exp_avg": torch.empty(3, device="cuda:0")}}
-            return {"state": state, "param_groups": [{"params": [0], **options}]}
-
-        sgd = {"state": {0: {"momentum_buffer": None}}, "param_groups": [{"params": [0]}]}
-        state = {"net_optimizer": optimizer(), "fused": optimizer(fused=True), "optimizer": sgd, "epoch": 0}
-        step_counts_to_host(state)
-        where = {k: [t.device.type for t in state[k]["state"][0].values()] for k in ("net_optimizer", "fused")}
-    assert where == {"net_optimizer": ["cpu", "cuda"], "fused": ["cuda", "cuda"]}

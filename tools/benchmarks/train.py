@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
         "batch_size": stage.batch_size,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
-        "compile": recipe.compile,
+        "compile": trainer.compile,
         **({} if loop.not_compiled is None else {"not_compiled": loop.not_compiled}),
         "data_wait_share": round(statistics.median(loop.wait_shares[1:]), 4),
         "augment_ms": round(1000 * augment_s, 4),
@@ -153,7 +153,7 @@ class _Loop:
         def augment() -> list[torch.Tensor]:
             return [chain(images) for chain, images in chains]
 
-        if self.trainer.recipe.compile != "cudagraph" or self.not_compiled is not None:
+        if self.trainer.compile != "cudagraph" or self.not_compiled is not None:
             return augment
         for chain, images in chains:
             chain.hold(images)
