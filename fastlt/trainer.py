@@ -29,7 +29,7 @@ from fastlt.distributed import Reducer
 from fastlt.host_memory import keep_freed_memory
 from fastlt.losses import build_loss
 from fastlt.metrics import Metrics
-from fastlt.models import Classifier, build_model
+from fastlt.models import Classifier, build_model, check_padded_pooling
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.prepare import prepare_dataset
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
@@ -233,6 +233,8 @@ class Trainer:
 
     def _check_against_model(self) -> None:
         """What only the network can tell: options that name parts of it, and a trained head that is not there."""
+        if self.recipe.channels_last:
+            check_padded_pooling(self.model, self.device)
         for name, stage in self.recipe.stages.items():
             kind = STEPS[stage.method]
             try:

@@ -62,7 +62,7 @@ class HostLoader:
 
         Positions and labels go to the device once an epoch: at 32 pixels three copies a batch would be felt.
         """
-        places = torch.from_numpy(index).to(self.device)
+        places = send(index, self.device)
         labels = self._labels.index_select(0, places)
         parts = places.split(self.batch_size), labels.split(self.batch_size)
         batches = zip(*parts, strict=True) if len(index) else ()  # nothing would be split into one empty batch
@@ -95,6 +95,17 @@ def upload(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
         ahead = copy, copied
     if ahead is not None:
         yield _handed_over(*ahead)
+
+
+def send(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array on `device`, without a wait for what the device is doing: a set of one batch begins an epoch with each.
+
+    On the way to a GPU it is pinned: a copy from other memory would begin when all earlier work is done.
+    """
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from fastlt.models import cifar_resnet, resnet10  # noqa: F401  (registers)
 from fastlt.models.classifier import Classifier, ExpertClassifier, build_model, check_model, forward_mode_safe
 from fastlt.models.heads import HEADS, CosineHead, LinearHead
+from fastlt.models.padded_pooling import check_padded_pooling
 
 __all__ = [
     "HEADS",
@@ -12,5 +13,6 @@ __all__ = [
     "LinearHead",
     "build_model",
     "check_model",
+    "check_padded_pooling",
     "forward_mode_safe",
 ]

@@ -220,6 +220,16 @@ def test_batches_are_handed_over_without_waiting(make, backend):
             batch.images.float().mean()
 
 
+def test_an_epoch_of_the_resident_loader_begins_without_waiting(make):
+    """A meta set of one batch begins one with every iteration."""
+    loader = make("resident", batch_size=4)
+    list(loader.epoch(0))
+    with no_waiting():
+        for epoch in (1, 2):
+            for batch in loader.epoch(epoch):
+                batch.images.float().mean()
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("ffcv", marks=needs_ffcv)])
 def test_epochs_take_no_more_memory_than_the_first_ones(make, backend):
     loader, reserved = make(backend), []

@@ -36,7 +36,7 @@ def smooth(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.SiLU())
             elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+                setattr(module, name, nn.Identity())
     return model
 
 

@@ -417,3 +417,13 @@ def test_evaluation_may_have_fewer_images_than_a_batch(small, make):
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
     monkeypatch.setattr(host_loader, "available_cores", lambda: 8)
     assert [host_loader.default_workers(world_size) for world_size in (1, 3, 16)] == [8, 2, 1]
+
+
+def test_what_goes_to_a_gpu_is_pinned_and_nobody_waits_for_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: calls.append((str(device), how)) or self)
+    host_loader.send(np.arange(6).reshape(2, 3).T, torch.device("cuda"))
+    assert calls == ["pinned", ("cuda", {"non_blocking": True})]
+    monkeypatch.undo()
+    assert host_loader.send(np.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -156,7 +157,10 @@ def _measure(
         for name, epoch in others.items():
             variants[name] = lambda epoch=epoch: _drain(epoch(), device)
         speeds = interleaved(variants, words.rounds)
-    return [row(speeds, name, bare=BARE.get(name), torchvision=TORCHVISION, prefix=f"{job}: ") for name in speeds]
+    rows = [row(speeds, name, bare=BARE.get(name), torchvision=TORCHVISION, prefix=f"{job}: ") for name in speeds]
+    for one in rows:  # the whole takes minutes: what is known already is said
+        print(f"{one.name}: {one.img_s:,.0f} img/s", file=sys.stderr)
+    return rows
 
 
 class _Epochs:
