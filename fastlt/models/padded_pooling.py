@@ -20,8 +20,8 @@ def check_padded_pooling(model: nn.Module, device: torch.device) -> None:
     ]
     if padded and not _is_right(device):
         raise ValueError(
-            f"{padded[0]} pools averages over padded maps, and torch {torch.__version__} computes their gradient wrongly "
-            f"on {device} in channels_last memory: set channels_last: false, or take a newer torch"
+            f"{padded[0]} pools averages over padded maps, and torch {torch.__version__} computes their gradient "
+            f"wrongly on {device} in channels_last memory: set channels_last: false, or take a newer torch"
         )
 
 
