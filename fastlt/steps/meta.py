@@ -277,7 +277,7 @@ class LearnedWeightStep(MetaStep):
         self.metrics: dict[str, Tensor] = {}  # of the latest step on theta
 
     def advice(self) -> list[str]:
-        holes = why_holes_stay() if self.lean else None
+        holes = why_holes_stay() if self.lean and self.parameters[0].device.type == "cpu" else None
         return [] if holes is None else [f"options.lean: {holes}"]
 
     def why_not_compiled(self) -> str | None:

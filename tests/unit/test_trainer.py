@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from fastlt import prepare
 from fastlt.recipe import load_recipe
 from fastlt.runlog import RunLog, result_table
+from fastlt.steps import meta
 from fastlt.train import main
 from fastlt.trainer import Interrupted, Trainer, endless
 from loaders.beton import Beton
@@ -181,6 +183,13 @@ def test_a_lean_run_says_once_what_keeps_it_from_saving_memory(digits_words, cap
         out = capsys.readouterr().out
         assert out.count("options.lean: memory comes from glibc 2.36") == said
         assert out.count("LD_PRELOAD=") == said
+
+
+def test_a_lean_step_on_a_gpu_has_nothing_to_say_about_malloc(monkeypatch):
+    monkeypatch.setattr(meta, "why_holes_stay", lambda: "memory comes from glibc 2.36")
+    for device, advice in (("cpu", 1), ("meta", 0)):
+        step = SimpleNamespace(lean=True, parameters=[torch.empty(1, device=device)])
+        assert len(meta.LearnedWeightStep.advice(step)) == advice
 
 
 def test_a_finished_run_is_not_run_again(digits_words, capsys):
