@@ -247,8 +247,13 @@ class LearnedWeightStep(MetaStep):
         mistakes = super().check_stage(stage, recipe)
         if stage.options.get("lean") and recipe.compile == "inductor":
             mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
-        if stage.options.get("tangent") == "autocast" and recipe.precision == "fp32":
-            mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
+        if stage.options.get("tangent") == "autocast":
+            if recipe.precision == "fp32":
+                mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
+            if recipe.compile == "inductor":
+                mistakes.append(
+                    "options.tangent: is autocast with compile: inductor, whose passes are not recorded; set compile: none"
+                )
         return mistakes
 
     @classmethod

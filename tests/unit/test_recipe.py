@@ -144,6 +144,8 @@ def test_a_tangent_in_mixed_precision_needs_mixed_precision(write):
     assert load_recipe(write(BASE), [*words, "precision=bf16"]).stages["end_to_end"].options["tangent"] == "autocast"
     with pytest.raises(RecipeError, match=r"options\.tangent: is autocast with precision: fp32"):
         load_recipe(write(BASE), words)
+    with pytest.raises(RecipeError, match=r"options\.tangent: is autocast with compile: inductor"):
+        load_recipe(write(BASE), [*words, "precision=bf16", "compile=inductor"])
     with pytest.raises(RecipeError, match="did you mean 'autocast'"):
         load_recipe(write(BASE), [words[0], f"{STAGE}.options.tangent=autocst", "precision=bf16"])
 
