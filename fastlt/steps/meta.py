@@ -252,7 +252,7 @@ class LearnedWeightStep(MetaStep):
                 mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
             if recipe.compile == "inductor":
                 mistakes.append(
-                    "options.tangent: is autocast with compile: inductor, whose passes are not recorded; set compile: none"
+                    "options.tangent: is autocast with compile: inductor, which records no passes; set compile: none"
                 )
         return mistakes
 
