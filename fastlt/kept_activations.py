@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -53,7 +54,7 @@ class Source:
         return self.value.tensor_again() if isinstance(self.value, Activation) else self.value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Making:
     """One operation that took part in making an activation; sources: without what it overwrote."""
 
@@ -92,15 +93,25 @@ class Activation:
         """Whether it can be made again for little."""
         return all(m.rule.again is not None and all(s.there() for s in m.sources) for m in self.makings)
 
+    def rule_from(self, making: Making) -> tuple[Rule, Making | None]:
+        """The rule for one of the makings; where it is for the ReLU behind it as well, with the making that this is."""
+        following = self.makings[self.makings.index(making) + 1 :][:1]
+        if making.rule.with_relu is not None and following and following[0].function is F.relu:
+            return making.rule.with_relu, following[0]
+        return making.rule, None
+
     def tensor_again(self) -> Tensor:
         """The tensor, which from now on is in memory; raises OverwrittenError."""
         if self.tensor is None:
-            made = None
+            made, included = None, None
             with torch.no_grad():
                 for making in self.makings:
+                    if making is included:
+                        continue
                     ours = [] if made is None else [made]  # what the operation overwrites
                     sources = [source.get() for source in making.sources]
-                    made = making.rule.again(making.function, making.saved, *ours, *sources)
+                    rule, included = self.rule_from(making)
+                    made = rule.again(making.function, making.saved, *ours, *sources)
             self.hold(made)
         return self.tensor
 

@@ -122,18 +122,23 @@ class _Reuse(RuledOperations):
         super().__init__()
         self.calls, self.position = calls, 0
         self.making: Activation | None = None  # what is being made again
+        self.included: Making | None = None  # a ReLU of which the latest operation did the work
 
     def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         call = self._next(function, overwrites)
         activation, saved = call.activation, call.making.saved
+        if call.making is self.included:
+            return args[0]
         if not overwrites:
             self.settle()
+        fused, included = activation.rule_from(call.making)
         if activation is self.making or activation.tensor is None:
-            self._make(activation, call.making, [parts(s)[0] for s in rule.sources(*args, **kwargs)])
+            self._make(fused, activation, call.making, [parts(s)[0] for s in rule.sources(*args, **kwargs)])
         elif not activation.in_memory():
             # A later operation has overwritten the output and will do so again: it needs one of its own.
             return function(*args, **kwargs)
-        tangent = rule.tangent(function, saved, activation.tensor, *args, **kwargs)
+        self.included = included
+        tangent = fused.tangent(function, saved, activation.tensor, *args, **kwargs)
         if overwrites:
             # The memory holds the result already. The tangent was changed in place, as the caller expects of `args[0]`.
             return args[0]
@@ -154,12 +159,12 @@ class _Reuse(RuledOperations):
         if self.making is not None:
             self.making.tensor = None
 
-    def _make(self, activation: Activation, making: Making, sources: list) -> None:
-        """Make it, or what overwrites it, again, from the primals of this pass."""
+    def _make(self, rule: Rule, activation: Activation, making: Making, sources: list) -> None:
+        """Make it, or what overwrites it, again, by a rule for `making`, from the primals of this pass."""
         if activation is self.making:
             sources[0] = activation.tensor
         self.making = activation
-        activation.tensor = making.rule.again(making.function, making.saved, *sources)
+        activation.tensor = rule.again(making.function, making.saved, *sources)
 
     def _next(self, function: Callable, overwrites: bool) -> Call:
         if self.position == len(self.calls):

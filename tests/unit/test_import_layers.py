@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import from its own layer and from lower ones. A module without a place here fails the test.
 LAYERS = [
     {"fastlt.names", "fastlt.state", "fastlt.schedule", "fastlt.distributed", "fastlt.checkpoint", "fastlt"},
+    {"fastlt.fused_loops"},
     {"fastlt.forward_rules"},
     {"fastlt.kept_activations"},
     {"fastlt.recorded_forward", "fastlt.folded_forward", "fastlt.host_memory", "fastlt.compiled"},

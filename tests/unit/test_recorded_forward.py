@@ -1,0 +1,216 @@
+"""A ReLU's tangent is taken with that of the operation before it only where nothing else can see a difference."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlt import fused_loops, meta_gradient
+from fastlt.recorded_forward import ForwardRecord
+
+CLASSES = 5
+
+
+class Network(nn.Module):
+    """Two convolutions and BatchNorms, which `body` puts together, and a head."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.body(self, x).square().mean((2, 3)))
+
+
+def relu_(x):
+    return F.relu(x, inplace=True)
+
+
+def in_place(net, x):
+    return relu_(net.bn2(net.conv2(relu_(net.bn1(net.conv1(x))))))
+
+
+def out_of_place(net, x):
+    y = net.bn1(net.conv1(x))
+    z = F.relu(y)
+    return F.relu(net.bn2(net.conv2(z))) + y * z
+
+
+def without_relu(net, x):
+    return net.bn2(net.conv2(net.bn1(net.conv1(x))))
+
+
+def residual(net, x):
+    y = relu_(net.bn1(net.conv1(x)))
+    return relu_(net.bn2(net.conv2(y)) + y)
+
+
+def residual_in_place(net, x):
+    y = relu_(net.bn1(net.conv1(x)))
+    z = net.bn2(net.conv2(y))
+    z += y
+    return relu_(z)
+
+
+def summand_read_again(net, x):
+    y = net.bn1(net.conv1(x))
+    z = net.bn2(net.conv2(y))
+    return relu_(z + y) * z + y
+
+
+def convolution_read_twice(net, x):
+    y = net.conv1(x)
+    return relu_(net.bn1(y)) * y + net.bn2(y)
+
+
+def read_before_relu(net, x):
+    y = net.bn1(net.conv1(x))
+    doubled = 2 * y
+    return relu_(y) + doubled
+
+
+def two_relus(net, x):
+    return F.relu(relu_(net.bn1(net.conv1(x))))
+
+
+def dropout_between(net, x):
+    return relu_(F.dropout(net.bn1(net.conv1(x)), 0.5, training=True))
+
+
+def shared(net, x):
+    y = relu_(net.bn1(net.conv1(x)))
+    for _ in range(2):
+        y = relu_(net.bn2(net.conv2(y)))
+    return y
+
+
+def constant_summand(net, x):
+    return relu_(net.bn1(net.conv1(x)) + x.mean(1, keepdim=True).expand(-1, 4, -1, -1).clone())
+
+
+def convolution_without_tangent(net, x):
+    return relu_(net.bn1(F.conv2d(x, net.conv1.weight.detach(), padding=1)))
+
+
+def pixels_as_samples(net, x):
+    return relu_(F.batch_norm(x.flatten(2).mean(2) @ net.conv2.weight[:3, :, 0, 0], None, None, training=True))[
+        :, :, None, None
+    ]
+
+
+# The tangents of a BatchNorm and of a sum that the ReLU behind is part of.
+BODIES = {
+    in_place: (2, 0),
+    out_of_place: (0, 0),
+    without_relu: (0, 0),
+    residual: (1, 1),
+    residual_in_place: (1, 1),
+    summand_read_again: (0, 1),
+    convolution_read_twice: (1, 0),
+    read_before_relu: (0, 0),
+    two_relus: (1, 0),
+    dropout_between: (0, 0),
+    shared: (3, 0),
+    constant_summand: (0, 0),
+    convolution_without_tangent: (0, 0),
+    pixels_as_samples: (1, 0),
+}
+
+
+def problem(body, memory_format, dtype=torch.float64):
+    """(parameters, losses as a function of them, which draw the same random numbers every time, a direction)."""
+    torch.manual_seed(0)
+    model = Network(body).to(dtype=dtype, memory_format=memory_format).train()
+    images = torch.randn(6, 3, 7, 5, dtype=dtype).contiguous(memory_format=memory_format)
+    labels = torch.arange(6) % CLASSES
+    parameters = meta_gradient.trainable_parameters(model)
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def losses(parameters):
+        torch.manual_seed(1)
+        return meta_gradient.functional_losses(model, loss, images, labels)(parameters)
+
+    return parameters, losses, [torch.randn_like(p) for p in parameters.values()]
+
+
+def gradient(loss, parameters):
+    return torch.autograd.grad(
+        loss, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def derivatives(losses_of, parameters, direction):
+    """(b,), one backward pass a loss. In forward mode activations lie otherwise in memory, and dropout drops others."""
+    losses = losses_of(parameters)
+    return torch.stack(
+        [sum((g * d).sum() for g, d in zip(gradient(loss, parameters), direction, strict=True)) for loss in losses]
+    )
+
+
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-11 * b.norm() + 1e-15
+
+
+@pytest.fixture
+def with_relu(monkeypatch):
+    """Counts the calls of the loops that take a ReLU's tangent along, by name."""
+    calls = Counter()
+    tangent, masked_sum = fused_loops.batch_norm_tangent, fused_loops.masked_sum
+
+    def counted_tangent(*args):
+        calls["batch_norm"] += len(args) > 7
+        return tangent(*args)
+
+    def counted_sum(*args, **kwargs):
+        calls["sum"] += 1
+        return masked_sum(*args, **kwargs)
+
+    monkeypatch.setattr(fused_loops, "batch_norm_tangent", counted_tangent)
+    monkeypatch.setattr(fused_loops, "masked_sum", counted_sum)
+    return calls
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_the_recorded_tangent_is_the_one_computed_anew(body, memory_format, lean, with_relu):
+    parameters, losses_of, direction = problem(body, memory_format)
+    expected_tangent = derivatives(losses_of, parameters, direction)
+    expected = gradient(losses_of(parameters).mean(), parameters)
+    record = ForwardRecord(lean)
+    with record.recording():
+        losses = losses_of(parameters)
+    record.lighten()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):
+            tangent = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
+            assert_close([tangent], [expected_tangent])
+            assert_close(gradient(losses.mean(), parameters), expected)
+    fits = memory_format == torch.channels_last or body is pixels_as_samples
+    batch_norms, sums = BODIES[body] if fits else (0, 0)
+    assert (with_relu["batch_norm"], with_relu["sum"]) == (2 * batch_norms, 2 * sums)
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_it_is_the_same_where_there_are_no_loops(body, monkeypatch):
+    monkeypatch.setattr(fused_loops, "_runtime", lambda: None)
+    parameters, losses_of, direction = problem(body, torch.channels_last)
+    expected = derivatives(losses_of, parameters, direction)
+    record = ForwardRecord(lean=True)
+    with record.recording():
+        losses = losses_of(parameters)
+    record.lighten()
+    assert_close([meta_gradient.directional_derivative(losses_of, parameters, direction, record)], [expected])
+    del losses
