@@ -1,4 +1,4 @@
-"""The few types that pass between rooms: what a loader yields, what a step returns, what a class is."""
+"""The few types that pass between rooms: what a loader yields, what a step returns, what a class is; and `upload`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`, without a wait for what the device is doing.
+
+    On the way to a GPU it is pinned: a copy from other memory would begin when all earlier work is done. What is there
+    already stays what it is: only a host's memory can be pinned.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # Contiguous, for pinning keeps gaps, and a tensor with gaps is copied by way of pageable memory.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

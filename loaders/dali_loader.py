@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlt.state import Batch
 from loaders.dali_augment import DaliAugment
 from loaders.damage import DamageError
-from loaders.host_loader import HostLoader, default_workers, upload
+from loaders.host_loader import HostLoader, default_workers, upload_ahead
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
 from loaders.protocol import EncodedSplit
@@ -96,7 +96,7 @@ class DaliLoader(HostLoader):
                 return
             with ThreadPoolExecutor(self._threads) as pool:
                 resized = (self._resized(images, pool) for images in decoded)
-                yield from self._labelled(upload(resized, self.device), index)
+                yield from self._labelled(upload_ahead(resized, self.device), index)
 
     def _decoded(self, index: np.ndarray, boxes: np.ndarray) -> Generator[object, None, None]:
         """Each batch's images, DALI's list of uint8 (H, W, 3)."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.state import Batch
+from fastlt.state import Batch, upload
 from loaders.plan import EpochPlan
 from loaders.protocol import StoredSplit
 
@@ -55,14 +55,14 @@ class HostLoader:
 
     def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
         with contextlib.closing(self._read(index, boxes)) as read:
-            yield from self._labelled(upload(read, self.device), index)
+            yield from self._labelled(upload_ahead(read, self.device), index)
 
     def _labelled(self, images: Iterable[Tensor], index: np.ndarray) -> Iterator[Batch]:
         """The epoch's batches: `images` (N, H, W, 3) on the device, with what else belongs to each.
 
         Positions and labels go to the device once an epoch: at 32 pixels three copies a batch would be felt.
         """
-        places = send(index, self.device)
+        places = upload(torch.from_numpy(index), self.device)
         labels = self._labels.index_select(0, places)
         parts = places.split(self.batch_size), labels.split(self.batch_size)
         batches = zip(*parts, strict=True) if len(index) else ()  # nothing would be split into one empty batch
@@ -75,7 +75,7 @@ class HostLoader:
             self._running = None
 
 
-def upload(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def upload_ahead(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Images in host memory, on `device`.
 
     On CUDA one batch is copied ahead on a side stream from pinned memory; nothing waits on the host.
@@ -88,24 +88,13 @@ def upload(host: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     for images in host:
         with torch.cuda.stream(stream):
             # Pinned blocks come from torch's caching allocator, which keeps them until the copy has run.
-            copy = images.pin_memory().to(device, non_blocking=True)
+            copy = upload(images, device)
             copied = stream.record_event()
         if ahead is not None:
             yield _handed_over(*ahead)
         ahead = copy, copied
     if ahead is not None:
         yield _handed_over(*ahead)
-
-
-def send(values: np.ndarray, device: torch.device) -> Tensor:
-    """An array on `device`, without a wait for what the device is doing: a set of one batch begins an epoch with each.
-
-    On the way to a GPU it is pinned: a copy from other memory would begin when all earlier work is done.
-    """
-    tensor = torch.from_numpy(values)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.state import Batch
+from fastlt.state import Batch, upload
 from loaders.crop import CropSpec, common_shape, crop_boxes
-from loaders.host_loader import default_workers, send
+from loaders.host_loader import default_workers
 from loaders.memory import free_share, readable
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
@@ -58,7 +58,7 @@ class ResidentLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """See BatchLoader; the order is moved to the device once, and nothing waits for that."""
         assert self._pixels is not None, "the loader is closed"
-        index = send(self.plan.index(epoch, first_batch), self.device)
+        index = upload(torch.from_numpy(self.plan.index(epoch, first_batch)), self.device)
         return self._cut(index, self.plan.boxes(epoch, first_batch)) if self._ragged else self._batches(index)
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class ResidentLoader:
     def _cut(self, index: Tensor, boxes: np.ndarray) -> Iterator[Batch]:
         pixels, labels, size = self._pixels, self._labels, self.plan.crop.size
         taps = most_taps(boxes, size)  # of the whole epoch, so that every batch is the same work
-        on_device = send(boxes.astype(np.int64), self.device)
+        on_device = upload(torch.from_numpy(boxes.astype(np.int64)), self.device)
         batches = (index.split(self.batch_size), on_device.split(self.batch_size)) if len(index) else ((), ())
         for places, of_batch in zip(*batches, strict=True):
             images = pixels.crops(places, of_batch, taps, size).permute(0, 3, 1, 2)

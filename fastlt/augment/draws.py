@@ -15,6 +15,8 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from fastlt.state import upload
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,17 +57,6 @@ class Rows:
 Draws = Mapping[str, Union[Tensor, Rows, "Draws"]]
 
 ALIGNED = 16  # bytes, more than any element has
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`; pinned on the way to a GPU, since a copy from pageable memory makes the host wait.
-
-    What is there already, as held draws are, stays what it is: only a host's memory can be pinned.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    # Contiguous, for pinning keeps gaps, and a tensor with gaps is copied by way of pageable memory.
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def upload_draws(draws: Draws, device: torch.device) -> Draws:

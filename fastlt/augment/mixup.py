@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.augment.draws import upload
+from fastlt.state import upload
 
 
 def sample_lam(alpha: float, generator: torch.Generator) -> float:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_betons import EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_small
 
-from fastlt.state import Batch
+from fastlt.state import Batch, upload
 from loaders import host_loader, memory
 from loaders.beton import Beton
 from loaders.crop import CropSpec
@@ -423,7 +423,7 @@ def test_what_goes_to_a_gpu_is_pinned_and_nobody_waits_for_it(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: calls.append((str(device), how)) or self)
-    host_loader.send(np.arange(6).reshape(2, 3).T, torch.device("cuda"))
+    upload(torch.from_numpy(np.arange(6).reshape(2, 3).T), torch.device("cuda"))
     assert calls == ["pinned", ("cuda", {"non_blocking": True})]
     monkeypatch.undo()
-    assert host_loader.send(np.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]
+    assert upload(torch.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]
