@@ -18,6 +18,9 @@ from torch import Tensor
 from fastlt import checkpoint
 
 MODES = ("none", "inductor", "cudagraph")
+# Takes a function of no arguments, runs it once for its operations, and returns what replays them and its result, which
+# every replay overwrites.
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
 def mode_for(asked: str, device: torch.device, processes: int) -> str:
@@ -25,11 +28,6 @@ def mode_for(asked: str, device: torch.device, processes: int) -> str:
     if asked != "auto":
         return asked
     return "cudagraph" if device.type == "cuda" and processes == 1 else "none"
-
-
-# Takes a function of no arguments, runs it once for its operations, and returns what replays them and its result, which
-# every replay overwrites.
-Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
 class Compiler:
@@ -77,6 +75,14 @@ def make_sgd(groups: list[dict[str, Any]], mode: str, lr: float, device: torch.d
     # A tensor for each group: the optimizer would share one among them.
     groups = [{**group, "lr": torch.tensor(lr, device=device)} for group in groups]
     return torch.optim.SGD(groups, lr=lr, fused=True, **options)
+
+
+def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in memory as its parameter is.
+
+    Fused optimizers go through memory as if both were laid out alike, whether they are or not.
+    """
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 def adam_options(mode: str, device: torch.device) -> dict[str, Any]:

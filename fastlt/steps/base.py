@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlt.augment import Augment
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, load_optimizer
+from fastlt.compiled import Compiler, laid_out, load_optimizer
 from fastlt.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.state import Batch, ClassCounts, StepOutput
@@ -223,10 +223,7 @@ class Step:
     def apply(self, gradients: list[Tensor]) -> None:
         """One optimizer step with these gradients of `self.parameters`."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient.stride() != parameter.stride():
-                # Fused optimizers go through memory as if both were laid out alike, whether they are or not.
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            parameter.grad = gradient
+            parameter.grad = laid_out(gradient, parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from fastlt.augment import build_augment
 from tools.benchmarks.options import positive, usable_device
-from tools.benchmarks.rounds import interleaved, report, row
+from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -62,8 +62,7 @@ def _variants(batch: int, size: int, policy: str, device: torch.device) -> dict[
     from_pil = _one_by_one(size, policy, transforms.ToTensor())
 
     def finished(result: Tensor) -> int:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return len(result)
 
     return {

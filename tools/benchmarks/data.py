@@ -32,7 +32,7 @@ from loaders.sources import ArraySplit, FileSplit, Source
 from loaders.sources.cifar import CIFAR10, read_cifar
 from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from tools.benchmarks.options import positive, usable_device
-from tools.benchmarks.rounds import Row, interleaved, report, row
+from tools.benchmarks.rounds import Row, interleaved, report, row, wait_for
 
 BOTH = ("ffcv", "dali")
 EXTENSIONS = (".jpg", ".jpeg")
@@ -180,6 +180,5 @@ def _drain(batches: Iterable[Tensor], device: torch.device) -> int:
     for batch in batches:
         assert batch.device.type == device.type, batch.device
         images += len(batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return images

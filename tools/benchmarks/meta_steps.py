@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlt.augment import Augment, normalise
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, CudaCapture, adam_options, make_sgd, ready
+from fastlt.compiled import Compiler, CudaCapture, adam_options, laid_out, make_sgd, ready
 from fastlt.difficulty import DifficultyNet, class_weights
 from fastlt.losses import build_loss
 from fastlt.models import build_model
@@ -122,14 +122,14 @@ class Way:
 
 
 class Normalise(Augment):
-    """Augmentation that leaves the images as they are, in the problem's memory format."""
+    """`Problem.augment` as a step takes it, with draws that can be held: of nothing."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__((), MEAN, STD, 0, problem.device)
-        self.memory_format = problem.memory_format
+        self.problem = problem
 
     def apply(self, images: Tensor, draws: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return super().apply(images, draws, dtype).contiguous(memory_format=self.memory_format)
+        return self.problem.augment(images, dtype)
 
 
 class FrozenAccuracy(ClassAccuracy):
@@ -314,9 +314,7 @@ def new_sgd(parameters: list[Tensor], problem: Problem) -> torch.optim.Optimizer
 def apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
     """One step with these gradients."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        # A fused optimizer wants both laid out alike.
-        alike = gradient.stride() == parameter.stride()
-        parameter.grad = gradient if alike else torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = laid_out(gradient, parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -28,6 +28,12 @@ class Row:
     ratio_torchvision: float | None = None
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> Speeds:
     """Images a second of each variant in each round; a variant does its work and returns the number of images.
 

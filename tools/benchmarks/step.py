@@ -50,6 +50,7 @@ from fastlt.host_memory import allocator, keep_freed_memory
 from fastlt.models.classifier import check_model
 from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from tools.benchmarks.options import positive, usable_device
+from tools.benchmarks.rounds import wait_for
 
 # Steps between two waits for a GPU, which otherwise idles while the first kernels are launched; not of LONG ones.
 IN_A_ROW, LONG = 10, 0.2  # seconds
@@ -245,11 +246,6 @@ def matrix_rate(problem: Problem) -> float:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / statistics.median(seconds)
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ratio(times: dict[str, list[float]], name: str, other: str) -> float | None:

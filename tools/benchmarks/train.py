@@ -30,7 +30,7 @@ from fastlt.steps import Step
 from fastlt.trainer import Trainer, endless
 from loaders.protocol import BatchLoader
 from tools.benchmarks.options import positive
-from tools.benchmarks.rounds import interleaved, report, row
+from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP, ONE_BATCH = "training loop", "one batch for ever"
@@ -133,11 +133,11 @@ class _Loop:
         """Seconds that the augmentation of one iteration takes, the median of the rounds after one for warming up."""
         run, times = self._augmentation(), []
         for _ in range(1 + rounds):
-            self._wait()
+            wait_for(self.trainer.device)
             started = time.perf_counter()
             for _ in range(self.iterations):
                 run()
-            self._wait()
+            wait_for(self.trainer.device)
             times.append((time.perf_counter() - started) / self.iterations)
         return statistics.median(times[1:])
 
@@ -175,7 +175,3 @@ class _Loop:
 
     def _next(self) -> tuple[Batch, Batch | None]:
         return next(self.batches), None if self.meta_batches is None else next(self.meta_batches)
-
-    def _wait(self) -> None:
-        if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.device)
