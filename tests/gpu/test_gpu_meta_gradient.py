@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
-from contextlib import nullcontext
 
 import pytest
 import torch
 from on_gpu import DEVICE
 from reference import eq4, meta_objective
 from test_meta_gradient import CLASSES, DRAWING, cross_entropy, make, relative_error
-from test_mixed_precision import BOUNDS, Given
+from test_mixed_precision import BOUNDS, step_on
 from torch import nn
 
 from fastlt import meta_gradient
 from fastlt.class_accuracy import ClassAccuracy
-from fastlt.losses import build_loss
 from fastlt.models import build_model
-from fastlt.state import Batch, ClassCounts
-from fastlt.steps import STEPS, StepParts
+from fastlt.state import Batch
 
 pytestmark = pytest.mark.gpu
 
 LR = 0.1
-COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 NETWORKS = [("cifar_resnet8", 16), ("cifar_resnet32", 16), ("resnet18", 32), ("vit_tiny_patch16_224", 32)]
 
@@ -55,26 +51,11 @@ def exact_gradient(name, size, batch=8, is_smooth=False):
     return torch.cat([g.flatten() for g in torch.autograd.grad(objective, list(net.parameters()))])
 
 
-def make_step(model, images, labels, autocast=nullcontext, method="difficulty", **options):
-    kind = STEPS[method]
-    parts = StepParts(
-        model=model,
-        loss=build_loss("cross_entropy", COUNTS),
-        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
-        augment=Given(),
-        meta_augment=Given(),
-        class_counts=COUNTS,
-        class_accuracy=ClassAccuracy(images, labels, CLASSES, prepare=Given()),
-        autocast=autocast,
-    )
-    return kind(parts, kind.Options(**options))
-
-
 def gradient_on_gpu(name, size, dtype, batch=8, is_smooth=False, memory_format=torch.contiguous_format, **step):
     """The same by a step on the GPU."""
     model, net, accuracy, *pairs = problem_of(name, size, batch, is_smooth, memory_format)
     (images, labels), (meta_images, meta_labels) = ((x.to(DEVICE, dtype), y.to(DEVICE)) for x, y in pairs)
-    ours = make_step(model.to(device=DEVICE, dtype=dtype), images, labels, **step)
+    ours = step_on(model.to(device=DEVICE, dtype=dtype), images, labels, **step)
     weights = eq4(net, accuracy)
     run = ours.training_pass(Batch(images, labels, labels))
     of_sample = weights.detach().to(DEVICE, dtype)[labels]
@@ -117,7 +98,7 @@ def test_a_step_is_exact_about_the_noise_that_its_training_pass_drew(network):
     torch.manual_seed(3)
     model = DRAWING[network]().double().train().to(DEVICE)
     images, labels = torch.randn(20, 3, 32, 32, dtype=torch.float64).to(DEVICE), (torch.arange(20) % CLASSES).to(DEVICE)
-    step = make_step(model, images, labels)
+    step = step_on(model, images, labels)
     batch, meta_batch = (Batch(images[i], labels[i], labels[i]) for i in (slice(0, 8), slice(8, 20)))
     weights = torch.linspace(0.5, 1.5, CLASSES, dtype=torch.float64, device=DEVICE).requires_grad_()
     state = meta_gradient.random_state(images.device)

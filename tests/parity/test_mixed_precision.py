@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -88,9 +89,8 @@ class Given:
         return images
 
 
-def make_step(problem, **options):
-    """A step of Difficulty-Net under autocast on the problem's model, and its two batches."""
-    model, _, _, (images, labels), (meta_images, meta_labels) = problem
+def step_on(model, images, labels, autocast=nullcontext, method="difficulty", **options):
+    """A step that takes its images as they are, with these as its meta set."""
     counts = ClassCounts(np.arange(1, CLASSES + 1), tuple("abcde"))
     parts = StepParts(
         model=model,
@@ -99,12 +99,18 @@ def make_step(problem, **options):
         augment=Given(),
         meta_augment=Given(),
         class_counts=counts,
-        class_accuracy=ClassAccuracy(images.float(), labels, CLASSES, prepare=Given()),
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+        class_accuracy=ClassAccuracy(images, labels, CLASSES, prepare=Given()),
+        autocast=autocast,
     )
-    batch = Batch(images.float(), labels, labels), Batch(meta_images.float(), meta_labels, meta_labels)
-    kind = STEPS["difficulty"]
-    return kind(parts, kind.Options(**options)), *batch
+    kind = STEPS[method]
+    return kind(parts, kind.Options(**options))
+
+
+def make_step(problem, **options):
+    """A step of Difficulty-Net under autocast on the problem's model, and its two batches."""
+    model, _, _, (images, labels), (meta_images, meta_labels) = problem
+    step = step_on(model, images.float(), labels, lambda: torch.autocast("cpu", torch.bfloat16), **options)
+    return step, Batch(images.float(), labels, labels), Batch(meta_images.float(), meta_labels, meta_labels)
 
 
 @pytest.mark.parametrize(("name", "size"), [("cifar_resnet8", 16), ("vit_tiny_patch16_224", 32)])
