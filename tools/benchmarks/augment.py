@@ -1,7 +1,8 @@
 """The batched, on-device augmentation against torchvision's, which takes one image after another.
 
 Both do a random crop with padding, flips, AutoAugment, normalisation and cutout; from uint8 images in memory to a
-float32 batch on the device.
+float32 batch on the device. On a GPU a third row is the device's work alone, captured in a CUDA graph, as it is part of
+a captured iteration: the random choices are then drawn on the host while the device is busy.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from fastlt.augment import build_augment
+from fastlt.augment import Augment, build_augment
+from fastlt.compiled import CudaCapture
 from tools.benchmarks.options import positive, usable_device
 from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
@@ -55,7 +57,11 @@ def _variants(batch: int, size: int, policy: str, device: torch.device) -> dict[
         {"auto_augment": {"policy": policy}},
         {"cutout": {"size": size // 2}},
     ]
-    ours = build_augment(specs, image_size=size, mean=MEAN, std=STD, seed=0, device=device)
+
+    def build() -> Augment:
+        return build_augment(specs, image_size=size, mean=MEAN, std=STD, seed=0, device=device)
+
+    ours = build()
     tensors = [image.contiguous() for image in images]
     arrays = [image.permute(1, 2, 0).contiguous().numpy() for image in images]
     from_tensor = _one_by_one(size, policy, transforms.ConvertImageDtype(torch.float32))
@@ -65,13 +71,38 @@ def _variants(batch: int, size: int, policy: str, device: torch.device) -> dict[
         wait_for(device)
         return len(result)
 
+    variants = {"fastlt": lambda: finished(ours(on_device))}
+    if device.type == "cuda":
+        replay = captured([(build(), on_device)])
+        variants["fastlt, captured"] = lambda: finished(replay()[0])
     return {
-        "fastlt": lambda: finished(ours(on_device)),
+        **variants,
         "torchvision, tensors": lambda: finished(torch.stack([from_tensor(image) for image in tensors]).to(device)),
         "torchvision, PIL": lambda: finished(
             torch.stack([from_pil(Image.fromarray(array)) for array in arrays]).to(device)
         ),
     }
+
+
+def captured(chains: list[tuple[Augment, Tensor]]) -> Callable[[], list[Tensor]]:
+    """What applies each chain to its images by replaying one CUDA graph, always with the same draws; returns results.
+
+    The chains are held from now on, see `Augment.hold`.
+    """
+
+    def augment() -> list[Tensor]:
+        return [chain(images) for chain, images in chains]
+
+    for chain, images in chains:
+        chain.hold(images)
+    augment()  # what is made once must not become part of the graph
+    replay, results = CudaCapture()(augment)
+
+    def run() -> list[Tensor]:
+        replay()
+        return results
+
+    return run
 
 
 def _one_by_one(size: int, policy: str, to_float: Callable) -> Callable:

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-from fastlt.compiled import CudaCapture, ready
+from fastlt.compiled import ready
 from fastlt.recipe import StageRecipe, load_recipe
 from fastlt.state import Batch, StepOutput
 from fastlt.steps import Step
 from fastlt.trainer import Trainer, endless
 from loaders.protocol import BatchLoader
+from tools.benchmarks.augment import captured
 from tools.benchmarks.options import positive
 from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
@@ -150,15 +151,9 @@ class _Loop:
         if self.step.uses_meta_batch():
             chains.append((parts.meta_augment, self.meta_batch.images))
 
-        def augment() -> list[torch.Tensor]:
-            return [chain(images) for chain, images in chains]
-
-        if self.trainer.compile != "cudagraph" or self.not_compiled is not None:
-            return augment
-        for chain, images in chains:
-            chain.hold(images)
-        replay, self.augmented = CudaCapture()(augment)  # kept: the graph writes there
-        return replay
+        if self.trainer.compile == "cudagraph" and self.not_compiled is None:
+            return captured(chains)
+        return lambda: [chain(images) for chain, images in chains]
 
     def _iterate(self, batch: Batch, meta_batch: Batch | None) -> StepOutput:
         """One iteration with what goes with it in training."""
