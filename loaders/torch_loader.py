@@ -99,6 +99,7 @@ class TorchLoader(HostLoader):
             multiprocessing_context=_clean_ancestor() if workers else None,
             persistent_workers=workers > 0,
             timeout=STALL_S if workers else 0,
+            pin_memory=self.device.type == "cuda",  # by a thread, which the copy to the GPU then need not wait for
             # Its own generator: by default each epoch draws a worker seed from, and so advances, torch's global one.
             generator=torch.Generator(),
         )
