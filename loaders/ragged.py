@@ -35,13 +35,22 @@ class RaggedPixels:
                 list(pool.map(read, images.tolist(), places.tolist()))
                 self.pixels[first[images[0]] : ends].copy_(torch.from_numpy(host))
 
-    def crops(self, places: Tensor, boxes: Tensor, taps: tuple[int, int], size: int) -> Tensor:
+    def crops(self, places: Tensor, boxes: Tensor, groups: list[tuple[Tensor, tuple[int, int]]], size: int) -> Tensor:
         """Each image's rectangle, resized to (size, size) by area interpolation: uint8 (N, size, size, 3).
 
         places: int64 (N,), which images.  boxes: int64 (N, 4) as (top, left, height, width), inside the images.
-        taps: `most_taps` of these boxes, at least.
+        groups: rows of these int64 (K,), with `most_taps` of their boxes, at least; each row is in one of them.
         The same weights as OpenCV's INTER_AREA, by which the backends on the host resize, to one level of rounding.
         """
+        out = torch.empty((len(places), size, size, 3), dtype=torch.uint8, device=boxes.device)
+        for rows, taps in groups:
+            if len(rows):
+                cut = self._crops(places.index_select(0, rows), boxes.index_select(0, rows), taps, size)
+                out.index_copy_(0, rows, cut)
+        return out
+
+    def _crops(self, places: Tensor, boxes: Tensor, taps: tuple[int, int], size: int) -> Tensor:
+        """`crops` of one group."""
         top, left, height, width = boxes.unbind(1)
         shrinks = (height >= size) & (width >= size)
         rows, row_weights = _taps(height, size, shrinks, taps[0])
@@ -58,8 +67,14 @@ class RaggedPixels:
         return out.round_().clamp_(0, 255).to(torch.uint8)
 
 
+def shrinking(boxes: np.ndarray, size: int) -> np.ndarray:
+    """bool (N,): boxes (N, 4) that are made smaller in both directions; only these need more than two taps in each."""
+    return (boxes[:, 2:] >= size).all(axis=1)
+
+
 def most_taps(boxes: np.ndarray, size: int) -> tuple[int, int]:
     """How many source rows and columns an output pixel needs at most, for boxes (N, 4)."""
+    boxes = boxes[shrinking(boxes, size)]
     most = boxes[:, 2:].max(axis=0).tolist() if len(boxes) else (1, 1)
     return tuple(max(2, math.ceil(length / size) + 1) for length in most)
 

@@ -16,7 +16,7 @@ from loaders.memory import free_share, readable
 from loaders.native import resize_crop
 from loaders.plan import EpochPlan
 from loaders.protocol import StoredSplit
-from loaders.ragged import FILL_BYTES, RaggedPixels, most_taps
+from loaders.ragged import FILL_BYTES, RaggedPixels, most_taps, shrinking
 
 
 class ResidentLoader:
@@ -74,12 +74,21 @@ class ResidentLoader:
             yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 
     def _cut(self, index: Tensor, boxes: np.ndarray) -> Iterator[Batch]:
-        pixels, labels, size = self._pixels, self._labels, self.plan.crop.size
-        taps = most_taps(boxes, size)  # of the whole epoch, so that every batch is the same work
-        on_device = upload(torch.from_numpy(boxes.astype(np.int64)), self.device)
-        batches = (index.split(self.batch_size), on_device.split(self.batch_size)) if len(index) else ((), ())
-        for places, of_batch in zip(*batches, strict=True):
-            images = pixels.crops(places, of_batch, taps, size).permute(0, 3, 1, 2)
+        pixels, labels, size, batch_size = self._pixels, self._labels, self.plan.crop.size, self.batch_size
+        # Most crops are made larger in one direction at least, from four pixels each; a few are made smaller and need
+        # nine or more. So each batch is cut in two groups, of which the host knows the sizes.
+        shrinks, of_batch = shrinking(boxes, size), np.arange(len(boxes)) // batch_size
+        rows = np.lexsort((shrinks, of_batch)) - of_batch * batch_size
+        few = np.bincount(of_batch[~shrinks], minlength=-(-len(boxes) // batch_size)).tolist()
+        taps = most_taps(boxes, size)  # of the whole epoch
+        parts = (
+            upload(torch.from_numpy(rows), self.device),
+            upload(torch.from_numpy(boxes.astype(np.int64)), self.device),
+        )
+        batches = (part.split(batch_size) for part in (index, *parts)) if len(index) else ((),) * 3
+        for places, rows_of, boxes_of, larger in zip(*batches, few, strict=True):
+            groups = [(rows_of[:larger], (2, 2)), (rows_of[larger:], taps)]
+            images = pixels.crops(places, boxes_of, groups, size).permute(0, 3, 1, 2)
             yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 
 
