@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools import benchmark  # noqa: E402
+from tools.benchmarks import augment as benchmark_augment  # noqa: E402
 from tools.benchmarks import train as benchmark_train  # noqa: E402
 
 RECIPE = str(ROOT / "recipes" / "digits_lt.yaml")
@@ -104,7 +105,7 @@ def test_trains_iterations_and_augmentation_are_replayed_where_they_are_captured
             return replay, result
 
     monkeypatch.setattr(compiled, "CudaCapture", Capture)
-    monkeypatch.setattr(benchmark_train, "CudaCapture", Capture)
+    monkeypatch.setattr(benchmark_augment, "CudaCapture", Capture)
     monkeypatch.setattr(compiled, "why_no_graph", lambda step, capture: None)
     _, settings = run(capsys, "train", RECIPE, *digits_words, "compile=cudagraph", "--iterations", "3")
     assert "not_compiled" not in settings

@@ -56,7 +56,7 @@ class Problem:
 
     @functools.cached_property
     def meta_set(self) -> tuple[Tensor, Tensor]:
-        """Images and labels, drawn on the device when they are first asked for: 1.5 GB of 1,000 classes at 224 pixels."""
+        """Images and labels, drawn on the device when first asked for: 1.5 GB of 1,000 classes at 224 pixels."""
         labels = torch.arange(META_PER_CLASS * self.num_classes, device=self.device) % self.num_classes
         generator = torch.Generator(self.device).manual_seed(1)
         shape = (len(labels), *self.batch.images.shape[1:])
