@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fastlt.augment.constants import kept
 from fastlt.augment.draws import Draws, HeldDraws, upload_draws
 from fastlt.augment.operations import (
     AutoAugment,
@@ -54,16 +54,15 @@ def normalise(
     return out.to(dtype).permute(0, 3, 1, 2)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """float32 (3 * width,) each, kept on the device: making them anew would make the host wait in every batch."""
-    # Outlives the caller's context, so it must not become an inference tensor when evaluation is the first to ask.
-    with torch.inference_mode(False):
-        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-        return tuple(value.to(device=device, dtype=torch.float32).repeat(width) for value in (scale, shift))
+    """float32 (3 * width,) each."""
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+    shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+    scale, shift = (value.to(device=device, dtype=torch.float32).repeat(width) for value in (scale, shift))
+    return scale, shift
 
 
 class Augment:
