@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlt.augment.constants import kept
 
+# Integers as wide as a float of so many bytes.
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,8 +21,9 @@ def cutout(images: Tensor, centre: Tensor, size: int) -> Tensor:
     """
     assert images.is_contiguous(memory_format=torch.channels_last), images.stride()
     n, channels, height, width = images.shape
-    side, bits = max(height, width), BITS[images.element_size()]
-    rows, columns = _left_over(size, side, channels, bits, images.device).index_select(0, centre.flatten()).chunk(2)
+    bits = BITS[images.element_size()]
+    left_over = _left_over(size, max(height, width), channels, images.device)[bits]
+    rows, columns = left_over.index_select(0, centre.flatten()).chunk(2)
     left = rows[:, :height, :1] | columns[:, :width].flatten(1).unsqueeze(1)
     # All or none of a number's bits: a CPU takes a tenth of the time of masked_fill, whose every pixel is a branch.
     images.permute(0, 2, 3, 1).view(n, height, width * channels).view(bits).bitwise_and_(left)
@@ -29,10 +31,11 @@ def cutout(images: Tensor, centre: Tensor, size: int) -> Tensor:
 
 
 @kept
-def _left_over(size: int, side: int, channels: int, bits: torch.dtype, device: torch.device) -> Tensor:
+def _left_over(size: int, side: int, channels: int, device: torch.device) -> dict[torch.dtype, Tensor]:
     """What each centre leaves of a side: (side + 1, side, channels), 0 where it hides and -1 (all bits) elsewhere."""
     position = torch.arange(side)
     start = torch.arange(side + 1).view(-1, 1) - size // 2
     hidden = (position >= start) & (position < start + size)
     hidden[side] = False
-    return (hidden.to(bits) - 1).unsqueeze(2).repeat(1, 1, channels).to(device)
+    left = (hidden.long() - 1).unsqueeze(2).repeat(1, 1, channels)
+    return {bits: left.to(device=device, dtype=bits) for bits in BITS.values()}

@@ -286,9 +286,7 @@ def apply_rounds(images: Tensor, menus: Sequence[Menu], plan: Draws) -> Tensor:
 
 
 def _apply_round(images: Tensor, menu: Menu, plan: Draws) -> Tensor:
-    """Images in the round's order. What a step puts into `out` is float32 already where all images have been blended
-    or are about to be: whole numbers in either type.
-    """
+    """One round; where shapes are not static it leaves the images in the order of its plan."""
     spans, (source, *_) = plan["spans"], plan["places"]
     affine, greyed, table, blend = (spans[step] for step in ("affine", "grey", "table", "blend"))
     out = images.index_select(0, plan["order"]) if "order" in plan else images

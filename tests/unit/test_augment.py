@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastlt.augment.draws as draws_module
 from fastlt.augment import Augment, build_augment, colour, constants, cutmix, mixup, normalise, output_size
@@ -270,6 +271,29 @@ def test_held_draws_are_those_of_a_call_and_stay_where_they_are(chain):
         places.add(holding.held.block.data_ptr())
         assert torch.equal(holding(images), calling(images))
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_graph_makes_no_constants(chain, monkeypatch):
+    """They come from the host, which nothing that is captured may wait for."""
+    monkeypatch.setattr(constants, "KEPT", {})
+    augment, images = build(chain), batch()
+    augment.hold(images)
+    before = set(constants.KEPT)
+    augment(images, torch.bfloat16)
+    assert set(constants.KEPT) == before
+
+
+def test_constants_made_in_inference_mode_serve_training(monkeypatch):
+    monkeypatch.setattr(constants, "KEPT", {})
+    augment, images = build("auto_augment"), batch()
+    with torch.inference_mode():
+        augment(images)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (weight * augment(images)).sum().backward()
+    tensors = [t for made in constants.KEPT.values() for t in tree_leaves(made)]
+    assert tensors
+    assert not any(tensor.is_inference() for tensor in tensors)
 
 
 def test_held_draws_are_on_the_device_already_and_are_not_pinned():
