@@ -48,13 +48,13 @@ def normalise(
     """
     n, channels, height, width = images.shape
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), width, images.device)
-    pixels = images.permute(0, 2, 3, 1)
-    if not pixels.is_contiguous():
-        # A third of the time of a copy to channels_last on a CPU, which goes through three channels at a time.
-        pixels = torch.stack(images.unbind(1), dim=3)
+    if images.device.type == "cpu" and images.is_contiguous():
+        # Half the time of a copy to channels_last, whose innermost loop is over three channels.
+        images = torch.stack(images.unbind(1), dim=3).permute(0, 3, 1, 2)
+    out = images.to(torch.float32, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
     # Whole rows of pixels against whole rows of constants: broadcasting three channels is 4 to 7 times slower on a CPU.
-    out = (pixels.view(n, height, width * channels) * scale).add_(shift)
-    return out.view(n, height, width, channels).to(dtype).permute(0, 3, 1, 2)
+    out.view(n, height, width * channels).mul_(scale).add_(shift)
+    return out.to(dtype).permute(0, 3, 1, 2)
 
 
 @kept

@@ -163,6 +163,16 @@ class Menu:
         """The parameters of each image. choice: int64 (N,), which entry it gets."""
         return {"places": self.places[:, choice], "shares": self.shares[:, choice]}
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`sources` and `tables` on a device, where they stay."""
+        return (self.sources, self.tables) if device.type == "cpu" else _copied(self, device)
+
+
+@kept
+def _copied(menu: Menu, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A menu's sources and tables on a device other than the host."""
+    return menu.sources.to(device), menu.tables.to(device)
+
 
 def _work(name: str, height: int, width: int) -> str:
     """The kind of work, of ORDER, that an operation of NAMES is."""
@@ -189,8 +199,9 @@ def fixed_table(name: str, magnitude: float) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def auto_augment_menus(policy: str, height: int, width: int) -> tuple[Menu, Menu]:
-    """What the two operations of AutoAugment are chosen from."""
+    """What the two operations of AutoAugment are chosen from. Never dropped, as all that a captured graph reads."""
     strength = magnitudes(AUTO_AUGMENT_BINS, height, width)
     return tuple(
         Menu([(name, sign * float(strength[NUMBER[name], place])) for name, place, sign in entries], height, width)
@@ -199,6 +210,7 @@ def auto_augment_menus(policy: str, height: int, width: int) -> tuple[Menu, Menu
 
 
 @functools.cache
+@torch.inference_mode(False)
 def auto_augment_entries(policy: str) -> tuple[list[list[tuple[str, int, int]]], Tensor, Tensor]:
     """The entries of the two menus, as operation, magnitude's place and sign; and how a pair of the policy uses them.
 
@@ -229,6 +241,7 @@ def draw_auto_augment(policy: str, count: int, generator: torch.Generator) -> Te
 
 
 @functools.cache
+@torch.inference_mode(False)
 def rand_augment_menu(magnitude: int, bins: int, height: int, width: int) -> Menu:
     """What each operation of RandAugment is chosen from: two entries each, without and with the minus sign."""
     strength = magnitudes(bins, height, width)[:, magnitude]
@@ -264,7 +277,7 @@ def plan_rounds(menus: Sequence[Menu], choice: Tensor, static: bool) -> Draws:
 
 
 def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
-    """float64 (N, 6): each image's inverse map; of no meaning where the operation is not an affine one."""
+    """float64 (N, 6): inverse maps. operation: int64 (N,), places in NAMES of those in AFFINE. magnitude: float64 (N,)."""
     kinds = torch.stack(
         [
             geometry.shear_x(magnitude, height),
@@ -274,12 +287,11 @@ def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: in
             geometry.rotate(magnitude),
         ]
     )
-    which = (operation - NUMBER[AFFINE[0]]).clamp(0, len(AFFINE) - 1)
-    return kinds[which, torch.arange(len(operation))]
+    return kinds[operation - NUMBER[AFFINE[0]], torch.arange(len(operation))]
 
 
 def apply_rounds(images: Tensor, menus: Sequence[Menu], plan: Draws) -> Tensor:
-    """Each image by the operations that `plan_rounds` planned for it. images: uint8 (N, 3, H, W). Returns a new one."""
+    """Each image by what `plan_rounds` planned for it. images: uint8 (N, 3, H, W), not changed. Returns uint8 of that shape."""
     for turn, menu in enumerate(menus):
         images = _apply_round(images, menu, plan[str(turn)])
     return images.index_select(0, plan["restore"]) if "restore" in plan else images
@@ -291,7 +303,7 @@ def _apply_round(images: Tensor, menu: Menu, plan: Draws) -> Tensor:
     affine, greyed, table, blend = (spans[step] for step in ("affine", "grey", "table", "blend"))
     out = images.index_select(0, plan["order"]) if "order" in plan else images
     if not affine.empty:
-        sources, _ = _on_device(menu, images.device)
+        sources, _ = menu.on(images.device)
         out = affine.put(out, geometry.move(affine.take(out), sources.index_select(0, affine.take(source))))
     grey = None if greyed.empty else colour.luma(greyed.take(out))
     if not table.empty:
@@ -303,17 +315,11 @@ def _apply_round(images: Tensor, menu: Menu, plan: Draws) -> Tensor:
     return out.to(torch.uint8)
 
 
-@kept
-def _on_device(menu: Menu, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A menu's sources and tables."""
-    return menu.sources.to(device), menu.tables.to(device)
-
-
 def _tables(images: Tensor, values: Tensor, grey: Tensor | None, menu: Menu, plan: Draws) -> Tensor:
     """float32 (K, 3, 256), not yet clamped: the table of each image that gets one. grey: of the span "grey"."""
     spans, (_, number, stretched, left) = plan["spans"], plan["places"]
     table, contrast, stretch, equalize = (spans[step] for step in ("table", "contrast", "stretch", "equalize"))
-    _, tables = _on_device(menu, images.device)
+    _, tables = menu.on(images.device)
     out = tables.index_select(0, table.take(number))
     if not contrast.empty:
         share = contrast.take(plan["shares"][0].view(-1, 1, 1))
