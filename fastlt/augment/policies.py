@@ -277,7 +277,7 @@ def plan_rounds(menus: Sequence[Menu], choice: Tensor, static: bool) -> Draws:
 
 
 def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
-    """float64 (N, 6): inverse maps. operation: int64 (N,), places in NAMES of those in AFFINE. magnitude: float64 (N,)."""
+    """Inverse maps, float64 (N, 6). operation: int64 (N,), places in NAMES of affine ones. magnitude: float64 (N,)."""
     kinds = torch.stack(
         [
             geometry.shear_x(magnitude, height),
@@ -291,7 +291,7 @@ def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: in
 
 
 def apply_rounds(images: Tensor, menus: Sequence[Menu], plan: Draws) -> Tensor:
-    """Each image by what `plan_rounds` planned for it. images: uint8 (N, 3, H, W), not changed. Returns uint8 of that shape."""
+    """Each image by what `plan_rounds` planned for it. images: uint8 (N, 3, H, W), left as they are. Returns others."""
     for turn, menu in enumerate(menus):
         images = _apply_round(images, menu, plan[str(turn)])
     return images.index_select(0, plan["restore"]) if "restore" in plan else images
