@@ -100,7 +100,8 @@ def equalized(values: Tensor, high: Tensor, left: Tensor) -> tuple[Tensor, Tenso
     counts = torch.zeros(*values.shape[:2], 258, dtype=torch.int32, device=values.device)
     of_level = counts[:, :, 1:]
     of_level.scatter_add_(2, values, number(1, torch.int32, values.device).expand_as(values))
-    below = torch.cumsum(counts[:, :, :256], 2, dtype=torch.int32)
+    # Of all that is there: a GPU would copy a part before it sums.
+    below = torch.cumsum(counts, 2, dtype=torch.int32)[:, :, :256]
     # The largest value that occurs is left out of the step: it becomes 255 whatever its share is.
     last = of_level.gather(2, torch.maximum(high, left).unsqueeze(2))
     half, step, stays = F.embedding(last, _equalize_steps(pixels, values.device)).unbind(3)
