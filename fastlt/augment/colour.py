@@ -11,38 +11,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlt.augment.draws import as_divisor
+from fastlt.augment.constants import as_divisor, kept, number, whole_numbers
 
 
-def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
-    """out = tables[n, c, images[n, c, i, j]]. tables: uint8 (N, 3 or 1, 256). Returns contiguous uint8."""
-    values = images.flatten(2).long()
-    return tables.expand(-1, images.shape[1], -1).gather(2, values).view(images.shape)
+def apply_tables(images: Tensor, tables: Tensor, values: Tensor | None = None) -> Tensor:
+    """out = tables[n, c, images[n, c, i, j]], clamped to 0..255 and truncated.
+
+    tables: float32 (N, 3 or 1, 256), changed in place. values: `pixel_values(images)`, if they are there already.
+    Returns contiguous uint8.
+    """
+    values = pixel_values(images) if values is None else values
+    return _to_uint8(tables).expand(-1, images.shape[1], -1).gather(2, values).view(images.shape)
 
 
-def levels(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """0..255 as (1, 1, 256)."""
-    return torch.arange(256, dtype=dtype, device=device).view(1, 1, 256)
+def pixel_values(images: Tensor) -> Tensor:
+    """Pixels as places in tables: int64 (N, 3, H * W)."""
+    return images.flatten(2).long()
 
 
-def identity_table(count: int, device: torch.device) -> Tensor:
-    """uint8 (count, 3, 256): every value stays."""
-    return levels(device, torch.uint8).expand(count, 3, 256)
+@kept
+def levels(device: torch.device) -> Tensor:
+    """0..255 as float32 (1, 1, 256)."""
+    return torch.arange(256, dtype=torch.float32, device=device).view(1, 1, 256)
 
 
 def brightness_table(factor: Tensor) -> Tensor:
     """Values times `factor` (N,), >= 0."""
-    return _to_uint8(_rows(factor) * levels(factor.device))
+    return _rows(factor) * levels(factor.device)
 
 
 def contrast_table(images: Tensor, factor: Tensor) -> Tensor:
-    """Values blended with the mean of the image's grey version: 0 is flat grey, 1 changes nothing; (N,), >= 0.
-
-    The mean is exact; torchvision's is too up to 256x256 pixels, beyond which its float32 sum can be a level off.
-    """
-    total = grey(images).flatten(1).sum(1, dtype=torch.float64)
-    mean = total / as_divisor(images.shape[2] * images.shape[3], total)
-    return _to_uint8(_rows(factor) * levels(images.device) + _rows(1 - factor) * _rows(mean))
+    """Values blended with the mean of the image's grey version: 0 is flat grey, 1 changes nothing; (N,), >= 0."""
+    return brightness_table(factor) + _rows(1 - factor) * mean_level(luma(images))
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -55,74 +55,126 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     return apply_tables(images, contrast_table(images, factor))
 
 
-def posterize_table(bits: Tensor) -> Tensor:
-    """Only the upper `bits` (N,) of each value, 0..8."""
-    dropped = (8 - bits.long()).clamp(0, 8).view(-1, 1, 1)
-    return ((levels(bits.device, torch.int64) >> dropped) << dropped).to(torch.uint8)
+def posterize_table(bits: int, device: torch.device) -> Tensor:
+    """Only the upper `bits` of each value, 0..8."""
+    step = 1 << (8 - bits)
+    return (levels(device) / step).floor() * step
 
 
-def solarize_table(threshold: Tensor) -> Tensor:
-    """Values from `threshold` (N,) on are inverted."""
-    value = levels(threshold.device)
-    return _to_uint8(torch.where(value >= _rows(threshold), 255 - value, value))
+def solarize_table(threshold: float, device: torch.device) -> Tensor:
+    """Values from `threshold` on are inverted."""
+    value = levels(device)
+    return torch.where(value >= threshold, 255 - value, value)
 
 
-def invert_table(count: int, device: torch.device) -> Tensor:
-    """255 - value."""
-    return 255 - identity_table(count, device)
+def stretch(low: Tensor, high: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """What AutoContrast does to values: less the first, times the second, float32 (N, 3, 1) each.
+
+    The smallest value `low` of each channel becomes 0 and its largest one `high` 255; flat channels stay. low, high:
+    uint8 (N, 3). chosen: int64 (N, 1), 1; or 0 for images of which nothing is to change.
+    """
+    place = torch.add(high * chosen, low, alpha=256)
+    less, times = F.embedding(place, _stretches(low.device)).unsqueeze(2).unbind(3)
+    return less, times
 
 
-def autocontrast_table(images: Tensor) -> Tensor:
-    """Stretch each channel so that its smallest value becomes 0 and its largest 255; flat channels stay."""
-    flat = images.flatten(2)
-    low, high = (v.to(torch.float32).unsqueeze(2) for v in (flat.amin(2), flat.amax(2)))
-    is_flat = low == high
-    scale = torch.where(is_flat, 1.0, 255 / (high - low))
-    return _to_uint8((levels(images.device) - torch.where(is_flat, 0.0, low)) * scale)
+@kept
+def _stretches(device: torch.device) -> Tensor:
+    """`stretch` of each pair, at 256 * low + high: float32 (65536, 2). Where high <= low, nothing changes."""
+    level = torch.arange(256, dtype=torch.float32)
+    low, high = level.view(-1, 1), level.view(1, -1)
+    changes = high > low
+    pairs = torch.where(changes, low, 0.0), torch.where(changes, 255 / (high - low), 1.0)
+    return torch.stack(pairs, dim=2).view(-1, 2).to(device)
 
 
-def equalize_table(images: Tensor) -> Tensor:
-    """Spread each channel's values so that their histogram becomes flat, in Pillow's integer arithmetic."""
-    flat = images.flatten(2).long()
-    one = torch.ones((), dtype=torch.int32, device=images.device)
-    count = torch.zeros(*flat.shape[:2], 256, dtype=torch.int32, device=images.device)
-    count.scatter_add_(2, flat, one.expand_as(flat))
+def equalized(values: Tensor, high: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """What Equalize makes of each level: what is added, whole float32 (N, 3, 256), to the level times 0 or 1 (N, 3, 1).
+
+    It spreads each channel's values so that their histogram becomes flat, in Pillow's integer arithmetic; channels of
+    too few pixels to spread stay. values: `pixel_values`. high: each channel's largest, uint8 (N, 3). left: int64
+    (N, 1), 0; or 256 for images of which nothing is to change. May be above 255.
+    """
+    pixels = values.shape[2]
+    # Level v is counted at v + 1: so the sum up to a place is that of the levels below it. Nothing is counted at 257.
+    counts = torch.zeros(*values.shape[:2], 258, dtype=torch.int32, device=values.device)
+    of_level = counts[:, :, 1:]
+    of_level.scatter_add_(2, values, number(1, torch.int32, values.device).expand_as(values))
+    # Of all that is there: a GPU would copy a part before it sums.
+    below = torch.cumsum(counts, 2, dtype=torch.int32)[:, :, :256]
     # The largest value that occurs is left out of the step: it becomes 255 whatever its share is.
-    last = count.gather(2, flat.amax(2, keepdim=True))
-    step = torch.div(flat.shape[2] - last, 255, rounding_mode="floor")
-    rank = torch.cumsum(count, 2, dtype=torch.int32) - count
-    table = torch.div(rank + step // 2, step.clamp(min=1), rounding_mode="floor").clamp_(0, 255)
-    # An entry counts the values below it, and the first stays 0; step 0 means too few pixels to spread.
-    table[:, :, 0] = 0
-    return torch.where(step == 0, levels(images.device, torch.int32), table).to(torch.uint8)
+    last = of_level.gather(2, torch.maximum(high, left).unsqueeze(2))
+    half, step, stays = F.embedding(last, _equalize_steps(pixels, values.device)).unbind(3)
+    # Whole numbers that a float holds: rounding a quotient never lifts it to the next whole number.
+    return torch.div(below + half, step, rounding_mode="trunc").to(torch.float32), stays.to(torch.float32)
+
+
+@kept
+def _equalize_steps(pixels: int, device: torch.device) -> Tensor:
+    """For each count of the largest value: half a step, the step, and whether levels stay: (pixels + 1, 3).
+
+    They stay where the step is 0, as they do at count 0; the step is infinite there, so that nothing is added.
+    """
+    step = (pixels - torch.arange(pixels + 1)) // 255
+    step[0] = 0
+    stays = step == 0
+    columns = step // 2, torch.where(stays, torch.inf, step), stays
+    return torch.stack([column.to(whole_numbers(2 * pixels)) for column in columns], dim=1).to(device)
+
+
+@kept
+def _luma_weights(device: torch.device) -> Tensor:
+    return torch.tensor([0.2989, 0.587, 0.114], device=device).view(3, 1, 1)
+
+
+def luma(images: Tensor) -> Tensor:
+    """0.2989 R + 0.587 G + 0.114 B, truncated: whole float32 (N, 1, H, W)."""
+    # uint8 times float32 is slower than converting first.
+    red, green, blue = (images.to(torch.float32) * _luma_weights(images.device)).split(1, dim=1)
+    return (red + green).add_(blue).trunc_()
+
+
+def mean_level(grey: Tensor) -> Tensor:
+    """The mean of each image of `luma`'s: float32 (N, 1, 1).
+
+    It is exact; torchvision's is too up to 256x256 pixels, beyond which its float32 sum can be a level off.
+    """
+    pixels = grey.shape[2] * grey.shape[3]
+    total = grey.flatten(2).sum(2, keepdim=True, dtype=whole_numbers(255 * pixels))
+    return (total / as_divisor(pixels, total)).to(torch.float32)
 
 
 def grey(images: Tensor) -> Tensor:
-    """Luma 0.2989 R + 0.587 G + 0.114 B, truncated: uint8 (N, H, W)."""
-    red, green, blue = images.to(torch.float32).unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).to(torch.uint8)
+    """`luma` as uint8 (N, 1, H, W)."""
+    return luma(images).to(torch.uint8)
 
 
 def saturate(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the grey version by `factor` (N,), >= 0: 0 is grey, 1 changes nothing."""
-    return _blend(images, grey(images).unsqueeze(1), factor)
+    share, rest = _rows(factor).unsqueeze(3), _rows(1 - factor).unsqueeze(3)
+    return _to_uint8((images.to(torch.float32) * share).add_(rest * luma(images)))
 
 
-def sharpen(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with a blurred version by `factor` (N,), >= 0: 0 is blurred, 1 changes nothing.
+def blurred(pixels: Tensor) -> Tensor:
+    """The 3x3 mean in which the centre counts five times, rounded; the border is not blurred.
 
-    The blur is the 3x3 mean in which the centre counts five times; the border is not blurred, nor are images of two
-    pixels or less in either direction.
+    pixels: whole float32 (N, 3, H, W), of three pixels or more in both directions.
     """
-    if min(images.shape[2:]) <= 2:
-        return images
-    wide = images.to(torch.int16)
-    rows = wide[:, :, :, :-2] + wide[:, :, :, 1:-1] + wide[:, :, :, 2:]
-    total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide[:, :, 1:-1, 1:-1]
+    centre = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    out = pixels.clone()
+    total = sums_of_nine(pixels).add_(pixels[centre], alpha=4)
     # A sum over 13 is never halfway between two values, so this rounds as any exact convolution does.
-    blurred = images.to(torch.float32)
-    blurred[:, :, 1:-1, 1:-1] = (total / 13).round_()
-    return _blend(images, blurred, factor)
+    torch.round(total / 13, out=out[centre])
+    return out
+
+
+def sums_of_nine(pixels: Tensor) -> Tensor:
+    """The sum of each 3x3 square of whole float32 (N, C, H, W): (N, C, H - 2, W - 2)."""
+    if pixels.device.type != "cpu":
+        return F.avg_pool2d(pixels, 3, stride=1, divisor_override=1)
+    # A CPU takes a tenth of the time of pooling for the same sums.
+    rows = (pixels[:, :, :, :-2] + pixels[:, :, :, 1:-1]).add_(pixels[:, :, :, 2:])
+    return (rows[:, :, :-2] + rows[:, :, 1:-1]).add_(rows[:, :, 2:])
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -187,14 +239,6 @@ def _shade(sector: Tensor, behind: int) -> Tensor:
     turned = (sector - behind) % 6
     # Red over the six sectors: value, falling, low, low, rising, value.
     return torch.where(turned == 1, 1, torch.where((turned == 2) | (turned == 3), 2, torch.where(turned == 4, 3, 0)))
-
-
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * images + (1 - factor) * other, clamped and truncated to uint8."""
-    rows, rest = factor.view(-1, 1, 1, 1), (1 - factor).view(-1, 1, 1, 1)
-    # uint8 times float32 is slower than converting first.
-    images, other = images.to(torch.float32), other.to(torch.float32)
-    return _to_uint8(rows.to(torch.float32) * images + rest.to(torch.float32) * other)
 
 
 def _rows(parameter: Tensor) -> Tensor:

@@ -46,15 +46,49 @@ class Rows:
     def put(self, base: Tensor, values: Tensor) -> Tensor:
         """`base` (N, ...) with the chosen rows replaced by `values`, which are what `take` gave, transformed."""
         if self.index is not None:
-            # Half the time of index_copy.
-            out = base.clone()
-            out[self.index] = values
-            return out
+            # Whole rows are copied: two thirds of the time of writing into the places of a copy.
+            source = torch.arange(len(base), device=base.device)
+            source[self.index] = torch.arange(len(base), len(base) + len(values), device=base.device)
+            return torch.cat((base, values)).index_select(0, source)
         return torch.where(self.mask.view(-1, *[1] * (base.ndim - 1)), values, base)
 
 
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring images of a batch that one kind of work is for, in one of two forms.
+
+    bounds: (start, stop), for grouped work: of images put into the order of the work they get, in memory of their own.
+    None: all images, for work of static shape, whose parameters change nothing of those that it is not for.
+    """
+
+    bounds: tuple[int, int] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """True when there is nothing to do."""
+        return self.bounds is not None and self.bounds[0] == self.bounds[1]
+
+    def take(self, values: Tensor) -> Tensor:
+        """A view of these rows of `values` (N, ...)."""
+        return values if self.bounds is None else values[self.bounds[0] : self.bounds[1]]
+
+    def put(self, base: Tensor, values: Tensor) -> Tensor:
+        """`base` (N, ...) with these rows replaced by `values`: written there, or simply `values` where it is all."""
+        if self.bounds is None:
+            return values
+        self.take(base).copy_(values)
+        return base
+
+    def within(self, outer: Span) -> Span:
+        """The same images, counted among those of another span that has them all."""
+        if self.bounds is None or outer.bounds is None:
+            return self
+        start, stop = self.bounds
+        return Span((start - outer.bounds[0], stop - outer.bounds[0]))
+
+
 # The choices of one operation for one batch, by name; nested where an operation has several turns.
-Draws = Mapping[str, Union[Tensor, Rows, "Draws"]]
+Draws = Mapping[str, Union[Tensor, Rows, Span, "Draws"]]
 
 ALIGNED = 16  # bytes, more than any element has
 
@@ -64,9 +98,11 @@ def upload_draws(draws: Draws, device: torch.device) -> Draws:
     return {name: _upload_one(value, device) for name, value in draws.items()}
 
 
-def _upload_one(value: Tensor | Rows | Draws, device: torch.device) -> Tensor | Rows | Draws:
+def _upload_one(value: Tensor | Rows | Span | Draws, device: torch.device) -> Tensor | Rows | Span | Draws:
     if isinstance(value, Mapping):
         return upload_draws(value, device)
+    if isinstance(value, Span):
+        return value
     if isinstance(value, Rows):
         parts = (None if part is None else upload(part, device) for part in (value.index, value.mask))
         return Rows(*parts)
@@ -115,8 +151,9 @@ def _leaves(draws: Draws | Sequence[Draws]) -> Iterator[Tensor]:
         elif isinstance(value, Rows):
             assert value.index is None, "the number of rows differs from batch to batch"
             yield value.mask
-        else:
+        elif isinstance(value, Tensor):
             yield value
+        # A span says the same of every batch where shapes are static.
 
 
 def _with_leaves(draws: Any, tensors: Iterator[Tensor]) -> Any:
@@ -125,14 +162,9 @@ def _with_leaves(draws: Any, tensors: Iterator[Tensor]) -> Any:
         return {name: _with_leaves(value, tensors) for name, value in draws.items()}
     if isinstance(draws, Sequence):
         return [_with_leaves(value, tensors) for value in draws]
+    if isinstance(draws, Span):
+        return draws
     return Rows(mask=next(tensors)) if isinstance(draws, Rows) else next(tensors)
-
-
-def as_divisor(value: float, like: Tensor) -> Tensor:
-    """A number as a 0-d tensor of `like`'s type, to divide by: a GPU takes a tensor over a number times its reciprocal,
-    which rounds differently from a division, so that pixels would not be a CPU's.
-    """
-    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlt.augment.draws import as_divisor
+from fastlt.augment.constants import kept, number
 
 
 def gather_pixels(images: Tensor, source: Tensor) -> Tensor:
@@ -32,15 +32,20 @@ def pad(images: Tensor, padding: int, fill: int) -> Tensor:
     return F.pad(images.contiguous(), (padding,) * 4, value=fill)
 
 
-def crop(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """The square of side `size` at (top, left) of each image.
+def crop(images: Tensor, corner: Tensor, size: int) -> Tensor:
+    """The square of side `size` whose upper left pixel is at the flat position `corner` of each image.
 
-    images: (N, C, H, W). top, left: int64 (N,), top in [0, H - size], left in [0, W - size]. Returns contiguous
-    (N, C, size, size).
+    images: (N, C, H, W). corner: int64 (N,), top * W + left with top in [0, H - size], left in [0, W - size]. Returns
+    contiguous (N, C, size, size).
     """
-    steps = torch.arange(size, device=images.device)
-    rows, columns = top[:, None] + steps, left[:, None] + steps
-    return gather_pixels(images, rows[:, :, None] * images.shape[3] + columns[:, None, :])
+    return gather_pixels(images, corner.view(-1, 1, 1) + _square(size, images.shape[3], images.device))
+
+
+@kept
+def _square(size: int, width: int, device: torch.device) -> Tensor:
+    """Flat positions of a square's pixels in an image of that width, from its corner: int64 (size, size)."""
+    steps = torch.arange(size, device=device)
+    return steps.view(-1, 1) * width + steps
 
 
 def shear_x(magnitude: Tensor, height: int) -> Tensor:
@@ -74,31 +79,38 @@ def _matrices(like: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0) -> Tenso
     return torch.stack([torch.as_tensor(v, dtype=like.dtype).expand_as(like) for v in (a, b, tx, c, d, ty)], dim=1)
 
 
-def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Map each image by its own inverse matrix: nearest pixel, 0 outside, as torchvision's affine does by default.
+def affine_sources(matrices: Tensor, height: int, width: int) -> Tensor:
+    """Where inverse maps take each pixel from: the nearest one, as torchvision's affine does by default.
 
-    images: uint8 (N, C, H, W). matrices: (N, 6), see `_matrices`. The arithmetic is float32 in torchvision's order
-    (coordinates in -1..1, then back to pixels), because whole rows lie on ties between two pixels at some magnitudes:
-    another order of rounding would move them. torch's matrix product, which torchvision takes, fuses its rounding for
-    images above some 64 pixels a side; there the two differ in pixels that lie within 1e-4 of such a tie: up to 1.2 %
-    of an image at some shears, 0.01 % at rotations, none at translations.
+    matrices: (M, 6), see `_matrices`, on the host. Returns flat positions int64 (M, H * W), H * W for what lies outside
+    of the image. The arithmetic is float32 in torchvision's order (coordinates in -1..1, then back to pixels), because
+    whole rows lie on ties between two pixels at some magnitudes: another order of rounding would move them. torch's
+    matrix product, which torchvision takes, fuses its rounding for images above some 64 pixels a side; there the two
+    differ in pixels that lie within 1e-4 of such a tie: up to 1.2 % of an image at some shears, 0.01 % at rotations,
+    none at translations.
     """
-    height, width = images.shape[2:]
-    matrices = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3)
-    half_width, half_height = as_divisor(0.5 * width, matrices), as_divisor(0.5 * height, matrices)
-    a, b, tx, c, d, ty = matrices.unbind(1)
-    x = _centred(width, images.device).view(1, 1, -1)
-    y = _centred(height, images.device).view(1, -1, 1)
+    half_width, half_height = 0.5 * width, 0.5 * height
+    a, b, tx, c, d, ty = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3).unbind(1)
+    x, y = _centred(width).view(1, 1, -1), _centred(height).view(1, -1, 1)
     column = _to_pixels(x * (a / half_width) + y * (b / half_width) + tx / half_width, width)
     row = _to_pixels(x * (c / half_height) + y * (d / half_height) + ty / half_height, height)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    source = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    return gather_pixels(images, source.long()) * inside.unsqueeze(1)
+    return torch.where(inside, row.long() * width + column.long(), height * width).flatten(1)
 
 
-def _centred(length: int, device: torch.device) -> Tensor:
+def move(images: Tensor, sources: Tensor) -> Tensor:
+    """Each pixel from its place in `sources` (N, H * W), see `affine_sources`; 0 from outside.
+
+    images: uint8 (N, C, H, W). Returns a contiguous one.
+    """
+    outside = number(0, images.dtype, images.device).expand(*images.shape[:2], 1)
+    pixels = torch.cat((images.flatten(2), outside), dim=2)
+    return pixels.gather(2, sources.unsqueeze(1).expand(-1, images.shape[1], -1)).view(images.shape)
+
+
+def _centred(length: int) -> Tensor:
     """Pixel centres measured from the middle: float32 (length,)."""
-    return torch.arange(length, dtype=torch.float32, device=device) - (length - 1) / 2
+    return torch.arange(length, dtype=torch.float32) - (length - 1) / 2
 
 
 def _to_pixels(position: Tensor, length: int) -> Tensor:

@@ -64,14 +64,12 @@ class RandomCrop:
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
         room_y, room_x = self._room(shape.height, shape.width)
-        return {
-            "top": integers(shape.count, room_y + 1, generator),
-            "left": integers(shape.count, room_x + 1, generator),
-        }
+        top, left = integers(shape.count, room_y + 1, generator), integers(shape.count, room_x + 1, generator)
+        return {"corner": top * (shape.width + 2 * self.padding) + left}
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         padded = geometry.pad(images, self.padding, self.fill)
-        return geometry.crop(padded, draws["top"], draws["left"], self.image_size)
+        return geometry.crop(padded, draws["corner"], self.image_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         self._room(height, width)
@@ -117,14 +115,13 @@ class Cutout(SameSize):
         require_number("cutout", "p", self.p, 0, 1)
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
-        draws = {
-            "top": integers(shape.count, shape.height, generator) - self.size // 2,
-            "left": integers(shape.count, shape.width, generator) - self.size // 2,
-        }
-        return draws if self.p == 1 else {**draws, "chosen": chance(shape.count, self.p, generator)}
+        centre = torch.stack([integers(shape.count, side, generator) for side in (shape.height, shape.width)])
+        if self.p < 1:
+            centre[:, ~chance(shape.count, self.p, generator)] = max(shape.height, shape.width)
+        return {"centre": centre}
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        return cutout(images, draws["top"], draws["left"], self.size, draws.get("chosen"))
+        return cutout(images, draws["centre"], self.size)
 
 
 @dataclass(frozen=True)
@@ -273,7 +270,7 @@ class Grayscale(SameSize):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         rows = draws["rows"]
-        return rows.put(images, colour.grey(rows.take(images)).unsqueeze(1).expand(-1, 3, -1, -1))
+        return rows.put(images, colour.grey(rows.take(images)).expand(-1, 3, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -303,21 +300,14 @@ class GaussianBlur(SameSize):
 
 
 class Policy(SameSize):
-    """What AutoAugment and RandAugment share: rounds of one operation an image, drawn by `choose`."""
+    """What AutoAugment and RandAugment share: rounds of one operation an image, drawn by `choose` from their menus."""
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
-        operation, magnitude = self.choose(shape, generator)
-        return {
-            str(turn): policies.plan_round(
-                operation[:, turn], magnitude[:, turn], shape.height, shape.width, shape.static
-            )
-            for turn in range(self.rounds)
-        }
+        choice = self.choose(shape.count, generator)
+        return policies.plan_rounds(self.menus(shape.height, shape.width), choice, shape.static)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        for turn in range(self.rounds):
-            images = policies.apply_round(images, draws[str(turn)])
-        return images
+        return policies.apply_rounds(images, self.menus(*images.shape[2:]), draws)
 
 
 @dataclass(frozen=True)
@@ -333,12 +323,11 @@ class AutoAugment(Policy):
             )
         pick("augment.auto_augment.policy", self.policy, policies.POLICIES)
 
-    @property
-    def rounds(self) -> int:
-        return 2
+    def menus(self, height: int, width: int) -> tuple[policies.Menu, ...]:
+        return policies.auto_augment_menus(self.policy, height, width)
 
-    def choose(self, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return policies.draw_auto_augment(self.policy, shape.count, shape.height, shape.width, generator)
+    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+        return policies.draw_auto_augment(self.policy, count, generator)
 
 
 @dataclass(frozen=True)
@@ -354,14 +343,12 @@ class RandAugment(Policy):
         require_integer("rand_augment", "num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
         require_integer("rand_augment", "magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
 
-    @property
-    def rounds(self) -> int:
-        return self.num_ops
+    def menus(self, height: int, width: int) -> tuple[policies.Menu, ...]:
+        menu = policies.rand_augment_menu(self.magnitude, self.num_magnitude_bins, height, width)
+        return (menu,) * self.num_ops
 
-    def choose(self, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return policies.draw_rand_augment(
-            self.num_ops, self.magnitude, self.num_magnitude_bins, shape.count, shape.height, shape.width, generator
-        )
+    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+        return policies.draw_rand_augment(self.num_ops, count, generator)
 
 
 def require_number(name: str, option: str, value: object, low: float, high: float) -> None:

@@ -1,19 +1,27 @@
 """AutoAugment (Cubuk et al., arXiv 1805.09501) and RandAugment (Cubuk et al., arXiv 1909.13719), one batch at a time.
 
-A policy is a few rounds; in a round every image gets one operation (or none) with a magnitude of its own. The fifteen
-operations are four kinds of work: affine maps (one gather), tables of values (another), saturation and sharpness (two
-blends). So a round costs four passes at most, over the images that want them, instead of one for each operation.
+A policy is a few rounds; in a round every image gets one of the entries of a `Menu`: an operation with its magnitude.
+There are few of them, so where each pixel comes from and what each value becomes is computed for every entry once, and
+a batch only picks. The fifteen operations are three kinds of work: affine maps (one gather), tables of values
+(another), and blends with a grey or a blurred image.
+
+On a CPU a round puts the images into the order of their work, so that each kind takes a slice of them and leaves the
+others alone. Where shapes are static, each kind takes all images, with parameters that change nothing, bit by bit, of
+those that it is not for: a source of each pixel that is the pixel, a table of each level that is the level, sums with
+0, products with 1. So no work has to be put together with what was there before.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastlt.augment import colour, geometry
-from fastlt.augment.draws import Draws, Rows, integers
+from fastlt.augment.constants import kept
+from fastlt.augment.draws import Draws, Span, integers
 
 AFFINE = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 TABLE = ("Brightness", "Contrast", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
@@ -68,15 +76,6 @@ def parse_policy(text: str) -> list[list[tuple[str, float, int]]]:
     return [[(name, float(p), int(place)) for name, p, place in pair] for pair in words]
 
 
-@functools.cache
-def policy_tensors(policy: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(25, 2) each: operations as places in NAMES int64, probabilities float64, magnitudes' places int64."""
-    pairs = parse_policy(POLICIES[policy])
-    number = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in pairs])
-    probability = torch.tensor([[p for _, p, _ in pair] for pair in pairs], dtype=torch.float64)
-    return number, probability, torch.tensor([[place for _, _, place in pair] for pair in pairs])
-
-
 @functools.lru_cache(maxsize=64)
 def magnitudes(bins: int, height: int, width: int) -> Tensor:
     """float64 (operations, bins): how strong each operation of NAMES is at each place, before a sign is drawn.
@@ -101,67 +100,184 @@ def magnitudes(bins: int, height: int, width: int) -> Tensor:
     return torch.stack([table.get(name, torch.zeros(bins)) for name in NAMES]).double()
 
 
-def draw_auto_augment(
-    policy: str, count: int, height: int, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Operations int64 (count, 2) as places in NAMES, and magnitudes float64 (count, 2) with their signs."""
-    number, probability, place = policy_tensors(policy)
-    chosen = integers(count, len(number), generator)
-    happens = torch.rand(count, 2, generator=generator, dtype=torch.float64) < probability[chosen]
-    operation = torch.where(happens, number[chosen], NUMBER["Identity"])
-    strength = magnitudes(AUTO_AUGMENT_BINS, height, width)[operation, place[chosen]]
-    return operation, _with_sign(operation, strength, generator)
+# The kinds of work, in the order in which a round puts the images on a CPU, so that what shares a step are neighbours.
+ORDER = ("Sharpness", "Color", "Contrast", "fixed table", "AutoContrast", "Equalize", "affine", "Identity")
+# Each step of a round: the first and the last kind of work that takes it.
+SPANS = {
+    "affine": ("affine", "affine"),
+    "grey": ("Color", "Contrast"),
+    "table": ("Contrast", "Equalize"),
+    "contrast": ("Contrast", "Contrast"),
+    "extremes": ("AutoContrast", "Equalize"),
+    "stretch": ("AutoContrast", "AutoContrast"),
+    "equalize": ("Equalize", "Equalize"),
+    "blend": ("Sharpness", "Color"),
+    "saturate": ("Color", "Color"),
+    "sharpen": ("Sharpness", "Sharpness"),
+}
+FIXED = ("Brightness", "Posterize", "Solarize", "Invert")
 
 
-def draw_rand_augment(
-    num_ops: int, magnitude: int, bins: int, count: int, height: int, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Operations int64 (count, num_ops) as places in NAMES, and magnitudes float64 (count, num_ops) with signs."""
-    available = torch.tensor([NUMBER[name] for name in RAND_AUGMENT])
-    operation = available[torch.randint(len(available), (count, num_ops), generator=generator)]
-    strength = magnitudes(bins, height, width)[:, magnitude][operation]
-    return operation, _with_sign(operation, strength, generator)
+class Menu:
+    """What a round chooses from: operations with their magnitudes, for images of one size. On the host.
+
+    operation: int64 (entries,), places in NAMES. magnitude: float64 (entries,), with their signs.
+    work: int64 (entries,), places in ORDER.
+    places: int64 (4, entries): in `sources`, in `tables`, and what `colour.stretch` and `colour.equalized` take last.
+    shares: float32 (4, entries): of the mean level for Contrast; in a blend, of the image, its grey and its blurred
+        version.
+    sources: int64 (maps, H * W), see `geometry.affine_sources`; the first leaves each pixel where it is.
+    tables: float32 (tables, 3, 256), what of them does not depend on the image; the first leaves each level as it is.
+    """
+
+    def __init__(self, entries: Sequence[tuple[str, float]], height: int, width: int) -> None:
+        names = [name for name, _ in entries]
+        works = [_work(name, height, width) for name in names]
+        self.operation = torch.tensor([NUMBER[name] for name in names])
+        self.magnitude = torch.tensor([magnitude for _, magnitude in entries], dtype=torch.float64)
+        self.work = torch.tensor([ORDER.index(work) for work in works])
+
+        def are(*kinds: str) -> Tensor:
+            return torch.tensor([work in kinds for work in works])
+
+        moved, tabled = are("affine"), are("Contrast", "fixed table")
+        self.places = torch.stack(
+            [_numbered(moved), _numbered(tabled), are("AutoContrast").long(), 256 * (~are("Equalize")).long()]
+        )
+        factor = 1 + self.magnitude
+        rest = 1 - factor
+        image = torch.where(are("Color", "Sharpness"), factor, 1.0)
+        shares = [rest * are("Contrast"), image, rest * are("Color"), rest * are("Sharpness")]
+        self.shares = torch.stack(shares).to(torch.float32)
+        maps = affine_matrices(self.operation[moved], self.magnitude[moved], height, width)
+        stays = torch.arange(height * width).view(1, -1)
+        self.sources = torch.cat([stays, geometry.affine_sources(maps, height, width)])
+        tables = [fixed_table(name, magnitude) for (name, magnitude), has in zip(entries, tabled, strict=True) if has]
+        self.tables = torch.cat([fixed_table("Identity", 0.0), *tables]).repeat(1, 3, 1)
+        self.all = {
+            step: Span() if set(works) & set(ORDER[ORDER.index(first) : ORDER.index(last) + 1]) else Span((0, 0))
+            for step, (first, last) in SPANS.items()
+        }
+
+    def pick(self, choice: Tensor) -> Draws:
+        """The parameters of each image. choice: int64 (N,), which entry it gets."""
+        return {"places": self.places[:, choice], "shares": self.shares[:, choice]}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`sources` and `tables` on a device, where they stay."""
+        return (self.sources, self.tables) if device.type == "cpu" else _copied(self, device)
 
 
-def _with_sign(operation: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the magnitudes negative, for operations that have a direction."""
-    negative = torch.randint(2, operation.shape, generator=generator) == 1
-    return torch.where(negative & members(SIGNED)[operation], -strength, strength)
+@kept
+def _copied(menu: Menu, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A menu's sources and tables on a device other than the host."""
+    return menu.sources.to(device), menu.tables.to(device)
+
+
+def _work(name: str, height: int, width: int) -> str:
+    """The kind of work, of ORDER, that an operation of NAMES is."""
+    if name == "Sharpness" and min(height, width) <= 2:
+        return "Identity"
+    return "affine" if name in AFFINE else "fixed table" if name in FIXED else name
+
+
+def _numbered(chosen: Tensor) -> Tensor:
+    """1, 2, … where `chosen`, bool (entries,), and 0 elsewhere: int64."""
+    return chosen.cumsum(0) * chosen
+
+
+def fixed_table(name: str, magnitude: float) -> Tensor:
+    """float32 (1, 1, 256): what an operation makes of each level, or the part of it that no image changes."""
+    host = torch.device("cpu")
+    if name in ("Brightness", "Contrast"):
+        return colour.brightness_table(torch.tensor([1 + magnitude], dtype=torch.float64))
+    if name == "Posterize":
+        return colour.posterize_table(int(magnitude), host)
+    if name == "Solarize":
+        return colour.solarize_table(magnitude, host)
+    return 255 - colour.levels(host) if name == "Invert" else colour.levels(host)
 
 
 @functools.cache
-def members(names: tuple[str, ...]) -> Tensor:
-    """bool (operations,): True at the places in NAMES of `names`."""
-    return torch.tensor([name in names for name in NAMES])
+@torch.inference_mode(False)
+def auto_augment_menus(policy: str, height: int, width: int) -> tuple[Menu, Menu]:
+    """What the two operations of AutoAugment are chosen from. Never dropped, as all that a captured graph reads."""
+    strength = magnitudes(AUTO_AUGMENT_BINS, height, width)
+    return tuple(
+        Menu([(name, sign * float(strength[NUMBER[name], place])) for name, place, sign in entries], height, width)
+        for entries in auto_augment_entries(policy)[0]
+    )
 
 
-def plan_round(operation: Tensor, magnitude: Tensor, height: int, width: int, static: bool) -> Draws:
-    """What `apply_round` needs: which images each kind of work is for, and its parameters. On the host.
+@functools.cache
+@torch.inference_mode(False)
+def auto_augment_entries(policy: str) -> tuple[list[list[tuple[str, int, int]]], Tensor, Tensor]:
+    """The entries of the two menus, as operation, magnitude's place and sign; and how a pair of the policy uses them.
 
-    operation: int64 (N,), places in NAMES. magnitude: float64 (N,), signed.
+    The first entry of each is Identity. Then the entry of each pair's operations, without and with the minus sign:
+    int64 (100,), at 4 * pair + 2 * turn + minus; and their probabilities float64 (25, 2).
     """
+    pairs = parse_policy(POLICIES[policy])
+    entries = [[("Identity", 0, 1)], [("Identity", 0, 1)]]
+    numbers = []
+    for pair in pairs:
+        for menu, (name, _, place) in zip(entries, pair, strict=True):
+            for sign in (1, -1 if name in SIGNED else 1):
+                if (name, place, sign) not in menu:
+                    menu.append((name, place, sign))
+                numbers.append(menu.index((name, place, sign)))
+    probability = torch.tensor([[p for _, p, _ in pair] for pair in pairs], dtype=torch.float64)
+    return entries, torch.tensor(numbers), probability
 
-    def rows(*names: str, among: Rows | None = None) -> Rows:
-        chosen = members(names)[operation]
-        return Rows.of(chosen if among is None else among.take(chosen), static)
 
-    affine, table, saturate, sharpen = rows(*AFFINE), rows(*TABLE), rows("Color"), rows("Sharpness")
-    plan = {
-        "affine": affine,
-        "matrices": affine_matrices(affine.take(operation), affine.take(magnitude), height, width),
-        "table": table,
-        "table_magnitude": table.take(magnitude),
-        "saturate": saturate,
-        "saturation": saturate.take(1 + magnitude),
-        "sharpen": sharpen,
-        "sharpness": sharpen.take(1 + magnitude),
-    }
-    # Within the images that get a table, which kind of table.
-    return plan | {name: rows(name, among=table) for name in TABLE}
+def draw_auto_augment(policy: str, count: int, generator: torch.Generator) -> Tensor:
+    """int64 (count, 2): what each image gets, as places in the policy's two menus."""
+    _, numbers, probability = auto_augment_entries(policy)
+    pair = integers(count, len(probability), generator)
+    happens = torch.rand(count, 2, generator=generator, dtype=torch.float64) < probability[pair]
+    # Half of the magnitudes negative, for operations that have a direction.
+    minus = torch.randint(2, (count, 2), generator=generator)
+    return numbers[4 * pair.view(-1, 1) + 2 * torch.arange(2) + minus] * happens
+
+
+@functools.cache
+@torch.inference_mode(False)
+def rand_augment_menu(magnitude: int, bins: int, height: int, width: int) -> Menu:
+    """What each operation of RandAugment is chosen from: two entries each, without and with the minus sign."""
+    strength = magnitudes(bins, height, width)[:, magnitude]
+    signs = [(name, sign) for name in RAND_AUGMENT for sign in (1, -1 if name in SIGNED else 1)]
+    return Menu([(name, sign * float(strength[NUMBER[name]])) for name, sign in signs], height, width)
+
+
+def draw_rand_augment(num_ops: int, count: int, generator: torch.Generator) -> Tensor:
+    """int64 (count, num_ops): what each image gets, as places in the menu."""
+    operation = torch.randint(len(RAND_AUGMENT), (count, num_ops), generator=generator)
+    return 2 * operation + torch.randint(2, (count, num_ops), generator=generator)
+
+
+def plan_rounds(menus: Sequence[Menu], choice: Tensor, static: bool) -> Draws:
+    """What `apply_rounds` needs, on the host. choice: int64 (N, rounds), places in each round's menu."""
+    if static:
+        return {str(turn): {**menu.pick(choice[:, turn]), "spans": menu.all} for turn, menu in enumerate(menus)}
+    plan, lies = {}, None
+    for turn, menu in enumerate(menus):
+        work = menu.work[choice[:, turn]]
+        order = work.argsort(stable=True)
+        ends = torch.bincount(work, minlength=len(ORDER)).cumsum(0).tolist()
+        starts = dict(zip(ORDER, [0, *ends], strict=False))
+        stops = dict(zip(ORDER, ends, strict=True))
+        plan[str(turn)] = {
+            # Images lie as the round before has left them.
+            "order": order if lies is None else lies[order],
+            **menu.pick(choice[:, turn][order]),
+            "spans": {step: Span((starts[first], stops[last])) for step, (first, last) in SPANS.items()},
+        }
+        lies = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return {**plan, "restore": lies}
 
 
 def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
-    """float64 (N, 6): each image's inverse map; of no meaning where the operation is not an affine one."""
+    """Inverse maps, float64 (N, 6). operation: int64 (N,), places in NAMES of affine ones. magnitude: float64 (N,)."""
     kinds = torch.stack(
         [
             geometry.shear_x(magnitude, height),
@@ -171,39 +287,70 @@ def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: in
             geometry.rotate(magnitude),
         ]
     )
-    which = (operation - NUMBER[AFFINE[0]]).clamp(0, len(AFFINE) - 1)
-    return kinds[which, torch.arange(len(operation))]
+    return kinds[operation - NUMBER[AFFINE[0]], torch.arange(len(operation))]
 
 
-def apply_round(images: Tensor, plan: Draws) -> Tensor:
-    """Each image by its own operation and magnitude, as `plan_round` set them. images: uint8 (N, 3, H, W)."""
-    out = images
-    for rows, work in (
-        (plan["affine"], lambda chosen: geometry.affine(chosen, plan["matrices"])),
-        (plan["table"], lambda chosen: colour.apply_tables(chosen, tables(chosen, plan))),
-        (plan["saturate"], lambda chosen: colour.saturate(chosen, plan["saturation"])),
-        (plan["sharpen"], lambda chosen: colour.sharpen(chosen, plan["sharpness"])),
-    ):
-        if not rows.empty:
-            out = rows.put(out, work(rows.take(images)))
+def apply_rounds(images: Tensor, menus: Sequence[Menu], plan: Draws) -> Tensor:
+    """Each image by what `plan_rounds` planned for it. images: uint8 (N, 3, H, W), left as they are. Returns others."""
+    for turn, menu in enumerate(menus):
+        images = _apply_round(images, menu, plan[str(turn)])
+    return images.index_select(0, plan["restore"]) if "restore" in plan else images
+
+
+def _apply_round(images: Tensor, menu: Menu, plan: Draws) -> Tensor:
+    """One round; where shapes are not static it leaves the images in the order of its plan."""
+    spans, (source, *_) = plan["spans"], plan["places"]
+    affine, greyed, table, blend = (spans[step] for step in ("affine", "grey", "table", "blend"))
+    out = images.index_select(0, plan["order"]) if "order" in plan else images
+    if not affine.empty:
+        sources, _ = menu.on(images.device)
+        out = affine.put(out, geometry.move(affine.take(out), sources.index_select(0, affine.take(source))))
+    grey = None if greyed.empty else colour.luma(greyed.take(out))
+    if not table.empty:
+        chosen = table.take(out)
+        values = colour.pixel_values(chosen)
+        out = table.put(out, colour.apply_tables(chosen, _tables(chosen, values, grey, menu, plan), values))
+    if not blend.empty:
+        out = blend.put(out, _blended(blend.take(out).to(torch.float32), grey, plan))
+    return out.to(torch.uint8)
+
+
+def _tables(images: Tensor, values: Tensor, grey: Tensor | None, menu: Menu, plan: Draws) -> Tensor:
+    """float32 (K, 3, 256), not yet clamped: the table of each image that gets one. grey: of the span "grey"."""
+    spans, (_, number, stretched, left) = plan["spans"], plan["places"]
+    table, contrast, stretch, equalize = (spans[step] for step in ("table", "contrast", "stretch", "equalize"))
+    _, tables = menu.on(images.device)
+    out = tables.index_select(0, table.take(number))
+    if not contrast.empty:
+        share = contrast.take(plan["shares"][0].view(-1, 1, 1))
+        mean = colour.mean_level(contrast.within(spans["grey"]).take(grey))
+        contrast.within(table).take(out).add_(share * mean)
+    extremes = spans["extremes"]
+    if not extremes.empty:
+        flat = extremes.within(table).take(images).flatten(2)
+        low, high = flat.amin(2), flat.amax(2)
+    if not stretch.empty:
+        among = stretch.within(extremes)
+        less, times = colour.stretch(among.take(low), among.take(high), stretch.take(stretched).view(-1, 1))
+        stretch.within(table).take(out).sub_(less).mul_(times)
+    if not equalize.empty:
+        rows = equalize.within(table)
+        highest = equalize.within(extremes).take(high)
+        added, stays = colour.equalized(rows.take(values), highest, equalize.take(left).view(-1, 1))
+        levels = rows.take(out)
+        torch.addcmul(added, levels, stays, out=levels)
     return out
 
 
-def tables(images: Tensor, plan: Draws) -> Tensor:
-    """uint8 (N, 3, 256): the table of each image that gets one, whatever kind it is."""
-    magnitude, count, device = plan["table_magnitude"], images.shape[0], images.device
-    out = colour.identity_table(count, device).contiguous()
-    for name, make in (
-        ("Brightness", lambda rows: colour.brightness_table(1 + rows.take(magnitude))),
-        ("Contrast", lambda rows: colour.contrast_table(rows.take(images), 1 + rows.take(magnitude))),
-        ("Posterize", lambda rows: colour.posterize_table(rows.take(magnitude))),
-        ("Solarize", lambda rows: colour.solarize_table(rows.take(magnitude))),
-        ("AutoContrast", lambda rows: colour.autocontrast_table(rows.take(images))),
-        ("Equalize", lambda rows: colour.equalize_table(rows.take(images))),
-        ("Invert", lambda rows: colour.invert_table(rows.take(magnitude).shape[0], device)),
-    ):
-        rows = plan[name]
-        if not rows.empty:
-            table = make(rows)
-            out = rows.put(out, table.expand(-1, 3, -1))
-    return out
+def _blended(pixels: Tensor, grey: Tensor | None, plan: Draws) -> Tensor:
+    """float32 (K, 3, H, W), clamped: the images that are blended. pixels: float32. grey: of the span "grey"."""
+    spans, (_, image, of_grey, of_blurred) = plan["spans"], plan["shares"].unsqueeze(2).unsqueeze(3).unsqueeze(4)
+    blend, saturate, sharpen = (spans[step] for step in ("blend", "saturate", "sharpen"))
+    out = pixels * blend.take(image)
+    if not saturate.empty:
+        among = saturate.within(spans["grey"]).take(grey)
+        saturate.within(blend).take(out).add_(saturate.take(of_grey) * among)
+    if not sharpen.empty:
+        rows = sharpen.within(blend)
+        rows.take(out).add_(colour.blurred(rows.take(pixels)).mul_(sharpen.take(of_blurred)))
+    return out.clamp_(0, 255)

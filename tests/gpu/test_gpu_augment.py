@@ -43,11 +43,12 @@ def levels(normalised):
     return 255 * (normalised.cpu() * std + mean)
 
 
-def one_operation(images, name, magnitude):
-    """Each image by this operation of the policies, at its own magnitude."""
-    operation = torch.full((len(images),), policies.NUMBER[name])
-    plan = policies.plan_round(operation, magnitude.double(), *images.shape[2:], True)
-    return policies.apply_round(images, upload_draws(plan, images.device))
+def one_operation(images, name, magnitudes):
+    """All images by this operation of the policies at each of the magnitudes, one magnitude after the other."""
+    menu = policies.Menu([(name, magnitude) for magnitude in magnitudes], *images.shape[2:])
+    choice = torch.arange(len(magnitudes)).repeat_interleave(len(images)).view(-1, 1)
+    plan = upload_draws(policies.plan_rounds([menu], choice, True), images.device)
+    return policies.apply_rounds(images.repeat(len(magnitudes), 1, 1, 1), [menu], plan)
 
 
 def assert_same(chain, got, expected):
@@ -63,9 +64,7 @@ def assert_same(chain, got, expected):
 def test_each_operation_at_each_magnitude_gives_a_cpus_pixels(name, height, width, kinds):
     images = images_of_many_kinds(height, width)[:kinds]
     magnitudes = signed_magnitudes(name, height, width)[:: 1 if kinds == 8 else 7]
-    strength = torch.tensor(magnitudes).repeat_interleave(kinds)
-    many = images.repeat(len(magnitudes), 1, 1, 1)
-    got, expected = one_operation(many.to(DEVICE), name, strength).cpu(), one_operation(many, name, strength)
+    got, expected = (one_operation(images.to(device), name, magnitudes).cpu() for device in (DEVICE, "cpu"))
     assert torch.equal(got, expected), f"{(got != expected).double().mean():.2e} of the values differ"
 
 

@@ -8,11 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 
-from fastlt.augment import build_augment, colour, geometry, normalise, policies
+from fastlt.augment import build_augment, colour, constants, geometry, normalise, policies
 from fastlt.augment.operations import ColorJitter, GaussianBlur, Grayscale, RandomResizedCrop, Shape, draw_boxes
 
 SIZES = [(32, 32), (8, 8), (33, 47), (2, 3)]
@@ -43,10 +44,20 @@ def images_of_many_kinds(height: int, width: int) -> torch.Tensor:
     return torch.stack([kind.to(torch.uint8) for kind in kinds])
 
 
-def apply_one(images: torch.Tensor, name: str, magnitude: torch.Tensor, static: bool) -> torch.Tensor:
-    operation = torch.full((len(images),), policies.NUMBER[name])
-    plan = policies.plan_round(operation, magnitude.double(), *images.shape[2:], static)
-    return policies.apply_round(images, plan)
+def apply_each(images: torch.Tensor, entries: list[tuple[str, float]], static: bool) -> torch.Tensor:
+    """Every image by its own operation and magnitude."""
+    menu = policies.Menu(entries, *images.shape[2:])
+    return policies.apply_rounds(
+        images, [menu], policies.plan_rounds([menu], torch.arange(len(images)).view(-1, 1), static)
+    )
+
+
+def apply_one(images: torch.Tensor, name: str, magnitudes: list[float], static: bool) -> torch.Tensor:
+    """All images by one operation at each of the magnitudes, one magnitude after the other."""
+    menu = policies.Menu([(name, magnitude) for magnitude in magnitudes], *images.shape[2:])
+    choice = torch.arange(len(magnitudes)).repeat_interleave(len(images)).view(-1, 1)
+    batch = images.repeat(len(magnitudes), 1, 1, 1)
+    return policies.apply_rounds(batch, [menu], policies.plan_rounds([menu], choice, static))
 
 
 def signed_magnitudes(name: str, height: int, width: int) -> list[float]:
@@ -67,8 +78,7 @@ def signed_magnitudes(name: str, height: int, width: int) -> list[float]:
 def test_each_operation_at_each_magnitude_equals_torchvision(name, height, width, static):
     images = images_of_many_kinds(height, width)
     magnitudes = signed_magnitudes(name, height, width)
-    batch = images.repeat(len(magnitudes), 1, 1, 1)
-    out = apply_one(batch, name, torch.tensor(magnitudes).repeat_interleave(len(images)), static)
+    out = apply_one(images, name, magnitudes, static)
     nearest = TF.InterpolationMode.NEAREST
     want = torch.cat([_apply_op(images, name, m, nearest, None) for m in magnitudes])
     if name in policies.AFFINE:
@@ -76,6 +86,35 @@ def test_each_operation_at_each_magnitude_equals_torchvision(name, height, width
         assert (out == want).all(1).double().mean() >= 0.999
     else:
         assert torch.equal(out, want)
+
+
+def slow_affine(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """(C, H, W) by an inverse map of six numbers, pixel by pixel, every step rounded to float32 as torchvision's."""
+    height, width = image.shape[1:]
+    f = np.float32
+    a, b, tx = (f(f(value) / f(0.5 * width)) for value in matrix[:3])
+    c, d, ty = (f(f(value) / f(0.5 * height)) for value in matrix[3:])
+    out = np.zeros_like(image)
+    for i in range(height):
+        for j in range(width):
+            x, y = f(j - (width - 1) / 2), f(i - (height - 1) / 2)
+            column = np.rint(f(f(f(f(f(x * a) + f(y * b)) + tx) + f(1)) * f(width / 2)) - f(0.5))
+            row = np.rint(f(f(f(f(f(x * c) + f(y * d)) + ty) + f(1)) * f(height / 2)) - f(0.5))
+            if 0 <= column < width and 0 <= row < height:
+                out[:, i, j] = image[:, int(row), int(column)]
+    return out
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (2, 3)])
+@pytest.mark.parametrize("name", policies.AFFINE)
+def test_affine_maps_round_in_the_order_that_is_stated(name, height, width):
+    image = images_of_many_kinds(height, width)[:1]
+    magnitudes = sorted(set(signed_magnitudes(name, height, width)))[:: 1 if height < 32 else 5]
+    operation = torch.full((len(magnitudes),), policies.NUMBER[name])
+    matrices = policies.affine_matrices(operation, torch.tensor(magnitudes).double(), height, width)
+    want = np.stack([slow_affine(image[0].numpy(), matrix) for matrix in matrices.numpy()])
+    for static in (False, True):
+        np.testing.assert_array_equal(apply_one(image, name, magnitudes, static).numpy(), want)
 
 
 def distance_from_tie(matrix: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -93,7 +132,7 @@ def test_large_images_move_as_torchvisions_but_for_pixels_on_a_tie(name, height,
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     most = 0.012 if name.startswith("Shear") else 1e-4 if name == "Rotate" else 0
     for magnitude in signed_magnitudes(name, height, width):
-        out = apply_one(image[None], name, torch.tensor([magnitude]), static=False)[0]
+        out = apply_one(image[None], name, [magnitude], static=False)[0]
         differs = (out != _apply_op(image, name, magnitude, TF.InterpolationMode.NEAREST, None)).any(0)
         assert differs.double().mean() <= most, magnitude
         if differs.any():
@@ -106,20 +145,76 @@ def test_large_images_move_as_torchvisions_but_for_pixels_on_a_tie(name, height,
 def test_images_of_one_batch_keep_their_own_magnitudes(name):
     magnitudes = signed_magnitudes(name, 16, 16)
     images = images_of_many_kinds(16, 16)[:1].repeat(len(magnitudes), 1, 1, 1)
-    together = apply_one(images, name, torch.tensor(magnitudes), False)
+    together = apply_each(images, [(name, magnitude) for magnitude in magnitudes], False)
     for n, magnitude in enumerate(magnitudes):
-        assert torch.equal(together[n : n + 1], apply_one(images[:1], name, torch.tensor([magnitude]), False))
+        assert torch.equal(together[n : n + 1], apply_one(images[:1], name, [magnitude], False))
 
 
-def test_a_round_gives_each_image_its_own_operation():
-    images = images_of_many_kinds(24, 24).repeat_interleave(len(policies.NAMES), 0)
-    operation = torch.arange(len(policies.NAMES)).repeat(8)
-    magnitude = policies.magnitudes(10, 24, 24)[operation, 6]
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (9, 14), (2, 5)])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_round_gives_each_image_its_own_operation(static, height, width):
+    kinds = images_of_many_kinds(height, width)
+    strength = policies.magnitudes(10, height, width)[:, 6].tolist()
+    entries = [(name, sign * m) for name, m in zip(policies.NAMES, strength, strict=True) for sign in (1, -1)]
+    entries = [(name, m) for name, m in entries if m >= 0 or name in policies.SIGNED]
+    order = torch.randperm(8 * len(entries), generator=torch.Generator().manual_seed(0)).tolist()
+    images = kinds.repeat(len(entries), 1, 1, 1)[order]
+    before = images.clone()
+    out = apply_each(images, [entries[place // 8] for place in order], static)
+    assert torch.equal(images, before)
+    for n, place in enumerate(order):
+        alone = apply_one(kinds[place % 8][None], *[(name, [m]) for name, m in entries][place // 8], False)
+        assert torch.equal(out[n], alone[0]), entries[place // 8]
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "rand_augment"])
+def test_rounds_follow_each_other_as_if_each_were_alone(policy):
+    """On a CPU a round leaves the images in its own order, and the next one and the result count on it."""
+    menus = policies.auto_augment_menus(policy, 16, 16) if policy in POLICIES else None
+    menus = menus or (policies.rand_augment_menu(9, 31, 16, 16),) * 3
+    generator = torch.Generator().manual_seed(0)
+    images = images_of_many_kinds(16, 16).repeat(10, 1, 1, 1)
+    choice = torch.stack([torch.randint(len(m.work), (80,), generator=generator) for m in menus], dim=1)
+    want = images
+    for turn, menu in enumerate(menus):
+        picked = zip(menu.operation[choice[:, turn]].tolist(), menu.magnitude[choice[:, turn]].tolist(), strict=True)
+        each = zip(want, picked, strict=True)
+        want = torch.cat([apply_one(image[None], policies.NAMES[n], [m], False) for image, (n, m) in each])
     for static in (False, True):
-        out = policies.apply_round(images, policies.plan_round(operation, magnitude, 24, 24, static))
-        for n, name in enumerate(policies.NAMES):
-            rows = slice(n, None, len(policies.NAMES))
-            assert torch.equal(out[rows], apply_one(images[rows], name, magnitude[rows], False)), name
+        assert torch.equal(policies.apply_rounds(images, menus, policies.plan_rounds(menus, choice, static)), want)
+
+
+def test_the_histogram_is_spread_in_whole_numbers(monkeypatch):
+    """Counts of the largest value around every border of the step, with float32 and, as for huge images, float64."""
+    generator = torch.Generator().manual_seed(0)
+    for pixels in (254, 255, 256, 509, 510, 511, 3000, 20_011):
+        for most in (1, pixels - 511, pixels - 510, pixels - 509, pixels - 255, pixels - 254, pixels):
+            if not 1 <= most <= pixels:
+                continue
+            rest = torch.randint(0, 200, (pixels - most,), generator=generator)
+            image = torch.cat([torch.full((most,), 200), rest]).to(torch.uint8).expand(1, 3, 1, pixels)
+            histogram = torch.bincount(image[0, 0, 0].long(), minlength=256).tolist()
+            step, want = (pixels - most) // 255, []
+            for level in range(256):
+                spread = min((sum(histogram[:level]) + step // 2) // step, 255) if step else level
+                want.append(spread)
+            want = torch.tensor(want)[image.long()].to(torch.uint8)
+            for dtype in (torch.float32, torch.float64):
+                monkeypatch.setattr(constants, "KEPT", {})
+                monkeypatch.setattr(colour, "whole_numbers", lambda largest, dtype=dtype: dtype)
+                assert torch.equal(apply_one(image, "Equalize", [0.0], True), want), (pixels, most)
+
+
+def test_pooling_sums_the_nine_pixels_that_a_cpu_adds():
+    images = images_of_many_kinds(13, 9).float()
+    assert torch.equal(F.avg_pool2d(images, 3, stride=1, divisor_override=1), colour.sums_of_nine(images))
+
+
+@pytest.mark.parametrize("pixels", [1024, 50_176, 3 * 7 * 11, 65_793])
+def test_a_mean_in_float32_is_the_one_in_float64_rounded(pixels):
+    """As the quotient of whole numbers has to be: float64 has more than twice float32's digits and two."""
+    total = torch.randint(0, 255 * pixels + 1, (200_000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(total.float() / pixels, (total.double() / pixels).float())
 
 
 @pytest.mark.parametrize("bins", [10, 31])
@@ -151,7 +246,14 @@ def chi_square_is_plausible(observed: Counter, expected: dict, draws: int) -> bo
     return statistic < freedom + 4.5 * math.sqrt(2 * freedom)
 
 
-def as_outcomes(operation: torch.Tensor, magnitude: torch.Tensor) -> Counter:
+def drawn(menus: tuple[policies.Menu, ...], choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operations as places in NAMES and their magnitudes, (N, rounds) each."""
+    picked = [(menu.operation[c], menu.magnitude[c]) for menu, c in zip(menus, choice.unbind(1), strict=True)]
+    return tuple(torch.stack(parts, dim=1) for parts in zip(*picked, strict=True))
+
+
+def as_outcomes(menus: tuple[policies.Menu, ...], choice: torch.Tensor) -> Counter:
+    operation, magnitude = drawn(menus, choice)
     rows = torch.cat([operation.double(), magnitude], dim=1).tolist()
     width = operation.shape[1]
     return Counter(tuple((policies.NAMES[int(row[k])], round(row[width + k], 4)) for k in range(width)) for row in rows)
@@ -179,13 +281,15 @@ def auto_augment_probabilities(policy: AutoAugmentPolicy, height: int, width: in
 def test_auto_augment_draws_torchvisions_distribution(policy):
     draws = 60_000
     generator = torch.Generator().manual_seed(0)
-    observed = as_outcomes(*policies.draw_auto_augment(policy, draws, 32, 40, generator))
+    menus = policies.auto_augment_menus(policy, 32, 40)
+    observed = as_outcomes(menus, policies.draw_auto_augment(policy, draws, generator))
     assert chi_square_is_plausible(observed, auto_augment_probabilities(POLICIES[policy], 32, 40), draws)
 
 
 def test_the_chi_square_test_rejects_another_policy():
     draws = 60_000
-    observed = as_outcomes(*policies.draw_auto_augment("cifar10", draws, 32, 32, torch.Generator().manual_seed(0)))
+    menus = policies.auto_augment_menus("cifar10", 32, 32)
+    observed = as_outcomes(menus, policies.draw_auto_augment("cifar10", draws, torch.Generator().manual_seed(0)))
     expected = auto_augment_probabilities(AutoAugmentPolicy.CIFAR10, 32, 32)
     tilted = {key: p * (1.15 if n % 2 else 0.85) for n, (key, p) in enumerate(sorted(expected.items()))}
     assert not chi_square_is_plausible(observed, {k: p / sum(tilted.values()) for k, p in tilted.items()}, draws)
@@ -194,7 +298,8 @@ def test_the_chi_square_test_rejects_another_policy():
 def test_rand_augment_draws_torchvisions_distribution():
     draws = 60_000
     generator = torch.Generator().manual_seed(0)
-    observed = as_outcomes(*policies.draw_rand_augment(2, 9, 31, draws, 32, 32, generator))
+    menus = (policies.rand_augment_menu(9, 31, 32, 32),) * 2
+    observed = as_outcomes(menus, policies.draw_rand_augment(2, draws, generator))
     single: dict = Counter()
     space = T.RandAugment()._augmentation_space(31, (32, 32))
     for name, (values, signed) in space.items():
@@ -203,6 +308,44 @@ def test_rand_augment_draws_torchvisions_distribution():
             single[name, round(sign * size, 4)] += (0.5 if signed else 1.0) / len(space)
     expected = {(a, b): p * q for a, p in single.items() for b, q in single.items()}
     assert chi_square_is_plausible(observed, expected, draws)
+
+
+def test_seeds_draw_what_they_always_drew():
+    """So that a run that was begun with an earlier version goes on with the same choices."""
+    auto = policies.auto_augment_menus("cifar10", 32, 32)
+    rand = (policies.rand_augment_menu(9, 31, 32, 32),) * 2
+    first, second = (torch.Generator().manual_seed(0) for _ in range(2))
+    got = {
+        "auto": drawn(auto, policies.draw_auto_augment("cifar10", 8, first)),
+        "rand": drawn(rand, policies.draw_rand_augment(2, 6, second)),
+    }
+    words = {
+        policy: [
+            ", ".join(f"{policies.NAMES[n]} {m:.3g}" for n, m in zip(*row, strict=True))
+            for row in zip(operation.tolist(), magnitude.tolist(), strict=True)
+        ]
+        for policy, (operation, magnitude) in got.items()
+    }
+    assert words == {
+        "auto": [
+            "Identity 0, Identity 0",
+            "Solarize 198, Identity 0",
+            "Equalize 0, Equalize 0",
+            "Color -0.7, TranslateX -12.9",
+            "Brightness 0.6, Identity 0",
+            "AutoContrast 0, Equalize 0",
+            "Sharpness -0.1, Sharpness -0.3",
+            "Identity 0, Identity 0",
+        ],
+        "rand": [
+            "TranslateY 4.35, TranslateX -4.35",
+            "Contrast 0.27, ShearY 0.09",
+            "ShearX 0.09, Solarize 178",
+            "Sharpness 0.27, TranslateX -4.35",
+            "Equalize 0, Rotate -9",
+            "Solarize 178, Identity 0",
+        ],
+    }
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -215,7 +358,8 @@ def test_auto_augment_equals_torchvision_given_its_draws(policy):
     out = augment(images)
     generator = torch.Generator()
     generator.set_state(state["generator"])
-    operation, magnitude = policies.draw_auto_augment(policy, len(images), 32, 32, generator)
+    choice = policies.draw_auto_augment(policy, len(images), generator)
+    operation, magnitude = drawn(policies.auto_augment_menus(policy, 32, 32), choice)
     equal = []
     for n, image in enumerate(images):
         for number, size in zip(operation[n].tolist(), magnitude[n].tolist(), strict=True):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastlt.augment.draws as draws_module
-from fastlt.augment import Augment, build_augment, colour, cutmix, geometry, mixup, normalise, output_size, pipeline
+from fastlt.augment import Augment, build_augment, colour, constants, cutmix, mixup, normalise, output_size, policies
+from fastlt.augment.draws import Span
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 CHAINS = {
@@ -170,7 +172,7 @@ def test_a_gpu_would_see_only_its_own_tensors_and_no_shape_that_depends_on_them(
     augment = build_augment(CHAINS[chain], image_size=32, mean=MEAN, std=STD, seed=0, device="cuda")
     assert augment.static
     draws = augment.draw(16, 40, 40)
-    monkeypatch.setattr(pipeline, "_scale_and_shift", pipeline._scale_and_shift.__wrapped__)  # keep fakes out of it
+    monkeypatch.setattr(constants, "KEPT", {})  # fakes are not for other tests
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = augment.apply(torch.empty(16, 3, 40, 40, dtype=torch.uint8, device="cuda"), draws, torch.bfloat16)
     assert out.device.type == "cuda"
@@ -188,7 +190,7 @@ def test_static_draws_have_the_same_shapes_in_every_batch(chain):
             return [shapes(draws) for draws in value]
         if isinstance(value, dict):
             return {name: shapes(part) for name, part in value.items()}
-        return (value if isinstance(value, torch.Tensor) else value.mask).shape
+        return value if isinstance(value, Span) else (value if isinstance(value, torch.Tensor) else value.mask).shape
 
     first = shapes(augment.draw(16, 32, 32))
     assert all(shapes(augment.draw(16, 32, 32)) == first for _ in range(5))
@@ -271,6 +273,30 @@ def test_held_draws_are_those_of_a_call_and_stay_where_they_are(chain):
     assert len(places) == 1
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_graph_makes_no_constants(chain, monkeypatch):
+    """They come from the host, which nothing that is captured may wait for."""
+    monkeypatch.setattr(constants, "KEPT", {})
+    augment, images = build(chain), batch()
+    augment.hold(images)
+    before = set(constants.KEPT)
+    augment(images, torch.bfloat16)
+    assert set(constants.KEPT) == before
+
+
+def test_constants_made_in_inference_mode_serve_training(monkeypatch):
+    monkeypatch.setattr(constants, "KEPT", {})
+    policies.auto_augment_menus.cache_clear()
+    augment, images = build("auto_augment"), batch()
+    with torch.inference_mode():
+        augment(images)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (weight * augment(images)).sum().backward()
+    tensors = [t for made in constants.KEPT.values() for t in tree_leaves(made)]
+    tensors += [t for menu in policies.auto_augment_menus("cifar10", 32, 32) for t in menu.on(images.device)]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
 def test_held_draws_are_on_the_device_already_and_are_not_pinned():
     with FakeTensorMode():
         held = torch.empty(3, device="cuda:0")
@@ -286,12 +312,13 @@ class NoDivisionByNumber(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["affine", "contrast_table", "shift_hue"])
+@pytest.mark.parametrize("name", ["contrast_table", "equalized", "shift_hue"])
 def test_operations_whose_rounding_matters_divide_by_tensors(name):
-    images, factor = batch(4, 9), torch.full((4,), 0.3, dtype=torch.float64)
+    images, factor = batch(4, 9).contiguous(), torch.full((4,), 0.3, dtype=torch.float64)
+    one = torch.ones(4, 1, dtype=torch.int64)
     work = {
-        "affine": lambda: geometry.affine(images, geometry.rotate(100 * factor)),
         "contrast_table": lambda: colour.contrast_table(images, factor),
+        "equalized": lambda: colour.equalized(colour.pixel_values(images), images.flatten(2).amax(2), one),
         "shift_hue": lambda: colour.shift_hue(images, factor),
     }
     with NoDivisionByNumber():

@@ -25,13 +25,14 @@ def test_random_crop_equals_padding_and_slicing_each_image(height, width, size, 
     for n in range(40):
         slow = np.full((3, height + 2 * padding, width + 2 * padding), fill, np.uint8)
         slow[:, padding : padding + height, padding : padding + width] = images[n].numpy()
-        top, left = int(draws["top"][n]), int(draws["left"][n])
+        top, left = divmod(int(draws["corner"][n]), width + 2 * padding)
         np.testing.assert_array_equal(out[n].numpy(), slow[:, top : top + size, left : left + size])
 
 
 def test_random_crop_offsets_are_uniform_and_independent():
     draws = RandomCrop(32, 4).draw(Shape(81_000, 32, 32), torch.Generator().manual_seed(0))
-    cells = torch.bincount(draws["top"] * 9 + draws["left"], minlength=81)
+    top, left = draws["corner"] // 40, draws["corner"] % 40
+    cells = torch.bincount(top * 9 + left, minlength=81)
     assert cells.numel() == 81
     # Chi-square with 80 degrees of freedom: mean 80, standard deviation 12.6; the seed is fixed.
     assert ((cells - 1000.0) ** 2 / 1000).sum() < 80 + 4 * 12.6
@@ -74,15 +75,16 @@ def slow_cutout(image: np.ndarray, centre_y: int, centre_x: int, length: int) ->
     return out
 
 
-def test_cutout_equals_the_slow_one_at_every_centre():
-    size, length = 10, 6
-    centres = [(y, x) for y in range(size) for x in range(size)]
-    images = torch.rand(len(centres), 3, size, size) + 1
-    top = torch.tensor([y - length // 2 for y, _ in centres])
-    left = torch.tensor([x - length // 2 for _, x in centres])
-    out = cutout(images.clone(), top, left, length)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("height", "width", "length"), [(10, 10, 6), (7, 12, 4), (9, 5, 20)])
+def test_cutout_equals_the_slow_one_at_every_centre(height, width, length, dtype):
+    centres = [(y, x) for y in range(height) for x in range(width)]
+    images = (torch.randn(len(centres), 3, height, width) - 3).to(dtype)
+    out = cutout(images.to(memory_format=torch.channels_last, copy=True), torch.tensor(centres).T, length)
     for n, (y, x) in enumerate(centres):
-        np.testing.assert_array_equal(out[n].numpy(), slow_cutout(images[n].numpy(), y, x, length))
+        want = slow_cutout(images[n].double().numpy(), y, x, length)
+        np.testing.assert_array_equal(out[n].double().numpy(), want)
+        assert not np.signbit(out[n].double().numpy()[want == 0]).any()
 
 
 @pytest.mark.parametrize(("size", "image"), [(16, 32), (5, 8), (40, 8)])
@@ -99,8 +101,9 @@ def test_cutout_hides_what_the_exact_expectation_says(size, image):
 def test_cutout_with_probability_leaves_whole_images_whole():
     operation = Cutout(4, 0.25)
     draws = operation.draw(Shape(4000, 8, 8), torch.Generator().manual_seed(0))
-    touched = operation.apply(torch.ones(4000, 3, 8, 8), draws).eq(0).flatten(1).any(1)
-    assert torch.equal(touched, draws["chosen"])
+    images = torch.ones(4000, 3, 8, 8).to(memory_format=torch.channels_last)
+    touched = operation.apply(images, draws).eq(0).flatten(1).any(1)
+    assert torch.equal(touched, draws["centre"].amax(0) < 8)
     assert 0.22 < touched.double().mean().item() < 0.28
 
 
