@@ -95,7 +95,6 @@ def captured(chains: list[tuple[Augment, Tensor]]) -> Callable[[], list[Tensor]]
 
     for chain, images in chains:
         chain.hold(images)
-    augment()  # what is made once must not become part of the graph
     replay, results = CudaCapture()(augment)
 
     def run() -> list[Tensor]:
