@@ -41,6 +41,8 @@ class Rule:
         overwrites its first argument writes to it. None for what costs too much to be done twice.
     with_relu: `tangent` and `again` of this operation and an F.relu directly behind it that overwrites its output, as
         one: `output` is the ReLU's. None where that gains nothing.
+    of_batch_norm: as `again`, where the first or the second source is an output of F.batch_norm that is not in memory:
+        (its saved, its sources, the other source of ours) -> the output, without it. None where that gains nothing.
     """
 
     tangent: Callable[..., Tensor | None]
@@ -50,6 +52,7 @@ class Rule:
     sources: Callable[..., tuple] = lambda *args, **kwargs: ()
     again: Callable[..., Tensor] | None = None
     with_relu: Rule | None = None
+    of_batch_norm: Callable[..., Tensor] | None = None
 
 
 def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule | None:
@@ -223,6 +226,13 @@ def normalised_and_rectified(function, saved, input: Tensor, weight: Tensor | No
     return normalised(input, weight, bias, *saved).relu_()
 
 
+def normalised_summed_and_rectified(saved, sources: tuple[Tensor, Tensor | None, Tensor | None], other: Tensor):
+    """max(0, weight x^ + bias + other); sources: input, weight, bias."""
+    if fits(sources[0], other):
+        return fused_loops.rectified_batch_norm(*sources, *saved, other)
+    return normalised(*sources, *saved).add_(other).relu_()
+
+
 def scaled_and_shifted(values: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
     """values (N, C, ...) times factor (C,) plus shift (C,), channel by channel, as one operation for the rules."""
     if has_torch_function_variadic(values, factor, shift):
@@ -305,7 +315,11 @@ _ADD = {
 
 
 def _sum_relu(tangent: Callable) -> Rule:
-    return Rule(tangent, again=lambda function, saved, input, other: function(input, other).relu_())
+    return Rule(
+        tangent,
+        again=lambda function, saved, input, other: function(input, other).relu_(),
+        of_batch_norm=normalised_summed_and_rectified,
+    )
 
 
 RULES: dict[Callable, Rule] = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 PIECE = 16384  # elements that are summed up one after the other; the sums of the pieces are added in float64
+WIDE = 128  # elements in an inner loop that has no sums; a compiled loop over 16 channels never gets into its stride
 SMALLEST_SHARED = 32768  # elements; fewer are not worth waking threads for (as in torch's own loops)
 REALS = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -64,23 +66,32 @@ def batch_norm_tangent(
     partial = x.new_empty(-(-rows // piece), 2, channels)
     _run("sums", (rows, channels, piece), dx, x, mean, partial)
     weight = torch.ones_like(mean) if weight is None else weight
-    factors = _factors(rows, partial, weight, dweight, dbias, mean, inverse_std)
+    sizes, factors = _widened(rows, _factors(rows, partial, weight, dweight, dbias, mean, inverse_std))
     mask = dx if output is None else output
     dy = torch.empty_like(dx)
-    _run("combine", (rows, channels, output is not None), dx, x, factors, mask, dy)
+    _run("combine", (*sizes, output is not None), dx, x, factors, mask, dy)
     return dy
 
 
 def rectified_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    summand: Tensor | None = None,
 ) -> Tensor:
-    """max(0, weight x^ + bias) in one pass over memory, as a new tensor; arguments as for `batch_norm_tangent`."""
+    """max(0, weight x^ + bias + summand) in one pass over memory, as a new tensor.
+
+    summand: `fits` with x; None for none. The others are as for `batch_norm_tangent`.
+    """
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     weight = torch.ones_like(mean) if weight is None else weight
     # As the tangent of a constant along weight and bias.
     factors = _factors(rows, x.new_empty(0, 2, channels), torch.zeros_like(mean), weight, bias, mean, inverse_std)
+    sizes, factors = _widened(rows, factors)
     y = torch.empty_like(x)
-    _run("rectify", (rows, channels), x, factors, y)
+    _run("rectify", (*sizes, summand is not None), x, factors, x if summand is None else summand, y)
     return y
 
 
@@ -102,6 +113,15 @@ def _factors(rows: int, partial: Tensor, weight, dweight, dbias, mean, inverse_s
     factors = partial.new_empty(3, len(mean))
     _run("factors", (rows, len(mean), len(partial)), partial, *vectors, factors)
     return factors
+
+
+def _widened(rows: int, factors: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """(rows, channels) and factors (3, channels) of the same values with several rows taken as one, if they are short.
+
+    For loops in which the rows have nothing to do with each other.
+    """
+    together = math.gcd(rows, max(1, WIDE // factors.shape[1]))
+    return (rows // together, factors.shape[1] * together), factors.repeat(1, together)
 
 
 def _run(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> None:
@@ -248,16 +268,21 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
 
     @compiled
     def rectify(pointers):
-        """y = max(0, factor x + shift), by the last two rows of factors."""
-        sizes = carray(pointers[0], 2, np.int64)
-        rows, channels = sizes[0], sizes[1]
+        """y = max(0, factor x + shift + z), by the last two rows of factors; z: where it is asked for."""
+        sizes = carray(pointers[0], 3, np.int64)
+        rows, channels, summed = sizes[0], sizes[1], sizes[2]
         shape, (start, end) = (rows, channels), share(rows)
-        x, y = carray(pointers[1], shape, real)[start:end], carray(pointers[3], shape, real)[start:end]
-        factors = carray(pointers[2], (3, channels), real)
+        x, y = carray(pointers[1], shape, real)[start:end], carray(pointers[4], shape, real)[start:end]
+        factors, z = carray(pointers[2], (3, channels), real), carray(pointers[3], shape, real)[start:end]
         for i in range(end - start):
-            for c in range(channels):
-                value = factors[1, c] * x[i, c] + factors[2, c]
-                y[i, c] = real(0) if value <= 0 else value
+            if summed:
+                for c in range(channels):
+                    value = factors[1, c] * x[i, c] + factors[2, c] + z[i, c]
+                    y[i, c] = real(0) if value <= 0 else value
+            else:
+                for c in range(channels):
+                    value = factors[1, c] * x[i, c] + factors[2, c]
+                    y[i, c] = real(0) if value <= 0 else value
 
     @compiled
     def masked_sum(pointers):

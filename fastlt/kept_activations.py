@@ -49,9 +49,20 @@ class Source:
 
     def get(self) -> Any:
         """The argument; raises OverwrittenError."""
+        self._check()
+        return self.value.tensor_again() if isinstance(self.value, Activation) else self.value
+
+    def batch_norm(self) -> Making | None:
+        """The F.batch_norm that it would have to be made by; None if it was not one, or if it is in memory."""
+        self._check()
+        if not isinstance(self.value, Activation) or self.value.tensor is not None or len(self.value.makings) > 1:
+            return None
+        making = self.value.makings[0]
+        return making if making.function is F.batch_norm else None
+
+    def _check(self) -> None:
         if not self.there():
             raise OverwrittenError("an operation of the model overwrites a tensor that another one read before")
-        return self.value.tensor_again() if isinstance(self.value, Activation) else self.value
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +73,16 @@ class Making:
     function: Callable
     saved: tuple
     sources: tuple[Source, ...]
+
+    def again(self, rule: Rule, *overwritten: Tensor) -> Tensor:
+        """What it made; rule: for it, or for it and what follows; overwritten: what it overwrites, if anything."""
+        if rule.of_batch_norm is not None and not overwritten:
+            for mine, other in (self.sources, self.sources[::-1]):
+                batch_norm = mine.batch_norm()
+                if batch_norm is not None:
+                    of_it = tuple(source.get() for source in batch_norm.sources)
+                    return rule.of_batch_norm(batch_norm.saved, of_it, other.get())
+        return rule.again(self.function, self.saved, *overwritten, *(source.get() for source in self.sources))
 
 
 @dataclass
@@ -108,10 +129,8 @@ class Activation:
                 for making in self.makings:
                     if making is included:
                         continue
-                    ours = [] if made is None else [made]  # what the operation overwrites
-                    sources = [source.get() for source in making.sources]
                     rule, included = self.rule_from(making)
-                    made = rule.again(making.function, making.saved, *ours, *sources)
+                    made = making.again(rule, *([] if made is None else [made]))
             self.hold(made)
         return self.tensor
 
