@@ -41,6 +41,8 @@ class Rule:
         overwrites its first argument writes to it. None for what costs too much to be done twice.
     with_relu: `tangent` and `again` of this operation and an F.relu directly behind it that overwrites its output, as
         one: `output` is the ReLU's. None where that gains nothing.
+    again_and_tangent: as `again` and `tangent`, but with the operation's own arguments for both: (function, saved, *args)
+        -> (output, tangent), or None when it does not do it for these. None where that gains nothing.
     of_batch_norm: as `again`, where the first or the second source is an output of F.batch_norm that is not in memory:
         (its saved, its sources, the other source of ours) -> the output, without it. None where that gains nothing.
     """
@@ -52,6 +54,7 @@ class Rule:
     sources: Callable[..., tuple] = lambda *args, **kwargs: ()
     again: Callable[..., Tensor] | None = None
     with_relu: Rule | None = None
+    again_and_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     of_batch_norm: Callable[..., Tensor] | None = None
 
 
@@ -209,6 +212,17 @@ def batch_norm_relu_tangent(function, saved, output, input, running_mean, runnin
     return rectified(tangent, output)
 
 
+def batch_norm_relu_again_and_tangent(
+    function, saved, input, running_mean, running_var, *args, **kwargs
+) -> tuple[Tensor, Tensor] | None:
+    """The ReLU's output with its tangent, where the loops take them."""
+    weight, bias, _ = scale_shift_eps(*args, **kwargs)
+    (x, dx), (w, dw), (b, db) = parts(input), parts(weight), parts(bias)
+    if dx is None or not fits(dx, x):
+        return None
+    return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved)
+
+
 def scale_shift_eps(weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> tuple:
     """Of F.batch_norm's arguments behind the running statistics, those that a derivative depends on."""
     return weight, bias, eps
@@ -331,7 +345,11 @@ RULES: dict[Callable, Rule] = {
         forward=batch_norm_forward,
         sources=lambda input, running_mean, running_var, weight=None, bias=None, *args, **kw: (input, weight, bias),
         again=lambda function, saved, input, weight, bias: normalised(input, weight, bias, *saved),
-        with_relu=Rule(batch_norm_relu_tangent, again=normalised_and_rectified),
+        with_relu=Rule(
+            batch_norm_relu_tangent,
+            again=normalised_and_rectified,
+            again_and_tangent=batch_norm_relu_again_and_tangent,
+        ),
     ),
     scaled_and_shifted: Rule(
         scaled_and_shifted_tangent,
