@@ -45,6 +45,8 @@ class Rule:
         -> (output, tangent), or None when it does not do it for these. None where that gains nothing.
     of_batch_norm: as `again`, where the first or the second source is an output of F.batch_norm that is not in memory:
         (its saved, its sources, the other source of ours) -> the output, without it. None where that gains nothing.
+    of_batch_norm_with_tangent: as `again_and_tangent` there: (its saved, its args, its kwargs, the other argument of
+        ours) -> (output, tangent), or None.
     """
 
     tangent: Callable[..., Tensor | None]
@@ -56,6 +58,7 @@ class Rule:
     with_relu: Rule | None = None
     again_and_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     of_batch_norm: Callable[..., Tensor] | None = None
+    of_batch_norm_with_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
 
 def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule | None:
@@ -247,6 +250,19 @@ def normalised_summed_and_rectified(saved, sources: tuple[Tensor, Tensor | None,
     return normalised(*sources, *saved).add_(other).relu_()
 
 
+def sum_relu_of_batch_norm_with_tangent(saved, args: tuple, kwargs: dict, other: Tensor) -> tuple | None:
+    """The output of the ReLU behind the sum with its tangent, where the loops take them."""
+
+    def both(input, running_mean, running_var, *args, **kwargs):
+        weight, bias, _ = scale_shift_eps(*args, **kwargs)
+        (x, dx), (w, dw), (b, db), (z, dz) = parts(input), parts(weight), parts(bias), parts(other)
+        if dx is None or dz is None or not fits(dx, x, z, dz):
+            return None
+        return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved, z, dz)
+
+    return both(*args, **kwargs)
+
+
 def scaled_and_shifted(values: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
     """values (N, C, ...) times factor (C,) plus shift (C,), channel by channel, as one operation for the rules."""
     if has_torch_function_variadic(values, factor, shift):
@@ -333,6 +349,7 @@ def _sum_relu(tangent: Callable) -> Rule:
         tangent,
         again=lambda function, saved, input, other: function(input, other).relu_(),
         of_batch_norm=normalised_summed_and_rectified,
+        of_batch_norm_with_tangent=sum_relu_of_batch_norm_with_tangent,
     )
 
 

@@ -61,7 +61,7 @@ def batch_norm_tangent(
     With x^ = (x - mean) / std: dy = (w / std) (dx - mean(dx) - x^ mean(dx x^)) + dw x^ + db.
     """
     what, y = (_AS_IT_IS, dx) if output is None else (_MASKED, output)
-    return _combined(what, dx, x, weight, dweight, None, dbias, mean, inverse_std, y)
+    return _combined(what, dx, x, weight, dweight, None, dbias, mean, inverse_std, dx, dx, y)
 
 
 def rectified_batch_norm_and_tangent(
@@ -73,10 +73,16 @@ def rectified_batch_norm_and_tangent(
     dbias: Tensor | None,
     mean: Tensor,
     inverse_std: Tensor,
+    summand: Tensor | None = None,
+    dsummand: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rectified_batch_norm` and its `batch_norm_tangent`, new tensors, in the two passes of the latter."""
+    """`rectified_batch_norm` and its tangent, new tensors, in the two passes of `batch_norm_tangent`.
+
+    summand, dsummand: `fits` with x, or None, both.
+    """
     y = torch.empty_like(x)
-    return y, _combined(_RECTIFIED, dx, x, weight, dweight, bias, dbias, mean, inverse_std, y)
+    what, *summands = (_RECTIFIED, dx, dx) if summand is None else (_SUMMED, summand, dsummand)
+    return y, _combined(what, dx, x, weight, dweight, bias, dbias, mean, inverse_std, *summands, y)
 
 
 def rectified_batch_norm(
@@ -107,18 +113,19 @@ def masked_sum(a: Tensor, b: Tensor, output: Tensor, into: Tensor | None = None)
     return into
 
 
-# What `combine` does besides the tangent: nothing, masks it by the output of a ReLU, or makes this output.
-_AS_IT_IS, _MASKED, _RECTIFIED = range(3)
+# What `combine` does besides the tangent: nothing; masks it by the output of a ReLU; makes this output; or makes it as
+# that of a sum.
+_AS_IT_IS, _MASKED, _RECTIFIED, _SUMMED = range(4)
 
 
-def _combined(what: int, dx: Tensor, x: Tensor, weight, dweight, bias, dbias, mean, inverse_std, y: Tensor) -> Tensor:
+def _combined(what: int, dx: Tensor, x: Tensor, weight, dweight, bias, dbias, mean, inverse_std, z, dz, y) -> Tensor:
     rows, channels, _ = sizes = _sizes(x)
     vectors = _vectors(x, weight, dweight, bias, dbias, mean, inverse_std)
     piece = max(1, PIECE // channels)
     partial = x.new_empty(-(-rows // piece), 2, channels)
     _run("sums", (rows, channels, piece), dx, x, vectors[-2], partial)
     dy = torch.empty_like(dx)
-    _run("combine", (*sizes, len(partial), what), dx, x, partial, *vectors, y, dy)
+    _run("combine", (*sizes, len(partial), what), dx, x, partial, *vectors, z, dz, y, dy)
     return dy
 
 
@@ -255,7 +262,7 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
 
     @compiled
     def combine(pointers):
-        """dy = factor_u u + factor_x x + shift, zero where y is not positive; y: given, or made here."""
+        """dy = factor_u u + factor_x x + shift (+ dz), zero where y is not positive; y: given, or made here (with z)."""
         sizes = carray(pointers[0], 5, np.int64)
         rows, channels, together, pieces, what = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
         partial = carray(pointers[3], (pieces, 2, channels), real)
@@ -279,7 +286,8 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
         repeated(factors, channels)
         shape, (start, end) = (rows // together, wide), share(rows // together)
         u, x = carray(pointers[1], shape, real)[start:end], carray(pointers[2], shape, real)[start:end]
-        y, dy = carray(pointers[10], shape, real)[start:end], carray(pointers[11], shape, real)[start:end]
+        z, dz = carray(pointers[10], shape, real)[start:end], carray(pointers[11], shape, real)[start:end]
+        y, dy = carray(pointers[12], shape, real)[start:end], carray(pointers[13], shape, real)[start:end]
         for i in range(end - start):
             if what == _AS_IT_IS:
                 for c in range(wide):
@@ -288,6 +296,12 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
                 for c in range(wide):
                     value = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c]
                     dy[i, c] = real(0) if y[i, c] <= 0 else value
+            elif what == _SUMMED:
+                for c in range(wide):
+                    output = through[0, c] * x[i, c] + through[1, c] + z[i, c]
+                    value = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c] + dz[i, c]
+                    y[i, c] = real(0) if output <= 0 else output
+                    dy[i, c] = real(0) if output <= 0 else value
             else:
                 for c in range(wide):
                     output = through[0, c] * x[i, c] + through[1, c]

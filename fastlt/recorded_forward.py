@@ -123,21 +123,27 @@ class _LeanRecord(KeptWatch):
 
 @dataclass
 class _Postponed:
-    """An output of BatchNorm that was read by a sum only, which can be computed without it.
+    """An output of BatchNorm, and its tangent, that a sum read next, which can be computed without them.
 
-    sources: what it is made from. primal: its memory, not yet filled. dual: what the model was given; once that is
-    gone, nobody can read it any more. reader: the sum. read: whether this has been computed.
+    primal, tangent: their memory, not yet filled. dual: what the model was given; once that is gone, nobody can read
+    it any more. reader: the sum. read: whether this has been computed.
     """
 
+    rule: Rule
     making: Making
-    sources: list
+    args: tuple
+    kwargs: dict
     primal: Tensor
+    tangent: Tensor
     dual: ReferenceType[Tensor]
     reader: Making
     read: bool = False
 
     def fill(self) -> None:
-        self.primal.copy_(self.making.rule.again(self.making.function, self.making.saved, *self.sources))
+        function, saved = self.making.function, self.making.saved
+        sources = [parts(s)[0] for s in self.rule.sources(*self.args, **self.kwargs)]
+        self.primal.copy_(self.rule.again(function, saved, *sources))
+        self.tangent.copy_(self.rule.tangent(function, saved, self.primal, *self.args, **self.kwargs))
 
 
 class _Reuse(RuledOperations):
@@ -201,41 +207,45 @@ class _Reuse(RuledOperations):
     ) -> Tensor | None:
         """Make it, or what overwrites it, again, from the primals of this pass; returns its tangent."""
         goes_on, self.making = activation is self.making, activation
-        both = fused.again_and_tangent and fused.again_and_tangent(making.function, making.saved, *args, **kwargs)
-        if both:
+        function, saved, both = making.function, making.saved, None
+        if self.postponed is not None:
+            of, other = self.postponed, args[args[0] is self.postponed.dual()]
+            both = fused.of_batch_norm_with_tangent(of.making.saved, of.args, of.kwargs, other)
+            if both is None:
+                of.fill()
+                self.postponed = None
+        elif fused.again_and_tangent is not None:
+            both = fused.again_and_tangent(function, saved, *args, **kwargs)
+        if both is not None:
             activation.tensor, tangent = both
             return tangent
         sources = [parts(s)[0] for s in rule.sources(*args, **kwargs)]
-        if self.postponed is not None:
-            other = sources[1] if args[0] is self.postponed.dual() else sources[0]
-            activation.tensor = fused.of_batch_norm(self.postponed.making.saved, self.postponed.sources, other)
-        else:
-            if goes_on:
-                sources[0] = activation.tensor
-            activation.tensor = fused.again(making.function, making.saved, *sources)
-        return fused.tangent(making.function, making.saved, activation.tensor, *args, **kwargs)
+        if goes_on:
+            sources[0] = activation.tensor
+        activation.tensor = fused.again(function, saved, *sources)
+        return fused.tangent(function, saved, activation.tensor, *args, **kwargs)
 
     def _can_wait(self, call: Call, args: tuple) -> bool:
-        """Whether a BatchNorm's output goes into a sum next, and is not wanted by autograd."""
-        if call.making.function is not F.batch_norm or self.position == len(self.calls) or call.activation.wanted:
+        """Whether a BatchNorm's output goes into a sum next, which can do without, and is not wanted by autograd."""
+        activation = call.activation
+        if call.making.function is not F.batch_norm or self.position == len(self.calls) or activation.wanted:
             return False
         following = self.calls[self.position]
-        rule, _ = following.activation.rule_from(following.making)
+        (x, dx), (rule, _) = parts(args[0]), following.activation.rule_from(following.making)
         return (
-            len(call.activation.makings) == 1
-            and rule.of_batch_norm is not None
+            len(activation.makings) == 1
+            and rule.of_batch_norm_with_tangent is not None
             and not following.overwrote
             and following.activation.tensor is None
-            and sum(source.value is call.activation for source in following.making.sources) == 1
-            and fits(parts(args[0])[0])
+            and sum(source.value is activation for source in following.making.sources) == 1
+            and dx is not None
+            and fits(x, dx)
         )
 
     def _postpone(self, rule: Rule, making: Making, args: tuple, kwargs: dict) -> Tensor:
-        sources = [parts(s)[0] for s in rule.sources(*args, **kwargs)]
-        primal = torch.empty_like(sources[0])
-        tangent = rule.tangent(making.function, making.saved, primal, *args, **kwargs)
-        output = primal if tangent is None else forward_ad.make_dual(primal, tangent)
-        self.postponed = _Postponed(making, sources, primal, ref(output), self.calls[self.position].making)
+        primal, tangent = (torch.empty_like(part) for part in parts(args[0]))
+        output, reader = forward_ad.make_dual(primal, tangent), self.calls[self.position].making
+        self.postponed = _Postponed(rule, making, args, kwargs, primal, tangent, ref(output), reader)
         return output
 
     def _about_to_run(self, function: Callable, args: tuple) -> None:
@@ -243,7 +253,8 @@ class _Reuse(RuledOperations):
         postponed, dual = self.postponed, self.postponed.dual()
         if postponed.read and function is F.relu and args[0] is self.returned:
             return
-        if not postponed.read and function is postponed.reader.function and any(a is dual for a in args):
+        reads = function is postponed.reader.function and len(args) == 2 and any(a is dual for a in args)
+        if reads and not postponed.read:
             postponed.read = True
             return
         self.postponed = None

@@ -73,6 +73,11 @@ def summand_read_before_sum(net, x):
     return relu_(y + z) + doubled
 
 
+def summand_named(net, x):
+    y = relu_(net.bn1(net.conv1(x)))
+    return relu_(net.bn2(net.conv2(y)).add(other=y))
+
+
 def summand_read_at_the_end(net, x):
     y = relu_(net.bn1(net.conv1(x)))
     z = net.bn2(net.conv2(y))
@@ -133,6 +138,7 @@ BODIES = {
     residual_in_place: (1, 1),
     summand_read_again: (0, 1),
     summand_read_before_sum: (0, 1),
+    summand_named: (1, 1),
     summand_read_at_the_end: (1, 1),
     two_normalised_summands: (0, 1),
     convolution_read_twice: (1, 0),
@@ -195,7 +201,7 @@ def with_relu(monkeypatch):
         return tangent(*args)
 
     def counted_with_output(*args):
-        calls["batch_norm"] += 1
+        calls["sum" if len(args) > 8 else "batch_norm"] += 1
         return with_output(*args)
 
     def counted_sum(*args, **kwargs):
