@@ -41,8 +41,8 @@ class Rule:
         overwrites its first argument writes to it. None for what costs too much to be done twice.
     with_relu: `tangent` and `again` of this operation and an F.relu directly behind it that overwrites its output, as
         one: `output` is the ReLU's. None where that gains nothing.
-    again_and_tangent: as `again` and `tangent`, but with the operation's own arguments for both: (function, saved, *args)
-        -> (output, tangent), or None when it does not do it for these. None where that gains nothing.
+    again_and_tangent: both at once, from the operation's own arguments: (function, saved, *args) -> (output, tangent),
+        or None when it does not take these. None where that gains nothing.
     of_batch_norm: as `again`, where the first or the second source is an output of F.batch_norm that is not in memory:
         (its saved, its sources, the other source of ours) -> the output, without it. None where that gains nothing.
     of_batch_norm_with_tangent: as `again_and_tangent` there: (its saved, its args, its kwargs, the other argument of

@@ -262,7 +262,7 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
 
     @compiled
     def combine(pointers):
-        """dy = factor_u u + factor_x x + shift (+ dz), zero where y is not positive; y: given, or made here (with z)."""
+        """dy = factor_u u + factor_x x + shift + dz, zero where y is not positive; y: given, or made here, with z."""
         sizes = carray(pointers[0], 5, np.int64)
         rows, channels, together, pieces, what = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
         partial = carray(pointers[3], (pieces, 2, channels), real)
