@@ -170,7 +170,7 @@ class Kept:
 class Known:
     """The activations that tensors of the model are, found by the tensors themselves.
 
-    A weak dictionary of torch's would drop those of tensors that are gone, at four times the cost of each access.
+    Those of tensors that are gone stay in it; a weak dictionary of torch's, which drops them, takes longer to ask.
     """
 
     def __init__(self) -> None:
