@@ -41,6 +41,12 @@ class Rule:
         overwrites its first argument writes to it. None for what costs too much to be done twice.
     with_relu: `tangent` and `again` of this operation and an F.relu directly behind it that overwrites its output, as
         one: `output` is the ReLU's. None where that gains nothing.
+    again_and_tangent: both at once, from the operation's own arguments: (function, saved, *args) -> (output, tangent),
+        or None when it does not take these. None where that gains nothing.
+    of_batch_norm: as `again`, where the first or the second source is an output of F.batch_norm that is not in memory:
+        (its saved, its sources, the other source of ours) -> the output, without it. None where that gains nothing.
+    of_batch_norm_with_tangent: as `again_and_tangent` there: (its saved, its args, its kwargs, the other argument of
+        ours) -> (output, tangent), or None.
     """
 
     tangent: Callable[..., Tensor | None]
@@ -50,6 +56,9 @@ class Rule:
     sources: Callable[..., tuple] = lambda *args, **kwargs: ()
     again: Callable[..., Tensor] | None = None
     with_relu: Rule | None = None
+    again_and_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    of_batch_norm: Callable[..., Tensor] | None = None
+    of_batch_norm_with_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
 
 def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule | None:
@@ -206,6 +215,17 @@ def batch_norm_relu_tangent(function, saved, output, input, running_mean, runnin
     return rectified(tangent, output)
 
 
+def batch_norm_relu_again_and_tangent(
+    function, saved, input, running_mean, running_var, *args, **kwargs
+) -> tuple[Tensor, Tensor] | None:
+    """The ReLU's output with its tangent, where the loops take them."""
+    weight, bias, _ = scale_shift_eps(*args, **kwargs)
+    (x, dx), (w, dw), (b, db) = parts(input), parts(weight), parts(bias)
+    if dx is None or not fits(dx, x):
+        return None
+    return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved)
+
+
 def scale_shift_eps(weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> tuple:
     """Of F.batch_norm's arguments behind the running statistics, those that a derivative depends on."""
     return weight, bias, eps
@@ -221,6 +241,26 @@ def normalised_and_rectified(function, saved, input: Tensor, weight: Tensor | No
     if fits(input):
         return fused_loops.rectified_batch_norm(input, weight, bias, *saved)
     return normalised(input, weight, bias, *saved).relu_()
+
+
+def normalised_summed_and_rectified(saved, sources: tuple[Tensor, Tensor | None, Tensor | None], other: Tensor):
+    """max(0, weight x^ + bias + other); sources: input, weight, bias."""
+    if fits(sources[0], other):
+        return fused_loops.rectified_batch_norm(*sources, *saved, other)
+    return normalised(*sources, *saved).add_(other).relu_()
+
+
+def sum_relu_of_batch_norm_with_tangent(saved, args: tuple, kwargs: dict, other: Tensor) -> tuple | None:
+    """The output of the ReLU behind the sum with its tangent, where the loops take them."""
+
+    def both(input, running_mean, running_var, *args, **kwargs):
+        weight, bias, _ = scale_shift_eps(*args, **kwargs)
+        (x, dx), (w, dw), (b, db), (z, dz) = parts(input), parts(weight), parts(bias), parts(other)
+        if dx is None or dz is None or not fits(dx, x, z, dz):
+            return None
+        return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved, z, dz)
+
+    return both(*args, **kwargs)
 
 
 def scaled_and_shifted(values: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
@@ -305,7 +345,12 @@ _ADD = {
 
 
 def _sum_relu(tangent: Callable) -> Rule:
-    return Rule(tangent, again=lambda function, saved, input, other: function(input, other).relu_())
+    return Rule(
+        tangent,
+        again=lambda function, saved, input, other: function(input, other).relu_(),
+        of_batch_norm=normalised_summed_and_rectified,
+        of_batch_norm_with_tangent=sum_relu_of_batch_norm_with_tangent,
+    )
 
 
 RULES: dict[Callable, Rule] = {
@@ -317,7 +362,11 @@ RULES: dict[Callable, Rule] = {
         forward=batch_norm_forward,
         sources=lambda input, running_mean, running_var, weight=None, bias=None, *args, **kw: (input, weight, bias),
         again=lambda function, saved, input, weight, bias: normalised(input, weight, bias, *saved),
-        with_relu=Rule(batch_norm_relu_tangent, again=normalised_and_rectified),
+        with_relu=Rule(
+            batch_norm_relu_tangent,
+            again=normalised_and_rectified,
+            again_and_tangent=batch_norm_relu_again_and_tangent,
+        ),
     ),
     scaled_and_shifted: Rule(
         scaled_and_shifted_tangent,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 PIECE = 16384  # elements that are summed up one after the other; the sums of the pieces are added in float64
+WIDE = 128  # elements in an inner loop that adds nothing up: with 16 channels, it would end as it gets going
 SMALLEST_SHARED = 32768  # elements; fewer are not worth waking threads for (as in torch's own loops)
 REALS = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -58,29 +60,46 @@ def batch_norm_tangent(
     a weight of ones, and for tangents of constants. The result is a new tensor, with zeros where output <= 0.
     With x^ = (x - mean) / std: dy = (w / std) (dx - mean(dx) - x^ mean(dx x^)) + dw x^ + db.
     """
-    rows, channels = x.numel() // x.shape[1], x.shape[1]
-    piece = max(1, PIECE // channels)
-    mean = mean.to(x.dtype).contiguous()
-    partial = x.new_empty(-(-rows // piece), 2, channels)
-    _run("sums", (rows, channels, piece), dx, x, mean, partial)
-    weight = torch.ones_like(mean) if weight is None else weight
-    factors = _factors(rows, partial, weight, dweight, dbias, mean, inverse_std)
-    mask = dx if output is None else output
-    dy = torch.empty_like(dx)
-    _run("combine", (rows, channels, output is not None), dx, x, factors, mask, dy)
-    return dy
+    what, y = (_AS_IT_IS, dx) if output is None else (_MASKED, output)
+    return _combined(what, dx, x, weight, dweight, None, dbias, mean, inverse_std, dx, dx, y)
+
+
+def rectified_batch_norm_and_tangent(
+    dx: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    bias: Tensor | None,
+    dbias: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    summand: Tensor | None = None,
+    dsummand: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rectified_batch_norm` and its tangent, new tensors, in the two passes of `batch_norm_tangent`.
+
+    summand, dsummand: `fits` with x, or None, both.
+    """
+    y = torch.empty_like(x)
+    what, *summands = (_RECTIFIED, dx, dx) if summand is None else (_SUMMED, summand, dsummand)
+    return y, _combined(what, dx, x, weight, dweight, bias, dbias, mean, inverse_std, *summands, y)
 
 
 def rectified_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    summand: Tensor | None = None,
 ) -> Tensor:
-    """max(0, weight x^ + bias) in one pass over memory, as a new tensor; arguments as for `batch_norm_tangent`."""
-    rows, channels = x.numel() // x.shape[1], x.shape[1]
-    weight = torch.ones_like(mean) if weight is None else weight
-    # As the tangent of a constant along weight and bias.
-    factors = _factors(rows, x.new_empty(0, 2, channels), torch.zeros_like(mean), weight, bias, mean, inverse_std)
+    """max(0, weight x^ + bias + summand) in one pass over memory, as a new tensor.
+
+    summand: `fits` with x; None for none. The others are as for `batch_norm_tangent`.
+    """
+    vectors = _vectors(x, weight, bias, mean, inverse_std)
     y = torch.empty_like(x)
-    _run("rectify", (rows, channels), x, factors, y)
+    _run("rectify", (*_sizes(x), summand is not None), x, x if summand is None else summand, *vectors, y)
     return y
 
 
@@ -94,14 +113,33 @@ def masked_sum(a: Tensor, b: Tensor, output: Tensor, into: Tensor | None = None)
     return into
 
 
-def _factors(rows: int, partial: Tensor, weight, dweight, dbias, mean, inverse_std) -> Tensor:
-    """(3, C): of dx, of x, and what is added, from the sums of `sums` (K, 2, C) over so many rows."""
-    zeros = torch.zeros_like(mean)
-    vectors = [zeros if v is None else v for v in (weight, dweight, dbias, mean, inverse_std)]
-    vectors = [v.to(partial.dtype).contiguous() for v in vectors]
-    factors = partial.new_empty(3, len(mean))
-    _run("factors", (rows, len(mean), len(partial)), partial, *vectors, factors)
-    return factors
+# What `combine` does besides the tangent: nothing; masks it by the output of a ReLU; makes this output; or makes it as
+# that of a sum.
+_AS_IT_IS, _MASKED, _RECTIFIED, _SUMMED = range(4)
+
+
+def _combined(what: int, dx: Tensor, x: Tensor, weight, dweight, bias, dbias, mean, inverse_std, z, dz, y) -> Tensor:
+    rows, channels, _ = sizes = _sizes(x)
+    vectors = _vectors(x, weight, dweight, bias, dbias, mean, inverse_std)
+    piece = max(1, PIECE // channels)
+    partial = x.new_empty(-(-rows // piece), 2, channels)
+    _run("sums", (rows, channels, piece), dx, x, vectors[-2], partial)
+    dy = torch.empty_like(dx)
+    _run("combine", (*sizes, len(partial), what), dx, x, partial, *vectors, z, dz, y, dy)
+    return dy
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Rows, channels, and how many rows, if they are short, are taken as one where they are nothing to each other."""
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    return rows, channels, math.gcd(rows, max(1, WIDE // channels))
+
+
+def _vectors(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> list[Tensor]:
+    """(C,) each, in the type of x; ones for a weight that is None, and zeros for the others."""
+    vectors = [x.new_ones(x.shape[1]) if weight is None else weight]
+    vectors += [x.new_zeros(x.shape[1]) if v is None else v for v in others]
+    return [v if v.dtype == x.dtype and v.is_contiguous() else v.to(x.dtype).contiguous() for v in vectors]
 
 
 def _run(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> None:
@@ -207,57 +245,92 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
                     ours[0, c] += u_piece[i, c]
                     ours[1, c] += u_piece[i, c] * (x_piece[i, c] - mean[c])
 
+    @njit(inline="always")
+    def repeated(vectors, channels):
+        """Fill the rest of each vector with repetitions of its first values."""
+        for k in range(vectors.shape[0]):
+            for c in range(channels, vectors.shape[1]):
+                vectors[k, c] = vectors[k, c - channels]
+
+    @njit(inline="always")
+    def affine(weight, bias, mean, inverse_std, channels, out):
+        """BatchNorm as a factor of x and what is added."""
+        for c in range(channels):
+            out[0, c] = np.float64(weight[c]) * inverse_std[c]
+            out[1, c] = bias[c] - np.float64(weight[c]) * inverse_std[c] * mean[c]
+        repeated(out, channels)
+
     @compiled
-    def factors(pointers):
-        """Of dx and x in the tangent, and what is added, from the sums and BatchNorm's own vectors."""
-        sizes = carray(pointers[0], 3, np.int64)
-        rows, channels, pieces = sizes[0], sizes[1], sizes[2]
-        partial = carray(pointers[1], (pieces, 2, channels), real)
-        weight, dweight = carray(pointers[2], channels, real), carray(pointers[3], channels, real)
-        dbias, mean = carray(pointers[4], channels, real), carray(pointers[5], channels, real)
-        inverse_std, out = carray(pointers[6], channels, real), carray(pointers[7], (3, channels), real)
-        start, end = share(channels)
-        for c in range(start, end):
+    def combine(pointers):
+        """dy = factor_u u + factor_x x + shift + dz, zero where y is not positive; y: given, or made here, with z."""
+        sizes = carray(pointers[0], 5, np.int64)
+        rows, channels, together, pieces, what = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
+        partial = carray(pointers[3], (pieces, 2, channels), real)
+        weight, dweight = carray(pointers[4], channels, real), carray(pointers[5], channels, real)
+        bias, dbias = carray(pointers[6], channels, real), carray(pointers[7], channels, real)
+        mean, inverse_std = carray(pointers[8], channels, real), carray(pointers[9], channels, real)
+        wide = channels * together
+        # Each thread has all of them: they are less than the work of starting threads once more.
+        factors, through = np.empty((3, wide), real), np.empty((2, wide), real)
+        affine(weight, bias, mean, inverse_std, channels, through)
+        for c in range(channels):
             sum_u, sum_ux = 0.0, 0.0
             for k in range(pieces):
                 sum_u += partial[k, 0, c]
                 sum_ux += partial[k, 1, c]
             through_u = np.float64(weight[c]) * inverse_std[c]
             through_x = inverse_std[c] * (dweight[c] - through_u * inverse_std[c] * (sum_ux / rows))
-            out[0, c] = through_u
-            out[1, c] = through_x
-            out[2, c] = dbias[c] - through_u * (sum_u / rows) - through_x * mean[c]
-
-    @compiled
-    def combine(pointers):
-        """y = factor_u u + factor_x x + shift, zero where the mask is not positive."""
-        sizes = carray(pointers[0], 3, np.int64)
-        rows, channels, masked = sizes[0], sizes[1], sizes[2]
-        shape, (start, end) = (rows, channels), share(rows)
+            factors[0, c] = through_u
+            factors[1, c] = through_x
+            factors[2, c] = dbias[c] - through_u * (sum_u / rows) - through_x * mean[c]
+        repeated(factors, channels)
+        shape, (start, end) = (rows // together, wide), share(rows // together)
         u, x = carray(pointers[1], shape, real)[start:end], carray(pointers[2], shape, real)[start:end]
-        factors = carray(pointers[3], (3, channels), real)
-        mask, y = carray(pointers[4], shape, real)[start:end], carray(pointers[5], shape, real)[start:end]
+        z, dz = carray(pointers[10], shape, real)[start:end], carray(pointers[11], shape, real)[start:end]
+        y, dy = carray(pointers[12], shape, real)[start:end], carray(pointers[13], shape, real)[start:end]
         for i in range(end - start):
-            if masked:
-                for c in range(channels):
+            if what == _AS_IT_IS:
+                for c in range(wide):
+                    dy[i, c] = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c]
+            elif what == _MASKED:
+                for c in range(wide):
                     value = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c]
-                    y[i, c] = real(0) if mask[i, c] <= 0 else value
+                    dy[i, c] = real(0) if y[i, c] <= 0 else value
+            elif what == _SUMMED:
+                for c in range(wide):
+                    output = through[0, c] * x[i, c] + through[1, c] + z[i, c]
+                    value = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c] + dz[i, c]
+                    y[i, c] = real(0) if output <= 0 else output
+                    dy[i, c] = real(0) if output <= 0 else value
             else:
-                for c in range(channels):
-                    y[i, c] = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c]
+                for c in range(wide):
+                    output = through[0, c] * x[i, c] + through[1, c]
+                    value = factors[0, c] * u[i, c] + factors[1, c] * x[i, c] + factors[2, c]
+                    y[i, c] = real(0) if output <= 0 else output
+                    dy[i, c] = real(0) if output <= 0 else value
 
     @compiled
     def rectify(pointers):
-        """y = max(0, factor x + shift), by the last two rows of factors."""
-        sizes = carray(pointers[0], 2, np.int64)
-        rows, channels = sizes[0], sizes[1]
-        shape, (start, end) = (rows, channels), share(rows)
-        x, y = carray(pointers[1], shape, real)[start:end], carray(pointers[3], shape, real)[start:end]
-        factors = carray(pointers[2], (3, channels), real)
+        """y = max(0, BatchNorm of x + z); z: where it is asked for."""
+        sizes = carray(pointers[0], 4, np.int64)
+        rows, channels, together, summed = sizes[0], sizes[1], sizes[2], sizes[3]
+        weight, bias = carray(pointers[3], channels, real), carray(pointers[4], channels, real)
+        mean, inverse_std = carray(pointers[5], channels, real), carray(pointers[6], channels, real)
+        wide = channels * together
+        through = np.empty((2, wide), real)
+        affine(weight, bias, mean, inverse_std, channels, through)
+        shape, (start, end) = (rows // together, wide), share(rows // together)
+        x, z = carray(pointers[1], shape, real)[start:end], carray(pointers[2], shape, real)[start:end]
+        y = carray(pointers[7], shape, real)[start:end]
         for i in range(end - start):
-            for c in range(channels):
-                value = factors[1, c] * x[i, c] + factors[2, c]
-                y[i, c] = real(0) if value <= 0 else value
+            if summed:
+                for c in range(wide):
+                    value = through[0, c] * x[i, c] + through[1, c] + z[i, c]
+                    y[i, c] = real(0) if value <= 0 else value
+            else:
+                for c in range(wide):
+                    value = through[0, c] * x[i, c] + through[1, c]
+                    y[i, c] = real(0) if value <= 0 else value
 
     @compiled
     def masked_sum(pointers):
@@ -270,5 +343,5 @@ def _loops(dtype: torch.dtype) -> dict[str, _Loop]:
             value = a[i] + b[i]
             y[i] = real(0) if mask[i] <= 0 else value
 
-    loops = {"sums": sums, "factors": factors, "combine": combine, "rectify": rectify, "masked_sum": masked_sum}
+    loops = {"sums": sums, "combine": combine, "rectify": rectify, "masked_sum": masked_sum}
     return {name: _Loop(loop, loop.ctypes, loop.address) for name, loop in loops.items()}

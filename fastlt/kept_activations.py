@@ -11,12 +11,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastlt.forward_rules import Rule, RuledOperations
 
@@ -29,7 +29,7 @@ class OverwrittenError(RuntimeError):
     """An operation overwrote what an activation was to be made again from."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Source:
     """An argument that an activation is made again from.
 
@@ -49,12 +49,23 @@ class Source:
 
     def get(self) -> Any:
         """The argument; raises OverwrittenError."""
-        if not self.there():
-            raise OverwrittenError("an operation of the model overwrites a tensor that another one read before")
+        self._check()
         return self.value.tensor_again() if isinstance(self.value, Activation) else self.value
 
+    def batch_norm(self) -> Making | None:
+        """The F.batch_norm that it would have to be made by; None if it was not one, or if it is in memory."""
+        self._check()
+        if not isinstance(self.value, Activation) or self.value.tensor is not None or len(self.value.makings) > 1:
+            return None
+        making = self.value.makings[0]
+        return making if making.function is F.batch_norm else None
 
-@dataclass(frozen=True, eq=False)
+    def _check(self) -> None:
+        if not self.there():
+            raise OverwrittenError("an operation of the model overwrites a tensor that another one read before")
+
+
+@dataclass(slots=True, eq=False)
 class Making:
     """One operation that took part in making an activation; sources: without what it overwrote."""
 
@@ -63,8 +74,18 @@ class Making:
     saved: tuple
     sources: tuple[Source, ...]
 
+    def again(self, rule: Rule, *overwritten: Tensor) -> Tensor:
+        """What it made; rule: for it, or for it and what follows; overwritten: what it overwrites, if anything."""
+        if rule.of_batch_norm is not None and not overwritten:
+            for mine, other in (self.sources, self.sources[::-1]):
+                batch_norm = mine.batch_norm()
+                if batch_norm is not None:
+                    of_it = tuple(source.get() for source in batch_norm.sources)
+                    return rule.of_batch_norm(batch_norm.saved, of_it, other.get())
+        return rule.again(self.function, self.saved, *overwritten, *(source.get() for source in self.sources))
 
-@dataclass
+
+@dataclass(slots=True, eq=False)
 class Activation:
     """The output of an operation that has a rule, and of those that went on to overwrite it, with nothing in between.
 
@@ -108,10 +129,8 @@ class Activation:
                 for making in self.makings:
                     if making is included:
                         continue
-                    ours = [] if made is None else [made]  # what the operation overwrites
-                    sources = [source.get() for source in making.sources]
                     rule, included = self.rule_from(making)
-                    made = rule.again(making.function, making.saved, *ours, *sources)
+                    made = making.again(rule, *([] if made is None else [made]))
             self.hold(made)
         return self.tensor
 
@@ -123,7 +142,7 @@ class Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached: an output that knew the operation which keeps it would never be freed. It shares the version.
-        self.tensor: Tensor | None = tensor.detach()
+        self.tensor: Tensor | None = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
         self.activation: Activation | None = None
 
@@ -148,12 +167,32 @@ class Kept:
         return tensor
 
 
+class Known:
+    """The activations that tensors of the model are, found by the tensors themselves.
+
+    Those of tensors that are gone stay in it; a weak dictionary of torch's, which drops them, takes longer to ask.
+    """
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, tuple[ReferenceType[Tensor], Activation]] = {}
+
+    def get(self, tensor: Tensor) -> Activation | None:
+        tensor_then, activation = self.by_id.get(id(tensor), _NOBODY)
+        return activation if tensor_then() is tensor else None
+
+    def add(self, tensor: Tensor, activation: Activation) -> None:
+        self.by_id[id(tensor)] = ref(tensor), activation
+
+
+_NOBODY = (lambda: None, None)
+
+
 class Watch(RuledOperations):
     """While it is entered, the outputs of operations with a rule become `Activation`s; results are as outside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.known = WeakTensorKeyDictionary()  # the activation that a tensor of the model is
+        self.known = Known()
 
     def made(self, activation: Activation, output: Tensor) -> None:
         """Called after each operation with a rule, the latest of `activation.makings`."""
@@ -162,8 +201,8 @@ class Watch(RuledOperations):
         # Before the operation runs, as it may change their versions. What is overwritten is the activation itself.
         sources = tuple(self._source(s) for s in rule.sources(*args, **kwargs)[overwrites:])
         output, saved = (function(*args, **kwargs), ()) if overwrites else rule.forward(function, *args, **kwargs)
-        activation = self.known[output] if overwrites else Activation()
-        self.known[output] = activation
+        activation = self.known.get(output) if overwrites else Activation()
+        self.known.add(output, activation)
         activation.version = output._version
         activation.makings.append(Making(rule, function, saved, sources))
         others = [s.value for s in sources if isinstance(s.value, Activation)]
@@ -197,7 +236,7 @@ class KeptWatch(Watch):
         super().__exit__(*error)
         self.hooks.close()
         # The graph that autograd built refers to this object for as long as it lives: nothing here may refer to it.
-        self.known, self.returned, self.unclaimed = WeakTensorKeyDictionary(), None, None
+        self.known, self.returned, self.unclaimed = Known(), None, None
 
     def wanted(self, activation: Activation, tensor: Tensor) -> None:
         """Called when autograd is about to keep a finished activation."""
@@ -209,11 +248,13 @@ class KeptWatch(Watch):
         unclaimed, self.unclaimed = self.unclaimed, None
         for kept in unclaimed:
             if kept.tensor.data_ptr() == output.data_ptr() and kept.tensor.shape == output.shape:
-                self._leave(kept, self.known[output], output)
+                self._leave(kept, self.known.get(output), output)
         return output
 
     def _keep(self, tensor: Tensor) -> Kept:
         kept = Kept(tensor)
+        if tensor.dim() < 2:
+            return kept  # statistics, a BatchNorm's parameters: not worth the search
         activation = self.known.get(tensor)
         if activation is not None and activation.version == kept.version:
             self._leave(kept, activation, tensor)

@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlt.forward_rules import ForwardChangedError, Rule, RuledOperations, parts
+from fastlt.fused_loops import fits
 from fastlt.kept_activations import Activation, KeptWatch, Making, Watch
 
 
@@ -117,28 +121,67 @@ class _LeanRecord(KeptWatch):
         activation.hold(tensor)
 
 
+@dataclass
+class _Postponed:
+    """An output of BatchNorm, and its tangent, that a sum read next, which can be computed without them.
+
+    primal, tangent: their memory, not yet filled. dual: what the model was given; once that is gone, nobody can read
+    it any more. reader: the sum. read: whether this has been computed.
+    """
+
+    rule: Rule
+    making: Making
+    args: tuple
+    kwargs: dict
+    primal: Tensor
+    tangent: Tensor
+    dual: ReferenceType[Tensor]
+    reader: Making
+    read: bool = False
+
+    def fill(self) -> None:
+        function, saved = self.making.function, self.making.saved
+        sources = [parts(s)[0] for s in self.rule.sources(*self.args, **self.kwargs)]
+        self.primal.copy_(self.rule.again(function, saved, *sources))
+        self.tangent.copy_(self.rule.tangent(function, saved, self.primal, *self.args, **self.kwargs))
+
+
 class _Reuse(RuledOperations):
     def __init__(self, calls: list[Call]) -> None:
         super().__init__()
         self.calls, self.position = calls, 0
         self.making: Activation | None = None  # what is being made again
         self.included: Making | None = None  # a ReLU of which the latest operation did the work
+        self.postponed: _Postponed | None = None
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        if self.postponed is not None:
+            self._about_to_run(None, ())
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if self.postponed is not None:
+            self._about_to_run(function, args)
+        return super().__torch_function__(function, types, args, kwargs)
 
     def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         call = self._next(function, overwrites)
-        activation, saved = call.activation, call.making.saved
-        if call.making is self.included:
+        activation, making = call.activation, call.making
+        if making is self.included:
             return args[0]
         if not overwrites:
             self.settle()
-        fused, included = activation.rule_from(call.making)
-        if activation is self.making or activation.tensor is None:
-            self._make(fused, activation, call.making, [parts(s)[0] for s in rule.sources(*args, **kwargs)])
-        elif not activation.in_memory():
-            # A later operation has overwritten the output and will do so again: it needs one of its own.
-            return function(*args, **kwargs)
+        fused, included = activation.rule_from(making)
+        if activation is not self.making and activation.tensor is not None:
+            if not activation.in_memory():
+                # A later operation has overwritten the output and will do so again: it needs one of its own.
+                return function(*args, **kwargs)
+            tangent = fused.tangent(function, making.saved, activation.tensor, *args, **kwargs)
+        elif self._can_wait(call, args):
+            return self._postpone(rule, making, args, kwargs)
+        else:
+            tangent = self._make(rule, fused, activation, making, args, kwargs)
         self.included = included
-        tangent = fused.tangent(function, saved, activation.tensor, *args, **kwargs)
         if overwrites:
             # The memory holds the result already. The tangent was changed in place, as the caller expects of `args[0]`.
             return args[0]
@@ -159,12 +202,64 @@ class _Reuse(RuledOperations):
         if self.making is not None:
             self.making.tensor = None
 
-    def _make(self, rule: Rule, activation: Activation, making: Making, sources: list) -> None:
-        """Make it, or what overwrites it, again, by a rule for `making`, from the primals of this pass."""
-        if activation is self.making:
+    def _make(
+        self, rule: Rule, fused: Rule, activation: Activation, making: Making, args: tuple, kwargs: dict
+    ) -> Tensor | None:
+        """Make it, or what overwrites it, again, from the primals of this pass; returns its tangent."""
+        goes_on, self.making = activation is self.making, activation
+        function, saved, both = making.function, making.saved, None
+        if self.postponed is not None:
+            of, other = self.postponed, args[args[0] is self.postponed.dual()]
+            both = fused.of_batch_norm_with_tangent(of.making.saved, of.args, of.kwargs, other)
+            if both is None:
+                of.fill()
+                self.postponed = None
+        elif fused.again_and_tangent is not None:
+            both = fused.again_and_tangent(function, saved, *args, **kwargs)
+        if both is not None:
+            activation.tensor, tangent = both
+            return tangent
+        sources = [parts(s)[0] for s in rule.sources(*args, **kwargs)]
+        if goes_on:
             sources[0] = activation.tensor
-        self.making = activation
-        activation.tensor = rule.again(making.function, making.saved, *sources)
+        activation.tensor = fused.again(function, saved, *sources)
+        return fused.tangent(function, saved, activation.tensor, *args, **kwargs)
+
+    def _can_wait(self, call: Call, args: tuple) -> bool:
+        """Whether a BatchNorm's output goes into a sum next, which can do without, and is not wanted by autograd."""
+        activation = call.activation
+        if call.making.function is not F.batch_norm or self.position == len(self.calls) or activation.wanted:
+            return False
+        following = self.calls[self.position]
+        (x, dx), (rule, _) = parts(args[0]), following.activation.rule_from(following.making)
+        return (
+            len(activation.makings) == 1
+            and rule.of_batch_norm_with_tangent is not None
+            and not following.overwrote
+            and following.activation.tensor is None
+            and sum(source.value is activation for source in following.making.sources) == 1
+            and dx is not None
+            and fits(x, dx)
+        )
+
+    def _postpone(self, rule: Rule, making: Making, args: tuple, kwargs: dict) -> Tensor:
+        primal, tangent = (torch.empty_like(part) for part in parts(args[0]))
+        output, reader = forward_ad.make_dual(primal, tangent), self.calls[self.position].making
+        self.postponed = _Postponed(rule, making, args, kwargs, primal, tangent, ref(output), reader)
+        return output
+
+    def _about_to_run(self, function: Callable, args: tuple) -> None:
+        """Fill what was postponed, unless it is its reader that runs, or that one's ReLU, or if nobody has it."""
+        postponed, dual = self.postponed, self.postponed.dual()
+        if postponed.read and function is F.relu and args[0] is self.returned:
+            return
+        reads = function is postponed.reader.function and len(args) == 2 and any(a is dual for a in args)
+        if reads and not postponed.read:
+            postponed.read = True
+            return
+        self.postponed = None
+        if dual is not None:
+            postponed.fill()
 
     def _next(self, function: Callable, overwrites: bool) -> Call:
         if self.position == len(self.calls):

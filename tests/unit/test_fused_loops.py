@@ -86,6 +86,20 @@ def test_rectified_batch_norm_is_batch_norm_and_relu(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("summed", [False, True])
+def test_an_output_made_with_its_tangent_is_what_each_is_alone(shape, dtype, summed):
+    (dx, x, weight, dweight, dbias, *statistics), bias = batch_norm_problem(shape, dtype)
+    sums = [channels_inside(*shape, dtype=dtype) for _ in range(2 * summed)]
+    y, dy = fused_loops.rectified_batch_norm_and_tangent(dx, x, weight, dweight, bias, dbias, *statistics, *sums)
+    assert torch.equal(y, fused_loops.rectified_batch_norm(x, weight, bias, *statistics, *sums[:1]))
+    tangent = fused_loops.batch_norm_tangent(dx, x, weight, dweight, dbias, *statistics)
+    assert_close(dy, torch.where(y > 0, tangent + sums[1] if summed else tangent, 0).double())
+    normalised = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
+    assert_close(y, (normalised + sums[0] if summed else normalised).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_masked_sum(shape, dtype):
     torch.manual_seed(0)
     a, b, output = (channels_inside(*shape, dtype=dtype) for _ in range(3))
@@ -115,13 +129,20 @@ def threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, threads):
     arguments, bias = batch_norm_problem((33, 17, 19, 11), dtype)
-    dx, x, weight, *_, mean, inverse_std = arguments
+    dx, x, weight, dweight, dbias, mean, inverse_std = arguments
     assert x.numel() > fused_loops.SMALLEST_SHARED
 
     def all_loops():
         output = fused_loops.rectified_batch_norm(x, weight, bias, mean, inverse_std)
         tangent = fused_loops.batch_norm_tangent(*arguments, output)
-        return output, tangent, fused_loops.batch_norm_tangent(*arguments), fused_loops.masked_sum(dx, x, output)
+        both = [
+            t
+            for summands in ((), (dx, x))
+            for t in fused_loops.rectified_batch_norm_and_tangent(
+                dx, x, weight, dweight, bias, dbias, mean, inverse_std, *summands
+            )
+        ]
+        return output, tangent, fused_loops.batch_norm_tangent(*arguments), fused_loops.masked_sum(dx, x, output), *both
 
     threads(1)
     alone = all_loops()

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlt import meta_gradient
-from fastlt.kept_activations import Activation, LeanPass, OverwrittenError, lean
+from fastlt import fused_loops, meta_gradient
+from fastlt.kept_activations import Activation, Known, LeanPass, OverwrittenError, lean
 from fastlt.models import build_model
 from fastlt.recorded_forward import ForwardRecord
 
 NETWORKS = ["cifar_resnet20", "resnet10", "resnet18", "mobilenetv3_small_100", "densenet121", "vit_tiny_patch16_224"]
 
 
-def problem(name):
+def problem(name, memory_format=torch.contiguous_format):
     torch.manual_seed(0)
-    model = build_model(name, num_classes=5, image_size=32).double().train()
-    images, labels = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6) % 5
+    model = build_model(name, num_classes=5, image_size=32).double().to(memory_format=memory_format).train()
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=memory_format)
+    labels = torch.arange(6) % 5
 
     def loss(logits, labels):
         return F.cross_entropy(logits, labels, reduction="none")
@@ -175,3 +176,30 @@ def test_a_kept_tensor_that_was_overwritten_is_an_error_as_in_autograd():
     y.detach().mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+def test_a_rectified_sum_is_made_again_without_the_batch_norm_before_it(monkeypatch):
+    summands, again = [], fused_loops.rectified_batch_norm
+
+    def counted(*args):
+        summands.append(args[5] if len(args) > 5 else None)
+        return again(*args)
+
+    monkeypatch.setattr(fused_loops, "rectified_batch_norm", counted)
+    parameters, losses = problem("cifar_resnet20", torch.channels_last)
+    _, expected = meta_gradient.mean_loss_gradient(losses, parameters)
+    _, found = meta_gradient.mean_loss_gradient(lean(losses), parameters)
+    assert_close(found, expected)
+    # As in the test of what is kept: 9 ReLUs inside blocks and the first one, every second of the sums.
+    assert sum(s is None for s in summands) == 10
+    assert sum(s is not None for s in summands) >= 3
+
+
+def test_a_tensor_is_not_taken_for_one_that_is_gone():
+    known, activation = Known(), Activation()
+    tensor = torch.ones(1)
+    known.add(tensor, activation)
+    assert known.get(tensor) is activation
+    known.by_id[id(other := torch.ones(1))] = known.by_id.pop(id(tensor))
+    assert known.get(other) is None
+    assert known.get(torch.ones(1)) is None

@@ -66,6 +66,30 @@ def summand_read_again(net, x):
     return relu_(z + y) * z + y
 
 
+def summand_read_before_sum(net, x):
+    y = net.bn1(net.conv1(x))
+    z = net.bn2(net.conv2(y))
+    doubled = 2 * z
+    return relu_(y + z) + doubled
+
+
+def summand_named(net, x):
+    y = relu_(net.bn1(net.conv1(x)))
+    return relu_(net.bn2(net.conv2(y)).add(other=y))
+
+
+def summand_read_at_the_end(net, x):
+    y = relu_(net.bn1(net.conv1(x)))
+    z = net.bn2(net.conv2(y))
+    relu_(z + y)
+    return z
+
+
+def two_normalised_summands(net, x):
+    y = net.conv1(x)
+    return relu_(net.bn1(y) + net.bn2(net.conv2(y)))
+
+
 def convolution_read_twice(net, x):
     y = net.conv1(x)
     return relu_(net.bn1(y)) * y + net.bn2(y)
@@ -114,6 +138,10 @@ BODIES = {
     residual: (1, 1),
     residual_in_place: (1, 1),
     summand_read_again: (0, 1),
+    summand_read_before_sum: (0, 1),
+    summand_named: (1, 1),
+    summand_read_at_the_end: (1, 1),
+    two_normalised_summands: (0, 1),
     convolution_read_twice: (1, 0),
     read_before_relu: (0, 0),
     two_relus: (1, 0),
@@ -167,16 +195,22 @@ def with_relu(monkeypatch):
     """Counts the calls of the loops that take a ReLU's tangent along, by name."""
     calls = Counter()
     tangent, masked_sum = fused_loops.batch_norm_tangent, fused_loops.masked_sum
+    with_output = fused_loops.rectified_batch_norm_and_tangent
 
     def counted_tangent(*args):
         calls["batch_norm"] += len(args) > 7
         return tangent(*args)
+
+    def counted_with_output(*args):
+        calls["sum" if len(args) > 8 else "batch_norm"] += 1
+        return with_output(*args)
 
     def counted_sum(*args, **kwargs):
         calls["sum"] += 1
         return masked_sum(*args, **kwargs)
 
     monkeypatch.setattr(fused_loops, "batch_norm_tangent", counted_tangent)
+    monkeypatch.setattr(fused_loops, "rectified_batch_norm_and_tangent", counted_with_output)
     monkeypatch.setattr(fused_loops, "masked_sum", counted_sum)
     return calls
 
