@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from small_betons import needs_dali, smooth_images
 
 from fastlt import compiled
-from fastlt.augment import Augment
+from fastlt.augment import Augment, build_augment
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.trainer import Trainer
 
@@ -112,6 +114,19 @@ def test_trains_iterations_and_augmentation_are_replayed_where_they_are_captured
     trial, iterations, augmentation = captured
     # Both rows, and then the augmentation, are run once to warm up and once measured.
     assert [replayed.count(capture) for capture in (trial, iterations, augmentation)] == [1, 2 * 2 * 3, 2 * 3]
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch):
+    monkeypatch.setattr(benchmark_augment, "CudaCapture", lambda: lambda function: (lambda: None, function()))
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    chain = build_augment(["flip"], image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, seed=0, device="cpu")
+    replayed, alive = benchmark_augment.Captured([(chain, images)]), weakref.ref(chain.held.block)
+    del chain
+    gc.collect()
+    assert alive() is not None
+    del replayed
+    gc.collect()
+    assert alive() is None
 
 
 def test_train_begins_epochs_and_sets_learning_rates_as_training_does(capsys, digits_words, monkeypatch):

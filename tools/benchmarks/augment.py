@@ -73,8 +73,8 @@ def _variants(batch: int, size: int, policy: str, device: torch.device) -> dict[
 
     variants = {"fastlt": lambda: finished(ours(on_device))}
     if device.type == "cuda":
-        replay = captured([(build(), on_device)])
-        variants["fastlt, captured"] = lambda: finished(replay()[0])
+        replayed = Captured([(build(), on_device)])
+        variants["fastlt, captured"] = lambda: finished(replayed()[0])
     return {
         **variants,
         "torchvision, tensors": lambda: finished(torch.stack([from_tensor(image) for image in tensors]).to(device)),
@@ -84,24 +84,21 @@ def _variants(batch: int, size: int, policy: str, device: torch.device) -> dict[
     }
 
 
-def captured(chains: list[tuple[Augment, Tensor]]) -> Callable[[], list[Tensor]]:
-    """What applies each chain to its images by replaying one CUDA graph, always with the same draws; returns results.
+class Captured:
+    """Applies each chain to its images by replaying one CUDA graph, always with the same draws; returns the results.
 
-    The chains are held from now on, see `Augment.hold`.
+    The chains are held from then on, see `Augment.hold`.
     """
 
-    def augment() -> list[Tensor]:
-        return [chain(images) for chain, images in chains]
+    def __init__(self, chains: list[tuple[Augment, Tensor]]) -> None:
+        self.chains = chains  # kept, because the graph reads the draws that they hold
+        for chain, images in chains:
+            chain.hold(images)
+        self.replay, self.results = CudaCapture()(lambda: [chain(images) for chain, images in chains])
 
-    for chain, images in chains:
-        chain.hold(images)
-    replay, results = CudaCapture()(augment)
-
-    def run() -> list[Tensor]:
-        replay()
-        return results
-
-    return run
+    def __call__(self) -> list[Tensor]:
+        self.replay()
+        return self.results
 
 
 def _one_by_one(size: int, policy: str, to_float: Callable) -> Callable:

@@ -29,7 +29,7 @@ from fastlt.state import Batch, StepOutput
 from fastlt.steps import Step
 from fastlt.trainer import Trainer, endless
 from loaders.protocol import BatchLoader
-from tools.benchmarks.augment import captured
+from tools.benchmarks.augment import Captured
 from tools.benchmarks.options import positive
 from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
@@ -152,7 +152,7 @@ class _Loop:
             chains.append((parts.meta_augment, self.meta_batch.images))
 
         if self.trainer.compile == "cudagraph" and self.not_compiled is None:
-            return captured(chains)
+            return Captured(chains)
         return lambda: [chain(images) for chain, images in chains]
 
     def _iterate(self, batch: Batch, meta_batch: Batch | None) -> StepOutput:
