@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from loaders.protocol import StoredSplit
 
 FILL_BYTES = 64 << 20  # host memory used at a time while filling
+Groups = Sequence[tuple[Tensor, tuple[int, int] | None]]  # rows int64 (K,), and their taps
 
 
 class RaggedPixels:
@@ -35,11 +37,11 @@ class RaggedPixels:
                 list(pool.map(read, images.tolist(), places.tolist()))
                 self.pixels[first[images[0]] : ends].copy_(torch.from_numpy(host))
 
-    def crops(self, places: Tensor, boxes: Tensor, groups: list[tuple[Tensor, tuple[int, int]]], size: int) -> Tensor:
+    def crops(self, places: Tensor, boxes: Tensor, groups: Groups, size: int) -> Tensor:
         """Each image's rectangle, resized to (size, size) by area interpolation: uint8 (N, size, size, 3).
 
         places: int64 (N,), which images.  boxes: int64 (N, 4) as (top, left, height, width), inside the images.
-        groups: rows of these int64 (K,), with `most_taps` of their boxes, at least; each row is in one of them.
+        groups: the rows of these that are `shrinking`, with `most_taps` of them, at least; and the others, with None.
         The same weights as OpenCV's INTER_AREA, by which the backends on the host resize, to one level of rounding.
         """
         out = torch.empty((len(places), size, size, 3), dtype=torch.uint8, device=boxes.device)
@@ -49,18 +51,19 @@ class RaggedPixels:
                 out.index_copy_(0, rows, cut)
         return out
 
-    def _crops(self, places: Tensor, boxes: Tensor, taps: tuple[int, int], size: int) -> Tensor:
+    def _crops(self, places: Tensor, boxes: Tensor, taps: tuple[int, int] | None, size: int) -> Tensor:
         """`crops` of one group."""
         top, left, height, width = boxes.unbind(1)
-        shrinks = (height >= size) & (width >= size)
-        rows, row_weights = _taps(height, size, shrinks, taps[0])
-        columns, column_weights = _taps(width, size, shrinks, taps[1])
+        if taps is None:
+            (rows, row_weights), (columns, column_weights) = _two_taps(height, size), _two_taps(width, size)
+        else:
+            (rows, row_weights), (columns, column_weights) = _taps(height, size, taps[0]), _taps(width, size, taps[1])
         starts = self._first.index_select(0, places).view(-1, 1, 1)
         starts = starts + (top.view(-1, 1, 1) + rows) * self._widths.index_select(0, places).view(-1, 1, 1)
         columns = left.view(-1, 1, 1) + columns
         out = torch.zeros((len(places), size, size, 3), dtype=torch.float32, device=boxes.device)
-        for a in range(taps[0]):
-            for b in range(taps[1]):
+        for a in range(rows.shape[2]):
+            for b in range(columns.shape[2]):
                 at = starts[:, :, a].unsqueeze(2) + columns[:, :, b].unsqueeze(1)
                 weight = row_weights[:, :, a].unsqueeze(2) * column_weights[:, :, b].unsqueeze(1)
                 out.addcmul_(self.pixels.index_select(0, at.flatten()).view(out.shape), weight.unsqueeze(3))
@@ -79,27 +82,37 @@ def most_taps(boxes: np.ndarray, size: int) -> tuple[int, int]:
     return tuple(max(2, math.ceil(length / size) + 1) for length in most)
 
 
-def _taps(length: Tensor, size: int, shrinks: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+def _taps(length: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
     """Which source positions give to each of `size` outputs, int64 (N, size, taps), and how much, float32.
 
-    Where the image shrinks in both directions a source gives the share of the output that it covers; elsewhere an
-    output lies between two neighbours. Source: the INTER_AREA mode of OpenCV's `resize`.
+    Where an image shrinks in both directions: a source gives the share of the output that it covers. Source: the
+    INTER_AREA mode of OpenCV's `resize`.
     """
-    # OpenCV's order of rounding, and its single precision below: they decide floors where outputs meet sources. Tensors
-    # are divided by tensors, for torch takes a number over a tensor times its reciprocal.
-    length = length.double().view(-1, 1, 1)
-    inverse = torch.full_like(length, size) / length
-    scale = torch.ones_like(length) / inverse
-    output = torch.arange(size, device=length.device, dtype=torch.float64).view(1, -1, 1)
+    length, output, _, scale = _scales(length, size)
     low = output * scale
     place = low.floor() + torch.arange(taps, device=length.device)
     covered = (torch.minimum(low + scale, place + 1) - torch.maximum(low, place)).clamp_(min=0) / scale
-    right = ((output + 1) - (low.floor() + 1) * inverse).float()
-    right = torch.where(right <= 0, 0.0, right - right.floor())
-    between = torch.zeros_like(covered)
-    between[:, :, :1], between[:, :, 1:2] = 1 - right, right
-    weights = torch.where(shrinks.view(-1, 1, 1), covered, between)
-    return torch.minimum(place, length - 1).long(), weights.float()
+    return torch.minimum(place, length - 1).long(), covered.float()
+
+
+def _two_taps(length: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`_taps` of other images, (N, size, 2): an output lies between two neighbours."""
+    length, output, inverse, scale = _scales(length, size)
+    first = (output * scale).floor()
+    # OpenCV's order of rounding, and its single precision: they decide floors where outputs meet sources.
+    second = ((output + 1) - (first + 1) * inverse).float()
+    second = torch.where(second <= 0, 0.0, second - second.floor())
+    place = torch.cat((first, torch.minimum(first + 1, length - 1)), dim=2)
+    return place.long(), torch.cat((1 - second, second), dim=2)
+
+
+def _scales(length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In float64: the lengths (N, 1, 1), the outputs (1, size, 1), outputs over lengths and the other way (N, 1, 1)."""
+    length = length.double().view(-1, 1, 1)
+    # Tensors are divided by tensors, for torch takes a number over a tensor times its reciprocal.
+    inverse = torch.full_like(length, size) / length
+    scale = torch.ones_like(length) / inverse
+    return length, torch.arange(size, device=length.device, dtype=torch.float64).view(1, -1, 1), inverse, scale
 
 
 def _chunks(sizes: np.ndarray) -> list[np.ndarray]:

@@ -87,7 +87,7 @@ class ResidentLoader:
         )
         batches = (part.split(batch_size) for part in (index, *parts)) if len(index) else ((),) * 3
         for places, rows_of, boxes_of, larger in zip(*batches, few, strict=True):
-            groups = [(rows_of[:larger], (2, 2)), (rows_of[larger:], taps)]
+            groups = [(rows_of[:larger], None), (rows_of[larger:], taps)]
             images = pixels.crops(places, boxes_of, groups, size).permute(0, 3, 1, 2)
             yield Batch(images=images, labels=labels.index_select(0, places), index=places)
 

@@ -45,6 +45,20 @@ def test_every_row_computes_the_gradient_of_float64_and_absent_packages_are_name
             assert row["grad_rel_error"] < 1e-3
 
 
+def test_what_comes_once_in_a_cycle_has_come_before_a_step_is_measured(monkeypatch):
+    calls = {"often": 0, "in_turn": 0}
+
+    def counting(name):
+        return lambda: calls.update({name: calls[name] + 1})
+
+    cycles = {"often": 1, "in_turn": meta_steps.WINDOW}
+    times = step.interleaved({name: counting(name) for name in calls}, cycles, 2, torch.device("cpu"))
+    assert calls == {name: cycle + 2 for name, cycle in cycles.items()}
+    assert all(len(of_way) == 2 for of_way in times.values())
+    problem = step.problem_of(step.parse(SMALL))
+    assert [meta_steps.WAYS[name](problem).cycle for name in ("ours_frozen", "ours_rolling")] == [1, meta_steps.WINDOW]
+
+
 def test_an_absent_package_is_a_row_that_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setattr(meta_steps.importlib.util, "find_spec", lambda name: None)
     rows = run(capsys, "--no-memory", "--rows", "plain", "higher")

@@ -110,7 +110,10 @@ class Way:
     """One way to take a step, on a model of its own: `step()` trains, `theta_gradient()` trains and tells its gradient.
 
     accuracy: A of the latest step, None where there is none.
+    cycle: steps until one is like an earlier one; each of them is captured when it first comes.
     """
+
+    cycle = 1
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -326,6 +329,12 @@ def apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients:
     optimizer.zero_grad(set_to_none=True)
 
 
+def _rolling(problem: Problem) -> OwnStep:
+    way = OwnStep(problem, "difficulty", _refreshed(problem, "rolling"))
+    way.cycle = WINDOW
+    return way
+
+
 def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
     return ClassAccuracy(
         *problem.meta_set,
@@ -345,7 +354,7 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "plain": lambda problem: OwnStep(problem, "plain", None),
     "ours_frozen": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy)),
     "ours_exact": lambda problem: OwnStep(problem, "difficulty", _refreshed(problem, "exact")),
-    "ours_rolling": lambda problem: OwnStep(problem, "difficulty", _refreshed(problem, "rolling")),
+    "ours_rolling": _rolling,
     "double_backward": DoubleBackward,
     "higher": Higher,
     "torchopt": TorchOpt,

@@ -14,8 +14,8 @@ late_weights     the update takes the weights of the lookahead
 lookahead_head   the lookahead moves the head alone
 late_head        both late_weights and lookahead_head
 
-Times are medians of rounds in which every way takes one step in turn, in one process on the same data, after a step
-that is not measured. Ratios are medians of the ratios within a round, so that what slows the machine down slows both.
+Times are medians of rounds in which every way takes one step in turn, in one process on the same data, after steps
+that are not measured. Ratios are medians of the ratios within a round, so that what slows the machine down slows both.
 The gradient is that of the meta loss in the parameters of Difficulty-Net, in the first step; its error is relative, in
 norm, to the same gradient in float64. The peak memory of a CPU is that of the resident set over two steps, in a process
 for each way, above what was resident before (torch, model, data, and a step on 8 images, so that libraries are
@@ -167,7 +167,7 @@ def measure(words: argparse.Namespace) -> list[Row]:
     for name, way in ways.items():
         steps[name], reason = (way.step, None) if words.compile == "none" else way.compiled()
         reasons[name] = reason and f"not compiled: {reason}"
-    times = interleaved(steps, words.rounds, problem.device)
+    times = interleaved(steps, {name: way.cycle for name, way in ways.items()}, words.rounds, problem.device)
     rows = []
     for name in words.rows:
         row = Row(name, why=reasons[name])
@@ -201,8 +201,13 @@ def gradient_errors(problem: Problem, ways: dict) -> dict[str, float | None]:
     return errors
 
 
-def interleaved(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step of each way in each round: of one on a CPU, of the mean of up to `IN_A_ROW` on a GPU."""
+def interleaved(
+    steps: dict[str, Callable], cycles: dict[str, int], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of a step of each way in each round: of one on a CPU, of the mean of up to `IN_A_ROW` on a GPU.
+
+    cycles: how many steps each way needs to have done everything once; they are not measured.
+    """
 
     def seconds(step: Callable, count: int) -> float:
         wait_for(device)
@@ -212,12 +217,14 @@ def interleaved(steps: dict[str, Callable], rounds: int, device: torch.device) -
         wait_for(device)
         return (time.perf_counter() - started) / count
 
-    warm_up = {name: seconds(step, 1) for name, step in steps.items()}
+    at_a_time = {}
+    for name, step in steps.items():
+        seconds(step, cycles[name])
+        at_a_time[name] = 1 if device.type == "cpu" or seconds(step, 1) > LONG else IN_A_ROW
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            enough = device.type == "cpu" or warm_up[name] > LONG
-            times[name].append(seconds(step, 1 if enough else IN_A_ROW))
+            times[name].append(seconds(step, at_a_time[name]))
     return times
 
 
