@@ -216,14 +216,15 @@ def batch_norm_relu_tangent(function, saved, output, input, running_mean, runnin
 
 
 def batch_norm_relu_again_and_tangent(
-    function, saved, input, running_mean, running_var, *args, **kwargs
+    function, saved, input, running_mean, running_var, *args, summand: Tensor | None = None, **kwargs
 ) -> tuple[Tensor, Tensor] | None:
-    """The ReLU's output with its tangent, where the loops take them."""
+    """The ReLU's output with its tangent, where the loops take them. summand: what is added before the ReLU."""
     weight, bias, _ = scale_shift_eps(*args, **kwargs)
     (x, dx), (w, dw), (b, db) = parts(input), parts(weight), parts(bias)
-    if dx is None or not fits(dx, x):
+    summands = () if summand is None else parts(summand)
+    if any(part is None for part in (dx, *summands)) or not fits(dx, x, *summands):
         return None
-    return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved)
+    return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved, *summands)
 
 
 def scale_shift_eps(weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> tuple:
@@ -252,15 +253,7 @@ def normalised_summed_and_rectified(saved, sources: tuple[Tensor, Tensor | None,
 
 def sum_relu_of_batch_norm_with_tangent(saved, args: tuple, kwargs: dict, other: Tensor) -> tuple | None:
     """The output of the ReLU behind the sum with its tangent, where the loops take them."""
-
-    def both(input, running_mean, running_var, *args, **kwargs):
-        weight, bias, _ = scale_shift_eps(*args, **kwargs)
-        (x, dx), (w, dw), (b, db), (z, dz) = parts(input), parts(weight), parts(bias), parts(other)
-        if dx is None or dz is None or not fits(dx, x, z, dz):
-            return None
-        return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved, z, dz)
-
-    return both(*args, **kwargs)
+    return batch_norm_relu_again_and_tangent(F.batch_norm, saved, *args, summand=other, **kwargs)
 
 
 def scaled_and_shifted(values: Tensor, factor: Tensor, shift: Tensor) -> Tensor:

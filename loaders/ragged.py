@@ -76,10 +76,9 @@ def shrinking(boxes: np.ndarray, size: int) -> np.ndarray:
 
 
 def most_taps(boxes: np.ndarray, size: int) -> tuple[int, int]:
-    """How many source rows and columns an output pixel needs at most, for boxes (N, 4)."""
-    boxes = boxes[shrinking(boxes, size)]
-    most = boxes[:, 2:].max(axis=0).tolist() if len(boxes) else (1, 1)
-    return tuple(max(2, math.ceil(length / size) + 1) for length in most)
+    """How many source rows and columns an output pixel needs at most, for boxes (N, 4) that are `shrinking`."""
+    most = boxes[:, 2:].max(axis=0).tolist() if len(boxes) else (size, size)
+    return tuple(math.ceil(length / size) + 1 for length in most)
 
 
 def _taps(length: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ class ResidentLoader:
         shrinks, of_batch = shrinking(boxes, size), np.arange(len(boxes)) // batch_size
         rows = np.lexsort((shrinks, of_batch)) - of_batch * batch_size
         few = np.bincount(of_batch[~shrinks], minlength=-(-len(boxes) // batch_size)).tolist()
-        taps = most_taps(boxes, size)  # of the whole epoch
+        taps = most_taps(boxes[shrinks], size)  # of the whole epoch
         parts = (
             upload(torch.from_numpy(rows), self.device),
             upload(torch.from_numpy(boxes.astype(np.int64)), self.device),
