@@ -30,15 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
         if words.check:
             print(recipe.to_yaml(), end="")
             return 0
-        from fastlt.trainer import Interrupted, Trainer
+        from fastlt.run.trainer import Interrupted, Trainer
 
         trainer = Trainer(recipe)
     except ValueError as error:
         print(f"fastlt: {error}", file=sys.stderr)
         return 2
 
-    from fastlt.runlog import result_table
-    from loaders.damage import DamageError
+    from fastlt.run.log import result_table
+    from loaders.stored.damage import DamageError
 
     try:
         result = trainer.fit()

@@ -9,36 +9,38 @@ import numpy as np
 import torch
 
 from fastlt.names import unknown
-from loaders.beton import Beton
-from loaders.crop import CropSpec
-from loaders.dali_augment import build_dali_augment
-from loaders.damage import DamageError
-from loaders.memory import free_share, readable
-from loaders.plan import EpochPlan
+from loaders.order.crop import CropSpec
+from loaders.order.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredSplit
-from loaders.resident_loader import ResidentLoader, check_pixels, is_ragged, resident_bytes
-from loaders.source_dataset import SourceDataset
-from loaders.tar_shards import TarShards
-from loaders.torch_loader import TorchLoader
+from loaders.readers.dali_augment import build_dali_augment
+from loaders.readers.memory import free_share, readable
+from loaders.readers.resident_loader import ResidentLoader, check_pixels, is_ragged, resident_bytes
+from loaders.readers.torch_loader import TorchLoader
+from loaders.stored.beton import Beton
+from loaders.stored.damage import DamageError
+from loaders.stored.source_dataset import SourceDataset
+from loaders.stored.tar_shards import TarShards
 
 if TYPE_CHECKING:
-    from loaders.dataset import ConvertedDataset
+    from loaders.stored.dataset import ConvertedDataset
 
 
 def _ffcv(*args, **kwargs) -> BatchLoader:
-    from loaders.ffcv_loader import FfcvLoader  # here, for numba takes seconds to import and the others need none of it
+    from loaders.readers.ffcv_loader import (
+        FfcvLoader,  # here, for numba takes seconds to import and the others need none of it
+    )
 
     return FfcvLoader(*args, **kwargs)
 
 
 def _dali(*args, **kwargs) -> BatchLoader:
-    from loaders.dali_loader import DaliLoader  # here, for a machine without DALI has the other backends
+    from loaders.readers.dali_loader import DaliLoader  # here, for a machine without DALI has the other backends
 
     return DaliLoader(*args, **kwargs)
 
 
 def _resident_jpeg(*args, **kwargs) -> BatchLoader:
-    from loaders.resident_jpeg_loader import ResidentJpegLoader  # as above
+    from loaders.readers.resident_jpeg_loader import ResidentJpegLoader  # as above
 
     return ResidentJpegLoader(*args, **kwargs)
 
@@ -48,13 +50,13 @@ def _check_resident(stored: StoredSplit, plan: EpochPlan, device: torch.device) 
 
 
 def _check_resident_jpeg(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-    from loaders.resident_jpeg_loader import check_files  # as above
+    from loaders.readers.resident_jpeg_loader import check_files  # as above
 
     check_files(stored, plan.world_size)
 
 
 def _check_dali(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-    import loaders.dali_loader  # noqa: F401  (refuses to be imported where DALI is absent)
+    import loaders.readers.dali_loader  # noqa: F401  (refuses to be imported where DALI is absent)
 
 
 BACKENDS = {

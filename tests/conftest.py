@@ -78,8 +78,8 @@ def no_shared_memory_left():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The long-tailed digits of recipes/digits_lt.yaml, converted once for all tests."""
-    from fastlt.prepare import ensure_converted
     from fastlt.recipe import load_recipe
+    from fastlt.run.dataset import ensure_converted
 
     folder = tmp_path_factory.mktemp("data") / "digits"
     ensure_converted(load_recipe(ROOT / "recipes" / "digits_lt.yaml").data, folder)

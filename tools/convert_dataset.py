@@ -28,12 +28,12 @@ if str(ROOT) not in sys.path:
 
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
 from fastlt.names import unknown  # noqa: E402
-from loaders.ffcv_format import MODES, FfcvOptions  # noqa: E402
-from loaders.longtail import CONVENTIONS  # noqa: E402
+from loaders.order.longtail import CONVENTIONS  # noqa: E402
 from loaders.sources import SOURCES, Source, open_source  # noqa: E402
+from loaders.stored.ffcv_format import MODES, FfcvOptions  # noqa: E402
 
 if TYPE_CHECKING:
-    from loaders.dataset import ConvertedDataset
+    from loaders.stored.dataset import ConvertedDataset
 
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
 CIFAR = ("cifar10", "cifar100")
@@ -206,7 +206,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         "convention": arguments.convention or "paper",
         "meta_per_class": arguments.meta_per_class,
     }
-    from loaders.dataset import ConvertedDataset, check_target, conversion_request, convert
+    from loaders.stored.dataset import ConvertedDataset, check_target, conversion_request, convert
 
     request = conversion_request(arguments.source, options=options, **chosen)
     formats = FORMATS[arguments.format]
@@ -271,9 +271,9 @@ def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chos
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Check a converted data set; 1 when it is damaged."""
-    from loaders.damage import DamageError
-    from loaders.dataset import ConvertedDataset
-    from loaders.verify import verify
+    from loaders.stored.damage import DamageError
+    from loaders.stored.dataset import ConvertedDataset
+    from loaders.stored.verify import verify
 
     try:
         dataset = ConvertedDataset.open(arguments.verify.expanduser())

@@ -29,20 +29,20 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from fastlt import checkpoint  # noqa: E402
 from fastlt.augment import normalise  # noqa: E402
-from fastlt.class_accuracy import evaluation_mode  # noqa: E402
-from fastlt.metrics import Metrics  # noqa: E402
+from fastlt.meta.class_accuracy import evaluation_mode  # noqa: E402
 from fastlt.models import build_model  # noqa: E402
-from fastlt.prepare import default_folder  # noqa: E402
 from fastlt.recipe import Recipe, load_recipe  # noqa: E402
-from fastlt.runlog import result_table  # noqa: E402
+from fastlt.recipe.typed_yaml import build  # noqa: E402
+from fastlt.run import checkpoint  # noqa: E402
+from fastlt.run.dataset import default_folder  # noqa: E402
+from fastlt.run.log import result_table  # noqa: E402
+from fastlt.run.metrics import Metrics  # noqa: E402
+from fastlt.run.trainer import EVALUATION_BATCH, versions  # noqa: E402
 from fastlt.steps import STEPS  # noqa: E402
-from fastlt.trainer import EVALUATION_BATCH, versions  # noqa: E402
-from fastlt.typed_yaml import build  # noqa: E402
-from loaders.crop import CropSpec  # noqa: E402
-from loaders.dataset import ConvertedDataset  # noqa: E402
 from loaders.factory import make_loader  # noqa: E402
+from loaders.order.crop import CropSpec  # noqa: E402
+from loaders.stored.dataset import ConvertedDataset  # noqa: E402
 
 SPLITS = ("train", "meta", "test")
 ROWS = 4096  # images whose predictions are averaged at a time

@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from fastlt.checkpoint import LAST, read_json, write_atomically, write_json  # noqa: E402
 from fastlt.names import pick  # noqa: E402
 from fastlt.recipe import Recipe, differences, load_recipe  # noqa: E402
-from loaders.dataset import ConvertedDataset  # noqa: E402
+from fastlt.run.checkpoint import LAST, read_json, write_atomically, write_json  # noqa: E402
+from loaders.stored.dataset import ConvertedDataset  # noqa: E402
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
 CIFAR_FILES = {"cifar10": "cifar-10-", "cifar100": "cifar-100-"}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets fastlt up in ./.venv: the system packages FFCV is built against, then the project under constraints.txt.
-# Installs, where it may, an allocator that saves memory; see fastlt/host_memory.py.
+# Installs, where it may, an allocator that saves memory; see fastlt/device/host_memory.py.
 # Idempotent: once it has succeeded and its inputs are unchanged it returns at once, without a network.
 #
 #   PYTHON=python3.12   the interpreter the environment is made with (default: python3, 3.10 or newer)

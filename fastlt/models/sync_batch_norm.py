@@ -10,8 +10,8 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from fastlt.distributed import Reducer
-from fastlt.forward_rules import scaled_and_shifted
+from fastlt.autograd.rules import scaled_and_shifted
+from fastlt.device.distributed import Reducer
 
 
 class SumOverProcesses(torch.autograd.Function):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlt import meta_gradient
-from fastlt.compiled import load_optimizer
+from fastlt.device.compiled import load_optimizer
+from fastlt.meta import gradient as meta_gradient
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.decoupled import CrtStep

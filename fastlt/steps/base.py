@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlt.augment import Augment
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, laid_out, load_optimizer
-from fastlt.distributed import Reducer
+from fastlt.device.compiled import Compiler, laid_out, load_optimizer
+from fastlt.device.distributed import Reducer
 from fastlt.losses import PerSampleLoss
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.state import Batch, ClassCounts, StepOutput
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlt import meta_gradient
-from fastlt.difficulty import DRIVER_TARGETS, DifficultyNet, class_weights, difficulty_gradient_loss
+from fastlt.meta import gradient as meta_gradient
+from fastlt.meta.difficulty import DRIVER_TARGETS, DifficultyNet, class_weights, difficulty_gradient_loss
 from fastlt.names import pick
 from fastlt.state import Batch
 from fastlt.steps.base import check_not_negative
@@ -24,7 +24,8 @@ class DifficultyStep(LearnedWeightStep):
     @dataclass(frozen=True)
     class Options(LearnedWeightStep.Options):
         """hidden: width H of Difficulty-Net, by default the rule of the supplement.
-        driver_weight: lambda of Eq. 10. driver_target: relative or absolute, see `fastlt.difficulty.driver_target`.
+        driver_weight: lambda of Eq. 10.
+        driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
         """
 
         hidden: int | None = None

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlt.class_accuracy import evaluation_mode
 from fastlt.losses.base import at_least_float32
 from fastlt.losses.contrastive import robust_contrastive
+from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models.auxiliary import ClassRadii
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts

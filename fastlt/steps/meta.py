@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlt import meta_gradient
-from fastlt.compiled import adam_options, load_optimizer
-from fastlt.host_memory import why_holes_stay
-from fastlt.kept_activations import OverwrittenError, lean
+from fastlt.autograd.record import ForwardRecord, recordable
+from fastlt.autograd.saved_tensors import OverwrittenError, lean
+from fastlt.device.compiled import adam_options, load_optimizer
+from fastlt.device.host_memory import why_holes_stay
+from fastlt.meta import gradient as meta_gradient
 from fastlt.names import pick
-from fastlt.recorded_forward import ForwardRecord, recordable
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 

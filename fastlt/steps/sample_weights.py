@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlt.difficulty import DRIVER_TARGETS, driver_loss, hidden_width
+from fastlt.meta.difficulty import DRIVER_TARGETS, driver_loss, hidden_width
 from fastlt.names import pick
 from fastlt.state import Batch
 from fastlt.steps.base import check_not_negative
@@ -108,7 +108,8 @@ class SampleDifficultyStep(SampleWeightStep):
     @dataclass(frozen=True)
     class Options(LearnedWeightStep.Options):
         """hidden: width H, by default the supplement's rule for the number of classes.
-        driver_weight: lambda of Eq. 10. driver_target: relative or absolute, see `fastlt.difficulty.driver_target`.
+        driver_weight: lambda of Eq. 10.
+        driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
         """
 
         hidden: int | None = None

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from fastlt.names import pick
-from loaders.longtail import CONVENTIONS
+from loaders.order.longtail import CONVENTIONS
 from loaders.sources.cifar import CIFAR10, CIFAR100, CifarSpec, open_cifar
 from loaders.sources.digits import open_digits
 from loaders.sources.image_folder import open_image_folder
@@ -74,7 +74,7 @@ def open_source(
     download: whether CIFAR may be fetched when it is not under `root`.
     num_classes: what the data set must have, or None to take what it has.
     imbalance_factor: largest over smallest class of the long tail to cut, None for the data set as it is.
-    convention: "paper" or "ldam", how CIFAR is cut (`loaders.longtail`).
+    convention: "paper" or "ldam", how CIFAR is cut (`loaders.order.longtail`).
     seed: which digits are held out; the other sources are cut by file order.
     Raises ValueError, saying what to do, when the data are missing or not what they should be.
     """

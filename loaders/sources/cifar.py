@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.longtail import apply_convention
+from loaders.order.longtail import apply_convention
 from loaders.sources.split import ArraySplit, Source
 
 PIXEL_BYTES = 3 * 32 * 32

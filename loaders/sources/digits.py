@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loaders.longtail import class_members, largest_n_max, longtail_counts, longtail_subset
+from loaders.order.longtail import class_members, largest_n_max, longtail_counts, longtail_subset
 from loaders.sources.split import ArraySplit, Source
 
 TEST_PER_CLASS = 40

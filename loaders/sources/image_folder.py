@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from loaders.longtail import holdout_per_class, longtail_subset, subsample
+from loaders.order.longtail import holdout_per_class, longtail_subset, subsample
 from loaders.sources.decode import EXTENSIONS, looks_like_image
 from loaders.sources.split import FileSplit, Source
 

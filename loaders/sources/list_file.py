@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from loaders.longtail import holdout_per_class, longtail_subset, subsample
+from loaders.order.longtail import holdout_per_class, longtail_subset, subsample
 from loaders.sources.split import FileSplit, Source
 
 MAX_LABEL = 1_000_000  # what is more is no class number, and would take memory for as many classes

@@ -11,11 +11,11 @@ import torch
 from on_gpu import DEVICE, no_waiting
 from small_betons import DALI_BACKENDS, mixed_shapes, needs_dali, needs_ffcv, smooth_images, write_images
 
-from loaders import memory
-from loaders.crop import CropSpec
 from loaders.factory import BACKENDS, choose_backend, make_loader
-from loaders.plan import EpochPlan
-from loaders.resident_loader import ResidentLoader, resident_bytes
+from loaders.order.crop import CropSpec
+from loaders.order.plan import EpochPlan
+from loaders.readers import memory
+from loaders.readers.resident_loader import ResidentLoader, resident_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -187,7 +187,7 @@ SLEEP_CYCLES = 20_000_000  # 10 ms at 2 GHz: many times what the loader takes fo
 def test_a_slow_stream_still_finds_its_batches(make, monkeypatch, backend):
     """The host runs ahead and lets each batch go; its memory must not be used again before the stream has read it."""
     if backend == "ffcv":
-        from loaders import ffcv_loader
+        from loaders.readers import ffcv_loader
 
         monkeypatch.setattr(ffcv_loader, "BUFFER_BYTES", 1)  # memory of its own for each batch
     expected = list(make(backend, device="cpu", batch_size=4).epoch(0))

@@ -13,8 +13,8 @@ from test_meta_gradient import CLASSES, DRAWING, cross_entropy, make, relative_e
 from test_mixed_precision import BOUNDS, step_on
 from torch import nn
 
-from fastlt import meta_gradient
-from fastlt.class_accuracy import ClassAccuracy
+from fastlt.meta import gradient as meta_gradient
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import build_model
 from fastlt.state import Batch
 

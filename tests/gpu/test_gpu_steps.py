@@ -12,9 +12,9 @@ from on_gpu import DEVICE, no_waiting
 from test_compiled import GRAPHED, batches, make_step
 
 from fastlt.augment import build_augment
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, make_sgd, ready
+from fastlt.device.compiled import Compiler, make_sgd, ready
 from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts

@@ -11,10 +11,10 @@ from on_gpu import DEVICE, no_waiting
 from small_betons import needs_dali, needs_ffcv
 from test_trainer import RECIPE, STAGE, assert_same, comparable, log_lines, stop_after
 
-from fastlt import trainer as trainer_module
-from fastlt.prepare import ensure_converted
 from fastlt.recipe import load_recipe
-from fastlt.trainer import Interrupted, Trainer, endless
+from fastlt.run import trainer as trainer_module
+from fastlt.run.dataset import ensure_converted
+from fastlt.run.trainer import Interrupted, Trainer, endless
 
 pytestmark = pytest.mark.gpu
 

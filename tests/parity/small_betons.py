@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from loaders.dali_format import write_shards
 from loaders.factory import BACKENDS
-from loaders.ffcv_format import FfcvOptions
-from loaders.image_check import ImageCheck
-from loaders.native import keep_torch_threads
+from loaders.stored.dali_format import write_shards
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.image_check import ImageCheck
+from loaders.stored.native import keep_torch_threads
 
 NUM_CLASSES = 5
 SHARD_IMAGES = 20  # the tests' data sets have two or three shards

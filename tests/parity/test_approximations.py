@@ -9,8 +9,8 @@ import torch
 from reference import eq4, meta_objective
 from test_meta_gradient import CLASSES, Float64Augment, cross_entropy, relative_error
 
-from fastlt.class_accuracy import ClassAccuracy
 from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts

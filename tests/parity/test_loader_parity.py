@@ -15,15 +15,15 @@ from small_betons import DALI_BACKENDS, EVERY_BACKEND, SmallDataset, mixed_shape
 from torchvision.transforms import RandomResizedCrop
 
 from fastlt.augment import build_augment
-from loaders.crop import CropSpec, center_boxes
-from loaders.dali_format import write_shards
-from loaders.dataset import convert
 from loaders.factory import make_loader
-from loaders.ffcv_format import FfcvOptions
-from loaders.native import keep_torch_threads
-from loaders.plan import EpochPlan
+from loaders.order.crop import CropSpec, center_boxes
+from loaders.order.plan import EpochPlan
 from loaders.sources import FileSplit, Source
-from loaders.tar_shards import TarShards
+from loaders.stored.dali_format import write_shards
+from loaders.stored.dataset import convert
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.native import keep_torch_threads
+from loaders.stored.tar_shards import TarShards
 
 COUNT = 37
 SIZE = 24

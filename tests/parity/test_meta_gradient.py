@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from reference import ReferenceTrainer, accuracy_of, driver, eq4, forward, meta_objective
 
-from fastlt import meta_gradient
 from fastlt.augment import build_augment
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler
-from fastlt.difficulty import DifficultyNet, difficulty_gradient_loss
+from fastlt.autograd.record import ForwardRecord
+from fastlt.device.compiled import Compiler
 from fastlt.losses import build_loss
+from fastlt.meta import gradient as meta_gradient
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.meta.difficulty import DifficultyNet, difficulty_gradient_loss
 from fastlt.models import build_model
-from fastlt.recorded_forward import ForwardRecord
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from test_meta_gradient import CLASSES, cross_entropy, make, relative_error
 
-from fastlt import meta_gradient
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.difficulty import class_weights
 from fastlt.losses import build_loss
+from fastlt.meta import gradient as meta_gradient
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.meta.difficulty import class_weights
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from two_processes import BATCH_NORMS, CASES, COUNTS, ITERATIONS, Scaled, balms_batches, balms_step, train
 
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

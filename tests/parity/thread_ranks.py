@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 
 # Threads share the default random generator: who seeds it and draws holds this.
 SEEDED = threading.Lock()

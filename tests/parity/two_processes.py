@@ -18,12 +18,12 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.distributed import Reducer
+from fastlt.autograd.record import ForwardRecord
+from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, LinearHead
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
-from fastlt.recorded_forward import ForwardRecord
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 

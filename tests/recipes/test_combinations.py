@@ -13,8 +13,8 @@ import pytest
 
 from fastlt.losses import LOSSES
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
-from fastlt.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 FIRST = ["plain", "difficulty", "cdb", "mwn", "sample_difficulty", "cb_da", "mixup", "cutmix"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastlt.recipe import load_recipe
-from fastlt.trainer import Trainer
+from fastlt.run.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastlt.prepare import conversion_command
 from fastlt.recipe import load_recipe
+from fastlt.run.dataset import conversion_command
+from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
-from fastlt.trainer import Trainer
-from loaders.dataset import conversion_request, convert
-from loaders.ffcv_format import FfcvOptions
 from loaders.sources import open_source
+from loaders.stored.dataset import conversion_request, convert
+from loaders.stored.ffcv_format import FfcvOptions
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
 ROWS = [p for p in RECIPES if p.parent.name != "base"]

@@ -13,7 +13,7 @@ from small_betons import SmallDataset, needs_dali, write_small
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from loaders.crop import CropSpec  # noqa: E402
+from loaders.order.crop import CropSpec  # noqa: E402
 from tools.benchmarks.bare_loaders import bare_dali  # noqa: E402
 
 COUNT = 24

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from small_betons import needs_dali, smooth_images
 
-from fastlt import compiled
 from fastlt.augment import Augment, build_augment
+from fastlt.device import compiled
+from fastlt.run.trainer import Trainer
 from fastlt.steps.difficulty import DifficultyStep
-from fastlt.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

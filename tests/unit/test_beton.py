@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_betons import SmallDataset, mixed_shapes, write_small
 
-from loaders.beton import HEADER, Beton
+from loaders.stored.beton import HEADER, Beton
 
 
 @pytest.fixture(scope="module")

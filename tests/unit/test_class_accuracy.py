@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastlt import class_accuracy
-from fastlt.class_accuracy import ClassAccuracy, stratified_order
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
+from fastlt.meta import class_accuracy
+from fastlt.meta.class_accuracy import ClassAccuracy, stratified_order
 from fastlt.models import build_model
 
 CLASSES, PER_CLASS = 7, 10

@@ -12,17 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlt import compiled, forward_rules
 from fastlt.augment import build_augment
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, CudaCapture, load_optimizer, make_sgd, mode_for, ready
+from fastlt.autograd import rules as forward_rules
+from fastlt.device import compiled
+from fastlt.device.compiled import Compiler, CudaCapture, load_optimizer, make_sgd, mode_for, ready
 from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.meta import Approximation
-from fastlt.trainer import Trainer
 
 CLASSES = 4
 COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders.crop import CropSpec
-from loaders.dataset import ConvertedDataset
 from loaders.factory import make_loader
+from loaders.order.crop import CropSpec
+from loaders.stored.dataset import ConvertedDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_dataset.py"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from loaders.crop import CropSpec, center_boxes, crop_boxes, random_resized_boxes
+from loaders.order.crop import CropSpec, center_boxes, crop_boxes, random_resized_boxes
 
 sides = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=20)
 

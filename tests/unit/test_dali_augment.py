@@ -11,9 +11,9 @@ import torch
 from small_betons import mixed_shapes, needs_dali, write_small
 
 from fastlt.recipe import RecipeError, load_recipe
-from loaders.crop import CropSpec
-from loaders.dali_augment import build_dali_augment
 from loaders.factory import make_loader
+from loaders.order.crop import CropSpec
+from loaders.readers.dali_augment import build_dali_augment
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 CROP = CropSpec("random_resized", 24)

@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from small_betons import mixed_shapes, needs_dali, smooth_images, write_small
 
-from fastlt.prepare import ensure_converted
 from fastlt.recipe import load_recipe
-from loaders import dali_format
-from loaders.crop import CropSpec
-from loaders.dali_format import write_shards
-from loaders.dataset import ConvertedDataset, convert, file_sha256, sealed
+from fastlt.run.dataset import ensure_converted
 from loaders.factory import make_loader
-from loaders.ffcv_format import FfcvOptions
-from loaders.image_check import ImageCheck
+from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source, open_source
-from loaders.tar_shards import TarShards, is_jpeg
-from loaders.verify import verify
+from loaders.stored import dali_format
+from loaders.stored.dali_format import write_shards
+from loaders.stored.dataset import ConvertedDataset, convert, file_sha256, sealed
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.image_check import ImageCheck
+from loaders.stored.tar_shards import TarShards, is_jpeg
+from loaders.stored.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -307,7 +307,7 @@ def test_a_damaged_image_in_a_shard_is_named_and_the_loader_goes_on(tmp_path, cr
 
 @needs_dali
 def test_a_failure_without_a_damaged_image_names_the_candidates(tmp_path, monkeypatch):
-    from loaders import dali_loader
+    from loaders.readers import dali_loader
 
     dataset = write_small(tmp_path / "train.beton", [(40, 50)] * 8, "jpg")
     arguments = {"batch_size": 2, "device": "cpu", "train": False, "num_workers": 1, "crop": CropSpec("none")}
@@ -342,7 +342,7 @@ def test_dali_threads_end_with_the_loader(tmp_path):
 
 def test_without_dali_the_backend_says_what_to_install(tmp_path, monkeypatch):
     dataset = write_small(tmp_path / "train.beton", [(8, 8)] * 4, "raw")
-    monkeypatch.delitem(sys.modules, "loaders.dali_loader", raising=False)
+    monkeypatch.delitem(sys.modules, "loaders.readers.dali_loader", raising=False)
     for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders import dali_format
-from loaders import dataset as dataset_module
-from loaders.beton import Beton
-from loaders.damage import DamageError
-from loaders.dataset import ConvertedDataset, conversion_request, convert, sealed, write_skipped
-from loaders.ffcv_format import FfcvOptions
-from loaders.image_check import BadImage
 from loaders.sources import FileSplit, Source, open_source
-from loaders.verify import verify
+from loaders.stored import dali_format
+from loaders.stored import dataset as dataset_module
+from loaders.stored.beton import Beton
+from loaders.stored.damage import DamageError
+from loaders.stored.dataset import ConvertedDataset, conversion_request, convert, sealed, write_skipped
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.image_check import BadImage
+from loaders.stored.verify import verify
 
 OPTIONS = FfcvOptions(num_workers=2)
 REQUEST = conversion_request("digits", imbalance_factor=20, options=OPTIONS)

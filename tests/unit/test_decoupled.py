@@ -12,10 +12,10 @@ from test_trainer import assert_same, final_state, log_lines, stop_after
 from fastlt.models import CosineHead, LinearHead, build_model
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Interrupted, Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.decoupled import LasStep, LwsStep
-from fastlt.trainer import Interrupted, Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 COUNTS = ClassCounts(np.array([40, 12, 3]), ("a", "b", "c"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlt.difficulty import (
+from fastlt.meta.difficulty import (
     DifficultyNet,
     class_weights,
     difficulty_gradient_loss,

@@ -12,15 +12,15 @@ from test_augment import NoSync
 from test_paco import CLASSES, COUNTS, LR, Views
 from test_trainer import assert_same, comparable, final_state, log_lines, stop_after
 
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.losses.contrastive import robust_contrastive
 from fastlt.models import build_model
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Interrupted, Trainer
 from fastlt.state import Batch
 from fastlt.steps import StepParts
 from fastlt.steps.dro_lt import DroLtStep
-from fastlt.trainer import Interrupted, Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from fastlt import train  # noqa: E402
-from fastlt.class_accuracy import evaluation_mode  # noqa: E402
-from fastlt.metrics import Metrics  # noqa: E402
+from fastlt.meta.class_accuracy import evaluation_mode  # noqa: E402
 from fastlt.recipe import load_recipe  # noqa: E402
-from fastlt.trainer import Trainer  # noqa: E402
+from fastlt.run.metrics import Metrics  # noqa: E402
+from fastlt.run.trainer import Trainer  # noqa: E402
 from tools import ensemble, reproduce  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"

@@ -10,15 +10,15 @@ import pytest
 import torch
 from test_trainer import assert_same, final_state, log_lines, stop_after
 
-from fastlt.class_accuracy import evaluation_mode
 from fastlt.losses import build_loss
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
+from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import CosineHead, build_model
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Interrupted, Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.ride import RideRouterStep, RideStep, helpful, running_mean
-from fastlt.trainer import Interrupted, Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 COUNTS = ClassCounts(np.array([40, 12, 3, 2]), ("a", "b", "c", "d"))

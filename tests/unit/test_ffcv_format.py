@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders import ffcv_format
-from loaders.beton import Beton
-from loaders.ffcv_format import FfcvOptions, _page_and_workers, stored_sizes, write_beton
-from loaders.image_check import ImageCheck, check_images
 from loaders.sources import ArraySplit, FileSplit
+from loaders.stored import ffcv_format
+from loaders.stored.beton import Beton
+from loaders.stored.ffcv_format import FfcvOptions, _page_and_workers, stored_sizes, write_beton
+from loaders.stored.image_check import ImageCheck, check_images
 
 RNG = np.random.default_rng(0)
 

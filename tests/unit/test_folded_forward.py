@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlt.class_accuracy import evaluation_mode
-from fastlt.folded_forward import FoldedForward, fold
+from fastlt.autograd.folded_batch_norm import FoldedForward, fold
+from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import build_model
 
 # Backbone, image size, and how many of its BatchNorms directly follow a convolution.

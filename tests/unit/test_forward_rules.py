@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlt import forward_rules
+from fastlt.autograd import rules as forward_rules
 
 
 def reduce(dy: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight, *wanted: bool) -> tuple:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlt import fused_loops
+from fastlt.autograd import cpu_kernels as fused_loops
 
 # One image, one pixel, one channel; odd numbers; several pieces of rows; more channels than a piece has elements.
 SHAPES = [

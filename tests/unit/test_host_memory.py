@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlt import host_memory
+from fastlt.device import host_memory
 
 ENTRY = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 PRELOADED = {
@@ -22,7 +22,7 @@ PRELOADED = {
 CODE = """
 import resource, sys
 import numpy as np
-from fastlt.host_memory import keep_freed_memory
+from fastlt.device.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(3):
@@ -64,7 +64,7 @@ def preloading(library: str, *command: str) -> str:
 @pytest.mark.parametrize("name", PRELOADED)
 def test_a_preloaded_allocator_is_known_and_left_alone(name):
     needs(PRELOADED[name])
-    code = "from fastlt.host_memory import *; print(allocator(), keep_freed_memory(), why_holes_stay())"
+    code = "from fastlt.device.host_memory import *; print(allocator(), keep_freed_memory(), why_holes_stay())"
     assert preloading(PRELOADED[name], "-c", code) == f"{name} False None"
 
 

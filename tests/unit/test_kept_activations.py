@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlt import fused_loops, meta_gradient
-from fastlt.kept_activations import Activation, Known, LeanPass, OverwrittenError, lean
+from fastlt.autograd import cpu_kernels as fused_loops
+from fastlt.autograd.record import ForwardRecord
+from fastlt.autograd.saved_tensors import Activation, Known, LeanPass, OverwrittenError, lean
+from fastlt.meta import gradient as meta_gradient
 from fastlt.models import build_model
-from fastlt.recorded_forward import ForwardRecord
 
 NETWORKS = ["cifar_resnet20", "resnet10", "resnet18", "mobilenetv3_small_100", "densenet121", "vit_tiny_patch16_224"]
 

@@ -14,12 +14,13 @@ from test_trainer import assert_same, comparable, log_lines, stop_after
 from thread_ranks import SEEDED, run_ranks
 from torch import nn
 
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, LinearHead
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Interrupted, Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StageModel, StepParts
 from fastlt.steps.lfme import (
@@ -30,7 +31,6 @@ from fastlt.steps.lfme import (
     scaled_in_class,
     self_paced_weights,
 )
-from fastlt.trainer import Interrupted, Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 # 20 training images of 5 classes: two are many-shot, two medium-shot, one few-shot.

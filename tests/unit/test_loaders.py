@@ -14,14 +14,14 @@ import torch
 from small_betons import EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_small
 
 from fastlt.state import Batch, upload
-from loaders import host_loader, memory
-from loaders.beton import Beton
-from loaders.crop import CropSpec
 from loaders.factory import check_loader, choose_backend, make_loader
-from loaders.plan import EpochPlan
-from loaders.resident_loader import resident_bytes
-from loaders.sampling import epoch_order
-from loaders.two_views import TwoViewLoader
+from loaders.order.crop import CropSpec
+from loaders.order.plan import EpochPlan
+from loaders.order.sampling import epoch_order
+from loaders.readers import host_loader, memory
+from loaders.readers.resident_loader import resident_bytes
+from loaders.readers.two_views import TwoViewLoader
+from loaders.stored.beton import Beton
 
 COUNT = 53
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND)
@@ -248,7 +248,7 @@ def test_an_error_in_ffcvs_thread_reaches_the_reader(small, make, monkeypatch):
 
 
 def test_a_stuck_ffcv_thread_is_reported(small, make, monkeypatch):
-    from loaders import ffcv_loader
+    from loaders.readers import ffcv_loader
 
     release = threading.Event()
     loader = make(small, "ffcv")
@@ -262,7 +262,7 @@ def test_a_stuck_ffcv_thread_is_reported(small, make, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 3, 64])
 def test_ffcvs_batches_do_not_depend_on_threads_or_on_how_much_is_decoded_in_one_go(mixed, make, monkeypatch, workers):
-    from loaders import ffcv_loader
+    from loaders.readers import ffcv_loader
 
     crop = CropSpec("random_resized", 12)
     expected = list(make(mixed, "torch", crop=crop, num_workers=0).epoch(3))
@@ -348,7 +348,7 @@ def test_resident_leaves_random_crops_of_equal_images_to_the_device(small, mixed
 
 
 def test_resident_fills_from_shards_in_small_steps_as_from_a_beton(mixed, make, monkeypatch):
-    from loaders import ragged
+    from loaders.readers import ragged
 
     crop = CropSpec("random_resized", 12)
     whole = list(make(mixed, "resident", crop=crop).epoch(1))

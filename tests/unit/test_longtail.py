@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.longtail import (
+from loaders.order.longtail import (
     apply_convention,
     class_members,
     holdout_per_class,

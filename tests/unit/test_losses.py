@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 from fastlt.losses import LOSSES, build_loss, check_loss
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.losses.cross_entropy import BalancedSoftmax

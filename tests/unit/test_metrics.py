@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
-from fastlt.metrics import Metrics, confidence_bin
+from fastlt.run.metrics import Metrics, confidence_bin
 from fastlt.state import ClassCounts
 
 

@@ -15,15 +15,15 @@ from test_trainer import assert_same, comparable, final_state, log_lines, stop_a
 from thread_ranks import SEEDED, run_ranks
 from torch import nn
 
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, LinearHead, build_model
 from fastlt.models.meta_embedding import MetaEmbeddingHead, ModulatedAttention, insert_attention
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Interrupted, Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import StepParts
 from fastlt.steps.oltr import OltrStep
-from fastlt.trainer import Interrupted, Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 COUNTS = ClassCounts(np.array([40, 12, 3]), ("a", "b", "c"))

@@ -16,10 +16,10 @@ from fastlt.losses import build_loss
 from fastlt.losses.contrastive import parametric_contrastive
 from fastlt.models import build_model
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Interrupted, Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import StepParts
 from fastlt.steps.paco import KeyEncoder, KeyQueue, PacoStep
-from fastlt.trainer import Interrupted, Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 CLASSES, LR = 5, 0.1

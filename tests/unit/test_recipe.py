@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastlt.recipe import differences, load_recipe
-from fastlt.typed_yaml import RecipeError, apply_override, merge
+from fastlt.recipe.typed_yaml import RecipeError, apply_override, merge
 
 BASE = {
     "data": {"source": "digits", "image_size": 8, "mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4], "augment": ["flip"]},

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlt import fused_loops, meta_gradient
-from fastlt.recorded_forward import ForwardRecord
+from fastlt.autograd import cpu_kernels as fused_loops
+from fastlt.autograd.record import ForwardRecord
+from fastlt.meta import gradient as meta_gradient
 
 CLASSES = 5
 

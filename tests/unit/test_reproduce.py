@@ -18,10 +18,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import fastlt.run.trainer  # noqa: E402
 import fastlt.train  # noqa: E402
-import fastlt.trainer  # noqa: E402
-from fastlt import checkpoint  # noqa: E402
 from fastlt.recipe import load_recipe  # noqa: E402
+from fastlt.run import checkpoint  # noqa: E402
 from tools import reproduce  # noqa: E402
 
 TABLES = yaml.safe_load(reproduce.PAPER.read_text())
@@ -309,7 +309,7 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
     words += ["--out", str(tmp_path), "--set", *SMALL, "data.convention=paper", f"data.converted={digits}"]
     words += few_iterations("end_to_end")
     with monkeypatch.context() as patched:
-        patched.setattr(fastlt.trainer.Trainer, "_agreed", lambda self, log_now: (signal.SIGTERM, False))
+        patched.setattr(fastlt.run.trainer.Trainer, "_agreed", lambda self, log_now: (signal.SIGTERM, False))
         assert reproduce.main(words) == 130
     told = capsys.readouterr()
     assert "the same command goes on from there" in told.err

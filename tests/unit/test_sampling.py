@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.sampling import SAMPLINGS, effective_number_probabilities, epoch_order, shard
+from loaders.order.sampling import SAMPLINGS, effective_number_probabilities, epoch_order, shard
 
 labels_strategy = st.lists(st.integers(0, 8), min_size=1, max_size=300).map(lambda labels: np.array(labels))
 seeds = st.integers(0, 2**31)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastlt.schedule import learning_rate
+from fastlt.run.schedule import learning_rate
 
 
 def cifar(position):

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from PIL import Image
 from small_betons import mixed_shapes, needs_dali, smooth_images
 
-from fastlt.prepare import prepare_dataset
 from fastlt.recipe import RecipeError, load_recipe
-from loaders.crop import CropSpec
-from loaders.dataset import convert
+from fastlt.run.dataset import prepare_dataset
 from loaders.factory import make_loader
-from loaders.ffcv_format import FfcvOptions
-from loaders.source_dataset import SourceDataset
+from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source
+from loaders.stored.dataset import convert
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.source_dataset import SourceDataset
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 EVALUATION = {"batch_size": 4, "device": "cpu", "train": False, "crop": CropSpec("center", 24), "num_workers": 1}

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders.image_check import check_images
 from loaders.sources import open_source
 from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, jpeg_bytes
 from loaders.sources.image_folder import _images
 from loaders.sources.list_file import read_list
+from loaders.stored.image_check import check_images
 
 RNG = np.random.default_rng(0)
 GRADIENT = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (32, 1))

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import nn
 
-from fastlt.distributed import Reducer
+from fastlt.device.distributed import Reducer
 from fastlt.models import build_model
 from fastlt.models.sync_batch_norm import SYNCHRONISED, Synchronised, synchronise_batch_norm
 

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlt import prepare
 from fastlt.recipe import load_recipe
-from fastlt.runlog import RunLog, result_table
+from fastlt.run import dataset as prepare
+from fastlt.run.log import RunLog, result_table
+from fastlt.run.trainer import Interrupted, Trainer, endless
 from fastlt.steps import meta
 from fastlt.train import main
-from fastlt.trainer import Interrupted, Trainer, endless
-from loaders.beton import Beton
+from loaders.stored.beton import Beton
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
@@ -178,7 +178,7 @@ def test_a_killed_run_forgets_what_it_logged_after_its_checkpoint(tmp_path):
 
 def test_a_lean_run_says_once_what_keeps_it_from_saving_memory(digits_words, capsys, monkeypatch):
     for malloc, said in (("glibc 2.36", 1), ("tcmalloc", 0)):
-        monkeypatch.setattr("fastlt.host_memory.allocator", lambda malloc=malloc: malloc)
+        monkeypatch.setattr("fastlt.device.host_memory.allocator", lambda malloc=malloc: malloc)
         make(digits_words, f"{STAGE}.options.lean=true", f"name={malloc.split()[0]}").fit()
         out = capsys.readouterr().out
         assert out.count("options.lean: memory comes from glibc 2.36") == said
@@ -263,7 +263,7 @@ def test_what_only_the_data_set_can_tell_is_refused_before_work(digits_words, wo
 
 
 def test_a_loader_that_has_no_room_is_refused_before_work(digits_words, monkeypatch):
-    monkeypatch.setattr("loaders.memory.free_bytes", lambda device: 431 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr("loaders.readers.memory.free_bytes", lambda device: 431 * 8 * 8 * 3 - 1)
     with pytest.raises(ValueError, match=r"train.beton: its pixels take 0\.1 MiB, and .* free on cpu: .* 'auto'"):
         make(digits_words)
 
@@ -271,7 +271,7 @@ def test_a_loader_that_has_no_room_is_refused_before_work(digits_words, monkeypa
 def test_an_absent_dali_is_refused_before_work(digits_words, tmp_path, monkeypatch):
     # As `import` finds a package that is not installed.
     monkeypatch.setitem(sys.modules, "nvidia", None)
-    monkeypatch.delitem(sys.modules, "loaders.dali_loader", raising=False)
+    monkeypatch.delitem(sys.modules, "loaders.readers.dali_loader", raising=False)
     words = [*digits_words, f"data.converted={tmp_path / 'both'}", "data.loader=dali"]
     with pytest.raises(ValueError, match="need NVIDIA DALI, which cannot be imported"):
         make(words)

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlt import meta_gradient
-from fastlt.difficulty import class_weights, difficulty_gradient_loss
+from fastlt.meta import gradient as meta_gradient
+from fastlt.meta.difficulty import class_weights, difficulty_gradient_loss
 from fastlt.steps.meta import Approximation
 from tools.benchmarks.options import positive
 from tools.benchmarks.stage_loop import DifficultyLoop, parser

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from fastlt.augment import Augment, build_augment
-from fastlt.compiled import CudaCapture
+from fastlt.device.compiled import CudaCapture
 from tools.benchmarks.options import positive, usable_device
 from tools.benchmarks.rounds import interleaved, report, row, wait_for
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from loaders.crop import CropSpec
-from loaders.native import keep_torch_threads
+from loaders.order.crop import CropSpec
 from loaders.sources import ArraySplit, FileSplit
-from loaders.tar_shards import TarShards
+from loaders.stored.native import keep_torch_threads
+from loaders.stored.tar_shards import TarShards
 
 Epochs = Callable[[], Iterator[Tensor]]  # each call is one epoch of full batches, shuffled
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.crop import CropSpec
-from loaders.dataset import ConvertedDataset, convert
 from loaders.factory import make_loader
-from loaders.ffcv_format import FfcvOptions
-from loaders.host_loader import available_cores
+from loaders.order.crop import CropSpec
+from loaders.readers.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source
 from loaders.sources.cifar import CIFAR10, read_cifar
+from loaders.stored.dataset import ConvertedDataset, convert
+from loaders.stored.ffcv_format import FfcvOptions
 from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from tools.benchmarks.options import positive, usable_device
 from tools.benchmarks.rounds import Row, interleaved, report, row, wait_for

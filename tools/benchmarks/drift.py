@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.difficulty import class_weights
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.meta.difficulty import class_weights
+from fastlt.run.trainer import Trainer
 from fastlt.steps.difficulty import DifficultyStep
-from fastlt.trainer import Trainer
 from tools.benchmarks.options import positive
 from tools.benchmarks.stage_loop import DifficultyLoop, parser
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlt.augment import Augment, normalise
-from fastlt.class_accuracy import ClassAccuracy
-from fastlt.compiled import Compiler, CudaCapture, adam_options, laid_out, make_sgd, ready
-from fastlt.difficulty import DifficultyNet, class_weights
+from fastlt.device.compiled import Compiler, CudaCapture, adam_options, laid_out, make_sgd, ready
 from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.meta.difficulty import DifficultyNet, class_weights
 from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from fastlt.recipe import load_recipe
+from fastlt.run.trainer import Trainer, endless
 from fastlt.state import Batch
-from fastlt.trainer import Trainer, endless
 from tools.benchmarks.options import positive
 
 ROOT = Path(__file__).resolve().parents[2]

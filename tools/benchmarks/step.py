@@ -45,8 +45,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlt.compiled import MODES
-from fastlt.host_memory import allocator, keep_freed_memory
+from fastlt.device.compiled import MODES
+from fastlt.device.host_memory import allocator, keep_freed_memory
 from fastlt.models.classifier import check_model
 from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from tools.benchmarks.options import positive, usable_device

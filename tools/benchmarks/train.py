@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from fastlt.compiled import ready
+from fastlt.device.compiled import ready
 from fastlt.recipe import StageRecipe, load_recipe
+from fastlt.run.trainer import Trainer, endless
 from fastlt.state import Batch, StepOutput
 from fastlt.steps import Step
-from fastlt.trainer import Trainer, endless
 from loaders.protocol import BatchLoader
 from tools.benchmarks.augment import Captured
 from tools.benchmarks.options import positive

@@ -1,0 +1,1 @@
+"""Recorded forward passes, saved tensors that are recomputed, tangent rules, and the kernels for them."""

@@ -1,0 +1,259 @@
+"""torch.compile and CUDA graphs: what is compiled, how it is warmed up, and what happens where it does not work.
+
+The only file that knows them. With `compile: inductor` a step asks for `parts.compiler(function)` once, when it is
+made, and calls what it gets. With `compile: cudagraph` whole iterations are captured and replayed (`GraphedStep`).
+With `compile: none` nothing is different from ordinary Python.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlt.device.random_states import random_states, restore_random_states
+
+MODES = ("none", "inductor", "cudagraph")
+# Takes a function of no arguments, runs it once for its operations, and returns what replays them and its result, which
+# every replay overwrites.
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+
+def mode_for(asked: str, device: torch.device, processes: int) -> str:
+    """What a recipe's `compile` is on a device: `auto` captures iterations where it can, and else compiles nothing."""
+    if asked != "auto":
+        return asked
+    return "cudagraph" if device.type == "cuda" and processes == 1 else "none"
+
+
+class Compiler:
+    """Compiles functions of a step's arithmetic, all of them or, after `give_up`, none.
+
+    active: whether anything is compiled.
+    mode: "none"; "inductor" for torch.compile's default backend with the shapes of the first batch; "cudagraph", which
+        leaves functions as they are.
+    """
+
+    def __init__(self, mode: str = "none") -> None:
+        assert mode in MODES, mode
+        self.mode = mode
+        self.active = mode != "none"
+        if mode == "inductor":
+            # One forward is gone backward through twice: the first time must not overwrite what it saved. Of the
+            # process, not of this compiler: the backward pass is compiled when it is first run, wherever that is.
+            torch._functorch.config.donated_buffer = False
+
+    @property
+    def traces(self) -> bool:
+        """Whether functions are taken apart into their operations now, so that Python must not watch them run."""
+        return self.active and self.mode == "inductor"
+
+    def __call__(self, function: Callable) -> Callable:
+        """`function`, compiled when it is first called. It must not change anything but the buffers of a module."""
+        if self.mode != "inductor":
+            return function
+        compiled = torch.compile(function, dynamic=False)
+
+        def run(*args: Any) -> Any:
+            return (compiled if self.active else function)(*args)
+
+        return run
+
+    def give_up(self) -> None:
+        """From now on every function runs as it was written."""
+        self.active = False
+
+
+def make_sgd(groups: list[dict[str, Any]], mode: str, lr: float, device: torch.device, **options: Any):
+    """torch.optim.SGD, with learning rates on `device` where a captured iteration is to read them there."""
+    if mode != "cudagraph":
+        return torch.optim.SGD(groups, lr=lr, foreach=True, **options)
+    # A tensor for each group: the optimizer would share one among them.
+    groups = [{**group, "lr": torch.tensor(lr, device=device)} for group in groups]
+    return torch.optim.SGD(groups, lr=lr, fused=True, **options)
+
+
+def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in memory as its parameter is.
+
+    Fused optimizers go through memory as if both were laid out alike, whether they are or not.
+    """
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
+def adam_options(mode: str, device: torch.device) -> dict[str, Any]:
+    """The implementation of Adam: a captured iteration counts its steps on the device."""
+    if mode == "cudagraph":
+        return {"fused": True, "capturable": device.type == "cuda"}
+    return {"foreach": True}
+
+
+# Options of a group that say how torch computes a step, and not what.
+_IMPLEMENTATION = ("foreach", "fused", "capturable")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict(state)`, of whatever implementation `state` is; the optimizer keeps its own.
+
+    So a run that was captured goes on where it is not, and the other way round. Step counts go where the implementation
+    reads them: Adam's ordinary one would otherwise wait for a GPU in every iteration.
+    """
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group = {**saved, **{key: own[key] for key in _IMPLEMENTATION if key in own}}
+        if isinstance(own["lr"], Tensor):
+            group["lr"] = torch.as_tensor(saved["lr"], dtype=own["lr"].dtype, device=own["lr"].device).clone()
+        else:
+            group["lr"] = float(saved["lr"])
+        groups.append(group)
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for entry in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
+            if "step" in entry and not on_device:
+                entry["step"] = entry["step"].cpu()
+
+
+def ready(step: Any, batch: Any, meta_batch: Any, capture: Capture | None = None) -> tuple[Callable, str | None]:
+    """What takes the iterations of `step` as its compiler says, and None or why it is the step itself, uncompiled.
+
+    step: a `fastlt.steps.Step`. batch, meta_batch: of the shapes that training has. Everything is tried with them and
+    taken back: what the step owns and the default generators are afterwards as they were, bit for bit. capture:
+    `CudaCapture()` unless given.
+    """
+    compiler = step.parts.compiler
+    if not compiler.active:
+        return step, None
+    reason = step.why_not_compiled() or (why_no_graph(step, capture) if compiler.mode == "cudagraph" else None)
+    if reason is not None:
+        compiler.give_up()
+        return step, reason
+    before, random = copy.deepcopy(step.state_dict()), random_states()
+    try:
+        # The first iteration makes the optimizers' state, the second one is like all that follow.
+        for _ in range(2):
+            step(batch, meta_batch)
+        if compiler.mode == "inductor":
+            return step, None
+        give_optimizers_state(before, step.state_dict())
+        GraphedStep(step, batch, meta_batch, capture or CudaCapture())(batch, meta_batch)
+        # Another one, since the optimizers' state is about to be put into new memory; and a pool of its own, since
+        # nothing can be captured into one whose graphs are all gone.
+        return GraphedStep(step, batch, meta_batch, capture or CudaCapture()), None
+    except Exception as error:
+        compiler.give_up()
+        for augment in (step.parts.augment, step.parts.meta_augment):
+            if compiler.mode == "cudagraph" and augment is not None:
+                augment.release()
+        lines = str(error).strip().splitlines() or ["no message"]
+        return step, f"{type(error).__name__}: {lines[0]}"
+    finally:
+        step.load_state_dict(before)
+        restore_random_states(random)
+
+
+def why_no_graph(step: Any, capture: Capture | None) -> str | None:
+    """Why the iterations of `step` cannot be captured, None when they can."""
+    if capture is None and step.parameters[0].device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    if step.reducer.world_size > 1:
+        return "with several processes an iteration waits for the others, which is not captured"
+    return None
+
+
+def give_optimizers_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Give optimizers that had no state in `before` that of `after`, with zeros: the same, and a graph can refer to it.
+
+    before, after: state_dicts of a step. Changes `before`. The first step of SGD copies the gradient where later ones
+    add it to a momentum; on a momentum of zero both do the same. Adam starts at zero anyway.
+    """
+    for key, value in before.items():
+        if isinstance(value, dict) and "param_groups" in value and not value["state"]:
+            value["state"] = {
+                index: {name: torch.zeros_like(t) if isinstance(t, Tensor) else t for name, t in entry.items()}
+                for index, entry in after[key]["state"].items()
+            }
+
+
+class CudaCapture:
+    """`Capture` by CUDA graphs, which share their memory: what one returned is gone when another is replayed.
+
+    No kernel runs while a graph is captured, so its first replay is its first run. What fails while it is captured is
+    raised as it was.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph, current, reason = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+        # Where it has not met a convolution before, cuDNN would time its ways to do it, which no capture allows.
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            # Loaders' threads go on allocating and copying meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                try:
+                    result = function()
+                except Exception as error:
+                    reason = error
+                    raise
+        except Exception:
+            # To end a capture that failed fails, too: it says less, and leaves the capture's stream the current one.
+            torch.cuda.set_stream(current)
+            if reason is not None:
+                raise reason from None
+            raise
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+        return graph.replay, result
+
+
+class GraphedStep:
+    """A step whose iterations are captured once for each of their variants and replayed; called like the step.
+
+    Batches and random choices are copied to where the graphs read them. What a call returns lies in the graph's memory
+    and is overwritten by the next call. What a step decides on the host (a slice of the meta set, whether theta moves)
+    is its `variant()`, each captured when it first comes; its counters are kept by `advance()`.
+    """
+
+    def __init__(self, step: Any, batch: Any, meta_batch: Any, capture: Capture) -> None:
+        self.step, self.capture = step, capture
+        self.batch, self.meta_batch = held(batch), held(meta_batch)
+        self.graphs: dict[Hashable, tuple[Callable[[], None], Any]] = {}
+
+    def __call__(self, batch: Any, meta_batch: Any) -> Any:
+        step, parts = self.step, self.step.parts
+        overwrite(self.batch, batch)
+        parts.augment.hold(self.batch.images)
+        if step.uses_meta_batch():
+            overwrite(self.meta_batch, meta_batch)
+            parts.meta_augment.hold(self.meta_batch.images)
+        variant = step.variant()
+        if variant not in self.graphs:
+            counters = step.counters()
+            self.graphs[variant] = self.capture(lambda: step(self.batch, self.meta_batch))
+            step.set_counters(counters)
+        replay, output = self.graphs[variant]
+        replay()
+        step.advance()
+        return output
+
+
+def held(batch: Any) -> Any:
+    """A copy of a batch whose memory is kept; None for None."""
+    return None if batch is None else replace(batch, **{name: t.clone() for name, t in tensors_of(batch).items()})
+
+
+def overwrite(kept: Any, batch: Any) -> None:
+    """Put the tensors of a batch into the memory of a `held` one of the same shapes."""
+    for name, tensor in tensors_of(batch).items():
+        getattr(kept, name).copy_(tensor, non_blocking=True)
+
+
+def tensors_of(batch: Any) -> dict[str, Tensor]:
+    """The fields of a batch that are tensors."""
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}

@@ -1,0 +1,1 @@
+"""The heart: the exact meta-gradient, Difficulty-Net, and the accuracy of every class."""

@@ -1,0 +1,230 @@
+"""The exact meta-gradient at first-order cost: lookahead, and dL_meta/dw by one forward-mode derivative.
+
+A meta-learned weighting takes one plain SGD step that depends on the weights w (Eq. 9 of Difficulty-Net),
+
+    phi_hat(w) = phi - lr * grad_phi (1/b) sum_i w_i l_i(phi),
+
+and asks how the meta loss at phi_hat changes with w (Eq. 10). By the chain rule, with v = grad L_meta(phi_hat),
+
+    dL_meta/dw_i = -(lr/b) <grad_phi l_i(phi), v> = -(lr/b) * d/de l_i(phi + e v) at e = 0,
+
+so all b derivatives are a single Jacobian-vector product. Nothing is differentiated twice: no `create_graph`, no
+second-order graph, and BatchNorm in training mode, through which the samples of a batch couple, is handled exactly.
+
+Every function here is pure: parameters and buffers are passed in and left as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastlt.autograd.record import ForwardRecord
+from fastlt.autograd.rules import ForwardChangedError, RuledTangents
+
+Tensors = dict[str, Tensor]
+# Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
+LossOfParameters = Callable[[Tensors], Tensor]
+
+
+def trainable_parameters(model: nn.Module) -> Tensors:
+    """The model's parameters that require a gradient, by name (the tensors themselves, not copies)."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The per-sample losses of `model` as a function of all that they depend on.
+
+    The function takes (parameters, constants, buffers, images, labels), the first three by name, and returns (b,). It
+    runs the model in the mode it is in, on copies of the buffers: BatchNorm normalises with the batch in training mode,
+    and its running statistics stay as they are.
+    """
+
+    def losses(parameters: Tensors, constants: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+        # Cloned on every call: forward-mode derivatives refuse the in-place update of a buffer they did not create.
+        copies = {name: b.clone() for name, b in buffers.items()}
+        logits = torch.func.functional_call(model, {**copies, **constants, **parameters}, (images,))
+        return loss(logits, labels)
+
+    return losses
+
+
+def tangents_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The derivative of `losses_at` in the parameters along a direction, by a Jacobian-vector product.
+
+    The function takes (parameters, direction, constants, buffers, images, labels) and returns (b,).
+    """
+    losses = losses_at(model, loss)
+
+    def tangents(parameters: Tensors, direction: Tensors, *rest: Any) -> Tensor:
+        return torch.func.jvp(lambda p: losses(p, *rest), (parameters,), (direction,))[1]
+
+    return tangents
+
+
+def what_stays(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """The (constants, buffers) of `losses_at` for a model of which `parameters` are varied; tensors, not copies."""
+    constants = {name: p.detach() for name, p in model.named_parameters() if name not in parameters}
+    return constants, dict(model.named_buffers())
+
+
+def functional_losses(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
+) -> LossOfParameters:
+    """The per-sample losses of `model` on one batch as a function of its parameters, or of some of them.
+
+    Parameters that it is not given are constants; otherwise see `losses_at`.
+    """
+    losses = losses_at(model, loss)
+    return lambda parameters: losses(parameters, *what_stays(model, parameters), images, labels)
+
+
+def lookahead(parameters: Tensors, gradients: Sequence[Tensor], lr: float | Tensor) -> Tensors:
+    """Eq. 9: one plain SGD step, without momentum or weight decay, into new leaf tensors.
+
+    gradients: in the order of `parameters`, each of its parameter's shape.
+    """
+    with torch.no_grad():
+        old = [p.detach() for p in parameters.values()]
+        if isinstance(lr, Tensor):
+            # As `alpha` a tensor would be read by the host.
+            stepped = torch._foreach_sub(old, torch._foreach_mul(list(gradients), lr))
+        else:
+            stepped = torch._foreach_add(old, list(gradients), alpha=-lr)
+    return {name: p.requires_grad_() for name, p in zip(parameters, stepped, strict=True)}
+
+
+def mean_loss_gradient(losses: LossOfParameters, parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss at `parameters` (0-d, detached) and its gradient, one tensor a parameter, zeros where unused."""
+    with torch.enable_grad():
+        value = losses(parameters).mean()
+        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return value.detach(), list(gradients)
+
+
+def directional_derivative(
+    losses: LossOfParameters, parameters: Tensors, direction: Sequence[Tensor], record: ForwardRecord | None = None
+) -> Tensor:
+    """d/de losses(parameters + e * direction) at e = 0, for all samples at once: (b,), in the losses' dtype.
+
+    record: of a pass `losses(parameters)` that was made before; its activations are used instead of new ones, in its
+    types. A pass that cannot be repeated gives a warning and a Jacobian-vector product without it.
+    """
+
+    def tangents(primals: Tensors, unit: Tensors) -> Tensor:
+        reused = None if record is None else _reusing(losses, primals, unit, record)
+        if reused is not None:
+            return reused
+        with RuledTangents():
+            return _tangent_along(losses, primals, unit)
+
+    return along_unit_direction(tangents, parameters, direction)
+
+
+def along_unit_direction(
+    tangents: Callable[[Tensors, Tensors], Tensor], parameters: Tensors, direction: Sequence[Tensor]
+) -> Tensor:
+    """`tangents` of (detached parameters, direction) by way of a direction of unit norm: (b,). A zero gives zeros.
+
+    Late in training the meta-gradient is small, and products of small tangents lose their low bits first.
+    """
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction))))
+        scale = torch.where(norm > 0, norm, torch.ones_like(norm))
+        unit = dict(zip(parameters, torch._foreach_div(list(direction), scale), strict=True))
+        # Fused attention kernels have no forward-mode derivative; the plain matrix products are the same function.
+        with sdpa_kernel(SDPBackend.MATH):
+            return tangents({name: p.detach() for name, p in parameters.items()}, unit) * norm
+
+
+def _tangent_along(losses: LossOfParameters, parameters: Tensors, direction: Tensors) -> Tensor:
+    """d/de losses(parameters + e * direction) at e = 0, (b,); parameters: detached."""
+    with forward_ad.dual_level():
+        values = losses({name: forward_ad.make_dual(p, direction[name]) for name, p in parameters.items()})
+        primal, tangent = forward_ad.unpack_dual(values)
+        return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _reusing(losses: LossOfParameters, parameters: Tensors, direction: Tensors, record: ForwardRecord) -> Tensor | None:
+    """`_tangent_along` from a recorded pass, or None, with a warning, when the pass does not repeat itself."""
+    device = next(iter(parameters.values())).device
+    state = random_state(device)
+
+    def repeated(duals: Tensors) -> Tensor:
+        with record.reused():
+            return losses(duals)
+
+    try:
+        return _tangent_along(repeated, parameters, direction)
+    except ForwardChangedError as change:
+        warnings.warn(
+            f"the model does not do the same twice on one batch ({change}); its forward pass is computed again for the "
+            "meta-gradient, which takes longer and is as exact",
+            stacklevel=3,
+        )
+        set_random_state(state, device)
+        return None
+
+
+def weight_gradient(derivative: Tensor, lr: float | Tensor, batch_size: int) -> Tensor:
+    """dL_meta/dw_i = -(lr / b) * derivative_i for the weights of the samples of one batch: (b,)."""
+    return derivative * (-lr / batch_size)
+
+
+def sum_by_class(per_sample: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Sum of (b,) values over the samples of each class: (C,), zero for a class that is not in the batch."""
+    return per_sample.new_zeros(num_classes).index_add_(0, labels, per_sample)
+
+
+def is_stochastic(model: nn.Module) -> bool:
+    """Whether a forward pass in training mode draws random numbers (dropout, stochastic depth)."""
+
+    def drops(module: nn.Module) -> bool:
+        rates = [getattr(module, "drop_rate", 0), getattr(module, "drop_prob", 0)]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+
+    return any(drops(module) for module in model.modules())
+
+
+def random_state(device: torch.device) -> Mapping[str, Tensor]:
+    """The state of the default generators that a forward pass on `device` draws from.
+
+    Empty while a CUDA graph is captured: nothing that draws is, and the generators may not be asked then.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return {}
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+@contextmanager
+def replayed_randomness(state: Mapping[str, Tensor], device: torch.device):
+    """Inside, the default generators start from `state`; afterwards they go on from where they stood before.
+
+    The tangent belongs to the same function as the forward pass it differentiates only if both drop the same units.
+    """
+    now = random_state(device)
+    try:
+        set_random_state(state, device)
+        yield
+    finally:
+        set_random_state(now, device)
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put a `random_state` back."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,29 @@
+"""The recipe: everything a run is made from, typed, composed and checked before any data is touched."""
+
+from fastlt.recipe.schema import (
+    LIST_KEYS,
+    SMALL_SOURCES,
+    AccuracyRecipe,
+    DataRecipe,
+    ModelRecipe,
+    Recipe,
+    StageRecipe,
+    StorageRecipe,
+    check,
+    differences,
+    load_recipe,
+)
+
+__all__ = [
+    "LIST_KEYS",
+    "SMALL_SOURCES",
+    "AccuracyRecipe",
+    "DataRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "StageRecipe",
+    "StorageRecipe",
+    "check",
+    "differences",
+    "load_recipe",
+]

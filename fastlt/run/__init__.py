@@ -1,0 +1,1 @@
+"""The run: what a recipe describes is trained, evaluated, saved and logged."""

@@ -1,0 +1,164 @@
+"""From a recipe's data section to a converted data set: the small ones are converted here, once, and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from fastlt.recipe import LIST_KEYS, SMALL_SOURCES, DataRecipe
+from loaders.sources import Source, open_source
+from loaders.stored.dataset import MANIFEST, ConvertedDataset, conversion_request, convert
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.source_dataset import SourceDataset
+
+# Which images are chosen does not depend on the seed of a run: runs under several seeds share one data set.
+SPLIT_SEED = 0
+T = TypeVar("T")
+
+
+def request(data: DataRecipe) -> dict[str, Any]:
+    """What identifies the converted data set that a recipe asks for."""
+    return conversion_request(
+        data.source,
+        **{key: getattr(data, key) for key in LIST_KEYS},
+        imbalance_factor=data.imbalance_factor,
+        convention=data.convention,
+        meta_per_class=data.meta_per_class,
+        options=_options(data),
+    )
+
+
+def _formats(data: DataRecipe) -> tuple[str, ...]:
+    """What is written for a recipe: a data set made for DALI's loaders serves the others as well."""
+    return ("ffcv", "dali") if data.loader in ("dali", "resident_jpeg") else ("ffcv",)
+
+
+def _check_format(data: DataRecipe, folder: Path) -> None:
+    """ValueError when the folder lacks the one format that the recipe's loader reads."""
+    formats = ConvertedDataset.open(folder).formats
+    if data.loader in ("ffcv", "dali") and data.loader not in formats:
+        raise ValueError(
+            f"data.loader is {data.loader!r}, but {folder} was converted to {' and '.join(formats)} only; choose "
+            f"another loader, or convert it anew with\n  {conversion_command(data, folder, overwrite=True)}"
+        )
+
+
+def _options(data: DataRecipe) -> FfcvOptions:
+    storage = data.storage
+    return FfcvOptions(storage.mode, max_resolution=storage.max_resolution, jpeg_quality=storage.jpeg_quality)
+
+
+def default_folder(data: DataRecipe) -> Path:
+    """`data/<source>-<digest>`: another request gets another folder, so none is ever overwritten."""
+    digest = hashlib.sha256(json.dumps(request(data), sort_keys=True).encode()).hexdigest()[:8]
+    return Path("data") / f"{data.source}-{digest}"
+
+
+def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
+    """The command that makes the data set a recipe asks for."""
+    words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder)]
+    if data.source != "digits":
+        words += ["--root", data.root or "DIR"]
+    for key in LIST_KEYS:
+        if getattr(data, key):
+            words += [f"--{key.replace('_', '-')}", getattr(data, key)]
+    if data.imbalance_factor is not None:
+        words += ["--imbalance", f"{data.imbalance_factor:g}"]
+    words += ["--meta-per-class", str(data.meta_per_class), "--mode", data.storage.mode]
+    if data.loader in ("dali", "resident_jpeg"):
+        words += ["--format", "both"]
+    if data.storage.max_resolution is not None:
+        words += ["--max-resolution", str(data.storage.max_resolution)]
+    if data.storage.mode != "raw":
+        words += ["--jpeg-quality", str(data.storage.jpeg_quality)]
+    if overwrite:
+        words.append("--overwrite")
+    return shlex.join(words)
+
+
+def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedDataset | SourceDataset:
+    """The data set of a recipe; digits and CIFAR are converted by the main process when it is absent.
+
+    ValueError, on every process, when there is none and it is not small, when the folder holds another one, or when
+    the source cannot be read.
+    """
+    if not data.convert:
+        return _on_main(accelerator, lambda: _read_source(data))
+    folder = Path(data.converted) if data.converted else default_folder(data)
+    _on_main(accelerator, lambda: ensure_converted(data, folder))
+    return ConvertedDataset.open(folder)
+
+
+def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every process; so is its ValueError, or the others would wait.
+
+    That a file or folder cannot be read or written is a ValueError, too: a matter of the user's data.
+    """
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def _read_source(data: DataRecipe) -> SourceDataset:
+    return SourceDataset.open(_open_source(data), Path(data.root or data.source))
+
+
+def _open_source(data: DataRecipe) -> Source:
+    return open_source(
+        data.source,
+        root=data.root,
+        **{key: getattr(data, key) for key in LIST_KEYS},
+        num_classes=data.num_classes,
+        download=data.download,
+        imbalance_factor=data.imbalance_factor,
+        convention=data.convention,
+        meta_per_class=data.meta_per_class,
+        seed=SPLIT_SEED,
+    )
+
+
+def ensure_converted(data: DataRecipe, folder: Path) -> None:
+    """Convert into `folder` unless what the recipe asks for is there; for one process. ValueError as above."""
+    if (folder / MANIFEST).exists():
+        _check_request(data, folder, ConvertedDataset.open(folder).manifest["request"])
+        _check_format(data, folder)
+        return
+    if data.source not in SMALL_SOURCES:
+        raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
+    convert(_open_source(data), folder, options=_options(data), request=request(data), formats=_formats(data))
+
+
+def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:
+    """ValueError when the folder holds other images than the recipe asks for.
+
+    How they are stored is the folder's own business when the recipe names the folder, and so are the list files when
+    the recipe names none.
+    """
+    wanted = request(data)
+    if data.converted:
+        wanted = {k: wanted[k] for k in ("source", "imbalance_factor", "convention", "meta_per_class")} | {
+            k: wanted[k] for k in LIST_KEYS if wanted[k] is not None
+        }
+    wrong = [f"{k} is {made_from.get(k)!r}, not {v!r}" for k, v in wanted.items() if made_from.get(k) != v]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds another data set than the recipe asks for: {'; '.join(wrong)}. "
+            f"Convert into another folder and name it in data.converted, or change the recipe"
+        )

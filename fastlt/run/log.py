@@ -1,0 +1,110 @@
+"""What a run says: a JSONL file, trackers, a progress bar, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastlt.run.checkpoint import write_atomically
+from fastlt.state import ClassCounts
+
+
+class RunLog:
+    """Appends one JSON object a line to `log.jsonl`; on resuming, forgets what was logged after the checkpoint.
+
+    Only the main process writes (`enabled`); the others count along. `track(values, iteration)`, when given, passes
+    the numbers on to experiment trackers.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool, track: Callable[[dict, int], None] | None = None) -> None:
+        self.path, self.enabled, self.track = path, enabled, track
+        self.file = None
+
+    def open(self, upto_iteration: int) -> None:
+        """Start writing, keeping the lines up to and including `upto_iteration` (counted over all stages)."""
+        if not self.enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if line["iteration"] <= upto_iteration]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, iteration: int, **values: Any) -> None:
+        """One line: `kind` is "train" or "evaluation"; values are JSON-ready."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
+        self.file.flush()
+        if self.track is not None:
+            self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, iteration)
+
+    def close(self) -> None:
+        """Close the file; writing again needs `open`."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def _lines(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                # A kill in the middle of a write leaves one broken line, the last.
+                break
+        return lines
+
+
+def progress_bar(total: int, done: int, description: str, *, enabled: bool) -> tqdm:
+    """A bar over iterations, redrawn twice a second; in a log file, where nothing can be redrawn, once a minute."""
+    interval_s = 0.5 if sys.stderr.isatty() else 60.0
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        disable=not enabled,
+        unit="it",
+        mininterval=interval_s,
+        maxinterval=max(10.0, interval_s),
+        dynamic_ncols=True,
+    )
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with two decimals; a dash where there is nothing to say."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int = 40) -> str:
+    """The end of a run for a person: overall, by shots, and every class with its count and learned weight.
+
+    With more than `max_classes` classes only the largest and the smallest ones are listed.
+    """
+    masks = counts.shot_masks()
+    lines = [f"{'':16}{'classes':>9}{'images':>9}{'top-1 %':>10}"]
+    lines.append(f"{'overall':16}{counts.num_classes:>9}{int(counts.counts.sum()):>9}{percent(result['top1']):>10}")
+    for group, mask in masks.items():
+        images = int(counts.counts[mask].sum())
+        lines.append(f"{group + '-shot':16}{int(mask.sum()):>9}{images:>9}{percent(result[group]):>10}")
+    lines.append(
+        f"\ntop-5 {percent(result['top5'])} %   macro-F1 {percent(result['macro_f1'])} %   "
+        f"ECE {percent(result['ece'])} %   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
+    )
+    weights = result.get("class_weights")
+    lines.append(f"\n{'class':24}{'images':>8}{'weight':>9}{'top-1 %':>10}")
+    order = sorted(range(counts.num_classes), key=lambda c: -counts.counts[c])
+    shown = order if len(order) <= max_classes else order[: max_classes // 2] + order[-max_classes // 2 :]
+    for position, c in enumerate(shown):
+        if len(shown) < len(order) and position == max_classes // 2:
+            lines.append(f"... {len(order) - len(shown)} more classes in result.json ...")
+        weight = "-" if weights is None else f"{weights[c]:.3f}"
+        accuracy = percent(result["per_class_accuracy"][c])
+        lines.append(f"{counts.names[c][:23]:24}{int(counts.counts[c]):>8}{weight:>9}{accuracy:>10}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Which image comes when: long-tailed subsampling, sampling, and plans of epochs."""

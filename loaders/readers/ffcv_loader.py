@@ -1,0 +1,206 @@
+"""Reading FFCV files with FFCV's two C kernels, in our order and with our crops, on threads of this process.
+
+FFCV's own Loader is not used. It draws crops from generators that no seed reaches, hands out buffers that it writes to
+again, waits for all threads after every batch, goes on silently when its thread dies, sets torch's thread count, and
+lets two loaders at once abort the process under one of numba's threading layers. Here plain threads call one compiled
+loop, which does not hold the interpreter's lock, over a few images each, into memory that belongs to the batch. Several
+small batches are decoded in one go: at 32 pixels, Python's part of a batch takes longer than its pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loaders.order.plan import EpochPlan
+from loaders.readers.host_loader import STALL_S, HostLoader, default_workers
+from loaders.stored.beton import Beton
+from loaders.stored.damage import DamageError
+from loaders.stored.native import keep_torch_threads
+
+BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
+PIECE_BYTES = 1 << 20  # what a thread decodes at a time, at most, and at least one image
+BUFFERS_AHEAD = 3  # decoded while the consumer works; more when the threads need more to be busy
+STOP_S = 30.0  # longer than any piece takes to decode
+NONE_DAMAGED = -1
+
+
+@functools.cache
+def _compiled_loop() -> Callable[..., int]:
+    """The decoding of some images, compiled once a process; it runs without the interpreter's lock.
+
+    storage: uint8 (n,), the file.  offsets, sizes, heights, widths: int64 (N,).  is_jpeg: bool (N,).
+    index: int64 (K,).  boxes: int32 (K, 4).  images: uint8 (K, h, w, 3), overwritten.  scratch: uint8, overwritten,
+        long enough for any stored image of the split.
+    Returns the place in `index` of the first image whose JPEG is damaged, else -1.
+    """
+    with keep_torch_threads():
+        from ffcv.libffcv import imdecode, memcpy, resize_crop
+        from numba import njit
+    compiled = functools.partial(njit, nogil=True, error_model="numpy")
+    decode_c, resize_c, copy_c = (compiled(kernel) for kernel in (imdecode, resize_crop, memcpy))
+
+    @compiled
+    def loop(storage, offsets, sizes, is_jpeg, heights, widths, index, boxes, images, scratch):
+        for k in range(len(index)):
+            i = index[k]
+            height, width = heights[i], widths[i]
+            top, left, crop_height, crop_width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
+            data = storage[offsets[i] : offsets[i] + sizes[i]]
+            whole = crop_height == height and crop_width == width
+            as_stored = whole and height == images.shape[1] and width == images.shape[2]
+            if is_jpeg[i]:
+                image = images[k] if as_stored else scratch[: 3 * height * width].reshape(height, width, 3)
+                if decode_c(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                    return k
+            else:
+                image = data.reshape(height, width, 3)
+            if not as_stored:
+                resize_c(image, top, top + crop_height, left, left + crop_width, images[k])
+            elif not is_jpeg[i]:
+                copy_c(image, images[k])
+        return NONE_DAMAGED
+
+    return loop
+
+
+class FfcvLoader(HostLoader):
+    """BatchLoader over a .beton file, read through the operating system's page cache.
+
+    num_workers: decoding threads; None takes the cores of this job over its processes.
+    The first batch of a process waits some seconds for numba to compile the decoder.
+    A damaged image raises DamageError naming it; an exception in a thread and a decoder silent for ten minutes raise
+    RuntimeError naming the file.
+    """
+
+    backend = "ffcv"
+
+    def __init__(
+        self,
+        beton: Beton,
+        plan: EpochPlan,
+        *,
+        device: torch.device | str,
+        num_workers: int | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        super().__init__(beton, plan, device=device, reason=reason)
+        workers = default_workers(plan.world_size) if num_workers is None else num_workers
+        if workers < 1:
+            raise ValueError(f"num_workers {num_workers} for the 'ffcv' backend: give 1 or more threads")
+        self.beton = beton
+        image_bytes = 3 * int(np.prod(plan.output_shape))
+        self._buffer = plan.batch_size * max(1, BUFFER_BYTES // (image_bytes * plan.batch_size))
+        self._piece = max(1, min(PIECE_BYTES // image_bytes, -(-self._buffer // workers)))
+        pieces = -(-self._buffer // self._piece)
+        self._ahead = max(BUFFERS_AHEAD, -(-2 * workers // pieces))
+        self._scratch = threading.local()
+        self._threads = _Threads(workers)
+
+    def close(self) -> None:
+        """Ends the running epoch and the threads; a stuck one is left behind (it is a daemon)."""
+        super().close()
+        self._threads.end()
+
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+        starts = iter(range(0, len(index), self._buffer))
+        waiting: deque[tuple[Tensor, list[Future]]] = deque()
+        try:
+            while True:
+                for start in _take(starts, self._ahead - len(waiting)):
+                    end = start + self._buffer
+                    waiting.append(self._submit(index[start:end], boxes[start:end]))
+                if not waiting:
+                    return
+                images, pieces = waiting[0]
+                for piece in pieces:
+                    self._finish(piece)
+                waiting.popleft()
+                yield from images.split(self.batch_size)
+        finally:
+            for _, pieces in waiting:
+                for piece in pieces:
+                    piece.cancel()
+
+    def _submit(self, index: np.ndarray, boxes: np.ndarray) -> tuple[Tensor, list[Future]]:
+        """Memory for the images at `index`, and what fills it, piece by piece."""
+        shape = (len(index), *self.plan.output_shape, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        pixels = images.numpy()
+        pieces = []
+        for start in range(0, len(index), self._piece):
+            part = slice(start, start + self._piece)
+            pieces.append(self._threads.submit(self._decode, index[part], boxes[part], pixels[part]))
+        return images, pieces
+
+    def _decode(self, index: np.ndarray, boxes: np.ndarray, images: np.ndarray) -> None:
+        """Fill `images`, in one of the threads."""
+        beton, scratch = self.beton, getattr(self._scratch, "bytes", None)
+        if scratch is None:
+            scratch = self._scratch.bytes = np.empty(3 * int((beton.heights * beton.widths).max()), dtype=np.uint8)
+        stored = (beton.storage, beton.offsets, beton.sizes, beton.is_jpeg, beton.heights, beton.widths)
+        damaged = _compiled_loop()(*stored, index, boxes, images, scratch)
+        if damaged != NONE_DAMAGED:
+            beton.image(index[damaged])  # says what is wrong with it
+
+    def _finish(self, piece: Future) -> None:
+        try:
+            piece.result(timeout=STALL_S)
+        except FutureTimeout:
+            raise RuntimeError(
+                f"{self.stored.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
+                "The 'torch' backend reads it without FFCV's kernels"
+            ) from None
+        except DamageError as damage:
+            raise DamageError(str(damage)) from damage  # in this thread, with its own traceback
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.stored.path}: a decoding thread stopped with {type(error).__name__}: {error}; "
+                "the 'torch' backend reads the same file in other processes"
+            ) from error
+
+
+class _Threads:
+    """Daemon threads that run what is submitted, in order; unlike an executor's, a stuck one does not keep Python."""
+
+    def __init__(self, count: int) -> None:
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, daemon=True, name="ffcv-decode") for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., None], *arguments: object) -> Future:
+        future: Future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def end(self) -> None:
+        """Ends each thread after what it is doing; may be called twice."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(STOP_S)
+        self._threads = []
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:  # whatever it is, the reader must hear of it
+                    future.set_exception(error)
+
+
+def _take(items: Iterator[int], count: int) -> Iterator[int]:
+    for _, item in zip(range(count), items, strict=False):
+        yield item

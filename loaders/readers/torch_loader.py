@@ -1,0 +1,117 @@
+"""The plain reference backend: a torch DataLoader whose workers read the stored images one by one."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from loaders.order.plan import EpochPlan
+from loaders.protocol import StoredSplit
+from loaders.readers.host_loader import STALL_S, HostLoader, default_workers
+from loaders.stored.damage import DamageError
+from loaders.stored.native import resize_crop
+
+# What the workers' common ancestor imports, so that none of them has to.
+PRELOADED = ["loaders.readers.torch_loader", "ffcv.libffcv"]
+
+
+def _clean_ancestor() -> BaseContext:
+    """Starts workers as children of a process that has decoded nothing, and none of whose threads ends.
+
+    Children of this one could wait for ever for a lock of OpenCV's, which a thread that was just ending (another
+    loader's, say) held when they were forked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class _CroppedBatches(Dataset):
+    """Asked with (index int64 (N,), boxes int32 (N, 4)), it answers with that batch's pixels."""
+
+    def __init__(self, stored: StoredSplit, shape: tuple[int, int]) -> None:
+        self.stored, self.shape = stored, shape
+
+    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor | DamageError:
+        index, boxes = asked
+        images = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
+        try:
+            for i, box, out in zip(index, boxes, images, strict=True):
+                resize_crop(self.stored.image(i), box, out)
+        except DamageError as damage:
+            return damage  # raised, it would reach the user with the worker's traceback for a message
+        return torch.from_numpy(images)
+
+
+class _PlannedSampler(Sampler):
+    """Hands out the current epoch's batches, which the loader sets before each epoch."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.index, self.boxes = np.empty(0, np.int64), np.empty((0, 4), np.int32)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(self.index), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            yield self.index[batch], self.boxes[batch]
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+
+class TorchLoader(HostLoader):
+    """BatchLoader over torch.utils.data.DataLoader worker processes.
+
+    num_workers: processes, which import the main module: a script needs its `if __name__ == "__main__"`. 0 reads in
+        this process; None takes the cores of this job over its processes.
+    A damaged image raises DamageError naming it; a worker silent for ten minutes raises RuntimeError.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self,
+        stored: StoredSplit,
+        plan: EpochPlan,
+        *,
+        device: torch.device | str,
+        num_workers: int | None = None,
+        reason: str = "asked for",
+    ) -> None:
+        super().__init__(stored, plan, device=device, reason=reason)
+        workers = default_workers(plan.world_size) if num_workers is None else num_workers
+        if workers < 0:
+            raise ValueError(
+                f"num_workers {workers}: 0 reads in the main process, a positive number starts as many workers"
+            )
+        self._sampler = _PlannedSampler(plan.batch_size)
+        self._loader: DataLoader | None = DataLoader(
+            _CroppedBatches(stored, plan.output_shape),
+            sampler=self._sampler,
+            batch_size=None,  # the sampler's items are whole batches already
+            num_workers=workers,
+            multiprocessing_context=_clean_ancestor() if workers else None,
+            persistent_workers=workers > 0,
+            timeout=STALL_S if workers else 0,
+            pin_memory=self.device.type == "cuda",  # by a thread, which the copy to the GPU then need not wait for
+            # Its own generator: by default each epoch draws a worker seed from, and so advances, torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+        self._sampler.index, self._sampler.boxes = index, boxes
+        for images in self._loader:
+            if isinstance(images, DamageError):
+                raise images
+            yield images
+
+    def close(self) -> None:
+        """Ends the running epoch and the worker processes."""
+        super().close()
+        self._loader = None  # the DataLoader joins its workers when its last reference goes

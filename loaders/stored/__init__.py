@@ -1,0 +1,1 @@
+"""A data set on disk: manifest, formats, writers, and checks of images."""

@@ -1,0 +1,107 @@
+"""A data set read from the source's own files, without a conversion: for a look at it, or where it fits on the device.
+
+It answers what a ConvertedDataset answers. Every image is decoded once when it is opened, as in a conversion: what is
+damaged is known by path before the first batch, and how large each image is.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastlt.names import pick
+from loaders.sources.split import Source, Split
+from loaders.stored.damage import DamageError
+from loaders.stored.dataset import check_source, refuse_bad_images
+from loaders.stored.image_check import ImageCheck
+
+if TYPE_CHECKING:
+    from fastlt.state import ClassCounts
+
+
+class SourceSplit:
+    """A StoredSplit over the source's images.
+
+    path: what to call it in messages.
+    labels, heights, widths: int64 (N,).
+    """
+
+    in_memory = False
+
+    def __init__(self, path: Path, split: Split, sizes: np.ndarray) -> None:
+        self.path, self.split = path, split
+        self.labels = split.labels
+        self.heights, self.widths = (np.ascontiguousarray(side) for side in sizes.T)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, i: int) -> np.ndarray:
+        """Image `i` as RGB uint8 (H, W, 3); DamageError naming it when its file was changed or damaged meanwhile."""
+        try:
+            image = self.split.image(i)
+        except ValueError as error:
+            raise DamageError(f"{self.split.name(i)}: {error}") from error
+        expected = (self.heights[i], self.widths[i], 3)
+        if image.shape != expected:
+            raise DamageError(
+                f"{self.split.name(i)}: it was changed after the run began ({image.shape}, not {expected})"
+            )
+        return image
+
+    def encoded(self, i: int) -> np.ndarray:
+        """Image `i` as a JPEG file, the source's own bytes where it has them, else as a PNG file: uint8 (n,)."""
+        data = self.split.encoded(i)
+        if data is None:
+            from PIL import Image
+
+            file = io.BytesIO()
+            Image.fromarray(self.image(i)).save(file, "PNG", compress_level=1)
+            data = file.getvalue()
+        return np.frombuffer(data, dtype=np.uint8)
+
+
+class SourceDataset:
+    """The splits of a source, ready for `make_loader` and the trainer.
+
+    root: where the data are, for messages.
+    checks: what `dataset.check_source` found for each split.
+    Raises ValueError that lists the images that cannot be decoded.
+    """
+
+    formats = ("source",)
+
+    def __init__(self, source: Source, root: Path, checks: Mapping[str, ImageCheck]) -> None:
+        refuse_bad_images(source, checks, on_error="stop")
+        self.root, self.class_names = root, source.class_names
+        self._splits = {name: SourceSplit(root, split, checks[name].sizes) for name, split in source.splits.items()}
+
+    @classmethod
+    def open(
+        cls, source: Source, root: Path, *, num_workers: int | None = None, progress: bool = True
+    ) -> SourceDataset:
+        """Decode every image once, on `num_workers` processes (None: all cores), and open the splits."""
+        return cls(source, root, check_source(source, num_workers=num_workers, progress=progress))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, int64 (N,)."""
+        return self.stored(split).labels
+
+    def class_counts(self, shots: tuple[int, int] = (100, 20)) -> ClassCounts:
+        """Training images per class, as `ConvertedDataset.class_counts`."""
+        from fastlt.state import ClassCounts
+
+        counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
+        return ClassCounts(counts, self.class_names, tuple(shots))
+
+    def stored(self, split: str) -> SourceSplit:
+        """The images of a split."""
+        return pick("split", split, self._splits)
