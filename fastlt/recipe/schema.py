@@ -378,8 +378,8 @@ def _check_names(recipe: Recipe) -> list[str]:
         except ValueError as error:
             mistakes.append(f"{where}: {error}")
     methods = [STEPS[s.method] for s in recipe.stages.values() if s.method in STEPS]
-    if recipe.data.second_augment is not None and not any(m.needs_second_view for m in methods):
-        able = ", ".join(name for name, step in STEPS.items() if step.needs_second_view)
+    if recipe.data.second_augment is not None and not any(m.needs.second_view for m in methods):
+        able = ", ".join(name for name, step in STEPS.items() if step.needs.second_view)
         mistakes.append(
             "data.second_augment: is set, but no stage looks at an image twice; leave it out, or take a method that "
             f"does: {able}"
@@ -399,19 +399,19 @@ def _check_names(recipe: Recipe) -> list[str]:
             mistakes.append(f"{error} (options of method {stage.method!r})")
             continue
         mistakes += [f"stages.{name}.{m}" for m in STEPS[stage.method].check_stage(stage, recipe)]
-        if recipe.model.experts is not None and not STEPS[stage.method].trains_experts:
-            able = ", ".join(method for method, step in STEPS.items() if step.trains_experts)
+        if recipe.model.experts is not None and not STEPS[stage.method].allows.experts:
+            able = ", ".join(method for method, step in STEPS.items() if step.allows.experts)
             mistakes.append(
                 f"stages.{name}.method: is {stage.method!r}, which trains one network with one head, but model.experts "
                 f"is {recipe.model.experts}; leave model.experts out, or take a method of {able}"
             )
-        if stage.classes != "all" and not STEPS[stage.method].trains_part:
+        if stage.classes != "all" and not STEPS[stage.method].allows.some_classes:
             mistakes.append(
                 f"stages.{name}.classes: is {stage.classes!r}, but method {stage.method!r} is for all classes at once; "
                 "leave it out, or take method expert"
             )
         first = len(recipe.lineage(stage)) == 1
-        if first and STEPS[stage.method].needs_stage_before and not recipe.model.checkpoint:
+        if first and STEPS[stage.method].needs.trained_model and not recipe.model.checkpoint:
             mistakes.append(
                 f"stages.{name}.method: is {stage.method!r} without a stage before it; it continues a trained model. "
                 "Put the stage that trains one first and start from it (start: previous), or give its weights as "

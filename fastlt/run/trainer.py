@@ -175,7 +175,7 @@ class Trainer:
             for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
                 size = self._batch_size(stage, split)
                 labels = self.dataset.labels(split)
-                if split == "meta" and not STEPS[stage.method].needs_meta_batch:
+                if split == "meta" and not STEPS[stage.method].needs.meta_batch:
                     continue
                 available = int(classes[labels].sum()) if split == "train" else len(labels)
                 if size > available:
@@ -199,7 +199,7 @@ class Trainer:
         data = self.recipe.data
         kinds = [STEPS[stage.method] for stage in self.recipe.stages.values()]
         wanted = {"data.augment": ("train", data.augment)}
-        if any(kind.needs_meta_batch for kind in kinds):
+        if any(kind.needs.meta_batch for kind in kinds):
             wanted["data.meta_augment"] = ("meta", data.augment if data.meta_augment is None else data.meta_augment)
         if data.second_augment is not None:
             wanted["data.second_augment"] = ("train", data.second_augment)
@@ -243,7 +243,7 @@ class Trainer:
             except ValueError as error:
                 raise ValueError(f"stages.{name}.options: {error}") from None
             first = len(self.recipe.lineage(stage)) == 1
-            if first and kind.needs_trained_head and not self.model.head_is_trained:
+            if first and kind.needs.trained_head and not self.model.head_is_trained:
                 raise ValueError(
                     f"stages.{name}.method is {stage.method!r}, which goes on from a trained head, but "
                     f"{self.recipe.model.checkpoint} has none for {self.counts.num_classes} classes and "
@@ -316,7 +316,7 @@ class Trainer:
             for buffer_name, buffer in self.model.named_buffers():
                 buffer.copy_(mine["buffers"][buffer_name])
             self.resumed = None
-        elif step.needs_first_pass:
+        elif step.needs.first_pass:
             self._first_pass(step)
         per_epoch = len(train)
         unit = per_epoch if stage.epochs is not None else 1
@@ -392,14 +392,14 @@ class Trainer:
         )
         processes = self.reducer.world_size
         classes = self._classes(stage)
-        train = self._training_loader(stage, classes, second_view=kind.needs_second_view)
+        train = self._training_loader(stage, classes, second_view=kind.needs.second_view)
         meta = None
-        if kind.needs_meta_batch:
+        if kind.needs.meta_batch:
             meta = self._loader("meta", self._batch_size(stage, "meta") // processes, train=True)
         meta_specs = data.augment if data.meta_augment is None else data.meta_augment
         second_specs = data.augment if data.second_augment is None else data.second_augment
         accuracy = None
-        if kind.needs_accuracy:
+        if kind.needs.class_accuracy:
             everything = self._whole_split("meta")
             accuracy = ClassAccuracy(
                 everything.images,
@@ -418,8 +418,8 @@ class Trainer:
             optimizer=optimizer,
             augment=self._augment(data.augment, train, TRAIN_STREAM),
             meta_augment=self._augment(meta_specs, meta, META_STREAM) if meta is not None else None,
-            second_augment=self._augment(second_specs, train, SECOND_STREAM) if kind.needs_second_view else None,
-            training_images=self._training_images if kind.needs_training_images else None,
+            second_augment=self._augment(second_specs, train, SECOND_STREAM) if kind.needs.second_view else None,
+            training_images=self._training_images if kind.needs.training_images else None,
             class_counts=self.counts,
             class_accuracy=accuracy,
             autocast=self.accelerator.autocast,

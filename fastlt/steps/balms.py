@@ -16,6 +16,7 @@ from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.decoupled import CrtStep
 from fastlt.steps.meta import MetaStep
+from fastlt.steps.needs import Needs
 
 
 def initial_logits(class_counts: np.ndarray, init_pow: float) -> Tensor:
@@ -66,6 +67,8 @@ class BalmsStep(MetaStep, CrtStep):
 
     With several processes each draws its share from its own batch, and gradients are those of all of them.
     """
+
+    needs = Needs(meta_batch=True, trained_model=True)
 
     @dataclass(frozen=True)
     class Options:

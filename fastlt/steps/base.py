@@ -17,6 +17,7 @@ from fastlt.device.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.state import Batch, ClassCounts, StepOutput
+from fastlt.steps.needs import Allows, Needs
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class StepParts:
 
     loss: per-sample loss, (logits (b, C), labels (b,)) -> (b,).
     augment, meta_augment: uint8 (N, 3, H, W) -> normalised float, for the training and the meta batch.
-    second_augment: likewise for the second view of a training batch; None for methods with `needs_second_view = False`.
+    second_augment: likewise for the second view of a training batch; None for methods that do not need one.
     training_images: goes once over this process's share of the training set, each image once in split order and
         cropped and normalised as for evaluation: (float (N, 3, H, W), labels (N,)), on the device; None for methods
-        with `needs_training_images = False`.
-    class_accuracy: A on the meta set; None for methods with `needs_accuracy = False`.
+        that do not need them.
+    class_accuracy: A on the meta set; None for methods that do not need it.
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
     compiler: what the step's forward, backward and tangent passes are compiled by.
     trained_classes: bool (C,), the classes whose images the batches hold; None for all of them.
@@ -67,27 +68,11 @@ class Step:
     trains a part of the model only, or changes it first, overrides `prepare_model`, `parameter_groups` and
     `train_mode`; the trainer calls them in this order.
 
-    needs_meta_batch, needs_accuracy: whether the step wants a meta batch each iteration, and A on the meta set.
-    needs_second_view, needs_training_images: whether it looks at each training image under two augmentations, and goes
-        over the whole training set now and then.
-    needs_stage_before: whether it continues a trained model, so that it cannot be the first stage of a new one.
-    needs_trained_head: whether that includes the head: a checkpoint without a fitting one is refused.
-    compiles: whether the passes that cost the most go through `parts.compiler`.
-    trains_experts: whether the model may be one of several experts (`model.experts`).
-    needs_first_pass: whether `first_pass` wants to see the training images before the first iteration.
-    trains_part: whether its stage may train on a part of the classes (`classes` of the stage).
+    needs, allows: what a recipe and the trainer have to know of a method before they make a step.
     """
 
-    needs_meta_batch = False
-    needs_accuracy = False
-    needs_second_view = False
-    needs_training_images = False
-    needs_stage_before = False
-    needs_trained_head = False
-    compiles = False
-    trains_experts = False
-    needs_first_pass = False
-    trains_part = False
+    needs = Needs()
+    allows = Allows()
 
     @dataclass(frozen=True)
     class Options:
@@ -132,7 +117,7 @@ class Step:
         return ()
 
     def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:
-        """See the training set once before the first iteration; for methods with `needs_first_pass`.
+        """See the training set once before the first iteration; for methods that need it.
 
         Called at the start of a stage with the model it starts from, in eval mode and without gradients, and not again
         when the run resumes inside the stage: what it finds belongs into the model or into `state_dict`.
@@ -156,7 +141,7 @@ class Step:
 
     def why_not_compiled(self) -> str | None:
         """Why `parts.compiler` cannot serve this step, None when it can."""
-        return None if self.compiles else "the method has passes of its own, which are not compiled"
+        return None if self.allows.compilation else "the method has passes of its own, which are not compiled"
 
     # What a replayed iteration cannot do by itself, since Python does not run in it.
 
@@ -167,7 +152,7 @@ class Step:
 
     def uses_meta_batch(self) -> bool:
         """Whether the next iteration looks at its meta batch."""
-        return self.needs_meta_batch
+        return self.needs.meta_batch
 
     def counters(self) -> Any:
         """The numbers on the host that an iteration changes."""

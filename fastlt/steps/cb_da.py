@@ -12,6 +12,7 @@ from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.meta import MetaStep
+from fastlt.steps.needs import Allows
 
 
 class CbDaStep(MetaStep):
@@ -22,7 +23,7 @@ class CbDaStep(MetaStep):
     normalised. For a run that starts from a trained model, give `from_epoch: 0`.
     """
 
-    compiles = True
+    allows = Allows(compilation=True)
 
     @dataclass(frozen=True)
     class Options:

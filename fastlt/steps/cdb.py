@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
+from fastlt.steps.needs import Allows, Needs
 
 
 def dynamic_tau(accuracy: Tensor) -> Tensor:
@@ -31,8 +32,8 @@ class CdbStep(Step):
     network that has learned nothing calls every image by one class, which would have weight 0 for that whole epoch.
     """
 
-    needs_accuracy = True
-    compiles = True
+    needs = Needs(class_accuracy=True)
+    allows = Allows(compilation=True)
 
     @dataclass(frozen=True)
     class Options:

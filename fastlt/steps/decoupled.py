@@ -16,6 +16,7 @@ from fastlt.losses import LOSSES
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.needs import Needs
 
 
 class DecoupledStep(Step):
@@ -24,7 +25,7 @@ class DecoupledStep(Step):
     The backbone is in eval mode: its parameters and its BatchNorm statistics stay as they are, bit for bit.
     """
 
-    needs_stage_before = True
+    needs = Needs(trained_model=True)
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
@@ -80,7 +81,7 @@ class CrtStep(DecoupledStep):
 class LwsStep(DecoupledStep):
     """Learnable weight scaling (LWS): W and b stay, one scale a class is learned, logits are (W x + b) ⊙ s."""
 
-    needs_trained_head = True
+    needs = Needs(trained_model=True, trained_head=True)
 
     @classmethod
     def prepare_head(cls, model: nn.Module, seed: int) -> None:
@@ -148,7 +149,7 @@ class TauNormStep(DecoupledStep):
     chosen (of equals, the larger). The trained weights are remembered, so each value starts from them.
     """
 
-    needs_trained_head = True
+    needs = Needs(trained_model=True, trained_head=True)
 
     @dataclass(frozen=True)
     class Options:

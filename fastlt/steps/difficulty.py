@@ -13,13 +13,14 @@ from fastlt.names import pick
 from fastlt.state import Batch
 from fastlt.steps.base import check_not_negative
 from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden
+from fastlt.steps.needs import Allows, Needs
 
 
 class DifficultyStep(LearnedWeightStep):
     """Algorithm 1 of the supplement, one iteration; the inner loss is any per-sample loss ("Ours + Bal. Softmax")."""
 
-    needs_accuracy = True
-    compiles = True
+    needs = Needs(meta_batch=True, class_accuracy=True)
+    allows = Allows(compilation=True)
 
     @dataclass(frozen=True)
     class Options(LearnedWeightStep.Options):

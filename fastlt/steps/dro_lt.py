@@ -15,6 +15,7 @@ from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models.auxiliary import ClassRadii
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
+from fastlt.steps.needs import Needs
 
 
 class DroLtStep(Step):
@@ -33,9 +34,7 @@ class DroLtStep(Step):
     and the term fades as the samples' own logits grow. The release lets them; `radius_floor: 0` stops them there.
     """
 
-    needs_stage_before = True
-    needs_trained_head = True
-    needs_training_images = True
+    needs = Needs(trained_model=True, trained_head=True, training_images=True)
 
     @dataclass(frozen=True)
     class Options:

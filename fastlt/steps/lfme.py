@@ -14,6 +14,7 @@ from fastlt.losses.base import at_least_float32
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.plain import PlainStep
 
 
@@ -24,7 +25,7 @@ class ExpertStep(PlainStep):
     of the best checkpoint with it, counts right what the expert knows and everything else as wrong.
     """
 
-    trains_part = True
+    allows = Allows(compilation=True, experts=True, some_classes=True)
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
@@ -61,8 +62,7 @@ class LfmeStep(Step):
     does not grow on to 2 - v; a class whose images have one confidence weighs 1 where theirs divides by zero.
     """
 
-    needs_accuracy = True
-    needs_first_pass = True
+    needs = Needs(class_accuracy=True, first_pass=True)
 
     @dataclass(frozen=True)
     class Options:

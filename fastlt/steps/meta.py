@@ -20,6 +20,7 @@ from fastlt.meta import gradient as meta_gradient
 from fastlt.names import pick
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.needs import Needs
 
 TANGENTS = ("fp32", "autocast")
 WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
@@ -58,7 +59,7 @@ class MetaStep(Step):
     parameters in `ahead`, and overrides `inputs` and `losses` to feed it.
     """
 
-    needs_meta_batch = True
+    needs = Needs(meta_batch=True)
 
     def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
         super().__init__(parts, options)

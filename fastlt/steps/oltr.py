@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, check_not_negative
+from fastlt.steps.needs import Needs
 
 
 class OltrStep(Step):
@@ -30,9 +31,7 @@ class OltrStep(Step):
     statistics; attention starts as the identity.
     """
 
-    needs_stage_before = True
-    needs_trained_head = True
-    needs_first_pass = True
+    needs = Needs(trained_model=True, trained_head=True, first_pass=True)
 
     @dataclass(frozen=True)
     class Options:

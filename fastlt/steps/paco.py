@@ -14,6 +14,7 @@ from fastlt.losses.cross_entropy import BalancedSoftmax
 from fastlt.models.auxiliary import attach_projection
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
+from fastlt.steps.needs import Needs
 
 
 class KeyQueue:
@@ -98,7 +99,7 @@ class PacoStep(Step):
     are whole classes, and BatchNorm has the statistics of each process's own images in both views.
     """
 
-    needs_second_view = True
+    needs = Needs(second_view=True)
 
     @dataclass(frozen=True)
     class Options:

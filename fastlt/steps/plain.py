@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step
+from fastlt.steps.needs import Allows
 
 
 class PlainStep(Step):
@@ -12,8 +13,7 @@ class PlainStep(Step):
     A loss that averages by its weights (LDAM's re-weighting) does so here.
     """
 
-    trains_experts = True
-    compiles = True
+    allows = Allows(compilation=True, experts=True)
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         objective = self.mean_loss(self.losses(self.parts.augment(batch.images), batch.labels), batch.labels)

@@ -15,6 +15,7 @@ from fastlt.losses.class_balanced import DeferredWeights
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.needs import Allows, Needs
 
 WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set model.experts (the paper: 2 to 4)"
 
@@ -31,7 +32,7 @@ class RideStep(Step):
     times as large, and leaves the teacher in training mode; with k = 0 it trains the mean and not each expert.
     """
 
-    trains_experts = True
+    allows = Allows(experts=True)
 
     @dataclass(frozen=True)
     class Options:
@@ -139,9 +140,8 @@ class RideRouterStep(Step):
     accuracy alone, whatever it costs in experts: `positive_weight` is what trades one for the other.
     """
 
-    trains_experts = True
-    needs_stage_before = True
-    needs_trained_head = True
+    needs = Needs(trained_model=True, trained_head=True)
+    allows = Allows(experts=True)
 
     @dataclass(frozen=True)
     class Options:

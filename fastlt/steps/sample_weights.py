@@ -15,6 +15,7 @@ from fastlt.names import pick
 from fastlt.state import Batch
 from fastlt.steps.base import check_not_negative
 from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden
+from fastlt.steps.needs import Allows
 
 
 def batch_weights(values: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class SampleWeightStep(LearnedWeightStep):
     over the whole batch and every process makes the same step on V.
     """
 
-    compiles = True
+    allows = Allows(compilation=True)
 
     @dataclass(frozen=True)
     class Options(LearnedWeightStep.Options):

@@ -35,7 +35,7 @@ def make_step(method="difficulty", **approximate):
         augment=prepare,
         meta_augment=prepare,
         class_counts=COUNTS,
-        class_accuracy=ClassAccuracy(*META_SET, CLASSES, prepare=prepare) if kind.needs_accuracy else None,
+        class_accuracy=ClassAccuracy(*META_SET, CLASSES, prepare=prepare) if kind.needs.class_accuracy else None,
     )
     return kind(parts, kind.Options(approximate=Approximation(**approximate)))
 

@@ -145,7 +145,7 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
     if method == "paco":
         model.auxiliary.layers[1] = nn.Identity()  # its BatchNorm
     accuracy = None
-    if kind.needs_accuracy:
+    if kind.needs.class_accuracy:
         images = torch.randint(0, 256, (30, 3, 11, 11), dtype=torch.uint8, generator=generator)
         labels = torch.arange(30) % CLASSES
         accuracy = ClassAccuracy(

@@ -31,7 +31,7 @@ def stage(method, loss=None, **more):
     tree |= {"lr": 0.01, "iterations": 2, "evaluate_every": 2, "batch_size": 16}
     if method in ("crt", "lws", "las", "tau_norm") and not LOSSES[loss].corrects_prior:
         tree["sampling"] = "class_balanced"
-    if STEPS[method].needs_meta_batch:
+    if STEPS[method].needs.meta_batch:
         tree["meta_batch_size"] = 10
     if method == "tau_norm":
         tree |= {"evaluate_every": 1, "options": {"taus": [0, 1]}}

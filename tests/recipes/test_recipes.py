@@ -109,7 +109,7 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
             words += [f"{where}.options.attention_side=8"]
         if stage.classes != "all" and not small:
             words += ["data.shots=[9, 5]", f"{where}.batch_size=4"]  # of the classes, one, one and two are such
-        if STEPS[stage.method].needs_meta_batch:
+        if STEPS[stage.method].needs.meta_batch:
             words += [f"{where}.meta_batch_size=4"]
     result = Trainer(load_recipe(path, words)).fit()
     assert result["iterations"] == 2 * len(recipe.stages)

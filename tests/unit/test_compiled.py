@@ -47,7 +47,7 @@ def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", **
         augment=augment(0),
         meta_augment=augment(1),
         class_counts=COUNTS,
-        class_accuracy=accuracy if kind.needs_accuracy else None,
+        class_accuracy=accuracy if kind.needs.class_accuracy else None,
         compiler=compiler,
     )
     return kind(parts, kind.Options(**options))

@@ -1,0 +1,41 @@
+"""What a method needs from the run that trains it, and what it allows; read off the class, before a step is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run provides for this method and spares others.
+
+    meta_batch: a meta batch for each iteration.
+    class_accuracy: the accuracy of every class on the meta set, as `StepParts.class_accuracy`.
+    second_view: each training image under a second augmentation.
+    training_images: passes over the whole training set now and then, as `StepParts.training_images`.
+    first_pass: one pass over the training images before the first iteration, see `Step.first_pass`.
+    trained_model: a model that was trained before, so that the method cannot be the first stage of a new one.
+    trained_head: the same of the head: a checkpoint without a fitting one is refused.
+    """
+
+    meta_batch: bool = False
+    class_accuracy: bool = False
+    second_view: bool = False
+    training_images: bool = False
+    first_pass: bool = False
+    trained_model: bool = False
+    trained_head: bool = False
+
+
+@dataclass(frozen=True)
+class Allows:
+    """What a recipe may combine this method with.
+
+    compilation: `compile`: the passes that cost the most go through `StepParts.compiler`.
+    experts: `model.experts`: several branches with a head each.
+    some_classes: `classes` of the stage: training on a part of the classes.
+    """
+
+    compilation: bool = False
+    experts: bool = False
+    some_classes: bool = False
