@@ -33,7 +33,6 @@ from fastlt.augment import normalise  # noqa: E402
 from fastlt.meta.class_accuracy import evaluation_mode  # noqa: E402
 from fastlt.models import build_model  # noqa: E402
 from fastlt.recipe import Recipe, load_recipe  # noqa: E402
-from fastlt.recipe.typed_yaml import build  # noqa: E402
 from fastlt.run import checkpoint  # noqa: E402
 from fastlt.run.dataset import default_folder  # noqa: E402
 from fastlt.run.log import result_table  # noqa: E402
@@ -64,8 +63,7 @@ class Member:
         model = build_model(**options, num_classes=self.dataset.num_classes, image_size=recipe.data.image_size)
         model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
         for stage in recipe.stages.values():
-            kind = STEPS[stage.method]
-            kind.prepare_model(model, build(kind.Options, stage.options), seed=recipe.seed)
+            STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
         best = self.folder / "checkpoints" / f"best_{next(reversed(recipe.stages))}.pt"
         model.load_state_dict(checkpoint.load(best, device)["model"])
         return model

@@ -356,8 +356,13 @@ def not_default(value: Any) -> Any:
     told = {}
     for key in fields(value):
         default = key.default if key.default_factory is MISSING else key.default_factory()
-        if getattr(value, key.name) != default:
-            told[key.name] = not_default(getattr(value, key.name))
+        own = getattr(value, key.name)
+        if own == default:
+            continue
+        own = not_default(own)
+        # The options of a method that are all left at their defaults are as good as not given.
+        if own != {}:
+            told[key.name] = own
     return told
 
 

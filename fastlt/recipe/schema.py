@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from fastlt.names import unknown
-from fastlt.recipe.typed_yaml import RecipeError, apply_override, build, merge, read_yaml, to_tree
+from fastlt.recipe.typed_yaml import RecipeError, apply_override, build, merge, read_yaml, to_tree, typed_by
+from fastlt.steps import STEPS, Step
 from loaders.order.crop import CropSpec
 from loaders.readers.dali_augment import build_dali_augment
 
@@ -126,7 +126,9 @@ class StageRecipe:
     batch_size: int = 128
     iterations: int | None = None
     epochs: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Step.Options = field(
+        default_factory=Step.Options, metadata=typed_by("method", {name: step.Options for name, step in STEPS.items()})
+    )
     start: Literal["previous", "fresh"] = "previous"
     classes: Literal["all", "many", "medium", "few"] = "all"
     loss: str = "cross_entropy"
@@ -360,7 +362,6 @@ def _check_names(recipe: Recipe) -> list[str]:
     from fastlt.augment import check_augment, check_mean, check_std
     from fastlt.losses import LOSSES, check_loss
     from fastlt.models import check_model
-    from fastlt.steps import STEPS
 
     checks = [("model.name", lambda: check_model(recipe.model.name, recipe.model.pretrained, recipe.model.experts))]
     checks.append(("data.mean", lambda: check_mean(recipe.data.mean)))
@@ -377,7 +378,7 @@ def _check_names(recipe: Recipe) -> list[str]:
             run()
         except ValueError as error:
             mistakes.append(f"{where}: {error}")
-    methods = [STEPS[s.method] for s in recipe.stages.values() if s.method in STEPS]
+    methods = [STEPS[s.method] for s in recipe.stages.values()]
     if recipe.data.second_augment is not None and not any(m.needs.second_view for m in methods):
         able = ", ".join(name for name, step in STEPS.items() if step.needs.second_view)
         mistakes.append(
@@ -390,14 +391,6 @@ def _check_names(recipe: Recipe) -> list[str]:
                 f"stages.{name}.loss: is {stage.loss!r} with sampling {stage.sampling!r}: the loss makes up for class "
                 "frequencies that such batches do not have. Set sampling: instance, or loss: cross_entropy"
             )
-        if stage.method not in STEPS:
-            mistakes.append(f"stages.{name}.method: {unknown('method', stage.method, STEPS)}")
-            continue
-        try:
-            build(STEPS[stage.method].Options, stage.options, f"stages.{name}.options")
-        except RecipeError as error:
-            mistakes.append(f"{error} (options of method {stage.method!r})")
-            continue
         mistakes += [f"stages.{name}.{m}" for m in STEPS[stage.method].check_stage(stage, recipe)]
         if recipe.model.experts is not None and not STEPS[stage.method].allows.experts:
             able = ", ".join(method for method, step in STEPS.items() if step.allows.experts)

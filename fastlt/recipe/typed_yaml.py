@@ -15,14 +15,20 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from fastlt.names import nearest
+from fastlt.names import nearest, unknown
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
+TYPED_BY = "typed_by"
 
 
 class RecipeError(ValueError):
     """What is wrong with a recipe: one line a mistake."""
+
+
+def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
+    """The metadata of a dataclass field whose type is the one that the mapping's `key` names in `types`."""
+    return {TYPED_BY: (key, types)}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -163,10 +169,15 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
             hint = f"; did you mean {prefix}{guess}?" if guess else ""
             allowed = ", ".join(known) if known else "none"
             mistakes.append(f"{prefix}{key}: unknown key (value {value[key]!r}); allowed keys here: {allowed}{hint}")
-    given = {k: _convert(hints[k], v, prefix + k, mistakes) for k, v in value.items() if k in known}
+    given: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        if f.name not in value and f.default is MISSING and f.default_factory is MISSING:
-            mistakes.append(f"{prefix}{f.name}: is missing; give {_name(hints[f.name])}")
+        where_f = prefix + f.name
+        if TYPED_BY in f.metadata:
+            given[f.name] = _convert_typed_by(*f.metadata[TYPED_BY], f.name, value, prefix, mistakes)
+        elif f.name in value:
+            given[f.name] = _convert(hints[f.name], value[f.name], where_f, mistakes)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            mistakes.append(f"{where_f}: is missing; give {_name(hints[f.name])}")
     if len(mistakes) > before:
         return None
     try:
@@ -174,6 +185,22 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
     except ValueError as error:
         mistakes.append(f"{where or 'recipe'}: {error}")
         return None
+
+
+def _convert_typed_by(
+    key: str, types: Mapping[str, type], field: str, value: Mapping, prefix: str, mistakes: list[str]
+) -> Any:
+    """The field of a mapping whose type its `key` names, see `typed_by`; an absent one is read as an empty mapping."""
+    name = value.get(key)
+    if not isinstance(name, str):
+        return None  # noted where `key` itself is read
+    if name not in types:
+        mistakes.append(f"{prefix}{key}: {unknown(key, name, types)}")
+        return None
+    own: list[str] = []
+    converted = _convert(types[name], value.get(field), prefix + field, own)
+    mistakes.extend(f"{mistake} ({field} of {key} {name!r})" for mistake in own)
+    return converted
 
 
 def _convert_sequence(origin: type, arguments: tuple, value: Any, where: str, mistakes: list[str]) -> Any:

@@ -31,7 +31,6 @@ from fastlt.meta.class_accuracy import ClassAccuracy, evaluation_mode
 from fastlt.models import Classifier, build_model, check_padded_pooling
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
-from fastlt.recipe.typed_yaml import build
 from fastlt.run import checkpoint
 from fastlt.run.dataset import prepare_dataset
 from fastlt.run.log import RunLog, percent, progress_bar
@@ -239,7 +238,7 @@ class Trainer:
         for name, stage in self.recipe.stages.items():
             kind = STEPS[stage.method]
             try:
-                kind.check_model(self.model, build(kind.Options, stage.options))
+                kind.check_model(self.model, stage.options)
             except ValueError as error:
                 raise ValueError(f"stages.{name}.options: {error}") from None
             first = len(self.recipe.lineage(stage)) == 1
@@ -380,9 +379,9 @@ class Trainer:
     def _build_stage(self, stage: StageRecipe) -> tuple[Step, BatchLoader, BatchLoader | None]:
         """The step of a stage and its training and meta loaders."""
         data, kind = self.recipe.data, STEPS[stage.method]
-        options = self._prepare_model(stage)
+        self._prepare_model(stage)
         optimizer = make_sgd(
-            kind.parameter_groups(self.model, options),
+            kind.parameter_groups(self.model, stage.options),
             self.compile,
             stage.lr,
             self.device,
@@ -426,9 +425,9 @@ class Trainer:
             reducer=self.reducer,
             compiler=Compiler(self.compile),
             trained_classes=classes,
-            stage_models={name: self._stage_model(name) for name in kind.models_of_stages(options)},
+            stage_models={name: self._stage_model(name) for name in kind.models_of_stages(stage.options)},
         )
-        return kind(parts, options), train, meta
+        return kind(parts, stage.options), train, meta
 
     def _new_model(self, *, weights: bool = True) -> Classifier:
         """The recipe's model as a first stage gets it; without `weights`, at random also where a file holds some."""
@@ -439,10 +438,8 @@ class Trainer:
         memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=memory_format)
 
-    def _prepare_model(self, stage: StageRecipe) -> Any:
-        """Give the model the form that a stage trains; returns the options of the stage's method."""
-        kind = STEPS[stage.method]
-        options = build(kind.Options, stage.options)
+    def _prepare_model(self, stage: StageRecipe) -> None:
+        """Give the model the form that a stage trains."""
         position = next(i for i, one in enumerate(self.recipe.stages.values()) if one is stage)
         if stage.start == "fresh" and position > 0:
             # Weights of its own, the same on every process, and the default generator stays where it is: a run that
@@ -450,10 +447,9 @@ class Trainer:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1_000_003 * self.recipe.seed + position)
                 self.model = self._new_model()
-        kind.prepare_model(self.model, options, seed=self.recipe.seed)
+        STEPS[stage.method].prepare_model(self.model, stage.options, seed=self.recipe.seed)
         if self.recipe.sync_batch_norm and self.reducer.world_size > 1:
             synchronise_batch_norm(self.model, self.reducer)
-        return options
 
     def _accuracy_autocast(self, stage: StageRecipe) -> Callable[[], Any]:
         """Makes the context in which the meta set is scored: in the recipe's precision unless the stage has another."""
@@ -470,8 +466,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             model = self._new_model(weights=False)
         for before in self.recipe.lineage(stage):
-            kind = STEPS[before.method]
-            kind.prepare_model(model, build(kind.Options, before.options), seed=self.recipe.seed)
+            STEPS[before.method].prepare_model(model, before.options, seed=self.recipe.seed)
         model.load_state_dict(checkpoint.load(path, self.device)["model"])
         return StageModel(model.requires_grad_(False).eval(), self._classes(stage))
 

@@ -71,7 +71,7 @@ class BalmsStep(MetaStep, CrtStep):
     needs = Needs(meta_batch=True, trained_model=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(MetaStep.Options):
         """lr: of Adam for the rates. init_pow: rates start proportional to pi_c^(-init_pow); 0 on CIFAR, 0.1 on
         ImageNet-LT and 0.3 on Places-LT (there with lr 0.001).
         pool_factor: images of a batch over those drawn from it (rounded down on each process).
@@ -94,7 +94,7 @@ class BalmsStep(MetaStep, CrtStep):
                 f"sampling: is {stage.sampling!r}; balms learns its own class sampling rates, and draws by them from "
                 "batches in which every image is equally likely: set sampling: instance"
             )
-        factor = stage.options.get("pool_factor", cls.Options.pool_factor)
+        factor = stage.options.pool_factor
         if stage.batch_size % factor:
             mistakes.append(
                 f"batch_size: is {stage.batch_size}, of which balms draws one in {factor} (options.pool_factor); "

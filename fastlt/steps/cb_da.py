@@ -26,7 +26,7 @@ class CbDaStep(MetaStep):
     allows = Allows(compilation=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(MetaStep.Options):
         """from_epoch: the first epoch (from 0) with the weights. beta: of the effective number of samples, for w_CB.
         eps_lr: of the step on eps.
         """

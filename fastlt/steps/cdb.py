@@ -36,7 +36,7 @@ class CdbStep(Step):
     allows = Allows(compilation=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """tau: the focusing exponent, a positive number, or "dynamic" for `dynamic_tau`."""
 
         tau: float | str = 1.0

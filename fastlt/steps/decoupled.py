@@ -99,7 +99,7 @@ class LasStep(LwsStep):
     """
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """head_lr_factor: learning rate of the head over that of the scales; 0 leaves the head as it is.
         shift_batch_norm: whether BatchNorm's running statistics follow the batches of this stage.
         """
@@ -152,7 +152,7 @@ class TauNormStep(DecoupledStep):
     needs = Needs(trained_model=True, trained_head=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """taus: the values that are tried, in this order; by default 0, 0.1, ... 2 as in the authors' release."""
 
         taus: list[float] | None = None
@@ -169,7 +169,7 @@ class TauNormStep(DecoupledStep):
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
         mistakes = []
-        size = len(cls.Options(**stage.options).grid)
+        size = len(stage.options.grid)
         if stage.iterations != size or stage.evaluate_every != 1:
             mistakes.append(
                 f"iterations: is {stage.iterations} with evaluate_every {stage.evaluate_every}; tau_norm tries one of "

@@ -37,7 +37,7 @@ class DroLtStep(Step):
     needs = Needs(trained_model=True, trained_head=True, training_images=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """temperature: T of the softmax over distances. robust_weight: of the contrastive term, where cross-entropy has
         1. radius: where every class's starts. radius_floor: the smallest that is allowed, None for no limit.
         """

@@ -65,7 +65,7 @@ class LfmeStep(Step):
     needs = Needs(class_accuracy=True, first_pass=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """experts: names of the stages that trained them. temperature: T. distil_until: share of the expert's accuracy.
         curriculum_epochs: the first epoch (from 0) in which every image weighs 1; 0 for no curriculum.
         """
@@ -86,7 +86,7 @@ class LfmeStep(Step):
 
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
-        mistakes, options = [], cls.Options(**stage.options)
+        mistakes, options = [], stage.options
         earlier = {}
         for name, other in recipe.stages.items():
             if other is stage:

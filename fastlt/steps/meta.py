@@ -225,7 +225,7 @@ class LearnedWeightStep(MetaStep):
     """
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`.
         lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and
             a little slower; not with `compile: inductor`.
@@ -246,9 +246,9 @@ class LearnedWeightStep(MetaStep):
     @classmethod
     def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
         mistakes = super().check_stage(stage, recipe)
-        if stage.options.get("lean") and recipe.compile == "inductor":
+        if stage.options.lean and recipe.compile == "inductor":
             mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
-        if stage.options.get("tangent") == "autocast":
+        if stage.options.tangent == "autocast":
             if recipe.precision == "fp32":
                 mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
             if recipe.compile == "inductor":

@@ -23,7 +23,7 @@ class MixupStep(Step):
     mix: Callable = staticmethod(mixup)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """alpha: lam is drawn from Beta(alpha, alpha). MiSLAS: 1.0 on CIFAR-LT, 0.2 on larger images."""
 
         alpha: float = 1.0

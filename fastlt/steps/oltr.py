@@ -34,7 +34,7 @@ class OltrStep(Step):
     needs = Needs(trained_model=True, trained_head=True, first_pass=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """centroid_loss_weight, repel_weight, margin: of the loss on centroids.
         backbone_lr_factor, centroid_lr_factor: learning rates over the head's.
         freeze_backbone: leave the layers of the stage before as they are; attention is trained all the same.
@@ -67,7 +67,7 @@ class OltrStep(Step):
                 f"method: is 'oltr' {what}, but its hallucinator starts as a plain linear head; set model.head: linear "
                 "and put oltr behind a stage that leaves the head one"
             )
-        side = cls.Options(**stage.options).attention_side
+        side = stage.options.attention_side
         expected = side_of_maps(recipe.model.name, recipe.data.image_size)
         if side and expected and side != expected:
             mistakes.append(

@@ -102,7 +102,7 @@ class PacoStep(Step):
     needs = Needs(second_view=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """dim: of query and key. queue: keys that are remembered, 0 for none. alpha: weight of a positive sample, where
         the class centre has 1. temperature: T of the similarities. momentum: of the key encoder.
         """
@@ -133,7 +133,7 @@ class PacoStep(Step):
                 f"loss: is {stage.loss!r}; paco's loss is its own and takes from here only whether log pi is added to "
                 "the logits of the class centres: set loss: balanced_softmax, or cross_entropy for none"
             )
-        queue = cls.Options(**stage.options).queue
+        queue = stage.options.queue
         if 0 < queue < stage.batch_size:
             mistakes.append(
                 f"options.queue: is {queue} with batch_size {stage.batch_size}, so a batch of keys does not fit; "

@@ -35,7 +35,7 @@ class RideStep(Step):
     allows = Allows(experts=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """diversity: k; the authors' is 0.45 on CIFAR-100-LT, 0.2 on ImageNet-LT. temperature: T.
         spread, spread_from_epoch: T by class, see `class_temperatures`, from this epoch (from 0) on; None for never.
         teacher: checkpoint of a run with experts of the same backbone, width and heads, usually more of them.
@@ -144,7 +144,7 @@ class RideRouterStep(Step):
     allows = Allows(experts=True)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Step.Options):
         """top: how many of the largest logits the router sees; the authors' is 30 on CIFAR-100-LT, 50 on ImageNet-LT.
         positive_weight: of a decision in which a further expert helps.
         """

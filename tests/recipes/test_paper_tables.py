@@ -91,7 +91,7 @@ def test_a_cell_has_the_methods_and_losses_of_its_row(resolved):
     stages = list(recipe.stages.values())
     for stage, (method, loss, options) in zip(stages, STAGES.get(cell.row, []), strict=cell.row in STAGES):
         assert (stage.method, stage.loss) == (method, loss)
-        given = {**stage.options, **stage.loss_options}
+        given = {**vars(stage.options), **stage.loss_options}
         assert {key: given.get(key) for key in options} == options
         if stage.loss == "label_aware_smoothing":
             head, tail = SMOOTHING[recipe.data.imbalance_factor] if recipe.data.source == "cifar100" else (0.3, 0.0)

@@ -7,6 +7,7 @@ import yaml
 
 from fastlt.recipe import differences, load_recipe
 from fastlt.recipe.typed_yaml import RecipeError, apply_override, merge
+from fastlt.steps.difficulty import DifficultyStep
 
 BASE = {
     "data": {"source": "digits", "image_size": 8, "mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4], "augment": ["flip"]},
@@ -36,7 +37,8 @@ def test_a_row_says_only_what_is_particular_to_it(write):
     }
     recipe = load_recipe(write(row))
     stage = recipe.stages["end_to_end"]
-    assert (stage.method, stage.options, stage.lr) == ("difficulty", {"driver_target": "absolute"}, 0.1)
+    assert (stage.method, stage.lr) == ("difficulty", 0.1)
+    assert stage.options == DifficultyStep.Options(driver_target="absolute")
     assert recipe.data.augment == [], "lists replace"
     assert recipe.name == "row", "named after its file"
 
@@ -59,6 +61,23 @@ def test_the_resolved_recipe_is_the_same_recipe(write, tmp_path):
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.to_yaml())
     assert load_recipe(resolved) == recipe
+
+
+def test_the_resolved_recipe_has_every_option_of_the_method(write, tmp_path):
+    words = [f"{STAGE}.method=difficulty", f"{STAGE}.options.approximate={{every: 2}}"]
+    recipe = load_recipe(write(BASE), words)
+    written = yaml.safe_load(recipe.to_yaml())["stages"]["end_to_end"]["options"]
+    assert written["approximate"] == {"late_weights": False, "every": 2, "lookahead_only": None}
+    assert (written["hidden"], written["driver_weight"]) == (None, 0.3)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    assert load_recipe(resolved) == recipe
+    assert differences(recipe, load_recipe(write(BASE), words[:1])) == [f"{STAGE}.options.approximate.every: 2 and 1"]
+
+
+def test_an_option_without_a_default_is_missed_even_where_no_option_is_given(write):
+    with pytest.raises(RecipeError, match=rf"{STAGE}\.options\.experts: is missing; .* \(options of method 'lfme'\)"):
+        load_recipe(write(BASE), [f"{STAGE}.method=lfme"])
 
 
 def test_a_stage_can_be_left_out(write):
@@ -134,14 +153,14 @@ def test_every_mistake_is_named(write, word, expected):
 def test_lean_is_refused_where_nothing_is_recorded(write):
     lean = [f"{STAGE}.method=difficulty", f"{STAGE}.options.lean=true"]
     for word in ("precision=bf16", "compile=cudagraph"):
-        assert load_recipe(write(BASE), [*lean, word]).stages["end_to_end"].options["lean"]
+        assert load_recipe(write(BASE), [*lean, word]).stages["end_to_end"].options.lean
     with pytest.raises(RecipeError, match=r"options\.lean: .* set compile: none"):
         load_recipe(write(BASE), [*lean, "compile=inductor"])
 
 
 def test_a_tangent_in_mixed_precision_needs_mixed_precision(write):
     words = [f"{STAGE}.method=difficulty", f"{STAGE}.options.tangent=autocast"]
-    assert load_recipe(write(BASE), [*words, "precision=bf16"]).stages["end_to_end"].options["tangent"] == "autocast"
+    assert load_recipe(write(BASE), [*words, "precision=bf16"]).stages["end_to_end"].options.tangent == "autocast"
     with pytest.raises(RecipeError, match=r"options\.tangent: is autocast with precision: fp32"):
         load_recipe(write(BASE), words)
     with pytest.raises(RecipeError, match=r"options\.tangent: is autocast with compile: inductor"):
