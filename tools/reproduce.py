@@ -38,7 +38,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from fastlt.names import pick  # noqa: E402
-from fastlt.recipe import Recipe, differences, load_recipe  # noqa: E402
+from fastlt.recipe import Recipe, differences, is_harmless, load_recipe  # noqa: E402
 from fastlt.run.checkpoint import LAST, read_json, write_atomically, write_json  # noqa: E402
 from loaders.stored.dataset import ConvertedDataset  # noqa: E402
 
@@ -50,10 +50,8 @@ CIFAR_FILES = {"cifar10": "cifar-10-", "cifar100": "cifar-100-"}
 # nothing (tau_norm) stay as they are. A table's or a row's own `short` words come after these.
 SHORT_ITERATIONS = 400
 
-# Keys of a recipe that do not change a result, and those that are left out of what a run is known by.
-HARMLESS = ("runs", "resume", "log_every", "checkpoint_every_s", "num_threads", "trackers")
-HARMLESS += ("data.root", "data.download", "data.num_workers")
-NOT_IN_NAME = (*HARMLESS, "name", "seed", "data.converted")
+# Keys that are left out of the digest that names a run, besides the harmless ones.
+NOT_IN_NAME = ("name", "seed", "data.converted")
 
 
 def short_budget(recipe: Recipe) -> list[str]:
@@ -271,8 +269,7 @@ class TrainingRun:
         recorded = self.folder / "recipe.yaml"
         if not (self.folder / "result.json").is_file() or not recorded.is_file():
             return False
-        changed = differences(load_recipe(recorded), replace(self.recipe, name=self.name))
-        return all(line.split(":")[0] in HARMLESS for line in changed)
+        return not differences(load_recipe(recorded), replace(self.recipe, name=self.name))
 
 
 @dataclass(frozen=True)
@@ -348,13 +345,18 @@ def result_digest(recipe: Recipe) -> str:
 
 
 def not_default(value: Any) -> Any:
-    """A recipe's keys that differ from their defaults: one that a later version adds leaves older runs their name."""
+    """A recipe's keys that can change a result and differ from their defaults.
+
+    A key that a later version adds leaves older runs their name.
+    """
     if isinstance(value, dict):
         return {key: not_default(v) for key, v in value.items()}
     if not is_dataclass(value):
         return value
     told = {}
     for key in fields(value):
+        if is_harmless(key):
+            continue
         default = key.default if key.default_factory is MISSING else key.default_factory()
         own = getattr(value, key.name)
         if own == default:

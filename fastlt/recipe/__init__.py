@@ -11,6 +11,7 @@ from fastlt.recipe.schema import (
     StorageRecipe,
     check,
     differences,
+    is_harmless,
     load_recipe,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "StorageRecipe",
     "check",
     "differences",
+    "is_harmless",
     "load_recipe",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from loaders.readers.dali_augment import build_dali_augment
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
 SMALL_SOURCES = ("digits", "cifar10", "cifar100")
+# Metadata of a key that changes neither the meaning of a run nor its result. A run that goes on may have another value
+# than before, and a finished run answers for every value.
+HARMLESS = {"harmless": True}
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class DataRecipe:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    root: str | None = None
+    root: str | None = field(default=None, metadata=HARMLESS)
     converted: str | None = None
     convert: bool = True
-    download: bool = True
+    download: bool = field(default=True, metadata=HARMLESS)
     train_list: str | None = None
     meta_list: str | None = None
     test_list: str | None = None
@@ -65,7 +68,7 @@ class DataRecipe:
     shots: tuple[int, int] = (100, 20)
     storage: StorageRecipe = field(default_factory=StorageRecipe)
     loader: Literal["auto", "resident", "resident_jpeg", "ffcv", "torch", "dali"] = "auto"
-    num_workers: int | None = None
+    num_workers: int | None = field(default=None, metadata=HARMLESS)
     train_crop: Literal["none", "random_resized"] = "none"
     eval_crop: Literal["none", "center"] = "none"
     eval_ratio: float = 224 / 256
@@ -174,12 +177,12 @@ class Recipe:
     compile: Literal["auto", "none", "inductor", "cudagraph"] = "auto"
     channels_last: bool = True
     sync_batch_norm: bool = False
-    runs: str = "runs"
-    resume: Literal["auto", "never"] = "auto"
-    log_every: int = 20
-    checkpoint_every_s: float = 300.0
-    num_threads: int | None = None
-    trackers: list[str] = field(default_factory=list)
+    runs: str = field(default="runs", metadata=HARMLESS)
+    resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
+    log_every: int = field(default=20, metadata=HARMLESS)
+    checkpoint_every_s: float = field(default=300.0, metadata=HARMLESS)
+    num_threads: int | None = field(default=None, metadata=HARMLESS)
+    trackers: list[str] = field(default_factory=list, metadata=HARMLESS)
 
     @property
     def folder(self) -> Path:
@@ -453,12 +456,24 @@ def _check_stage(where: str, stage: StageRecipe) -> list[str]:
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
-    """The keys in which two recipes differ, each with both values."""
-
-    def flat(tree: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(tree, dict) or not tree:
-            return {prefix: tree}
-        return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()}
-
-    a, b = flat(to_tree(one), ""), flat(to_tree(other), "")
+    """The keys in which two recipes differ, each with both values; harmless keys are left out."""
+    a, b = _values(one), _values(other)
     return [f"{k}: {a.get(k)!r} and {b.get(k)!r}" for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+
+
+def is_harmless(key: Field[Any]) -> bool:
+    """Whether the key of a recipe changes neither the meaning of a run nor its result."""
+    return key.metadata.get("harmless", False)
+
+
+def _values(part: Any, prefix: str = "") -> dict[str, Any]:
+    """The value of every key below a part of a recipe, by the dotted name of the key, without the harmless ones."""
+    if is_dataclass(part):
+        below = {f.name: getattr(part, f.name) for f in fields(part) if not is_harmless(f)}
+    elif isinstance(part, dict) and part:
+        below = part
+    else:
+        return {prefix: to_tree(part)}
+    return {
+        k: v for name, sub in below.items() for k, v in _values(sub, f"{prefix}.{name}" if prefix else name).items()
+    }

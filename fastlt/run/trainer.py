@@ -127,18 +127,7 @@ class Trainer:
                 f"{self.folder} holds a run already and resume is never; "
                 "choose another name=..., delete the folder, or set resume=auto to go on with it"
             )
-        harmless = (
-            "resume",
-            "log_every",
-            "checkpoint_every_s",
-            "num_threads",
-            "trackers",
-            "data.root",
-            "data.download",
-        )
-        changed = [
-            d for d in differences(load_recipe(recorded), self.recipe) if d.split(":")[0].split("[")[0] not in harmless
-        ]
+        changed = differences(load_recipe(recorded), self.recipe)
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run of another recipe; it differs in (there and here)\n  "

@@ -222,3 +222,29 @@ def test_differences_name_the_key_and_both_values(write):
     one, other = load_recipe(write(BASE)), load_recipe(write(BASE), [f"{STAGE}.lr=0.2"])
     assert differences(one, other) == [f"{STAGE}.lr: 0.1 and 0.2"]
     assert differences(one, one) == []
+
+
+HARMLESS = [
+    "runs=elsewhere",
+    "resume=never",
+    "log_every=1",
+    "checkpoint_every_s=1",
+    "num_threads=1",
+    "trackers=[tensorboard]",
+    "data.root=/images",
+    "data.download=false",
+    "data.num_workers=1",
+]
+
+
+@pytest.mark.parametrize("word", HARMLESS)
+def test_a_harmless_key_is_no_difference(write, word):
+    one, other = load_recipe(write(BASE)), load_recipe(write(BASE), [word])
+    assert one != other
+    assert differences(one, other) == []
+
+
+@pytest.mark.parametrize("word", ["name=b", "seed=1", "precision=bf16", "data.converted=x", "data.augment=[]"])
+def test_a_key_that_changes_the_result_is_a_difference(write, word):
+    one, other = load_recipe(write(BASE)), load_recipe(write(BASE), [word])
+    assert [line.split(":")[0] for line in differences(one, other)] == [word.split("=")[0]]
