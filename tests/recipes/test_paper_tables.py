@@ -1,19 +1,14 @@
-"""Every row of tools/paper_tables.yaml has its recipe, and every cell resolves to the settings that the row names."""
+"""Every row of paper_tables.yaml has its recipe, and every cell resolves to the settings that the row names."""
 
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from fastlt.recipe import load_recipe  # noqa: E402
-from tools.reproduce import PAPER, load_table  # noqa: E402
+from fastlt.recipe import load_recipe
+from fastlt.reproduce.tables import PAPER, load_table
 
 # Recipes that the tables name and that are still to be written: the whole list, so that none goes unnoticed.
 MISSING: set[str] = set()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tools import benchmark
+from fastlt import cli
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def rows(digits_words, capsys):
         "head,backbone",
         "--json",
     ]
-    assert benchmark.main([*command, "--", "recipes/digits_lt.yaml", *words]) == 0
+    assert cli.main(["benchmark", *command, "--", "recipes/digits_lt.yaml", *words]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["settings"]["iterations"] == 8
     return {row["name"]: row for row in printed["rows"]}
@@ -43,5 +43,5 @@ def test_what_is_exact_has_no_error_and_what_is_not_has_one(rows):
 
 def test_another_method_is_refused(digits_words, capsys):
     words = [*digits_words, "stages.end_to_end.method=plain"]
-    assert benchmark.main(["approximations", "--", "recipes/digits_lt.yaml", *words]) == 2
+    assert cli.main(["benchmark", "approximations", "--", "recipes/digits_lt.yaml", *words]) == 2
     assert "method=difficulty" in capsys.readouterr().err

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from small_betons import SmallDataset, needs_dali, write_small
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from loaders.order.crop import CropSpec  # noqa: E402
-from tools.benchmarks.bare_loaders import bare_dali  # noqa: E402
+from fastlt.benchmarks.bare_loaders import bare_dali
+from loaders.order.crop import CropSpec
 
 COUNT = 24
 

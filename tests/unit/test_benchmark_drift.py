@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from fastlt import cli
+from fastlt.benchmarks import drift
 
-from tools import benchmark  # noqa: E402
-from tools.benchmarks import drift  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 RECIPE = str(ROOT / "recipes" / "digits_lt.yaml")
 
 
 def test_a_window_of_one_is_exact_and_a_longer_one_drifts(digits_words, capsys):
     words = ["--json", "--iterations", "10", "--windows", "1", "5", "--", RECIPE, *digits_words]
-    assert benchmark.main(["drift", *words]) == 0
+    assert cli.main(["benchmark", "drift", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     still, moving = found["rows"]
     assert [still[key] for key in still if key != "window"] == [0.0] * 5
@@ -43,5 +41,5 @@ def test_the_row_is_the_mean_and_the_largest_difference():
     ],
 )
 def test_what_cannot_be_compared_is_refused(digits_words, capsys, words, message):
-    assert benchmark.main(["drift", RECIPE, *digits_words, *words]) == 2
+    assert cli.main(["benchmark", "drift", RECIPE, *digits_words, *words]) == 2
     assert message in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import weakref
 from pathlib import Path
 
@@ -13,17 +12,15 @@ import torch
 from PIL import Image
 from small_betons import needs_dali, smooth_images
 
+from fastlt import cli
 from fastlt.augment import Augment, build_augment
+from fastlt.benchmarks import augment as benchmark_augment
+from fastlt.benchmarks import train as benchmark_train
 from fastlt.device import compiled
 from fastlt.run.trainer import Trainer
 from fastlt.steps.difficulty import DifficultyStep
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tools import benchmark  # noqa: E402
-from tools.benchmarks import augment as benchmark_augment  # noqa: E402
-from tools.benchmarks import train as benchmark_train  # noqa: E402
 
 RECIPE = str(ROOT / "recipes" / "digits_lt.yaml")
 KEYS = {"name", "img_s", "ratio_bare", "ratio_torchvision"}
@@ -39,7 +36,7 @@ def nothing_compiled_is_left():
 def run(capsys, *words: str) -> tuple[dict[str, dict], dict]:
     """The rows by name, and the settings."""
     capsys.readouterr()
-    assert benchmark.main([*words, "--rounds", "1", "--json"]) == 0
+    assert cli.main(["benchmark", *words, "--rounds", "1", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert all(row.keys() == KEYS and row["img_s"] > 0 for row in printed["rows"])
     rows = {row["name"]: row for row in printed["rows"]}
@@ -82,11 +79,11 @@ def test_trains_share_of_augmentation_is_that_of_the_batches_an_iteration_augmen
 
 def test_train_says_why_iterations_are_not_captured(capsys, digits_words):
     words = ["train", RECIPE, *digits_words, "compile=cudagraph", "--iterations", "2", "--rounds", "1"]
-    assert benchmark.main([*words, "--json"]) == 0
+    assert cli.main(["benchmark", *words, "--json"]) == 0
     said = capsys.readouterr()
-    assert "benchmark.py train: not compiled: CUDA graphs need a CUDA device" in said.err
+    assert "fastlt benchmark train: not compiled: CUDA graphs need a CUDA device" in said.err
     assert json.loads(said.out)["settings"]["not_compiled"] == "CUDA graphs need a CUDA device"
-    assert benchmark.main(words) == 0
+    assert cli.main(["benchmark", *words]) == 0
     assert "not_compiled CUDA graphs need a CUDA device" in capsys.readouterr().out
 
 
@@ -170,17 +167,17 @@ def test_data_takes_the_small_images_from_cifar(capsys, real_data):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data", "--rounds", "0"], "'0' is not a whole number of at least 1"),
+        (["data", "--rounds", "0"], "'0' is not a whole number from 1 on"),
         (["data", "--batch", "-4"], "--batch"),
         (["data", "--device", "cudaa"], "'cudaa' is no device of this machine"),
-        (["augment", "--batch", "0"], "'0' is not a whole number of at least 1"),
+        (["augment", "--batch", "0"], "'0' is not a whole number from 1 on"),
         (["augment", "--policy", "svhnn"], "svhnn"),
-        (["train", "--iterations", "0"], "'0' is not a whole number of at least 1"),
+        (["train", "--iterations", "0"], "'0' is not a whole number from 1 on"),
     ],
 )
 def test_words_that_make_no_sense_are_one_message_and_code_2(capsys, words, message):
     with pytest.raises(SystemExit) as ended:
-        benchmark.main(words)
+        cli.main(["benchmark", *words])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -195,5 +192,5 @@ def test_words_that_make_no_sense_are_one_message_and_code_2(capsys, words, mess
     ],
 )
 def test_data_and_recipes_that_are_not_there_are_one_message_and_code_2(capsys, words, message):
-    assert benchmark.main(words) == 2
+    assert cli.main(["benchmark", *words]) == 2
     assert message in capsys.readouterr().err

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tools import benchmark  # noqa: E402
-from tools.benchmarks import meta_steps, step  # noqa: E402
+from fastlt import cli
+from fastlt.benchmarks import meta_steps, step
 
 SMALL = [
     *("--backbone", "cifar_resnet8", "--batch", "12", "--meta-batch", "8", "--image-size", "12"),
@@ -22,7 +18,7 @@ SMALL = [
 
 
 def run(capsys, *words):
-    assert benchmark.main(["step", *SMALL, "--json", *words]) == 0
+    assert cli.main(["benchmark", "step", *SMALL, "--json", *words]) == 0
     return {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
@@ -87,16 +83,17 @@ def test_peak_memory_of_a_row_is_measured_in_a_process_of_its_own(capsys):
 
 
 def test_a_wrong_word_is_one_message(capsys):
-    assert benchmark.main(["stepp"]) == 2
+    assert cli.main(["benchmark", "stepp"]) == 2
     assert "did you mean 'step'" in capsys.readouterr().err
-    assert benchmark.main(["step", "--backbone", "cifar_resnet33", "--threads", str(torch.get_num_threads())]) == 2
+    threads = str(torch.get_num_threads())
+    assert cli.main(["benchmark", "step", "--backbone", "cifar_resnet33", "--threads", threads]) == 2
     assert "cifar_resnet3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["step", "data", "augment"])
 def test_a_device_that_is_not_there_is_one_message(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main([command, "--device", "nope"])
+        cli.main(["benchmark", command, "--device", "nope"])
     assert stopped.value.code == 2
     assert "'nope' is no device of this machine; allowed here: cpu" in capsys.readouterr().err
 

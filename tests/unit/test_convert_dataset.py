@@ -13,25 +13,29 @@ import pytest
 import torch
 from PIL import Image
 
+from fastlt import cli
+from fastlt.commands import signals
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.stored.dataset import ConvertedDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_dataset.py"
-sys.path.insert(0, str(TOOL.parent))
 
-import convert_dataset  # noqa: E402
+
+def convert(*words: object) -> int:
+    """The exit code of `python tools/convert_dataset.py words`, in this process."""
+    return cli.main(["convert", *map(str, words)], prog="convert_dataset.py")
 
 
 def run(*words: object, code: int = 0) -> None:
-    assert convert_dataset.main([str(word) for word in words]) == code
+    assert convert(*words) == code
 
 
 def usage_error(capsys, *words: object) -> str:
     """The message of a command line that argparse refuses."""
     with pytest.raises(SystemExit) as stopped:
-        convert_dataset.main([str(word) for word in words])
+        convert(*words)
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -198,9 +202,9 @@ def test_bad_input_is_one_message_before_any_work(capsys, tmp_path, monkeypatch,
 def test_a_usage_error_does_not_wait_for_torch(tmp_path):
     """Nothing heavy may be imported to refuse a command line or a missing folder."""
     script = (
-        f"import sys; sys.argv = ['x', 'image_folder', '--root', {str(tmp_path / 'absent')!r}, '--out', 'x']\n"
-        f"sys.path.insert(0, {str(TOOL.parent)!r}); import convert_dataset\n"
-        "assert convert_dataset.main() == 2\n"
+        "import sys; from fastlt import cli\n"
+        f"words = ['image_folder', '--root', {str(tmp_path / 'absent')!r}, '--out', 'x']\n"
+        "assert cli.main(['convert', *words]) == 2\n"
         "print(sorted({'torch', 'ffcv', 'sklearn', 'torchvision', 'numba', 'cv2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -252,7 +256,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarte
 
 @pytest.mark.parametrize(
     ("number", "expected"),
-    [(signal.SIGTERM, convert_dataset.Terminated), (signal.SIGINT, KeyboardInterrupt)],
+    [(signal.SIGTERM, signals.Terminated), (signal.SIGINT, KeyboardInterrupt)],
     ids=["terminated", "interrupted"],
 )
 def test_a_signal_in_a_finaliser_is_not_lost(capsys, number, expected):
@@ -265,11 +269,11 @@ def test_a_signal_in_a_finaliser_is_not_lost(capsys, number, expected):
         time.sleep(30)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGALRM)]
-    with pytest.raises(expected), convert_dataset.ended_by_signals():
+    with pytest.raises(expected), signals.ended_by_signals():
         work()
     assert capsys.readouterr().err == ""
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGALRM)] == handlers
-    time.sleep(2 * convert_dataset.AGAIN_S)  # nothing comes after it
+    time.sleep(2 * signals.AGAIN_S)  # nothing comes after it
 
 
 def test_real_cifar10_by_both_conventions(real_data, tmp_path):

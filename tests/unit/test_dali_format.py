@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from small_betons import mixed_shapes, needs_dali, smooth_images, write_small
 
+from fastlt import cli
 from fastlt.recipe import load_recipe
 from fastlt.run.dataset import ensure_converted
 from loaders.factory import make_loader
@@ -29,9 +30,6 @@ from loaders.stored.tar_shards import TarShards, is_jpeg
 from loaders.stored.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import convert_dataset  # noqa: E402
 
 LOSSLESS = FfcvOptions(num_workers=1)
 
@@ -267,7 +265,7 @@ def test_ffcvs_own_storage_is_refused_before_anything_is_read(tmp_path):
 
 def test_the_command_line_converts_to_either_format_or_both(tmp_path, capsys):
     def run(*words: object, code: int = 0) -> str:
-        assert convert_dataset.main([str(word) for word in words]) == code
+        assert cli.main(["convert", *map(str, words)]) == code
         captured = capsys.readouterr()
         return captured.out + captured.err
 

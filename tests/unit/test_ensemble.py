@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from fastlt import cli, ensemble, train
+from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.recipe import load_recipe
+from fastlt.reproduce import execution
+from fastlt.run.metrics import Metrics
+from fastlt.run.trainer import Trainer
 
-from fastlt import train  # noqa: E402
-from fastlt.meta.class_accuracy import evaluation_mode  # noqa: E402
-from fastlt.recipe import load_recipe  # noqa: E402
-from fastlt.run.metrics import Metrics  # noqa: E402
-from fastlt.run.trainer import Trainer  # noqa: E402
-from tools import ensemble, reproduce  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
 LAS = (
@@ -63,7 +61,7 @@ def test_the_mean_is_of_probabilities_and_small_ones_keep_their_order():
 def test_a_run_with_itself_is_the_run(digits_words, tmp_path, capsys, more):
     trainer = run(digits_words, "stages.end_to_end.method=plain", LAS, *more)
     folder = str(trainer.folder)
-    assert ensemble.main([folder, folder, folder, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["ensemble", folder, folder, folder, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     alone = json.loads((trainer.folder / "result.json").read_text())
     assert set(alone) <= set(result)
@@ -109,7 +107,7 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
     folder = trainer.folder
 
     def told(*words):
-        assert ensemble.main([str(w) for w in words]) == 2
+        assert cli.main(["ensemble", *map(str, words)]) == 2
         return capsys.readouterr().err
 
     assert "needs two or more" in told(folder)
@@ -127,7 +125,7 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
     other = tmp_path / "other"
     shutil.copytree(digits, other)
     copied = changed("copied", f"data.converted={other}")
-    assert ensemble.main([str(folder), str(copied)]) == 0
+    assert cli.main(["ensemble", str(folder), str(copied)]) == 0
     capsys.readouterr()
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["request"]["imbalance_factor"] = 50
@@ -146,10 +144,9 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
 
     def here(words, output):
         AcceleratorState._reset_state(reset_partial_state=True)
-        main = {"train.py": train.main, "ensemble.py": ensemble.main}[Path(words[1]).name]
-        return main(words[2:])
+        return cli.main(words[3:]) if words[1] == "-m" else train.main(words[2:])
 
-    monkeypatch.setattr(reproduce, "train", here)
+    monkeypatch.setattr(execution, "train", here)
     words = ["table11", "--rows", "Ours (2 experts)", "--columns", "ResNet-10", "--scale", "short"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set"]
     words += ["data.source=digits", "data.num_classes=10", f"data.converted={digits}", "data.image_size=8"]
@@ -157,7 +154,7 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
     words += ["model.name=cifar_resnet8", "num_threads=1", "stages.end_to_end.meta_batch_size=8"]
     for stage in ("end_to_end", "classifier"):
         words += [f"stages.{stage}.{key}" for key in ("iterations=2", "evaluate_every=2", "warmup=0", "batch_size=8")]
-    assert reproduce.main(words) == 0
+    assert cli.main(["reproduce", *words]) == 0
     told = capsys.readouterr().err
     # Each member is two runs: Difficulty-Net by itself, which other rows need as well, and what LAS makes of it.
     assert told.count("running imagenet_lt_ours_las-") == 2
@@ -171,14 +168,14 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
     assert row["ours"] == pytest.approx(100 * result["top1"])
     assert (row["paper"], row["seeds"]) == (47.5, 1)
 
-    assert reproduce.main(words) == 0
+    assert cli.main(["reproduce", *words]) == 0
     assert "running" not in capsys.readouterr().err
     # A member that says something else now makes the ensemble anew.
     member = path.parent.parent / result["members"][1]["run"] / "result.json"
     member.write_text(member.read_text().replace(f'"top1": {result["members"][1]["top1"]}', '"top1": 0.123'))
-    assert reproduce.main(words) == 0
+    assert cli.main(["reproduce", *words]) == 0
     assert capsys.readouterr().err.count("running") == 1
 
-    monkeypatch.setattr(reproduce, "train", lambda words, output: 2)
-    assert reproduce.main([*words, "stages.end_to_end.lr=0.3"]) == 1
+    monkeypatch.setattr(execution, "train", lambda words, output: 2)
+    assert cli.main(["reproduce", *words, "stages.end_to_end.lr=0.3"]) == 1
     assert "failed with code 2" in capsys.readouterr().out

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastlt import cli
 from fastlt.recipe import load_recipe
-from tools.report import main, spread
+from fastlt.report import spread
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
@@ -35,7 +36,7 @@ def run(tmp_path):
 def test_runs_that_differ_in_seed_only_are_one_row(run, capsys):
     folders = [run("one", s, t) for s, t in ((0, 0.50), (1, 0.52), (2, 0.54))]
     folders.append(run("other", 0, 0.7, "stages.end_to_end.loss=balanced_softmax"))
-    assert main(folders) == 0
+    assert cli.main(["report", *folders]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 2
     assert rows[0].startswith("| one | 3 | 52.00 ± 2.00 |")
@@ -51,13 +52,13 @@ def test_spread():
 
 def test_weights_are_printed_and_drawn(run, tmp_path, capsys):
     folder = run("one", 0, 0.5)
-    assert main([folder, "--weights"]) == 0
+    assert cli.main(["report", folder, "--weights"]) == 0
     assert "2  1.000 1.200" in capsys.readouterr().out
     picture = tmp_path / "weights.png"
-    assert main([folder, "--plot", str(picture)]) == 0
+    assert cli.main(["report", folder, "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err

@@ -15,31 +15,33 @@ import pytest
 import torch
 import yaml
 
+import fastlt.run.trainer
+import fastlt.train
+from fastlt import cli
+from fastlt.commands import reproduce
+from fastlt.recipe import load_recipe
+from fastlt.reproduce import availability, execution, tables
+from fastlt.reproduce.plan import plan_run
+from fastlt.run import checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
-import fastlt.run.trainer  # noqa: E402
-import fastlt.train  # noqa: E402
-from fastlt.recipe import load_recipe  # noqa: E402
-from fastlt.run import checkpoint  # noqa: E402
-from tools import reproduce  # noqa: E402
-
-TABLES = yaml.safe_load(reproduce.PAPER.read_text())
+TABLES = yaml.safe_load(tables.PAPER.read_text())
 # Numbers printed in each table of the supplement; dashes do not count.
 PRINTED = {"table6": 10, "table8": 102, "table9": 88, "table10": 3, "table11": 6, "table12": 16}
 PUBLISHED = {**PRINTED, "cifar10_lt": 20, "tiny100_lt": 0}
 
 
 def test_every_printed_number_is_there():
-    numbers = {name: sum(c.paper is not None for c in reproduce.load_table(name)[1]) for name in TABLES}
+    numbers = {name: sum(c.paper is not None for c in tables.load_table(name)[1]) for name in TABLES}
     assert numbers == PUBLISHED
 
 
 def test_a_dash_is_left_out_of_the_papers_tables_and_run_where_the_table_says_so():
-    assert all(c.paper is not None for name in PRINTED for c in reproduce.load_table(name)[1])
+    assert all(c.paper is not None for name in PRINTED for c in tables.load_table(name)[1])
     for name in ("cifar10_lt", "tiny100_lt"):
         table = TABLES[name]
-        assert len(reproduce.load_table(name)[1]) == len(table["rows"]) * len(table["columns"])
+        assert len(tables.load_table(name)[1]) == len(table["rows"]) * len(table["columns"])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_dash_is_left_out_of_the_papers_tables_and_run_where_the_table_says_so
     ],
 )
 def test_spot_checks(table, row, column, value):
-    (cell,) = reproduce.chosen(reproduce.load_table(table)[1], [row], [column])
+    (cell,) = tables.chosen(tables.load_table(table)[1], [row], [column])
     assert cell.paper == value
 
 
@@ -85,10 +87,10 @@ def test_the_numbers_are_percentages_in_the_order_that_long_tails_give_them(name
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("scale", ["short", "paper"])
 def test_every_cell_with_a_recipe_resolves(name, scale):
-    cells = [part for whole in reproduce.load_table(name)[1] for part in whole.members or [whole]]
+    cells = [part for whole in tables.load_table(name)[1] for part in whole.members or [whole]]
     # One column a row: that every cell loads is tested with the recipes.
     for cell in {(c.row, c.recipe): c for c in cells}.values():
-        reproduce.resolve(cell, [], scale, [])
+        availability.resolve(cell, [], scale, [])
         if not cell.path.is_file():
             assert cell.problem.startswith("no recipe yet")
             continue
@@ -96,7 +98,7 @@ def test_every_cell_with_a_recipe_resolves(name, scale):
         recipe = load_recipe(cell.path, cell.overrides)
         if scale == "short":
             lengths = [s.iterations for s in recipe.stages.values()]
-            full = {"cifar10_lt": 500, "tiny100_lt": 400}.get(name, reproduce.SHORT_ITERATIONS)
+            full = {"cifar10_lt": 500, "tiny100_lt": 400}.get(name, availability.SHORT_ITERATIONS)
             for n, stage in enumerate(recipe.stages.values()):
                 afresh = n == 0 or stage.start == "fresh"
                 # tau_norm descends nothing and keeps its length.
@@ -105,8 +107,8 @@ def test_every_cell_with_a_recipe_resolves(name, scale):
 
 def test_a_tables_short_words_hold_at_the_short_scale_only():
     for scale, network, batch in (("short", "cifar_resnet8", 32), ("paper", "cifar_resnet32", 128)):
-        (cell,) = reproduce.chosen(reproduce.load_table("cifar10_lt")[1], ["LDAM-DRW"], ["100"])
-        reproduce.resolve(cell, [], scale, [])
+        (cell,) = tables.chosen(tables.load_table("cifar10_lt")[1], ["LDAM-DRW"], ["100"])
+        availability.resolve(cell, [], scale, [])
         recipe = load_recipe(cell.path, cell.overrides)
         stage = recipe.stages["end_to_end"]
         assert (recipe.model.name, stage.batch_size) == (network, batch)
@@ -114,7 +116,7 @@ def test_a_tables_short_words_hold_at_the_short_scale_only():
 
 
 def test_las_takes_its_smoothing_from_the_column():
-    cells = reproduce.chosen(reproduce.load_table("table8")[1], ["LAS", "Ours + LAS"], None)
+    cells = tables.chosen(tables.load_table("table8")[1], ["LAS", "Ours + LAS"], None)
     by_column = {"200": (0.4, 0), "100": (0.4, 0.1), "50": (0.3, 0), "20": (0.2, 0), "10": (0.2, 0)}
     assert len(cells) == 10
     for cell in cells:
@@ -126,33 +128,33 @@ def test_las_takes_its_smoothing_from_the_column():
 
 
 def test_cells_that_differ_share_no_run_and_metrics_of_one_run_do():
-    cells = [c for c in reproduce.load_table("table9")[1] if c.path.is_file()]
+    cells = [c for c in tables.load_table("table9")[1] if c.path.is_file()]
     names = {}
     for cell in cells:
-        run = reproduce.plan_run(cell, Path("runs"), 0)
+        run = plan_run(cell, Path("runs"), 0)
         names.setdefault(run.name, set()).add((cell.row, cell.column.split()[0]))
     assert all(len(users) == 1 for users in names.values())
 
 
 def test_a_runs_name_follows_from_what_changes_its_result(tmp_path):
-    (cell,) = reproduce.chosen(reproduce.load_table("table8")[1], ["Ours"], ["100"])
-    before = reproduce.plan_run(cell, tmp_path, 0).name
+    (cell,) = tables.chosen(tables.load_table("table8")[1], ["Ours"], ["100"])
+    before = plan_run(cell, tmp_path, 0).name
     cell.overrides = [*cell.overrides, "data.root=/elsewhere", "num_threads=1", "log_every=3"]
-    assert reproduce.plan_run(cell, tmp_path, 0).name == before
-    assert reproduce.plan_run(cell, tmp_path, 1).name != before
+    assert plan_run(cell, tmp_path, 0).name == before
+    assert plan_run(cell, tmp_path, 1).name != before
     # A default that is spelled out, as one that a later version may add, is no other recipe.
     cell.overrides = [*cell.overrides, "stages.end_to_end.accuracy.window=10", "model.drop_rate=0"]
-    assert reproduce.plan_run(cell, tmp_path, 0).name == before
+    assert plan_run(cell, tmp_path, 0).name == before
     cell.overrides = [*cell.overrides, "stages.end_to_end.options.driver_weight=0.2"]
-    assert reproduce.plan_run(cell, tmp_path, 0).name != before
+    assert plan_run(cell, tmp_path, 0).name != before
 
 
 def test_rows_with_a_stage_in_common_plan_one_run_for_it(tmp_path):
-    table = reproduce.load_table("cifar10_lt")[1]
+    table = tables.load_table("cifar10_lt")[1]
 
     def plan(row):
-        (cell,) = reproduce.chosen(table, [row], ["100"])
-        return reproduce.plan_run(cell, tmp_path, 0)
+        (cell,) = tables.chosen(table, [row], ["100"])
+        return plan_run(cell, tmp_path, 0)
 
     for alone, rows in (("CE", ("τ-norm", "cRT", "LWS", "LAS")), ("Ours", ("Ours + cRT", "Ours + LWS", "Ours + LAS"))):
         run = plan(alone)
@@ -165,23 +167,23 @@ def test_rows_with_a_stage_in_common_plan_one_run_for_it(tmp_path):
 
 def test_the_listing_names_every_row_its_recipe_and_what_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert reproduce.main(["table11", "--list"]) == 0
+    assert cli.main(["reproduce", "table11", "--list"]) == 0
     told = capsys.readouterr().out
     assert "RIDE (4 experts)" in told
     assert "imagenet_lt_ours_las+imagenet_lt_ours_las_cosine data not found: list_file" in told
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "ROOT", tmp_path)
-        assert reproduce.main(["table11", "--list"]) == 0
+        patch.setattr(tables, "SHIPPED", tmp_path)
+        assert cli.main(["reproduce", "table11", "--list"]) == 0
     told = capsys.readouterr().out
     for recipe in ("imagenet_lt_ride_4", "imagenet_lt_ours_las"):
         assert f"no recipe yet: recipes/{recipe}.yaml" in told
-    assert reproduce.main(["table8", "--list", "--data", str(tmp_path)]) == 0
+    assert cli.main(["reproduce", "table8", "--list", "--data", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert all(row["name"] in told for row in TABLES["table8"]["rows"])
     assert "data not found: cifar100" in told
     assert "46.42" in told
     (tmp_path / "cifar-100-python").mkdir()
-    assert reproduce.main(["table8", "--list", "--rows", "Ours", "--data", str(tmp_path)]) == 0
+    assert cli.main(["reproduce", "table8", "--list", "--rows", "Ours", "--data", str(tmp_path)]) == 0
     assert "can run" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [tmp_path / "cifar-100-python"]
 
@@ -196,7 +198,7 @@ def test_the_listing_names_every_row_its_recipe_and_what_is_missing(tmp_path, ca
     ],
 )
 def test_a_mistake_is_one_message(words, expected, capsys):
-    assert reproduce.main(words) == 2
+    assert cli.main(["reproduce", *words]) == 2
     assert expected in capsys.readouterr().err
 
 
@@ -221,7 +223,7 @@ def in_process(monkeypatch):
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return fastlt.train.main(words[2:])
 
-    monkeypatch.setattr(reproduce, "train", train)
+    monkeypatch.setattr(execution, "train", train)
     return trained
 
 
@@ -230,7 +232,7 @@ def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, ca
     words = ["table8", "--rows", "cRT", "--columns", "100", "--scale", "short"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set", *SMALL]
     words += [f"data.converted={digits}", *few_iterations("end_to_end", "classifier")]
-    assert reproduce.main(words) == 0
+    assert cli.main(["reproduce", *words]) == 0
     told = capsys.readouterr()
     assert told.err.count("running cifar100_lt_crt-") == 2
     assert "cRT, 100, seed 0, for cifar100_lt_crt-" in told.err
@@ -249,7 +251,7 @@ def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, ca
         assert [r["row"] for r in csv.DictReader(file)] == [r["row"] for r in rows]
 
     again = (tmp_path / "out" / "table8.json").read_text()
-    assert reproduce.main(words) == 0
+    assert cli.main(["reproduce", *words]) == 0
     assert "running" not in capsys.readouterr().err
     assert (tmp_path / "out" / "table8.json").read_text() == again
 
@@ -289,7 +291,7 @@ def test_a_shared_first_stage_changes_nothing(alone, row, extra, digits, tmp_pat
         common += ["stages.end_to_end.meta_batch_size=4"]
     folders = {}
     for name, words in ((alone, []), (row, few_iterations("classifier"))):
-        assert reproduce.main(["cifar10_lt", "--rows", name, *common, *words]) == 0
+        assert cli.main(["reproduce", "cifar10_lt", "--rows", name, *common, *words]) == 0
         (cell,) = json.loads((tmp_path / "out" / "cifar10_lt.json").read_text())
         folders[name] = tmp_path / cell["runs"]
     assert in_process == [folders[alone].name, folders[row].name]
@@ -310,7 +312,7 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
     words += few_iterations("end_to_end")
     with monkeypatch.context() as patched:
         patched.setattr(fastlt.run.trainer.Trainer, "_agreed", lambda self, log_now: (signal.SIGTERM, False))
-        assert reproduce.main(words) == 130
+        assert cli.main(["reproduce", *words]) == 130
     told = capsys.readouterr()
     assert "the same command goes on from there" in told.err
     assert "stopped before 1 of 1 seeds had their turn" in told.out
@@ -327,8 +329,8 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
             orphan.stdin.close()
         return lock(file, how)
 
-    monkeypatch.setattr(reproduce.fcntl, "flock", end_the_orphan_when_waited_for)
-    assert reproduce.main(words) == 0
+    monkeypatch.setattr(execution.fcntl, "flock", end_the_orphan_when_waited_for)
+    assert cli.main(["reproduce", *words]) == 0
     assert "waiting for cifar10_lt_ce-" in capsys.readouterr().err
     assert orphan.wait(timeout=60) == 0
     assert "resuming" in log.read_text()
@@ -348,12 +350,12 @@ def test_a_stop_reaches_the_trainer_and_waits_for_its_checkpoint(tmp_path, monke
 
     def run_cells(*_):
         with log.open("a") as output:
-            reproduce.train([sys.executable, str(program)], output)
+            execution.train([sys.executable, str(program)], output)
 
     monkeypatch.setattr(reproduce, "run_cells", run_cells)
     before = signal.getsignal(signal.SIGTERM)
     words = ["cifar10_lt", "--rows", "CE", "--runs", str(tmp_path), "--out", str(tmp_path)]
-    assert reproduce.main(words) == 130
+    assert cli.main(["reproduce", *words]) == 130
     assert log.read_text().split() == ["started", "saved"]
     assert "the same command goes on from there" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
@@ -361,7 +363,7 @@ def test_a_stop_reaches_the_trainer_and_waits_for_its_checkpoint(tmp_path, monke
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys, in_process, monkeypatch):
     """What CE and LWS have in common fails, is tried once a seed, and Focal Loss still runs."""
-    train = reproduce.train
+    train = execution.train
 
     def fail_ce(words, output):
         if words[2].endswith("_ce.yaml"):
@@ -371,11 +373,11 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys,
             return 2
         return train(words, output)
 
-    monkeypatch.setattr(reproduce, "train", fail_ce)
+    monkeypatch.setattr(execution, "train", fail_ce)
     words = ["cifar10_lt", "--columns", "100", "--rows", "CE", "LWS", "Focal Loss", "--scale", "short", "--seeds", "2"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set", *SMALL]
     words += [*few_iterations("end_to_end"), "data.convention=paper", f"data.converted={digits}"]
-    assert reproduce.main(words) == 1
+    assert cli.main(["reproduce", *words]) == 1
     told = capsys.readouterr()
     assert [name.split("-")[0] for name in in_process] == ["CE", "cifar10_lt_focal", "CE", "cifar10_lt_focal"]
     assert "- CE: failed with code 2: fastlt: the disk is full" in told.out
@@ -387,5 +389,5 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys,
 
     # A result that a broken disk has left is one row's reason, too.
     (tmp_path / "runs" / rows["Focal Loss"]["runs"].split()[1] / "result.json").write_text("{")
-    assert reproduce.main(words) == 1
+    assert cli.main(["reproduce", *words]) == 1
     assert "result.json is not valid JSON" in capsys.readouterr().out

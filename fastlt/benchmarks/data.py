@@ -1,6 +1,6 @@
 """The loaders, from converted files to uint8 batches on the device, against bare FFCV, bare DALI and torchvision.
 
-    python tools/benchmark.py data --images DIR
+    fastlt benchmark data --images DIR
 
 Two kinds of jobs: random-resized crops of the JPEGs below DIR, repeated up to --count, once for each --storage; and
 small images without a crop, those of CIFAR-10 (--cifar) or random ones of its size. Bare FFCV and DALI read the very
@@ -23,6 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlt.arguments import make_parser, positive
+from fastlt.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
+from fastlt.benchmarks.options import usable_device
+from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.readers.host_loader import available_cores
@@ -30,10 +34,8 @@ from loaders.sources import ArraySplit, FileSplit, Source
 from loaders.sources.cifar import CIFAR10, read_cifar
 from loaders.stored.dataset import ConvertedDataset, convert
 from loaders.stored.ffcv_format import FfcvOptions
-from tools.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
-from tools.benchmarks.options import positive, usable_device
-from tools.benchmarks.rounds import Row, interleaved, report, row, wait_for
 
+NAME = "fastlt benchmark data"
 BOTH = ("ffcv", "dali")
 EXTENSIONS = (".jpg", ".jpeg")
 BARE = {"fastlt ffcv": "bare ffcv", "fastlt dali": "bare dali", "fastlt resident_jpeg": "bare dali"}
@@ -45,11 +47,9 @@ STORAGES = {
 TORCHVISION = "torchvision"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = NAME) -> int:
     """Convert, measure and print; returns the exit code. ValueError when there is no image or a split is too small."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, NAME, prog)
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
     parser.add_argument("--count", type=positive, default=1024, help="photographs (default: 1024)")
     parser.add_argument("--small-count", type=positive, default=20_000, help="small images (default: 20000)")

@@ -1,6 +1,6 @@
 """How far a rolling class accuracy is from the exact one while a network trains, and what that does to the weights.
 
-    python tools/benchmark.py drift recipes/cifar10_lt.yaml data.root=DIR --windows 2 5 10
+    fastlt benchmark drift recipes/cifar10_lt.yaml data.root=DIR --windows 2 5 10
 
 Trains a stage of the recipe (method: difficulty) with the accuracy measured on the whole meta set in every iteration,
 and beside it, on the same network, one rolling accuracy for each window. Its weights are those that the same
@@ -24,12 +24,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fastlt.arguments import positive
+from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import class_weights
 from fastlt.run.trainer import Trainer
 from fastlt.steps.difficulty import DifficultyStep
-from tools.benchmarks.options import positive
-from tools.benchmarks.stage_loop import DifficultyLoop, parser
+
+NAME = "fastlt benchmark drift"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Row:
     max_weight_error: float
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = NAME) -> int:
     """Train, compare and print; returns the exit code. A mistake in the recipe is a ValueError."""
-    options = parser("drift", __doc__)
+    options = parser(__doc__, NAME, prog)
     options.add_argument("--windows", type=positive, nargs="+", default=[2, 5, 10, 20], metavar="K")
     words = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:

@@ -1,17 +1,10 @@
-"""Types of the benchmarks' options, for argparse: what makes no sense is one message and exit code 2."""
+"""A benchmark's --device, checked: a device that is not there is one message and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 
 import torch
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def usable_device(text: str) -> str:

@@ -7,7 +7,6 @@ a captured iteration: the random choices are then drawn on the host while the de
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -15,19 +14,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+from fastlt.arguments import make_parser, positive
 from fastlt.augment import Augment, build_augment
+from fastlt.benchmarks.options import usable_device
+from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
 from fastlt.device.compiled import CudaCapture
-from tools.benchmarks.options import positive, usable_device
-from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
+NAME = "fastlt benchmark augment"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = NAME) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py augment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, NAME, prog)
     parser.add_argument("--batch", type=positive, nargs="+", default=[128, 512], metavar="N", help="batch sizes")
     parser.add_argument("--size", type=positive, default=32, metavar="PIXELS", help="side of the images (default: 32)")
     parser.add_argument("--policy", choices=("cifar10", "imagenet", "svhn"), default="cifar10", help="of AutoAugment")

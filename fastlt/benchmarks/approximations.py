@@ -1,6 +1,6 @@
 """How far the approximations of the meta-step are from the exact one while a network trains.
 
-    python tools/benchmark.py approximations recipes/cifar10_lt.yaml data.root=DIR --every 2 4 --modules head
+    fastlt benchmark approximations recipes/cifar10_lt.yaml data.root=DIR --every 2 4 --modules head
 
 Trains a stage of the recipe (method: difficulty) exactly. Beside it, for every approximation, a copy of Difficulty-Net
 takes the Adam steps that the approximation would take, on the same network, batches and accuracies; compared are the
@@ -24,11 +24,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from fastlt.arguments import positive
+from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.difficulty import class_weights, difficulty_gradient_loss
 from fastlt.steps.meta import Approximation
-from tools.benchmarks.options import positive
-from tools.benchmarks.stage_loop import DifficultyLoop, parser
+
+NAME = "fastlt benchmark approximations"
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Row:
     grad_rel_error: float | None
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = NAME) -> int:
     """Train, compare and print; returns the exit code. A mistake in the recipe is a ValueError."""
-    options = parser("approximations", __doc__)
+    options = parser(__doc__, NAME, prog)
     options.add_argument("--every", type=positive, nargs="+", default=[2, 4], metavar="K")
     options.add_argument(
         "--modules", nargs="+", default=["head"], metavar="NAME,…", help="each a list of modules that look ahead"

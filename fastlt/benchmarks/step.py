@@ -45,16 +45,17 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastlt.arguments import make_parser, positive
+from fastlt.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
+from fastlt.benchmarks.options import usable_device
+from fastlt.benchmarks.rounds import wait_for
 from fastlt.device.compiled import MODES
 from fastlt.device.host_memory import allocator, keep_freed_memory
 from fastlt.models.classifier import check_model
-from tools.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
-from tools.benchmarks.options import positive, usable_device
-from tools.benchmarks.rounds import wait_for
 
+NAME = "fastlt benchmark step"
 # Steps between two waits for a GPU, which otherwise idles while the first kernels are launched; not of LONG ones.
 IN_A_ROW, LONG = 10, 0.2  # seconds
-ENTRY = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Row:
     why: str | None = None
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = NAME) -> int:
     """Measure and print; returns the exit code."""
-    words = parse(arguments)
+    words = parse(arguments, prog)
     if words.threads:
         torch.set_num_threads(words.threads)
     # As the trainer does; every way gains.
@@ -102,11 +103,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     """The options; exits with code 2 and one message when they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, NAME, prog)
 
     parser.add_argument("--backbone", default="cifar_resnet32", metavar="NAME", help="default: cifar_resnet32")
     parser.add_argument("--classes", type=positive, default=10, metavar="C", help="default: 10")
@@ -279,7 +278,7 @@ def ask_child(name: str, words: argparse.Namespace) -> int | None:
     if not Path("/proc/self/status").exists():
         return None
     layout = "--channels-last" if words.channels_last else "--no-channels-last"
-    command = [sys.executable, "-W", "ignore", str(ENTRY), "step", "--peak-of", name, layout, "--device", words.device]
+    command = [sys.executable, "-W", "ignore", "-m", *NAME.split(), "--peak-of", name, layout, "--device", words.device]
     for key in ("backbone", "classes", "batch", "meta_batch", "image_size", "precision", "threads"):
         if getattr(words, key) is not None:
             command += [f"--{key.replace('_', '-')}", str(getattr(words, key))]

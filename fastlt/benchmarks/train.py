@@ -1,6 +1,6 @@
 """Images a second of a recipe's training loop, against the same step fed one batch for ever: what the data costs.
 
-    python tools/benchmark.py train recipes/digits_lt.yaml data.loader=ffcv
+    fastlt benchmark train recipes/digits_lt.yaml data.loader=ffcv
 
 Everything is the recipe's: loader, augmentation, model, loss, method, meta batches, and `compile`: iterations are those
 of training, captured in a CUDA graph where the recipe says so; where that cannot be, the reason is printed. Without an
@@ -13,36 +13,33 @@ an iteration on one batch for ever.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from fastlt.arguments import make_parser, positive
+from fastlt.benchmarks.augment import Captured
+from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
 from fastlt.device.compiled import ready
 from fastlt.recipe import StageRecipe, load_recipe
+from fastlt.recipe.locations import SHIPPED
 from fastlt.run.trainer import Trainer, endless
 from fastlt.state import Batch, StepOutput
 from fastlt.steps import Step
 from loaders.protocol import BatchLoader
-from tools.benchmarks.augment import Captured
-from tools.benchmarks.options import positive
-from tools.benchmarks.rounds import interleaved, report, row, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
+NAME = "fastlt benchmark train"
 LOOP, ONE_BATCH = "training loop", "one batch for ever"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = NAME) -> int:
     """Measure and print; returns the exit code. A mistake in the recipe is a ValueError."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", nargs="?", default=str(ROOT / "recipes" / "digits_lt.yaml"))
+    parser = make_parser(__doc__, NAME, prog)
+    parser.add_argument("recipe", nargs="?", default=str(SHIPPED / "digits_lt.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--stage", help="which stage of the recipe (default: the first)")
     parser.add_argument("--iterations", type=positive, default=50, help="a round (default: 50)")
@@ -60,7 +57,7 @@ def main(arguments: list[str]) -> int:
         try:
             loop = _Loop(trainer, stage, step, train, meta, words.iterations)
             if loop.not_compiled is not None:
-                print(f"benchmark.py train: not compiled: {loop.not_compiled}", file=sys.stderr)
+                print(f"{prog}: not compiled: {loop.not_compiled}", file=sys.stderr)
             speeds = interleaved({LOOP: loop.fed, ONE_BATCH: loop.one_batch}, words.rounds)
             augment_s = loop.augment_s(words.rounds)
         finally:

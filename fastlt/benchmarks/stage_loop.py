@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
+from fastlt.arguments import make_parser, positive
 from fastlt.recipe import load_recipe
+from fastlt.recipe.locations import SHIPPED
 from fastlt.run.trainer import Trainer, endless
 from fastlt.state import Batch
-from tools.benchmarks.options import positive
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """The options that every such measurement has."""
-    made = argparse.ArgumentParser(
-        prog=f"benchmark.py {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("recipe", nargs="?", default=str(ROOT / "recipes" / "digits_lt.yaml"))
+def parser(doc: str, name: str, prog: str) -> argparse.ArgumentParser:
+    """The options that every such measurement has; arguments as of `make_parser`."""
+    made = make_parser(doc, name, prog)
+    made.add_argument("recipe", nargs="?", default=str(SHIPPED / "digits_lt.yaml"))
     made.add_argument("overrides", nargs="*", metavar="key.sub=value")
     made.add_argument("--stage", help="which stage of the recipe (default: the first)")
     made.add_argument("--iterations", type=positive, help="default: the whole stage")

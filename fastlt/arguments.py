@@ -1,0 +1,44 @@
+"""What the commands' argument parsers share: the help text of the door that was used, and checked numbers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def typed(prog: str) -> str:
+    """What the user types for a program's name: `report.py` is a script of tools/, `fastlt report` is itself."""
+    return f"python tools/{prog}" if prog.split()[0].endswith(".py") else prog
+
+
+def make_parser(doc: str, name: str, prog: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring.
+
+    name: how the docstring writes the command, `fastlt report`. prog: how the user called it, that or `report.py`, a
+    script of tools/; the examples and the usage line show the user's own.
+    """
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=doc.replace(name, typed(prog)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high`, for argparse, which puts the option's name before the message."""
+
+    def read(word: str) -> int:
+        allowed = f"a whole number from {low} on" if high is None else f"a whole number from {low} to {high}"
+        try:
+            number = int(word)
+        except ValueError:
+            number = None
+        if number is None or number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{word!r} is not {allowed}")
+        return number
+
+    return read
+
+
+positive = whole(1)

@@ -1,0 +1,1 @@
+"""One module a benchmark; fastlt/commands/benchmark.py names them."""

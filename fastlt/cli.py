@@ -1,0 +1,62 @@
+"""The command `fastlt`: a table of its subcommands, each imported when it is asked for.
+
+This module imports nothing heavy, so that `fastlt --help` and a mistyped word are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from fastlt import __version__
+from fastlt.commands import run
+from fastlt.names import unknown
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: a module with `main(words, prog) -> exit code`, and its line in the help."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("fastlt.train", "train what a recipe describes"),
+    "check": Command("fastlt.commands.check", "check a recipe and print it with every default filled in"),
+    "convert": Command("fastlt.commands.convert", "convert a data set once, so that training reads it at full speed"),
+    "verify": Command("fastlt.commands.verify", "read a converted data set back and check all of it"),
+    "report": Command("fastlt.commands.report", "compare finished runs: a table, and how the class weights moved"),
+    "ensemble": Command("fastlt.commands.ensemble", "evaluate finished runs together"),
+    "reproduce": Command("fastlt.commands.reproduce", "run the rows of the paper's tables, our numbers beside them"),
+    "benchmark": Command("fastlt.commands.benchmark", "measure what fastlt claims, on your machine"),
+}
+
+
+def main(words: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the subcommand that the first word names with the words after it; returns the exit code.
+
+    prog: the name under which the subcommand speaks of itself, `fastlt NAME` by default; the scripts of tools/ have
+    names of their own.
+    """
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"fastlt {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"fastlt: error: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(COMMANDS[name].module, rest, prog or f"fastlt {name}")
+
+
+def help_text() -> str:
+    """The subcommands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    head = "usage: fastlt COMMAND ...\n\nLong-tailed image recognition, fast and right.\n"
+    more = "\n`fastlt COMMAND --help` says more of each; `fastlt --version` says which version this is."
+    return "\n".join([head, *lines, more])

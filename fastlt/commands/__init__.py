@@ -1,0 +1,21 @@
+"""The subcommands of `fastlt`, one module each: its arguments, what it prints, and its exit codes.
+
+Each has `main(words, prog)`: the words after the command's name, and the name by which it was called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+
+def run(module: str, words: list[str], prog: str) -> int:
+    """Call a module's `main(words, prog)`; returns the exit code. A ValueError is one message and code 2."""
+    try:
+        return importlib.import_module(module).main(words, prog)
+    except ValueError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,26 @@
+"""Check a recipe and print it with every default filled in; nothing is trained and no data are read.
+
+    fastlt check recipes/cifar10_lt.yaml data.root=DIR seed=1
+
+Exit codes: 0 the recipe can be trained as far as can be told without its data, 2 it cannot.
+"""
+
+from __future__ import annotations
+
+from fastlt.arguments import make_parser
+
+NAME = "fastlt check"
+
+
+def main(words: list[str], prog: str = NAME) -> int:
+    """Run the command line `words`; returns the exit code."""
+    parser = make_parser(__doc__, NAME, prog)
+    parser.add_argument("recipe", help="a file of recipes/, or your own")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.root=/images seed=1")
+    arguments = parser.parse_intermixed_args(words)
+
+    # Imported late: a mistake on the command line answers before torch has loaded.
+    from fastlt.recipe import load_recipe
+
+    print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
+    return 0

@@ -1,0 +1,219 @@
+"""Convert a data set once, so that training reads it at full speed.
+
+    fastlt convert digits --out data/digits --imbalance 20
+    fastlt convert cifar100 --root ~/data --out data/cifar100-if100 --imbalance 100
+    fastlt convert list_file --root /images --train-list train.txt --meta-list val.txt \
+        --test-list test.txt --out data/places-lt --mode jpg --max-resolution 400
+    fastlt convert image_folder --root /images --out data/mine --format both
+    fastlt convert --verify data/cifar100-if100
+
+A conversion that is interrupted leaves nothing that could be mistaken for a data set; the same command starts it again.
+Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 or 143 interrupted or terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
+from fastlt.arguments import make_parser, whole
+from fastlt.commands import verify
+from fastlt.commands.signals import Terminated, ended_by_signals
+from fastlt.names import unknown
+from loaders.order.longtail import CONVENTIONS
+from loaders.sources import SOURCES, Source, open_source
+from loaders.stored.ffcv_format import MODES, FfcvOptions
+
+if TYPE_CHECKING:
+    from loaders.stored.dataset import ConvertedDataset
+
+NAME = "fastlt convert"
+FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
+CIFAR = ("cifar10", "cifar100")
+ONLY_FOR = {
+    "root": (*CIFAR, "image_folder", "list_file"),
+    "train_list": ("list_file",),
+    "meta_list": ("list_file",),
+    "test_list": ("list_file",),
+    "convention": CIFAR,
+    "no_download": CIFAR,
+}
+WITH_VERIFY = ("verify", "workers", "quiet")
+
+
+def main(words: list[str], prog: str = NAME) -> int:
+    """Run the command line `words`; returns the exit code. A mistake in the input is one message, not a traceback."""
+    arguments = parse(words, prog)
+    try:
+        with ended_by_signals():
+            if arguments.verify:
+                return verify.check(arguments.verify, arguments.workers, not arguments.quiet, prog)
+            return run_convert(arguments)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"{prog}: error: {error.strerror or error}{where}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    except Terminated:
+        print(f"\n{prog}: terminated; nothing was left behind", file=sys.stderr)
+        return 143
+    return 2
+
+
+def parse(words: list[str], prog: str) -> argparse.Namespace:
+    """The arguments; exits with code 2 and one message when they make no sense."""
+    usage = f"{prog} SOURCE --out DIR [options], or {prog} --verify DIR (see --help)"
+    parser = make_parser(__doc__, NAME, prog, usage)
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="read a converted data set back and check all of it")
+    parser.add_argument("--format", choices=FORMATS, default="ffcv", help="ffcv (default), dali's shards, or both")
+
+    data = parser.add_argument_group("which images")
+    data.add_argument("--root", metavar="DIR", help="folder with the images (not needed for digits)")
+    for split in ("train", "meta", "test"):
+        data.add_argument(f"--{split}-list", metavar="FILE", help="list_file: lines of `relative/path label`")
+    data.add_argument("--num-classes", type=whole(1), metavar="C", help="what the data set must have")
+    data.add_argument("--imbalance", type=imbalance, metavar="IF", help="cut a long tail, largest over smallest class")
+    data.add_argument("--convention", choices=sorted(CONVENTIONS), help="how CIFAR is cut (default: paper)")
+    data.add_argument("--meta-per-class", type=whole(1), default=10, metavar="N", help="validation images (10)")
+    data.add_argument("--no-download", action="store_true", help="do not fetch CIFAR when it is not under --root")
+
+    storage = parser.add_argument_group("how they are stored")
+    storage.add_argument("--mode", choices=MODES, default="raw", help="default: raw, the fastest to read")
+    storage.add_argument("--max-resolution", type=whole(1), metavar="PIXELS", help="scale longer sides down to this")
+    storage.add_argument("--jpeg-quality", type=whole(1, 100), metavar="Q", help="1 to 100 (default: 90), not for raw")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: all cores)")
+    run.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="images that cannot be decoded")
+    run.add_argument("--overwrite", action="store_true", help="replace the converted data set at --out")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    arguments = parser.parse_args(words)
+    if arguments.verify:
+        if arguments.source or arguments.out:
+            parser.error("--verify reads a converted data set back: it takes neither a source nor --out")
+        for name, value in vars(arguments).items():
+            if name not in WITH_VERIFY and value != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no meaning with --verify: leave it out")
+    elif not (arguments.source and arguments.out):
+        parser.error("a source and --out DIR are needed (or --verify DIR)")
+    elif arguments.source not in SOURCES:
+        parser.error(unknown("source", arguments.source, SOURCES))
+    for name, sources in ONLY_FOR.items():
+        if getattr(arguments, name) != parser.get_default(name) and arguments.source not in (None, *sources):
+            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only, not for {arguments.source}")
+    if arguments.mode == "raw" and arguments.jpeg_quality is not None:
+        parser.error("--jpeg-quality has no meaning for raw pixels: add --mode jpg or proportion, or leave it out")
+    if arguments.mode == "proportion" and "dali" in FORMATS[arguments.format]:
+        parser.error(f"--mode proportion is for --format ffcv only, not for {arguments.format}: take raw or jpg")
+    if arguments.source in ONLY_FOR["root"] and arguments.root is None:
+        parser.error(f"{arguments.source} needs --root DIR: the folder that holds its images")
+    return arguments
+
+
+def imbalance(word: str) -> float:
+    """A reader of imbalance factors, as `whole`."""
+    try:
+        factor = float(word)
+    except ValueError:
+        factor = math.nan
+    if not 1 <= factor < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 (balanced) on")
+    return factor
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert, unless what is asked for is already there."""
+    out = arguments.out.expanduser()
+    quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
+    options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
+    chosen = {
+        "train_list": arguments.train_list,
+        "meta_list": arguments.meta_list,
+        "test_list": arguments.test_list,
+        "imbalance_factor": arguments.imbalance,
+        "convention": arguments.convention or "paper",
+        "meta_per_class": arguments.meta_per_class,
+    }
+    from loaders.stored.dataset import ConvertedDataset, check_target, conversion_request, convert
+
+    request = conversion_request(arguments.source, options=options, **chosen)
+    formats = FORMATS[arguments.format]
+    if (out / "manifest.json").is_file() and not arguments.overwrite:
+        there = ConvertedDataset.open(out)
+        if there.matches(request) and not set(formats) <= set(there.formats):
+            raise ValueError(
+                f"{out} holds this data set as {' and '.join(there.formats)} only: "
+                "convert it anew with --format both --overwrite, or give another folder"
+            )
+        if there.matches(request):
+            print(f"{out} already holds this data set: nothing to do{compare_listing(there, arguments, chosen)}")
+            return 0
+        differences = "; ".join(there.differences(request))
+        raise ValueError(f"{out} holds another data set: {differences}; give another folder, or --overwrite")
+    check_target(out, overwrite=arguments.overwrite)
+    source = open_chosen(arguments, chosen)
+    dataset = convert(
+        source,
+        out,
+        options=options,
+        request=request,
+        formats=formats,
+        on_error=arguments.on_error,
+        progress=not arguments.quiet,
+        overwrite=arguments.overwrite,
+    )
+    report(dataset)
+    return 0
+
+
+def open_chosen(arguments: argparse.Namespace, chosen: dict) -> Source:
+    """The source that the command line describes; `chosen`: the options by which its images are chosen."""
+    return open_source(
+        arguments.source,
+        root=arguments.root,
+        download=not arguments.no_download,
+        num_classes=arguments.num_classes,
+        **chosen,
+    )
+
+
+def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chosen: dict) -> str:
+    """ValueError when the source lists other images now than those converted; else what to add to the message.
+
+    The request knows neither the folder nor the lines of the lists, and the images may be gone after the conversion.
+    """
+    known = there.manifest.get("listing_sha256")
+    if known is None:
+        return ""
+    try:
+        listing = open_chosen(arguments, chosen).listing_sha256()
+    except ValueError as error:
+        return f" (though the images are not as they were: {error})"
+    if listing != known:
+        raise ValueError(
+            f"{there.root} was made from other images than {arguments.root} and the lists hold now: "
+            "give another folder, or --overwrite"
+        )
+    return ""
+
+
+def report(dataset) -> None:
+    """Say what was made: images and bytes per split, the long tail, and what was left out."""
+    counts = dataset.class_counts().counts
+    for name, split in dataset.manifest["splits"].items():
+        of_split = f"{name}.beton", f"dali/{name}"
+        size = sum(f["bytes"] for path, f in dataset.manifest["files"].items() if path.startswith(of_split))
+        low, high = (f"{width}x{height}" for height, width in (split["image_size"]["min"], split["image_size"]["max"]))
+        pixels = low if split["image_size"]["same"] else f"{low} to {high}"
+        print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB; {split['provenance']}")
+    print(f"{dataset.root}: {len(counts)} classes of {counts.max():,} to {counts.min():,} training images")
+    if dataset.manifest["skipped"]:
+        print(f"{dataset.manifest['skipped']} images could not be decoded: {dataset.root / 'skipped.txt'}")

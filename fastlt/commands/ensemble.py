@@ -1,0 +1,45 @@
+"""Evaluate finished runs together: the mean of what they predict.
+
+    fastlt ensemble runs/imagenet_lt_ours_las runs/imagenet_lt_ours_las_cosine
+    fastlt ensemble RUN RUN ... --out runs/both           # also writes runs/both/result.json
+
+The mean is of probabilities, the softmax of each run's logits, and every run counts the same. Logits of different heads
+have no common scale (a cosine head's are bounded by its scale, a linear head's by nothing): in a mean of logits the
+head with the larger ones would decide alone.
+Each run is evaluated as it was: at its best checkpoint of the last stage, with its own crop and precision.
+Exit code: 0 done, 2 for runs that cannot be put together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastlt.arguments import make_parser
+
+NAME = "fastlt ensemble"
+
+
+def main(words: list[str], prog: str = NAME) -> int:
+    """Run the command line `words`; returns the exit code. ValueError for runs that cannot be put together."""
+    parser = make_parser(__doc__, NAME, prog)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a folder for result.json; by default none is written")
+    given = parser.parse_args(words)
+
+    import torch
+
+    from fastlt.ensemble import ensemble, open_member
+    from fastlt.run import checkpoint
+    from fastlt.run.log import result_table
+
+    if given.out is not None and (given.out / "recipe.yaml").exists():
+        raise ValueError(f"--out {given.out} holds a run, whose result would be lost; give another folder")
+    members = [open_member(folder) for folder in given.runs]
+    name = "+".join(m.recipe.name for m in members) if given.out is None else given.out.resolve().name
+    result = ensemble(members, name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if given.out is not None:
+        checkpoint.write_json(given.out / "result.json", result)
+    alone = "   ".join(f"{m['run']} {100 * m['top1']:.2f}" for m in result["members"])
+    print(f"top-1 % alone: {alone}\ntop-1 % of their mean probability: {100 * result['top1']:.2f}\n")
+    print(result_table(result, members[0].dataset.class_counts(members[0].recipe.data.shots)))
+    return 0

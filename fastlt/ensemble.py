@@ -1,0 +1,181 @@
+"""Finished runs evaluated together: the mean of what they predict.
+
+The mean is of probabilities, the softmax of each run's logits, and every run counts the same. Logits of different heads
+have no common scale (a cosine head's are bounded by its scale, a linear head's by nothing): in a mean of logits the
+head with the larger ones would decide alone.
+Each run is evaluated as it was: at its best checkpoint of the last stage, with its own crop and precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlt.augment import normalise
+from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.models import build_model
+from fastlt.recipe import Recipe, load_recipe
+from fastlt.run import checkpoint
+from fastlt.run.dataset import default_folder
+from fastlt.run.metrics import Metrics
+from fastlt.run.trainer import EVALUATION_BATCH, versions
+from fastlt.steps import STEPS
+from loaders.factory import make_loader
+from loaders.order.crop import CropSpec
+from loaders.stored.dataset import ConvertedDataset
+
+SPLITS = ("train", "meta", "test")
+ROWS = 4096  # images whose predictions are averaged at a time
+
+
+@dataclass(frozen=True)
+class Member:
+    """A finished run: where it is, what it was made from, what it measured, and its data set."""
+
+    folder: Path
+    recipe: Recipe
+    result: dict[str, Any]
+    dataset: ConvertedDataset
+
+    def model(self, device: torch.device) -> nn.Module:
+        """The network that the run ended with, its best checkpoint of the last stage."""
+        recipe = self.recipe
+        options = {**vars(recipe.model), "pretrained": False, "checkpoint": None}
+        model = build_model(**options, num_classes=self.dataset.num_classes, image_size=recipe.data.image_size)
+        model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+        for stage in recipe.stages.values():
+            STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
+        best = self.folder / "checkpoints" / f"best_{next(reversed(recipe.stages))}.pt"
+        model.load_state_dict(checkpoint.load(best, device)["model"])
+        return model
+
+    def logits(self, split: str, device: torch.device) -> Tensor:
+        """The logits of every image of a split, in its order: float32 (N, C) on the host."""
+        data, count = self.recipe.data, len(self.dataset.labels(split))
+        loader = make_loader(
+            self.dataset,
+            split,
+            backend=data.loader,
+            batch_size=min(EVALUATION_BATCH, count),
+            device=device,
+            train=False,
+            crop=CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio),
+            seed=self.recipe.seed,
+            num_workers=data.num_workers,
+        )
+        half = torch.autocast(device.type, dtype=torch.bfloat16) if self.recipe.precision == "bf16" else nullcontext()
+        logits = torch.full((count, self.dataset.num_classes), math.nan)
+        model = self.model(device)
+        try:
+            with evaluation_mode(model), half:
+                for batch in loader.epoch(0):
+                    images = normalise(batch.images, data.mean, data.std, torch.float32)
+                    logits[batch.index.cpu()] = model(images).float().cpu()
+        finally:
+            loader.close()
+        return logits
+
+
+def open_member(folder: Path) -> Member:
+    """ValueError when the folder holds no finished run or its data set is not there."""
+    for name in ("recipe.yaml", "result.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no finished run: {name} is missing; give folders below runs/")
+    recipe = load_recipe(folder / "recipe.yaml")
+    converted = Path(recipe.data.converted) if recipe.data.converted else default_folder(recipe.data)
+    return Member(folder, recipe, checkpoint.read_json(folder / "result.json"), ConvertedDataset.open(converted))
+
+
+def check_members(members: Sequence[Member]) -> None:
+    """ValueError when there are fewer than two or they do not belong to the same images and classes."""
+    if len(members) < 2:
+        raise ValueError(f"{len(members)} run was given: an ensemble needs two or more")
+    first = members[0]
+    for other in members[1:]:
+        both = f"{first.folder} and {other.folder} belong to different data sets"
+        one, two = first.dataset, other.dataset
+        if one.root.resolve() != two.root.resolve():
+            a, b = one.manifest["request"], two.manifest["request"]
+            wrong = [f"{k} is {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)]
+            if wrong:
+                raise ValueError(f"{both} ({one.root}, {two.root}): {'; '.join(wrong)}")
+            same = one.class_names == two.class_names and all(
+                np.array_equal(one.labels(split), two.labels(split)) for split in SPLITS
+            )
+            if not same:
+                raise ValueError(f"{both} ({one.root}, {two.root}): their classes or labels differ")
+        if first.recipe.data.shots != other.recipe.data.shots:
+            raise ValueError(
+                f"{first.folder} and {other.folder} have different data.shots, {list(first.recipe.data.shots)} and "
+                f"{list(other.recipe.data.shots)}: many-, medium- and few-shot would have no one meaning"
+            )
+
+
+def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
+    """log of the mean over members of softmax(z), z (N, C) each: float64 (N, C).
+
+    In logarithms, so that small probabilities keep their order and none becomes 0; in float64, so that no two classes
+    tie that did not before.
+    """
+    log_p = torch.stack([torch.log_softmax(z.double(), dim=1) for z in logits])
+    return torch.logsumexp(log_p, dim=0) - math.log(len(logits))
+
+
+def evaluate(members: Sequence[Member], split: str, device: torch.device) -> dict[str, Any]:
+    """The metrics of the mean prediction on a split."""
+    dataset, shots = members[0].dataset, members[0].recipe.data.shots
+    logits = [member.logits(split, device) for member in members]
+    labels = torch.from_numpy(dataset.labels(split))
+    metrics = Metrics(dataset.num_classes)
+    for start in range(0, len(labels), ROWS):
+        part = slice(start, start + ROWS)
+        metrics.update(log_mean_probability([z[part] for z in logits]), labels[part])
+    return metrics.summary(dataset.class_counts(shots))
+
+
+def described(members: Sequence[Member]) -> list[dict[str, Any]]:
+    """Which runs an ensemble is made of, for its result and to tell later whether it still is."""
+    return [{"run": m.folder.resolve().name, "seed": m.recipe.seed, "top1": m.result["top1"]} for m in members]
+
+
+def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict[str, Any]:
+    """A result in the form of a run's result.json, with `members` and `average`; times are sums over the runs."""
+    check_members(members)
+    results = [m.result for m in members]
+    counts = members[0].dataset.class_counts(members[0].recipe.data.shots)
+    train_s = sum(r["train_s"] for r in results)
+
+    def common(key: str) -> Any:
+        values = [r[key] for r in results]
+        return values[0] if values.count(values[0]) == len(values) else None
+
+    return {
+        "name": name,
+        **evaluate(members, "test", device),
+        "validation_top1": evaluate(members, "meta", device)["top1"],
+        "best_iteration": None,
+        "class_names": list(counts.names),
+        "class_counts": counts.counts.tolist(),
+        "class_weights": None,
+        "shots": list(counts.shots),
+        "imbalance_factor": counts.imbalance_factor,
+        "seed": common("seed"),
+        "precision": common("precision"),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processes": 1,
+        "threads": torch.get_num_threads(),
+        "iterations": sum(r["iterations"] for r in results),
+        "train_s": train_s,
+        **{k: sum(r[k] * r["train_s"] for r in results) / train_s for k in ("img_s", "data_wait_share")},
+        "versions": versions(),
+        "average": "probabilities",
+        "members": described(members),
+    }

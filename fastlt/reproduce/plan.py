@@ -1,0 +1,166 @@
+"""The runs that a cell takes, each with its name, its command, and the runs that it needs first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastlt.recipe import Recipe, differences, is_harmless, load_recipe
+from fastlt.reproduce.tables import Cell
+from fastlt.run.checkpoint import LAST, read_json
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+# Keys that are left out of the digest that names a run, besides the harmless ones.
+NOT_IN_NAME = ("name", "seed", "data.converted")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of the trainer: a recipe file, and the override words that go after it, all but its name.
+
+    identity: equal for runs whose results are. first: the run of all stages but the last, whose end this one goes on
+    from; None for a recipe of one stage.
+    """
+
+    path: Path
+    words: tuple[str, ...]
+    recipe: Recipe
+    identity: str
+    name: str
+    first: TrainingRun | None
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder.with_name(self.name)
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(TRAIN), str(self.path), *self.words, f"name={self.name}"]
+
+    @property
+    def needs(self) -> tuple[TrainingRun, ...]:
+        """The runs that have to be finished before this one starts."""
+        if self.first is None or (self.folder / "checkpoints" / LAST).exists():
+            return ()
+        return (self.first,)
+
+    def prepare(self) -> None:
+        """Make the run folder stand where the first run ended: the trainer resumes there, bit for bit."""
+        if not self.needs:
+            return
+        part = self.folder.with_name(f"{self.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(self.first.folder / "checkpoints", part / "checkpoints")
+        shutil.copy2(self.first.folder / "log.jsonl", part)
+        if self.folder.exists():  # made by a run that was killed before its first checkpoint
+            shutil.rmtree(self.folder)
+        part.rename(self.folder)
+
+    def finished(self) -> bool:
+        """Whether the folder holds the result of this recipe; of another one, train.py refuses with the reason."""
+        recorded = self.folder / "recipe.yaml"
+        if not (self.folder / "result.json").is_file() or not recorded.is_file():
+            return False
+        return not differences(load_recipe(recorded), replace(self.recipe, name=self.name))
+
+
+@dataclass(frozen=True)
+class EnsembleRun:
+    """Finished runs put together by `fastlt ensemble`; it can be asked what a training run can."""
+
+    members: tuple[TrainingRun, ...]
+    identity: str
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.members[0].folder.with_name(self.name)
+
+    @property
+    def command(self) -> list[str]:
+        folders = [str(member.folder) for member in self.members]
+        return [sys.executable, "-m", "fastlt", "ensemble", *folders, "--out", str(self.folder)]
+
+    @property
+    def needs(self) -> tuple[TrainingRun, ...]:
+        return self.members
+
+    def prepare(self) -> None:
+        """Nothing: the members' folders are read where they are."""
+
+    def finished(self) -> bool:
+        """Whether the folder holds the ensemble of the members' results as they are now."""
+        result = self.folder / "result.json"
+        if not result.is_file() or not all(member.finished() for member in self.members):
+            return False
+        recorded = [(m["run"], m["top1"]) for m in read_json(result)["members"]]
+        return recorded == [(m.name, read_json(m.folder / "result.json")["top1"]) for m in self.members]
+
+
+Run = TrainingRun | EnsembleRun
+
+
+def plan_run(cell: Cell, runs: Path, seed: int) -> Run:
+    """The run of a cell under a seed, with those that it needs."""
+    if not cell.members:
+        return _plan(cell.path, [*cell.overrides, f"runs={runs}", f"seed={seed}"])
+    members = tuple(plan_run(member, runs, seed) for member in cell.members)
+    identity = f"{_digest([m.identity for m in members])}-{seed}"
+    return EnsembleRun(members, identity, f"{cell.recipe}-{identity}")
+
+
+def _plan(path: Path, words: list[str]) -> TrainingRun:
+    recipe = load_recipe(path, words)
+    *before, last = recipe.stages
+    try:
+        first = _plan(path, [*words, f"stages.{last}=null"]) if before else None
+    except ValueError:
+        first = None  # stages that are no recipe without the last one are trained with it
+    identity = f"{result_digest(recipe)}-{recipe.seed}"
+    # Rows and tables that ask for the same training share it, whatever recipe file it was first asked for by.
+    there = sorted(Path(recipe.runs).glob(f"*-{identity}"))
+    name = there[0].name if there else f"{path.stem}-{identity}"
+    return TrainingRun(path, tuple(words), recipe, identity, name, first)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def result_digest(recipe: Recipe) -> str:
+    """Eight digits that are equal for recipes whose results are, under the same seed and on the same data."""
+    tree = not_default(recipe)
+    for key in NOT_IN_NAME:
+        section, _, last = key.rpartition(".")
+        (tree[section] if section else tree).pop(last, None)
+    return _digest(tree)
+
+
+def not_default(value: Any) -> Any:
+    """A recipe's keys that can change a result and differ from their defaults.
+
+    A key that a later version adds leaves older runs their name.
+    """
+    if isinstance(value, dict):
+        return {key: not_default(v) for key, v in value.items()}
+    if not is_dataclass(value):
+        return value
+    told = {}
+    for key in fields(value):
+        if is_harmless(key):
+            continue
+        default = key.default if key.default_factory is MISSING else key.default_factory()
+        own = getattr(value, key.name)
+        if own == default:
+            continue
+        own = not_default(own)
+        # The options of a method that are all left at their defaults are as good as not given.
+        if own != {}:
+            told[key.name] = own
+    return told

@@ -1,1 +1,0 @@
-"""One module a benchmark; tools/benchmark.py names them."""
