@@ -1,5 +1,7 @@
 """The recipe: everything a run is made from, typed, composed and checked before any data is touched."""
 
+from fastlt.recipe.checks import check
+from fastlt.recipe.compose import load_recipe
 from fastlt.recipe.schema import (
     LIST_KEYS,
     SMALL_SOURCES,
@@ -9,11 +11,10 @@ from fastlt.recipe.schema import (
     Recipe,
     StageRecipe,
     StorageRecipe,
-    check,
     differences,
     is_harmless,
-    load_recipe,
 )
+from fastlt.recipe.typed_yaml import RecipeError
 
 __all__ = [
     "LIST_KEYS",
@@ -22,6 +23,7 @@ __all__ = [
     "DataRecipe",
     "ModelRecipe",
     "Recipe",
+    "RecipeError",
     "StageRecipe",
     "StorageRecipe",
     "check",

@@ -1,6 +1,6 @@
 """YAML mappings into typed dataclasses, and back, with every mistake named by its key.
 
-Knows nothing about training: `fastlt.recipe` says what the keys are, this says how they are read.
+Knows nothing about training: `fastlt.recipe.schema` has the keys, this module reads them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
-
-import yaml
 
 from fastlt.names import nearest, unknown
 
@@ -29,52 +26,6 @@ class RecipeError(ValueError):
 def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
     """The metadata of a dataclass field whose type is the one that the mapping's `key` names in `types`."""
     return {TYPED_BY: (key, types)}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; RecipeError when it is absent, unreadable, or no mapping."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise RecipeError(f"{path}: holds {_describe(loaded)}; a recipe is a mapping of keys to values")
-    return loaded
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`: mappings merge key by key, everything else replaces."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def apply_override(tree: dict[str, Any], word: str) -> None:
-    """Set one `key.sub=value` word in `tree`; the value is read as YAML. RecipeError when the word has another form."""
-    key, sep, text = word.partition("=")
-    if not sep or not key or any(not part for part in key.split(".")):
-        raise RecipeError(f"{word!r} is not an override: write key.sub=value, for example data.root=/images seed=1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{word!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
-    *parents, last = key.split(".")
-    node = tree
-    for depth, part in enumerate(parents):
-        child = node.get(part)
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            where = ".".join(parents[: depth + 1])
-            raise RecipeError(
-                f"{word!r}: {where} is {_describe(child)}, it has no keys to override; set {where} itself"
-            )
-        node = child
-    node[last] = value
 
 
 def build(cls: type[T], tree: Any, where: str = "") -> T:
@@ -97,7 +48,8 @@ def to_tree(value: Any) -> Any:
     return value
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value and its kind in the words of a message."""
     kinds = {
         dict: "a mapping",
         list: "a list",
@@ -128,7 +80,7 @@ def _convert(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
             hint = f"; did you mean {guess!r}?" if guess else ""
             return _wrong(mistakes, where, value, " or ".join(map(str, arguments)) + hint)
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where, mistakes)
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -171,13 +123,12 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
             mistakes.append(f"{prefix}{key}: unknown key (value {value[key]!r}); allowed keys here: {allowed}{hint}")
     given: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        where_f = prefix + f.name
         if TYPED_BY in f.metadata:
-            given[f.name] = _convert_typed_by(*f.metadata[TYPED_BY], f.name, value, prefix, mistakes)
+            given[f.name] = _convert_typed_by(f, value, prefix, mistakes)
         elif f.name in value:
-            given[f.name] = _convert(hints[f.name], value[f.name], where_f, mistakes)
+            given[f.name] = _convert(hints[f.name], value[f.name], prefix + f.name, mistakes)
         elif f.default is MISSING and f.default_factory is MISSING:
-            mistakes.append(f"{where_f}: is missing; give {_name(hints[f.name])}")
+            mistakes.append(f"{prefix}{f.name}: is missing; give {_name(hints[f.name])}")
     if len(mistakes) > before:
         return None
     try:
@@ -187,10 +138,9 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
         return None
 
 
-def _convert_typed_by(
-    key: str, types: Mapping[str, type], field: str, value: Mapping, prefix: str, mistakes: list[str]
-) -> Any:
-    """The field of a mapping whose type its `key` names, see `typed_by`; an absent one is read as an empty mapping."""
+def _convert_typed_by(field: dataclasses.Field, value: Mapping, prefix: str, mistakes: list[str]) -> Any:
+    """The field whose type another key names, see `typed_by`; an absent one is read as an empty mapping."""
+    key, types = field.metadata[TYPED_BY]
     name = value.get(key)
     if not isinstance(name, str):
         return None  # noted where `key` itself is read
@@ -198,8 +148,8 @@ def _convert_typed_by(
         mistakes.append(f"{prefix}{key}: {unknown(key, name, types)}")
         return None
     own: list[str] = []
-    converted = _convert(types[name], value.get(field), prefix + field, own)
-    mistakes.extend(f"{mistake} ({field} of {key} {name!r})" for mistake in own)
+    converted = _convert(types[name], value.get(field.name), prefix + field.name, own)
+    mistakes.extend(f"{mistake} ({field.name} of {key} {name!r})" for mistake in own)
     return converted
 
 
@@ -231,7 +181,7 @@ def _convert_scalar(kind: type, value: Any, where: str, mistakes: list[str]) -> 
 
 
 def _wrong(mistakes: list[str], where: str, value: Any, allowed: str) -> None:
-    mistakes.append(f"{where}: is {_describe(value)}; allowed: {allowed}")
+    mistakes.append(f"{where}: is {describe(value)}; allowed: {allowed}")
 
 
 def _keys(cls: type) -> list[str]:

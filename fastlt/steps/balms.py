@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.decoupled import CrtStep
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 def initial_logits(class_counts: np.ndarray, init_pow: float) -> Tensor:
@@ -87,14 +87,14 @@ class BalmsStep(MetaStep, CrtStep):
                 raise ValueError(f"pool_factor is {self.pool_factor}: give an integer >= 1")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if stage.sampling != "instance":
             mistakes.append(
                 f"sampling: is {stage.sampling!r}; balms learns its own class sampling rates, and draws by them from "
                 "batches in which every image is equally likely: set sampling: instance"
             )
-        factor = stage.options.pool_factor
+        factor = options.pool_factor
         if stage.batch_size % factor:
             mistakes.append(
                 f"batch_size: is {stage.batch_size}, of which balms draws one in {factor} (options.pool_factor); "

@@ -18,6 +18,7 @@ from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.state import Batch, ClassCounts, StepOutput
 from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,12 @@ class Step:
         self.compiled_losses = parts.compiler(lambda images, labels: loss(model(images), labels))
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
-        """What the method does not allow about its stage of the recipe: "key: advice", one entry a mistake."""
+    def check_stage(cls, options: Any, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        """What the method does not allow about its stage of the recipe: "key: advice", one entry a mistake.
+
+        options: the stage's, of this method's `Options`, as in the methods below. (Each method has its own class, which
+        the type of an inherited parameter cannot say.)
+        """
         return []
 
     @classmethod

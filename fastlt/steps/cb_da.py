@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts, check_not_negative
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Allows
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 class CbDaStep(MetaStep):
@@ -41,7 +41,7 @@ class CbDaStep(MetaStep):
             check_not_negative(self, "from_epoch", "eps_lr")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if stage.sampling != "instance":
             mistakes.append(

@@ -17,6 +17,7 @@ from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 from fastlt.steps.needs import Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 class DecoupledStep(Step):
@@ -28,7 +29,7 @@ class DecoupledStep(Step):
     needs = Needs(trained_model=True)
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Any, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         loss = LOSSES.get(stage.loss)
         if stage.sampling == "instance" and loss is not None and not loss.corrects_prior:
             return [
@@ -111,8 +112,8 @@ class LasStep(LwsStep):
             check_not_negative(self, "head_lr_factor")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
-        mistakes = super().check_stage(stage, recipe)
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        mistakes = super().check_stage(options, stage, recipe)
         if stage.loss != "label_aware_smoothing":
             mistakes.append(
                 f"loss: is {stage.loss!r}; las is named after its loss: set loss: label_aware_smoothing, or take "
@@ -167,9 +168,9 @@ class TauNormStep(DecoupledStep):
             return [k / 10 for k in range(21)] if self.taus is None else self.taus
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
-        size = len(stage.options.grid)
+        size = len(options.grid)
         if stage.iterations != size or stage.evaluate_every != 1:
             mistakes.append(
                 f"iterations: is {stage.iterations} with evaluate_every {stage.evaluate_every}; tau_norm tries one of "

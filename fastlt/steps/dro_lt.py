@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from fastlt.models.auxiliary import ClassRadii
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.needs import Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 class DroLtStep(Step):
@@ -56,7 +56,7 @@ class DroLtStep(Step):
                 raise ValueError(f"radius is {self.radius}, below radius_floor {self.radius_floor}: start above it")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         if stage.sampling != "class_aware_4":
             return [
                 f"sampling: is {stage.sampling!r}; dro_lt compares the images of a class in a batch and weights "

@@ -16,6 +16,7 @@ from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.plain import PlainStep
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 class ExpertStep(PlainStep):
@@ -28,7 +29,7 @@ class ExpertStep(PlainStep):
     allows = Allows(compilation=True, experts=True, some_classes=True)
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Step.Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         if any(s.method == "expert" for s in recipe.lineage(stage)[:-1]):
             return ["start: is 'previous' with an expert before it; experts are trained apart: set start: fresh"]
         return []
@@ -85,8 +86,8 @@ class LfmeStep(Step):
             check_not_negative(self, "curriculum_epochs")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
-        mistakes, options = [], stage.options
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        mistakes = []
         earlier = {}
         for name, other in recipe.stages.items():
             if other is stage:

@@ -21,6 +21,7 @@ from fastlt.names import pick
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 from fastlt.steps.needs import Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 TANGENTS = ("fp32", "autocast")
 WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
@@ -244,11 +245,11 @@ class LearnedWeightStep(MetaStep):
             pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
-        mistakes = super().check_stage(stage, recipe)
-        if stage.options.lean and recipe.compile == "inductor":
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        mistakes = super().check_stage(options, stage, recipe)
+        if options.lean and recipe.compile == "inductor":
             mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
-        if stage.options.tangent == "autocast":
+        if options.tangent == "autocast":
             if recipe.precision == "fp32":
                 mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
             if recipe.compile == "inductor":

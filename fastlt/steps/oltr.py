@@ -13,6 +13,7 @@ from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, po
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, check_not_negative
 from fastlt.steps.needs import Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 class OltrStep(Step):
@@ -58,7 +59,7 @@ class OltrStep(Step):
                     )
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         before = [s.method for s in recipe.lineage(stage)[:-1] if s.method in ("lws", "las", "expert", "oltr")]
         if recipe.model.head != "linear" or before:
@@ -67,7 +68,7 @@ class OltrStep(Step):
                 f"method: is 'oltr' {what}, but its hallucinator starts as a plain linear head; set model.head: linear "
                 "and put oltr behind a stage that leaves the head one"
             )
-        side = stage.options.attention_side
+        side = options.attention_side
         expected = side_of_maps(recipe.model.name, recipe.data.image_size)
         if side and expected and side != expected:
             mistakes.append(

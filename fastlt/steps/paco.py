@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from fastlt.models.auxiliary import attach_projection
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.needs import Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 class KeyQueue:
@@ -126,14 +126,14 @@ class PacoStep(Step):
                 raise ValueError(f"momentum is {self.momentum}: give a number in [0, 1]; 0.999 is usual")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if stage.loss not in ("cross_entropy", "balanced_softmax"):
             mistakes.append(
                 f"loss: is {stage.loss!r}; paco's loss is its own and takes from here only whether log pi is added to "
                 "the logits of the class centres: set loss: balanced_softmax, or cross_entropy for none"
             )
-        queue = stage.options.queue
+        queue = options.queue
         if 0 < queue < stage.batch_size:
             mistakes.append(
                 f"options.queue: is {queue} with batch_size {stage.batch_size}, so a batch of keys does not fit; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from fastlt.losses.experts import class_temperatures, distillation, expert_diver
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.settings import RecipeSettings, StageSettings
 
 WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set model.experts (the paper: 2 to 4)"
 
@@ -63,7 +63,7 @@ class RideStep(Step):
                 raise ValueError(f"teacher: {self.teacher} is not a file; give best_STAGE.pt of a finished run")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         return [] if recipe.model.experts is not None else [WITHOUT_EXPERTS.format("ride")]
 
     def __init__(self, parts: StepParts, options: Options | None = None) -> None:
@@ -159,7 +159,7 @@ class RideRouterStep(Step):
                 raise ValueError(f"positive_weight is {self.positive_weight}: give a number > 0")
 
     @classmethod
-    def check_stage(cls, stage: Any, recipe: Any) -> list[str]:
+    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if recipe.model.experts is None:
             mistakes.append(WITHOUT_EXPERTS.format("ride_router"))

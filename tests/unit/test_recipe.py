@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from fastlt.recipe import differences, load_recipe
-from fastlt.recipe.typed_yaml import RecipeError, apply_override, merge
+from fastlt.recipe import RecipeError, differences, load_recipe
+from fastlt.recipe.compose import apply_override, merge
 from fastlt.steps.difficulty import DifficultyStep
 
 BASE = {

@@ -1,0 +1,344 @@
+"""Every check of a recipe that needs no data: one small function a subject, all of them in two tables.
+
+A check yields one line a mistake: the key, its value, what is allowed and what to do. It reads nothing but the recipe
+and whether the files that the recipe names exist. Types and unknown keys are refused before, by `typed_yaml`; what only
+the data, the network or the machine can tell is refused when the run begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fastlt.augment import check_augment, check_mean, check_std
+from fastlt.losses import LOSSES, check_loss
+from fastlt.models import check_model
+from fastlt.recipe.schema import LIST_KEYS, SMALL_SOURCES, Recipe, StageRecipe
+from fastlt.steps import STEPS, Step
+from loaders.order.crop import CropSpec
+from loaders.readers.dali_augment import build_dali_augment
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Everything that is impossible about a recipe whose types are right: one line a mistake."""
+    mistakes = [mistake for check_one in CHECKS for mistake in check_one(recipe)]
+    for name, stage in recipe.stages.items():
+        for check_one in STAGE_CHECKS:
+            mistakes += [f"stages.{name}{_joint(mistake)}" for mistake in check_one(stage, recipe)]
+    return mistakes
+
+
+def _joint(mistake: str) -> str:
+    """The line behind the name of its stage: after a dot where it begins with a key."""
+    return mistake if mistake.startswith(":") else f".{mistake}"
+
+
+def refused(key: str, call: Callable[[], object]) -> Iterator[str]:
+    """The message of the ValueError by which `call` refuses the value of `key`, if it does."""
+    try:
+        call()
+    except ValueError as error:
+        yield f"{key}: {error}"
+
+
+def methods_that(accept: Callable[[type[Step]], bool]) -> str:
+    """The names of the methods that a property holds for."""
+    return ", ".join(name for name, step in STEPS.items() if accept(step))
+
+
+# The data
+
+
+def sizes(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    for key in ("image_size", "meta_per_class"):
+        if getattr(data, key) < 1:
+            yield f"data.{key}: is {getattr(data, key)}; allowed: an integer >= 1"
+
+
+def long_tail(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.imbalance_factor is not None and data.imbalance_factor < 1:
+        yield f"data.imbalance_factor: is {data.imbalance_factor}; allowed: a number >= 1, largest over smallest"
+    if data.shots[0] < data.shots[1]:
+        yield f"data.shots: is {list(data.shots)}; allowed: the upper threshold first, for example [100, 20]"
+    if data.convention == "ldam" and data.source not in ("cifar10", "cifar100"):
+        yield f"data.convention: is 'ldam', which is defined for cifar10 and cifar100, not for {data.source}"
+
+
+def conversion(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.convert:
+        return
+    if data.converted is not None:
+        yield "data.convert: is false, but data.converted names a folder; leave one of the two out"
+    if data.loader in ("ffcv", "resident_jpeg"):
+        yield (
+            f"data.convert: is false, but data.loader {data.loader!r} reads converted data sets; allowed with it: "
+            "auto, resident, torch, dali"
+        )
+
+
+def crops(recipe: Recipe) -> Iterator[str]:
+    data, size = recipe.data, max(recipe.data.image_size, 1)  # a size below is a mistake of its own
+    yield from refused("data.eval_ratio", lambda: CropSpec("center", size, ratio=data.eval_ratio))
+    yield from refused("data.crop_scale", lambda: CropSpec("random_resized", size, scale=data.crop_scale))
+    yield from refused("data.crop_aspect", lambda: CropSpec("random_resized", size, aspect=data.crop_aspect))
+
+
+def augmentations(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    for key, specs in (
+        ("augment", data.augment),
+        ("meta_augment", data.meta_augment),
+        ("second_augment", data.second_augment),
+    ):
+        yield from refused(f"data.{key}", lambda specs=specs: check_augment(specs or [], data.image_size))
+
+
+def dali_augmentation(recipe: Recipe) -> Iterator[str]:
+    data, spec = recipe.data, recipe.data.dali_augment
+    if spec is None:
+        return
+    mistakes = list(refused("data.dali_augment", lambda: build_dali_augment(spec)))
+    names = [one if isinstance(one, str) else next(iter(one), "") for one in data.augment]
+    twice = [name for name in names if name in ("auto_augment", "rand_augment")]
+    if mistakes:
+        yield from mistakes
+    elif data.loader not in ("dali", "resident_jpeg"):
+        yield f"data.dali_augment: is set, but data.loader is {data.loader!r}; it needs dali or resident_jpeg"
+    elif twice:
+        yield f"data.dali_augment: is set and data.augment has {twice[0]}; leave one of the two out"
+
+
+def second_view(recipe: Recipe) -> Iterator[str]:
+    methods = [STEPS[stage.method] for stage in recipe.stages.values()]
+    if recipe.data.second_augment is not None and not any(method.needs.second_view for method in methods):
+        able = methods_that(lambda step: step.needs.second_view)
+        yield (
+            "data.second_augment: is set, but no stage looks at an image twice; leave it out, or take a method that "
+            f"does: {able}"
+        )
+
+
+def normalisation(recipe: Recipe) -> Iterator[str]:
+    yield from refused("data.mean", lambda: check_mean(recipe.data.mean))
+    yield from refused("data.std", lambda: check_std(recipe.data.std))
+
+
+def workers(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.num_workers is not None and data.num_workers < (0 if data.loader == "torch" else 1):
+        yield (
+            f"data.num_workers: is {data.num_workers}; allowed: an integer >= 1, null for all cores, or 0 with "
+            "data.loader torch, which then reads in the main process"
+        )
+
+
+def files(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    lists = [key for key in LIST_KEYS if getattr(data, key)]
+    if data.source != "list_file" and lists:
+        yield f"data.{lists[0]}: is set, but data.source is {data.source!r}; list files go with list_file"
+    for key in lists:
+        if not Path(getattr(data, key)).is_file():
+            yield f"data.{key}: {getattr(data, key)} is not a file"
+    if data.root is not None and not Path(data.root).is_dir() and data.source not in SMALL_SOURCES:
+        yield f"data.root: {data.root} is not a folder"
+
+
+# The network
+
+
+def weights(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if model.checkpoint and not Path(model.checkpoint).is_file():
+        yield f"model.checkpoint: {model.checkpoint} is not a file"
+    if model.checkpoint and model.pretrained:
+        yield "model.pretrained: is true and model.checkpoint is set; give one source of pretrained weights"
+
+
+def backbone(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    yield from refused("model.name", lambda: check_model(model.name, model.pretrained, model.experts))
+
+
+def head(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if model.head_scale is not None and (model.head != "cosine" or model.head_scale <= 0):
+        yield f"model.head_scale: is {model.head_scale}; allowed: a number > 0, with model.head=cosine"
+
+
+def experts(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if model.experts is not None and model.experts < 1:
+        yield f"model.experts: is {model.experts}; allowed: an integer >= 1, or null"
+    if not 0.5 <= model.expert_width <= 1:
+        yield f"model.expert_width: is {model.expert_width}; allowed: a number from 0.5 to 1"
+
+
+# The run
+
+
+def name(recipe: Recipe) -> Iterator[str]:
+    if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
+        yield f"name: is {recipe.name!r}; it names a folder below {recipe.runs}: no slash, not empty"
+
+
+def stages(recipe: Recipe) -> Iterator[str]:
+    if not recipe.stages:
+        yield "stages: there is none; give at least one stage with method, lr and iterations or epochs"
+
+
+def intervals(recipe: Recipe) -> Iterator[str]:
+    for key in ("log_every", "checkpoint_every_s"):
+        if getattr(recipe, key) <= 0:
+            yield f"{key}: is {getattr(recipe, key)}; allowed: a number > 0"
+
+
+def machine(recipe: Recipe) -> Iterator[str]:
+    if recipe.sync_batch_norm and recipe.compile in ("inductor", "cudagraph"):
+        yield f"compile: is {recipe.compile!r} with sync_batch_norm, whose exchange cannot be; choose one"
+    if recipe.num_threads is not None and recipe.num_threads < 1:
+        yield f"num_threads: is {recipe.num_threads}; allowed: an integer >= 1"
+
+
+# A stage: the key in a line is one of the stage's, and `check` puts the name of the stage before it.
+
+
+def length(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if not stage.has_length:
+        both = "neither is" if stage.iterations is None else "both are"
+        yield f": {both} given of iterations and epochs; give exactly one, it is the length of the stage"
+    elif stage.length <= 0:
+        yield f"length: is {stage.length}; allowed: a number > 0"
+
+
+def numbers(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    for key in ("batch_size", "evaluate_every", "lr", "gamma"):
+        if getattr(stage, key) <= 0:
+            yield f"{key}: is {getattr(stage, key)}; allowed: a number > 0"
+    for key in ("weight_decay", "warmup", "warmup_from"):
+        if getattr(stage, key) < 0:
+            yield f"{key}: is {getattr(stage, key)}; allowed: a number >= 0"
+    if stage.meta_batch_size is not None and stage.meta_batch_size < 1:
+        yield f"meta_batch_size: is {stage.meta_batch_size}; allowed: an integer >= 1"
+    for key in ("window", "batch_size"):
+        if getattr(stage.accuracy, key) < 1:
+            yield f"accuracy.{key}: is {getattr(stage.accuracy, key)}; allowed: an integer >= 1"
+
+
+def momentum(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if not 0 <= stage.momentum < 1:
+        yield f"momentum: is {stage.momentum}; allowed: a number in [0, 1)"
+    if stage.nesterov and stage.momentum == 0:
+        yield "nesterov: is true, but momentum is 0; Nesterov's step needs momentum > 0"
+
+
+def schedule(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if not stage.has_length:
+        return
+    if stage.warmup >= stage.length:
+        yield f"warmup: is {stage.warmup}; allowed: less than the length of the stage, {stage.length}"
+    if (stage.schedule == "multistep") != bool(stage.milestones):
+        yield (
+            f"milestones: is {stage.milestones} with schedule {stage.schedule!r}; "
+            "multistep needs milestones, and no other schedule takes them"
+        )
+    elif stage.milestones != sorted(stage.milestones) or any(not 0 < m < stage.length for m in stage.milestones):
+        yield f"milestones: is {stage.milestones}; allowed: ascending, between 0 and {stage.length}"
+
+
+def sampling(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if stage.sampling == "class_aware_4" and stage.batch_size % 4:
+        yield (
+            f"batch_size: is {stage.batch_size} with sampling class_aware_4, which fills batches with groups "
+            "of 4 images of a class; allowed: a multiple of 4 for each process"
+        )
+    if stage.sampling != "instance" and stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+        yield (
+            f"loss: is {stage.loss!r} with sampling {stage.sampling!r}: the loss makes up for class "
+            "frequencies that such batches do not have. Set sampling: instance, or loss: cross_entropy"
+        )
+
+
+def loss(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    yield from refused("loss", lambda: check_loss(stage.loss, stage.loss_options))
+
+
+def ldam(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    """Its margins are of cosines times a scale: head and loss have to agree on both."""
+    if stage.loss != "ldam":
+        return
+    scale, head_scale = stage.loss_options.get("scale", 30.0), recipe.model.head_scale or 30.0
+    if recipe.model.head != "cosine":
+        yield "loss: is 'ldam', whose margins are between cosines; set model.head=cosine"
+    elif scale != head_scale:
+        yield (
+            f"loss_options.scale: is {scale}, but the head multiplies cosines by {head_scale}; "
+            f"give both the same: model.head_scale={scale}"
+        )
+
+
+def method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    """The checks that the method itself has."""
+    yield from STEPS[stage.method].check_stage(stage.options, stage, recipe)
+
+
+def allowed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    allows = STEPS[stage.method].allows
+    if recipe.model.experts is not None and not allows.experts:
+        yield (
+            f"method: is {stage.method!r}, which trains one network with one head, but model.experts "
+            f"is {recipe.model.experts}; leave model.experts out, or take a method of "
+            f"{methods_that(lambda step: step.allows.experts)}"
+        )
+    if stage.classes != "all" and not allows.some_classes:
+        yield (
+            f"classes: is {stage.classes!r}, but method {stage.method!r} is for all classes at once; "
+            f"leave it out, or take method {methods_that(lambda step: step.allows.some_classes)}"
+        )
+
+
+def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    first = len(recipe.lineage(stage)) == 1
+    if first and STEPS[stage.method].needs.trained_model and not recipe.model.checkpoint:
+        yield (
+            f"method: is {stage.method!r} without a stage before it; it continues a trained model. "
+            "Put the stage that trains one first and start from it (start: previous), or give its weights as "
+            "model.checkpoint=FILE"
+        )
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
+    sizes,
+    long_tail,
+    conversion,
+    dali_augmentation,
+    crops,
+    workers,
+    files,
+    name,
+    stages,
+    intervals,
+    machine,
+    weights,
+    head,
+    experts,
+    backbone,
+    normalisation,
+    augmentations,
+    second_view,
+)
+STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
+    loss,
+    method,
+    allowed_by_method,
+    needed_by_method,
+    length,
+    numbers,
+    momentum,
+    sampling,
+    schedule,
+    ldam,
+)
