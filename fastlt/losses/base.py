@@ -1,6 +1,8 @@
-"""What every loss shares: the protocol, the precision, and the check of an option's value."""
+"""What every loss shares: the base class, the precision, and the check of an option's value."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,11 @@ class PerSampleLoss(nn.Module):
     Between epochs and iterations a loss is told two things; most losses do nothing with them.
 
     corrects_prior: whether the loss makes up for class frequencies, and so needs batches that have them.
+    without_imbalance: of a loss made from class counts, how it ends up where all counts are equal; None for the others.
     """
 
-    corrects_prior = False
+    corrects_prior: ClassVar[bool] = False
+    without_imbalance: ClassVar[str | None] = None
 
     def on_epoch(self, epoch: int) -> None:
         """Called before the first iteration of `epoch` (from 0 in each stage); for deferred re-weighting."""
@@ -27,9 +31,10 @@ class PerSampleLoss(nn.Module):
         """
 
     def mean_weight(self, labels: Tensor) -> Tensor | None:
-        """What the mean of the losses over a batch is divided by where the loss's authors do so: 0-d; None is 1.
+        """The divisor of the batch's mean loss, 0-d, where the loss's authors divide by one; None is 1.
 
-        Methods with sample weights of their own, learned or given, average over the batch size instead.
+        labels: int64 (N,). Methods with sample weights of their own, learned or given, average over the batch size
+        instead.
         """
         return None
 

@@ -28,8 +28,14 @@ def effective_number_weights(counts: np.ndarray, beta: float) -> np.ndarray:
 class DeferredWeights(PerSampleLoss):
     """A loss with class weights that are 1 until epoch `from_epoch` and by effective number from then on.
 
-    The deferred re-weighting (DRW) of LDAM. from_epoch: None for never.
+    The deferred re-weighting (DRW) of LDAM.
+
+    from_epoch: counted from 0 in each stage; None for never.
+    class_weights: float32 (C,), the weights of the current epoch. balanced_weights: those from `from_epoch` on.
     """
+
+    class_weights: Tensor
+    balanced_weights: Tensor
 
     def __init__(self, class_counts: ClassCounts, beta: float, from_epoch: int | None) -> None:
         super().__init__()
@@ -74,11 +80,13 @@ KINDS = {"softmax": softmax_terms, "sigmoid": sigmoid_terms, "focal": focal_term
 class ClassBalanced(DeferredWeights):
     """w_y times a softmax, sigmoid or (sigmoid) focal loss: Eqs. 11, 13 and 14 of Cui et al. 2019.
 
-    kind: "softmax", "sigmoid" or "focal"; gamma is the focal loss's. from_epoch: 0 is the paper's loss, later is DRW.
+    kind: "softmax", "sigmoid" or "focal". beta: of the effective number, in [0, 1). gamma: of the focal loss, >= 0.
+    from_epoch: 0 is the paper's loss, a later epoch is DRW.
     With the two sigmoid kinds the paper starts the last layer's bias at -log(C - 1); at 0 the first losses are large.
     """
 
     corrects_prior = True
+    without_imbalance = "every weight is 1"
 
     def __init__(
         self,

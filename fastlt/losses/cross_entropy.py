@@ -21,9 +21,14 @@ class CrossEntropy(PerSampleLoss):
 
 
 class BalancedSoftmax(PerSampleLoss):
-    """Cross-entropy of z + log n (Ren et al. 2020, Eq. 4); evaluation takes z as it is."""
+    """Cross-entropy of z + log n (Ren et al. 2020, Eq. 4); evaluation takes z as it is.
+
+    log_prior: log(n / sum n), float32 (C,).
+    """
 
     corrects_prior = True
+    without_imbalance = "the shift log n is the same for every class and it is plain cross_entropy"
+    log_prior: Tensor
 
     def __init__(self, class_counts: ClassCounts) -> None:
         super().__init__()
@@ -36,7 +41,10 @@ class BalancedSoftmax(PerSampleLoss):
 
 
 class Focal(PerSampleLoss):
-    """(1 - p_y)^gamma * -log p_y with a softmax p, as in LDAM's code and the tables that follow it."""
+    """(1 - p_y)^gamma * -log p_y with a softmax p, as in LDAM's code and the tables that follow it.
+
+    gamma: >= 0; 0 is cross-entropy.
+    """
 
     def __init__(self, class_counts: ClassCounts, gamma: float = 1.0) -> None:
         super().__init__()

@@ -15,8 +15,15 @@ class Equalization(PerSampleLoss):
 
     A rare class leaves the denominator of other classes' samples, so those do not push its logit down. b is drawn for
     every sample and class by `draw`, from a generator of its own; evaluations in between see the same draws. Without a
-    class rarer than `threshold` (a share of the training set) this is cross-entropy.
+    rare class this is cross-entropy.
+
+    gamma: in [0, 1]. threshold: classes with a smaller share of the training set are rare, in [0, 1]. seed: of b.
+    rare: bool (C,). dropped: bool (N, C), where `draw` drew b = 1 for a rare class.
     """
+
+    without_imbalance = "no class is rarer than another"
+    rare: Tensor
+    dropped: Tensor
 
     def __init__(self, class_counts: ClassCounts, gamma: float = 0.9, threshold: float = 0.005, seed: int = 0) -> None:
         super().__init__()
@@ -26,7 +33,6 @@ class Equalization(PerSampleLoss):
         self.seed = int(seed)
         self.generator: torch.Generator | None = None
         self.register_buffer("rare", rare, persistent=False)
-        # What `draw` drew: True where a rare class is to be left out, (N, C).
         self.register_buffer("dropped", torch.zeros(0, class_counts.num_classes, dtype=torch.bool), persistent=False)
 
     def draw(self, batch_size: int) -> None:

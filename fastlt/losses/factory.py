@@ -23,14 +23,6 @@ LOSSES: dict[str, type[PerSampleLoss]] = {
     "equalization": Equalization,
     "label_aware_smoothing": LabelAwareSmoothing,
 }
-# What each class-count-based loss does with counts that do not differ.
-WITHOUT_IMBALANCE = {
-    "balanced_softmax": "the shift log n is the same for every class and it is plain cross_entropy",
-    "class_balanced": "every weight is 1",
-    "ldam": "every class gets the same margin",
-    "equalization": "no class is rarer than another",
-    "label_aware_smoothing": "there is no head and no tail to smooth between",
-}
 
 
 def check_loss(name: str, options: Mapping[str, object]) -> None:
@@ -43,17 +35,17 @@ def check_loss(name: str, options: Mapping[str, object]) -> None:
             raise ValueError(unknown(f"option of loss {name}", option, allowed))
 
 
-def build_loss(name: str, class_counts: ClassCounts, **options) -> PerSampleLoss:
+def build_loss(name: str, class_counts: ClassCounts, **options: object) -> PerSampleLoss:
     """The loss `name` for a training set of these class counts.
 
     Raises ValueError for an unknown name or option, for an option's bad value, and for a class-count-based loss on a
     training set that is perfectly balanced.
     """
     check_loss(name, options)
-    counts = class_counts.counts
-    if name in WITHOUT_IMBALANCE and counts.min() == counts.max():
+    loss, counts = LOSSES[name], class_counts.counts
+    if loss.without_imbalance is not None and counts.min() == counts.max():
         raise ValueError(
             f"loss {name} needs classes of different size, but each has {counts[0]} training images: "
-            f"{WITHOUT_IMBALANCE[name]}. Use another loss or a long-tailed training set"
+            f"{loss.without_imbalance}. Use another loss or a long-tailed training set"
         )
-    return LOSSES[name](class_counts, **options)
+    return loss(class_counts, **options)

@@ -25,8 +25,12 @@ class LDAM(DeferredWeights):
     what is subtracted from the label's logit here is s * m_y.
 
     max_margin: margin of the smallest class, as a cosine. scale: s. reweight_from_epoch: first epoch with weights by
-    effective number, of `beta` (160 of 200 on CIFAR-LT), None for never.
+    effective number (160 of 200 on CIFAR-LT), None for never. beta: of the effective number, in [0, 1).
+    shifts: s * m, float32 (C,).
     """
+
+    without_imbalance = "every class gets the same margin"
+    shifts: Tensor
 
     def __init__(
         self,

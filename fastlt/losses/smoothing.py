@@ -23,8 +23,12 @@ class LabelAwareSmoothing(PerSampleLoss):
     """(1 - eps_y) * -log p_y + eps_y * mean_k(-log p_k).
 
     head, tail: eps of the largest and the smallest class; CIFAR-100-LT IF 100 (0.4, 0.1), ImageNet-LT (0.3, 0.0),
-    Places-LT (0.4, 0.1).
+    Places-LT (0.4, 0.1). 0 <= tail <= head < 1.
+    smoothing: eps, float32 (C,).
     """
+
+    without_imbalance = "there is no head and no tail to smooth between"
+    smoothing: Tensor
 
     def __init__(self, class_counts: ClassCounts, head: float = 0.3, tail: float = 0.0) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlt.models.classifier import Classifier
+
 
 class Projection(nn.Module):
     """Features (N, D) to points on the unit sphere (N, dim): Linear, BatchNorm, ReLU, Linear, normalised in float32.
@@ -35,14 +37,14 @@ class ClassRadii(nn.Module):
         self.radius = nn.Parameter(torch.full((num_classes,), float(initial)))
 
 
-def attach_projection(model: nn.Module, dim: int, seed: int) -> None:
+def attach_projection(model: Classifier, dim: int, seed: int) -> None:
     """Give `model` a new `Projection` of its features as `auxiliary`, on its device and in its precision.
 
     Its weights are drawn from `seed` by a generator of their own: the default one stays where it is, so a resumed run
     can call this too.
     """
-    like = model.head.weight
+    like = next(model.head.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projection = Projection(like.shape[1], dim)
+        projection = Projection(model.head.in_features, dim)
     model.auxiliary = projection.to(device=like.device, dtype=like.dtype)

@@ -43,17 +43,18 @@ def read_weights(path: str | Path) -> Tensors:
     return {_strip(name): tensor for name, tensor in state.items()}
 
 
-def load_weights(classifier: nn.Module, path: str | Path) -> None:
-    """Load a file into `classifier`: one of ours (backbone.*, head.*) or a plain backbone's (timm, torchvision).
+def load_weights(classifier: nn.Module, path: str | Path) -> bool:
+    """Load a file into a `Classifier`: one of ours (backbone.*, head.*) or a plain backbone's (timm, torchvision).
 
     auxiliary.* of ours is passed over. A head that does not fit (another number of classes, another kind) is left out
     and a warning says so; the head then stays as initialised. Everything else has to match: raises ValueError with the
-    names that are missing, unexpected or of another shape, and leaves `classifier` as it was.
+    names that are missing, unexpected or of another shape, and leaves `classifier` as it was. Returns whether the head
+    was loaded too.
     """
     # What a method trained beside the network (`Classifier.auxiliary`) is of no use to another run.
     state = {name: t for name, t in read_weights(path).items() if not name.startswith("auxiliary.")}
     if not any(name.startswith("backbone.") for name in state):
-        state = _from_backbone(state, classifier.backbone)
+        state = _from_backbone(state, classifier.get_submodule("backbone"))
     own = classifier.state_dict()
     given_head = {name for name in state if name.startswith("head.")}
     own_head = {name for name in own if name.startswith("head.")}
@@ -69,7 +70,7 @@ def load_weights(classifier: nn.Module, path: str | Path) -> None:
         state.update({name: own[name] for name in own_head})
     _check_match(state, own, path)
     classifier.load_state_dict(state, strict=False)
-    classifier.head_is_trained = fits
+    return fits
 
 
 def _strip(name: str) -> str:

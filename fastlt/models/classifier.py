@@ -6,20 +6,27 @@ import copy
 import difflib
 from functools import partial
 from pathlib import Path
+from typing import Any, Generic
 
 import timm
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from fastlt.models.checkpoints import load_weights, read_weights
-from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family
-from fastlt.models.heads import HEADS
+from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family, width_of
+from fastlt.models.heads import HEADS, Head
 from fastlt.names import pick
 
 OURS = ("cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "resnet10")
 
 
-class Classifier(nn.Module):
+# A classifier of experts is a classifier: covariant.
+BackboneT = TypeVar("BackboneT", bound=nn.Module, default=nn.Module, covariant=True)
+HeadT = TypeVar("HeadT", bound=Head, default=Head, covariant=True)
+
+
+class Classifier(nn.Module, Generic[BackboneT, HeadT]):
     """A backbone that ends in pooled features, dropout, and a head.
 
     `forward` takes images (N, 3, H, W) to logits (N, C), `features` to pooled features (N, D) before the dropout.
@@ -27,9 +34,12 @@ class Classifier(nn.Module):
     two and evaluation does without (a projection, say); it is there only where a method has put it.
     """
 
+    backbone: BackboneT
+    head: HeadT
+    auxiliary: nn.Module
     head_is_trained = False
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, drop_rate: float = 0.0) -> None:
+    def __init__(self, backbone: BackboneT, head: HeadT, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         # A module and not the backbone's own: timm's is often a bare function call, which nothing can see from outside.
@@ -47,12 +57,14 @@ class Classifier(nn.Module):
         return {}
 
 
-class ExpertClassifier(Classifier):
+class ExpertClassifier(Classifier[ExpertBackbone, ExpertHead]):
     """Experts on a shared stem, RIDE's network: logits are the mean of the experts' logits.
 
     features: (E, N, D), head: to (E, N, C). Once it has a `router`, an image in eval mode is shown to one expert after
     another until the router asks for no further one, and its logits are the mean over those that were asked.
     """
+
+    router: ExpertRouter | None
 
     def __init__(self, backbone: ExpertBackbone, head: ExpertHead, drop_rate: float = 0.0) -> None:
         super().__init__(backbone, head, drop_rate)
@@ -64,28 +76,28 @@ class ExpertClassifier(Classifier):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.router is not None and not self.training:
-            return self._routed(images)
+            return self._routed(images, self.router)
         return _wide(self.expert_logits(images)).mean(0)
 
-    def _routed(self, images: Tensor) -> Tensor:
-        """Logits (N, C); what an image is not shown to is not computed. Waits for the device between experts."""
+    def _routed(self, images: Tensor, router: ExpertRouter) -> Tensor:
+        """Logits (N, C); no expert computes images that are not shown to it. Waits for the device between experts."""
         maps = self.backbone.shared(images)
         waiting = torch.arange(len(images), device=images.device)
         asked = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
-        total = None
+        total = torch.empty(0)
         for i, (expert, head) in enumerate(zip(self.backbone.experts, self.head.heads, strict=True)):
             features = expert(maps)
             logits = _wide(head(self.dropout(features)))
-            total = torch.zeros_like(logits) if total is None else total
+            total = torch.zeros_like(logits) if i == 0 else total
             total[waiting] += logits
             asked[waiting] += 1
             if i == len(self.head.heads) - 1:
                 break
-            further = self.router(i, features, total[waiting] / (i + 1)) > 0
+            further = router(i, features, total[waiting] / (i + 1)) > 0
             maps, waiting = maps[further], waiting[further]
             if len(waiting) == 0:
                 break
-        self.router.asked += torch.stack([asked.sum(), torch.ones_like(asked).sum()])
+        router.asked += torch.stack([asked.sum(), torch.ones_like(asked).sum()])
         return total / asked
 
     def counters(self) -> dict[str, Tensor]:
@@ -93,10 +105,10 @@ class ExpertClassifier(Classifier):
 
     def add_router(self, top: int, seed: int) -> None:
         """Give the model a new router with weights drawn from `seed`; the default generator stays where it is."""
-        like = self.head.heads[0].weight
+        like = next(self.head.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            router = ExpertRouter(len(self.head.heads), like.shape[1], like.shape[0], top)
+            router = ExpertRouter(len(self.head.heads), self.head.in_features, self.head.out_features, top)
         self.router = router.to(device=like.device, dtype=like.dtype)
 
     def teacher(self, path: str | Path) -> ExpertClassifier:
@@ -112,7 +124,7 @@ class ExpertClassifier(Classifier):
         other.router = None
         other.backbone.experts = nn.ModuleList(copy.deepcopy(self.backbone.experts[0]) for _ in range(count))
         other.head.heads = nn.ModuleList(copy.deepcopy(self.head.heads[0]) for _ in range(count))
-        load_weights(other, path)
+        other.head_is_trained = load_weights(other, path)
         if not other.head_is_trained:
             raise ValueError(f"{path}: its heads do not fit this model's number of classes and kind of head")
         return other.eval().requires_grad_(False)
@@ -150,7 +162,7 @@ def build_model(
     check_model(name, pretrained, experts)
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
-    options: dict = {"num_classes": 0, "pretrained": pretrained}
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained}
     if image_size is not None and _fixed_input_size(name):
         options["img_size"] = image_size
     head_type = pick("head", head, HEADS)
@@ -160,14 +172,15 @@ def build_model(
     create = partial(_create_backbone, name, drop_path_rate, options)
     if experts is None:
         backbone = create()
-        width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
-        classifier = Classifier(backbone, head_type(width, num_classes, **head_options), drop_rate)
+        classifier: Classifier = Classifier(
+            backbone, head_type(width_of(backbone), num_classes, **head_options), drop_rate
+        )
     else:
         backbone = ExpertBackbone(create, expert_family(name), experts, expert_width)
         create_head = partial(head_type, backbone.num_features, num_classes, **head_options)
         classifier = ExpertClassifier(backbone, ExpertHead(create_head, experts), drop_rate)
     if checkpoint is not None:
-        load_weights(classifier, checkpoint)
+        classifier.head_is_trained = load_weights(classifier, checkpoint)
     return classifier
 
 
@@ -179,11 +192,11 @@ def forward_mode_safe(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if getattr(module, "fused_attn", False):
-            module.fused_attn = False
+            module.fused_attn = False  # pyright: ignore[reportArgumentType]  # torch's stub: tensors and modules alone
     return model
 
 
-def _create_backbone(name: str, drop_path_rate: float, options: dict, **more) -> nn.Module:
+def _create_backbone(name: str, drop_path_rate: float, options: dict[str, Any], **more: Any) -> nn.Module:
     options = {**options, **more}
     # The rate is given even when it is 0: some networks of timm (Swin) have another default.
     try:

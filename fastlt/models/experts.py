@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlt.models.heads import Head
+
 # What can be split: the module that defines the network, the channels of its stages, and the layers that are shared.
 # The last two stages are the experts', as in the authors' code.
 Family = tuple[tuple[int, ...], tuple[str, ...]]
@@ -44,6 +46,13 @@ def narrowed(channels: Sequence[int], width: float) -> tuple[int, ...]:
     return (*channels[:-2], *(max(1, round(c * width)) for c in channels[-2:]))
 
 
+def width_of(network: nn.Module) -> int:
+    """D of a timm network without a classifier: the width of its pooled features."""
+    width = getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None)
+    assert isinstance(width, int), type(network)
+    return width
+
+
 class ExpertBackbone(nn.Module):
     """The early layers of a ResNet once, its last two stages `experts` times.
 
@@ -59,7 +68,7 @@ class ExpertBackbone(nn.Module):
         own = (*(f"layer{stage}" for stage in range(len(channels) - 1, len(channels) + 1)), "global_pool")
         self.shared = _chain(networks[0], shared)
         self.experts = nn.ModuleList(_chain(network, own) for network in networks)
-        self.num_features = networks[0].head_hidden_size
+        self.num_features = width_of(networks[0])
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.shared(images)
@@ -70,12 +79,14 @@ def _chain(network: nn.Module, names: Sequence[str]) -> nn.Sequential:
     return nn.Sequential(OrderedDict((name, getattr(network, name)) for name in names))
 
 
-class ExpertHead(nn.Module):
+class ExpertHead(Head):
     """One head for each expert: features (E, N, D) to logits (E, N, C)."""
 
-    def __init__(self, create: Callable[[], nn.Module], experts: int) -> None:
+    def __init__(self, create: Callable[[], Head], experts: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(create() for _ in range(experts))
+        heads = [create() for _ in range(experts)]
+        self.in_features, self.out_features = heads[0].in_features, heads[0].out_features
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.stack([head(own) for head, own in zip(self.heads, features, strict=True)])
@@ -90,12 +101,15 @@ class ExpertRouter(nn.Module):
     asked: int64 (2,), the experts asked and the images seen since it was last set to zero; not saved with the model.
     """
 
+    asked: Tensor
+
     def __init__(self, experts: int, num_features: int, num_classes: int, top: int) -> None:
         super().__init__()
         self.top = min(top, num_classes)
-        self.hidden = nn.ModuleList(nn.Linear(num_features, ROUTER_WIDTH) for _ in range(experts - 1))
+        hidden = [nn.Linear(num_features, ROUTER_WIDTH) for _ in range(experts - 1)]
+        self.hidden = nn.ModuleList(hidden)
         self.score = nn.Linear(self.top + ROUTER_WIDTH, 1)
-        for layer in (*self.hidden, self.score):
+        for layer in (*hidden, self.score):
             nn.init.kaiming_normal_(layer.weight)
         self.register_buffer("asked", torch.zeros(2, dtype=torch.int64), persistent=False)
 

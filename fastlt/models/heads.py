@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LinearHead(nn.Linear):
+class Head(nn.Module):
+    """The base of every head: `forward` takes features (N, D) to logits (N, C).
+
+    in_features: D. out_features: C.
+    """
+
+    in_features: int
+    out_features: int
+
+
+class LinearHead(nn.Linear, Head):
     """z = W x + b, with torch's default initialisation."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__(num_features, num_classes)
 
 
-class CosineHead(nn.Module):
+class CosineHead(Head):
     """z_c = s * cos(w_c, x): both normalised to unit length, no bias (LDAM's and RIDE's normalised linear layer).
 
     scale: the s of LDAM and RIDE (30). It is applied here, so that logits are what the softmax is taken of, in training
@@ -36,4 +48,4 @@ class CosineHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}"
 
 
-HEADS = {"linear": LinearHead, "cosine": CosineHead}
+HEADS: dict[str, Callable[..., Head]] = {"linear": LinearHead, "cosine": CosineHead}

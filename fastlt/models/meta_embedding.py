@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlt.models.heads import Head
+
 REACH = 10.0  # over the distance to the nearest centroid: how far a feature counts as known
 SCALE = 16.0  # of the cosine classifier, as in the authors' code
 
 
-class MetaEmbeddingHead(nn.Module):
+class MetaEmbeddingHead(Head):
     """Logits of a feature that a memory of class centroids has enriched (Sec. 3.2 of the paper).
 
     With the centroids M (C, D), which stay constant in `forward`:
@@ -26,9 +28,9 @@ class MetaEmbeddingHead(nn.Module):
     trained: the head of the stage before, a linear one; the hallucinator starts as a copy of it.
     """
 
-    def __init__(self, trained: nn.Linear, seed: int) -> None:
+    def __init__(self, trained: Head, seed: int) -> None:
         super().__init__()
-        num_classes, width = trained.weight.shape
+        num_classes, width = trained.out_features, trained.in_features
         self.in_features, self.out_features = width, num_classes
         # From a generator of its own: the default one stays where it is, so that a resumed run can build this too.
         with torch.random.fork_rng(devices=[]):
@@ -37,7 +39,8 @@ class MetaEmbeddingHead(nn.Module):
             self.selector = nn.Linear(width, width)
             self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-1, 1) * width**-0.5)
         self.centroids = nn.Parameter(torch.zeros(num_classes, width))
-        self.to(device=trained.weight.device, dtype=trained.weight.dtype)
+        like = next(trained.parameters())
+        self.to(device=like.device, dtype=like.dtype)
         self.hallucinator.load_state_dict(trained.state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +90,8 @@ class ModulatedAttention(nn.Module):
             self.spatial = nn.Linear(side * side * channels, side * side)
             for layer in (self.query, self.key, self.value):
                 nn.init.kaiming_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
             self.mask = nn.Conv2d(inner, channels, 1, bias=False)
         nn.init.zeros_(self.mask.weight)
 
@@ -117,8 +121,9 @@ def pooling_of(backbone: nn.Module) -> nn.Module:
 
 def insert_attention(backbone: nn.Module, side: int, seed: int) -> ModulatedAttention:
     """Put a `ModulatedAttention` between the last feature maps of `backbone` and its pooling; changes it in place."""
-    like = next(backbone.parameters())
-    attention = ModulatedAttention(backbone.num_features, side, seed).to(device=like.device, dtype=like.dtype)
+    like, channels = next(backbone.parameters()), getattr(backbone, "num_features", None)
+    assert isinstance(channels, int), type(backbone)
+    attention = ModulatedAttention(channels, side, seed).to(device=like.device, dtype=like.dtype)
     backbone.global_pool = nn.Sequential(attention, pooling_of(backbone))
     return attention
 

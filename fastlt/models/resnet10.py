@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
@@ -25,7 +27,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def resnet10(pretrained: bool = False, **kwargs) -> ResNet:
+def resnet10(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-10: 4.9 M parameters, features (N, 512); every BatchNorm starts at scale 1, as in OLTR."""
     arguments = {"block": BasicBlock, "layers": (1, 1, 1, 1), "zero_init_last": False, **kwargs}
     return build_model_with_cfg(ResNet, "resnet10", pretrained, **arguments)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastlt.models.heads import Head
 
 
-class RestrictedHead(nn.Module):
+class RestrictedHead(Head):
     """The wrapped head's logits for the classes it knows, minus infinity for the others.
 
     Softmax, loss and gradients are those of a head of the known classes alone, and `forward` still gives (N, C).
@@ -14,16 +16,14 @@ class RestrictedHead(nn.Module):
     known: bool (C,), a buffer; every class until it is set.
     """
 
-    def __init__(self, inner: nn.Module) -> None:
+    known: Tensor
+
+    def __init__(self, inner: Head) -> None:
         super().__init__()
         self.inner = inner
-        like = inner.weight
-        self.register_buffer("known", torch.ones(like.shape[0], dtype=torch.bool, device=like.device))
-
-    @property
-    def weight(self) -> Tensor:
-        """The wrapped head's W (C, D)."""
-        return self.inner.weight
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        known = torch.ones(inner.out_features, dtype=torch.bool, device=next(inner.parameters()).device)
+        self.register_buffer("known", known)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).masked_fill(~self.known, float("-inf"))

@@ -5,31 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastlt.models.heads import CosineHead, LinearHead
+from fastlt.models.heads import CosineHead, Head, LinearHead
 
 
-class ScaledHead(nn.Module):
+class ScaledHead(Head):
     """z = head(x) * s, with one learnable scale a class that starts at 1: (W x + b) ⊙ s of LWS (Kang et al. 2020).
 
     scale: (C,). Wrapping changes no logit; the wrapped head keeps its weights as `inner`.
     """
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: Head) -> None:
         super().__init__()
         self.inner = inner
-        like = inner.weight
-        self.scale = nn.Parameter(torch.ones(like.shape[0], dtype=like.dtype, device=like.device))
-
-    @property
-    def weight(self) -> Tensor:
-        """The wrapped head's W (C, D)."""
-        return self.inner.weight
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        like = next(inner.parameters())
+        self.scale = nn.Parameter(torch.ones(inner.out_features, dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) * self.scale
 
 
-def fresh_head(head: nn.Module, seed: int) -> nn.Module:
+def fresh_head(head: Head, seed: int) -> Head:
     """A head of the same kind, size, device and precision with random weights drawn from `seed`; without scales.
 
     Draws from a generator of its own: the default one stays where it is, so a resumed run can call this too.
@@ -42,7 +38,8 @@ def fresh_head(head: nn.Module, seed: int) -> nn.Module:
             new = CosineHead(head.in_features, head.out_features, head.scale)
         else:
             new = LinearHead(head.in_features, head.out_features)
-    return new.to(device=head.weight.device, dtype=head.weight.dtype)
+    like = next(head.parameters())
+    return new.to(device=like.device, dtype=like.dtype)
 
 
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:

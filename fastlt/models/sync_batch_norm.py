@@ -5,10 +5,15 @@ torch's SyncBatchNorm has none, and refuses tensors on a CPU; the meta-gradient 
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d
+
+# Public in timm, which does not say so in a way that type checkers read.
+from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastlt.autograd.rules import scaled_and_shifted
 from fastlt.device.distributed import Reducer
@@ -28,15 +33,16 @@ class SumOverProcesses(torch.autograd.Function):
         return total
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         pass
 
+    # torch's stub takes any number of arguments; a function of one input gets one.
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return SumOverProcesses.apply(gradient)
 
     @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return SumOverProcesses.apply(tangent)
 
 
@@ -54,8 +60,8 @@ def moments(x: Tensor, reducer: Reducer) -> tuple[Tensor, Tensor]:
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
-class Synchronised:
-    """What the BatchNorm classes below have in common; `synchronise_batch_norm` makes their instances.
+class Synchronised(_BatchNorm):
+    """The base of the BatchNorm classes below; `synchronise_batch_norm` makes their instances.
 
     In training mode the statistics are those of all processes' batches, which have one size; the running ones are then
     the same everywhere, bit for bit. Moves them as nn.BatchNorm does. In eval mode nothing is communicated.
@@ -63,15 +69,8 @@ class Synchronised:
 
     reducer: Reducer
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        y = self.normalised(x)
-        # timm's BatchNormAct2d does this too; nn.BatchNorm has neither.
-        for layer in ("drop", "act"):
-            if hasattr(self, layer):
-                y = getattr(self, layer)(y)
-        return y
+    def forward(self, input: Tensor) -> Tensor:
+        return self.normalised(input) if self.training else super().forward(input)
 
     def normalised(self, x: Tensor) -> Tensor:
         """x (N, C, ...) normalised, scaled and shifted, in its own dtype; statistics in float32 at least."""
@@ -87,6 +86,9 @@ class Synchronised:
         return scaled_and_shifted(values, factor, shift).to(x.dtype)
 
     def _follow(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             share = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
@@ -107,14 +109,20 @@ class SyncBatchNorm3d(Synchronised, nn.BatchNorm3d):
 
 
 class SyncBatchNormAct2d(Synchronised, BatchNormAct2d):
-    pass
+    drop: nn.Module
+    act: nn.Module
+
+    # timm calls x what torch calls input.
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.act(self.drop(self.normalised(x))) if self.training else BatchNormAct2d.forward(self, x)
 
 
-SYNCHRONISED: dict[type, type] = {
+SYNCHRONISED: dict[type[_BatchNorm], type[Synchronised]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
-    BatchNormAct2d: SyncBatchNormAct2d,
+    # By timm's stub a mere module.
+    cast("type[_BatchNorm]", BatchNormAct2d): SyncBatchNormAct2d,
 }
 
 
@@ -124,8 +132,7 @@ def synchronise_batch_norm(model: nn.Module, reducer: Reducer) -> None:
     Parameters, buffers, names and hooks stay; what is synchronised already stays too. ValueError for a kind of
     BatchNorm that has no synchronised counterpart here, before anything is changed.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    layers = [layer for layer in layers if not isinstance(layer, Synchronised)]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, Synchronised)]
     unknown = sorted({type(layer).__name__ for layer in layers} - {kind.__name__ for kind in SYNCHRONISED})
     if unknown:
         raise ValueError(
@@ -134,4 +141,5 @@ def synchronise_batch_norm(model: nn.Module, reducer: Reducer) -> None:
         )
     for layer in layers:
         layer.__class__ = SYNCHRONISED[type(layer)]
+        assert isinstance(layer, Synchronised)
         layer.reducer = reducer

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlt.augment import Augment
 from fastlt.device.compiled import Compiler, laid_out, load_optimizer
 from fastlt.device.distributed import Reducer
 from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.models import Classifier
 from fastlt.state import Batch, ClassCounts, StepOutput
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
@@ -25,7 +26,7 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 class StageModel:
     """What an earlier stage left: its best model, frozen and in eval mode, and the classes it trained on, bool (C,)."""
 
-    model: nn.Module
+    model: Classifier
     classes: np.ndarray
 
 
@@ -46,7 +47,7 @@ class StepParts:
     stage_models: of the earlier stages that the method's `models_of_stages` names.
     """
 
-    model: nn.Module
+    model: Classifier
     loss: PerSampleLoss
     optimizer: torch.optim.Optimizer
     augment: Augment
@@ -55,7 +56,7 @@ class StepParts:
     class_accuracy: ClassAccuracy | None = None
     second_augment: Augment | None = None
     training_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
-    autocast: Callable[[], object] = nullcontext
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     reducer: Reducer = field(default_factory=Reducer)
     compiler: Compiler = field(default_factory=Compiler)
     trained_classes: np.ndarray | None = None
@@ -99,11 +100,11 @@ class Step:
         return []
 
     @classmethod
-    def check_model(cls, model: nn.Module, options: Any) -> None:
+    def check_model(cls, model: Classifier, options: Any) -> None:
         """ValueError for options that do not fit the network, which the recipe alone does not tell."""
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Any, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Any, *, seed: int) -> None:
         """Change `model` in place for this stage: replace modules, freeze parameters. Everything is trained by default.
 
         Called before the optimizer is built, and once more when a run resumes in a later stage: what it builds follows
@@ -112,7 +113,7 @@ class Step:
         model.requires_grad_(True)
 
     @classmethod
-    def parameter_groups(cls, model: nn.Module, options: Any) -> list[dict[str, Any]]:
+    def parameter_groups(cls, model: Classifier, options: Any) -> list[dict[str, Any]]:
         """The optimizer's groups. A group may hold a "lr_factor", by which the stage's learning rate is multiplied."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
@@ -202,7 +203,7 @@ class Step:
         self.reducer.mean_([weight])
         return losses.mean() / weight
 
-    def gradients(self, objective: Tensor, parameters: list[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
+    def gradients(self, objective: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""
         gradients = torch.autograd.grad(
             objective, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlt.losses import LOSSES
+from fastlt.models import Classifier
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
@@ -40,12 +41,12 @@ class DecoupledStep(Step):
         return []
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Any, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Any, *, seed: int) -> None:
         model.requires_grad_(False)
         cls.prepare_head(model, seed)
 
     @classmethod
-    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+    def prepare_head(cls, model: Classifier, seed: int) -> None:
         """Change `model.head` as the method wants it, and mark what of it is trained."""
         raise NotImplementedError
 
@@ -74,7 +75,7 @@ class CrtStep(DecoupledStep):
     """Classifier re-training (cRT): a new random head, drawn from the recipe's seed."""
 
     @classmethod
-    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+    def prepare_head(cls, model: Classifier, seed: int) -> None:
         model.head = fresh_head(model.head, seed)
         model.head.requires_grad_(True)
 
@@ -85,7 +86,7 @@ class LwsStep(DecoupledStep):
     needs = Needs(trained_model=True, trained_head=True)
 
     @classmethod
-    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+    def prepare_head(cls, model: Classifier, seed: int) -> None:
         model.head = ScaledHead(model.head)
         model.head.scale.requires_grad_(True)
 
@@ -122,13 +123,13 @@ class LasStep(LwsStep):
         return mistakes
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
         super().prepare_model(model, options, seed=seed)
         model.head.requires_grad_(options.head_lr_factor > 0)
         model.head.scale.requires_grad_(True)
 
     @classmethod
-    def parameter_groups(cls, model: nn.Module, options: Options) -> list[dict[str, Any]]:
+    def parameter_groups(cls, model: Classifier, options: Options) -> list[dict[str, Any]]:
         # The scales first: the learning rate that is logged is the first group's.
         groups = [{"params": [model.head.scale]}]
         if options.head_lr_factor > 0:
@@ -193,7 +194,7 @@ class TauNormStep(DecoupledStep):
         return scaled
 
     @classmethod
-    def prepare_head(cls, model: nn.Module, seed: int) -> None:
+    def prepare_head(cls, model: Classifier, seed: int) -> None:
         assert isinstance(model.head, nn.Linear), model.head
         # No gradient reaches it; an optimizer needs something to hold.
         model.head.requires_grad_(True)

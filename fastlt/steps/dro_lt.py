@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlt.losses.base import at_least_float32
 from fastlt.losses.contrastive import robust_contrastive
 from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.models import Classifier
 from fastlt.models.auxiliary import ClassRadii
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
@@ -65,7 +66,7 @@ class DroLtStep(Step):
         return []
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
         like = model.head.weight
         model.auxiliary = ClassRadii(like.shape[0], options.radius).to(device=like.device, dtype=like.dtype)
         model.requires_grad_(True)

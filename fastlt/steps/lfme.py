@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlt.losses.base import at_least_float32
+from fastlt.models import Classifier
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
@@ -35,7 +36,7 @@ class ExpertStep(PlainStep):
         return []
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Any, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Any, *, seed: int) -> None:
         model.head = RestrictedHead(model.head)
         model.requires_grad_(True)
 

@@ -17,6 +17,7 @@ from fastlt.autograd.saved_tensors import OverwrittenError, lean
 from fastlt.device.compiled import adam_options, load_optimizer
 from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
+from fastlt.models import Classifier
 from fastlt.names import pick
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
@@ -259,7 +260,7 @@ class LearnedWeightStep(MetaStep):
         return mistakes
 
     @classmethod
-    def check_model(cls, model: nn.Module, options: Options) -> None:
+    def check_model(cls, model: Classifier, options: Options) -> None:
         if options.lean and not recordable(next(model.parameters())):
             raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out")
         options.approximate.parameters_of(model)

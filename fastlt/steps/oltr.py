@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastlt.models import Classifier
 from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, check_not_negative
@@ -78,12 +79,12 @@ class OltrStep(Step):
         return mistakes
 
     @classmethod
-    def check_model(cls, model: nn.Module, options: Options) -> None:
+    def check_model(cls, model: Classifier, options: Options) -> None:
         if options.attention_side:
             pooling_of(model.backbone)
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
         model.head = MetaEmbeddingHead(model.head, seed)
         model.requires_grad_(not options.freeze_backbone)
         model.head.requires_grad_(True)
@@ -91,7 +92,7 @@ class OltrStep(Step):
             insert_attention(model.backbone, options.attention_side, seed).requires_grad_(True)
 
     @classmethod
-    def parameter_groups(cls, model: nn.Module, options: Options) -> list[dict[str, Any]]:
+    def parameter_groups(cls, model: Classifier, options: Options) -> list[dict[str, Any]]:
         # The head first: the learning rate that is logged is the first group's.
         centroids = model.head.centroids
         groups = [

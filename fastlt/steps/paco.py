@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastlt.losses.contrastive import parametric_contrastive
 from fastlt.losses.cross_entropy import BalancedSoftmax
+from fastlt.models import Classifier
 from fastlt.models.auxiliary import attach_projection
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts
@@ -61,7 +62,7 @@ class KeyEncoder(nn.Module):
     would read.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(model.backbone)
         self.projection = copy.deepcopy(model.auxiliary)
@@ -75,7 +76,7 @@ class KeyEncoder(nn.Module):
         return self.projection(self.backbone(images))
 
     @torch.no_grad()
-    def follow(self, model: nn.Module, momentum: float) -> None:
+    def follow(self, model: Classifier, momentum: float) -> None:
         """k <- momentum * k + (1 - momentum) * q for every parameter."""
         queries = [*model.backbone.parameters(), *model.auxiliary.parameters()]
         torch._foreach_lerp_(list(self.parameters()), queries, 1 - momentum)
@@ -142,7 +143,7 @@ class PacoStep(Step):
         return mistakes
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
         attach_projection(model, options.dim, seed)
         model.requires_grad_(True)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlt.losses.base import at_least_float32
 from fastlt.losses.class_balanced import DeferredWeights
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
+from fastlt.models import Classifier
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepParts, check_not_negative
 from fastlt.steps.needs import Allows, Needs
@@ -177,7 +178,7 @@ class RideRouterStep(Step):
         return mistakes
 
     @classmethod
-    def prepare_model(cls, model: nn.Module, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
         model.requires_grad_(False)
         model.add_router(options.top, seed)
 
