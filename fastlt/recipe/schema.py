@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from fastlt.recipe.typed_yaml import to_tree, typed_by
-from fastlt.steps import STEPS, Step
+from fastlt.steps import STEPS, StepOptions
 from fastlt.steps.settings import StageSettings
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
@@ -183,8 +183,8 @@ class StageRecipe:
     batch_size: int = 128
     iterations: int | None = None
     epochs: int | None = None
-    options: Step.Options = field(
-        default_factory=Step.Options, metadata=typed_by("method", {name: step.Options for name, step in STEPS.items()})
+    options: StepOptions = field(
+        default_factory=StepOptions, metadata=typed_by("method", {name: step.Options for name, step in STEPS.items()})
     )
     start: Literal["previous", "fresh"] = "previous"
     classes: Literal["all", "many", "medium", "few"] = "all"

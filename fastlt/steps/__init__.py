@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastlt.steps.balms import BalmsStep
-from fastlt.steps.base import StageModel, Step, StepParts
+from fastlt.steps.base import StageModel, Step, StepOptions, StepParts
 from fastlt.steps.cb_da import CbDaStep
 from fastlt.steps.cdb import CdbStep
 from fastlt.steps.decoupled import CrtStep, LasStep, LwsStep, TauNormStep
@@ -17,7 +19,8 @@ from fastlt.steps.plain import PlainStep
 from fastlt.steps.ride import RideRouterStep, RideStep
 from fastlt.steps.sample_weights import MetaWeightNetStep, SampleDifficultyStep
 
-STEPS: dict[str, type[Step]] = {
+# Each row has options of its own class, which no one type of a table can say.
+STEPS: dict[str, type[Step[Any]]] = {
     "plain": PlainStep,
     "difficulty": DifficultyStep,
     "cdb": CdbStep,
@@ -40,4 +43,4 @@ STEPS: dict[str, type[Step]] = {
     "lfme": LfmeStep,
 }
 
-__all__ = ["STEPS", "StageModel", "Step", "StepParts"]
+__all__ = ["STEPS", "StageModel", "Step", "StepOptions", "StepParts"]

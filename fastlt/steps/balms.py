@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlt.device.compiled import load_optimizer
 from fastlt.meta import gradient as meta_gradient
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepParts, check_not_negative
+from fastlt.steps.base import StepOptions, StepParts, check_not_negative
 from fastlt.steps.decoupled import CrtStep
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Needs
@@ -48,7 +48,24 @@ def sgd_direction(optimizer: torch.optim.SGD, parameters: list[Tensor], gradient
     return list(torch._foreach_add(decayed, buffers, alpha=group["momentum"]))
 
 
-class BalmsStep(MetaStep, CrtStep):
+@dataclass(frozen=True)
+class BalmsOptions(StepOptions):
+    """lr: of Adam for the rates. init_pow: rates start proportional to pi_c^(-init_pow); 0 on CIFAR, 0.1 on
+    ImageNet-LT and 0.3 on Places-LT (there with lr 0.001).
+    pool_factor: images of a batch over those drawn from it (rounded down on each process).
+    """
+
+    lr: float = 0.01
+    init_pow: float = 0.0
+    pool_factor: int = 4
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "lr", "init_pow")
+        if self.pool_factor < 1:
+            raise ValueError(f"pool_factor is {self.pool_factor}: give an integer >= 1")
+
+
+class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
     """A head retrained on images that are drawn by class sampling rates, and the rates learned through the head.
 
     An image is drawn with a probability proportional to r_y, r = sigmoid(psi), psi (C,): a class has n_c r_c of the
@@ -70,24 +87,10 @@ class BalmsStep(MetaStep, CrtStep):
 
     needs = Needs(meta_batch=True, trained_model=True)
 
-    @dataclass(frozen=True)
-    class Options(MetaStep.Options):
-        """lr: of Adam for the rates. init_pow: rates start proportional to pi_c^(-init_pow); 0 on CIFAR, 0.1 on
-        ImageNet-LT and 0.3 on Places-LT (there with lr 0.001).
-        pool_factor: images of a batch over those drawn from it (rounded down on each process).
-        """
-
-        lr: float = 0.01
-        init_pow: float = 0.0
-        pool_factor: int = 4
-
-        def __post_init__(self) -> None:
-            check_not_negative(self, "lr", "init_pow")
-            if self.pool_factor < 1:
-                raise ValueError(f"pool_factor is {self.pool_factor}: give an integer >= 1")
+    Options = BalmsOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: BalmsOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if stage.sampling != "instance":
             mistakes.append(
@@ -104,7 +107,7 @@ class BalmsStep(MetaStep, CrtStep):
             mistakes.append("nesterov: is true; balms looks one step of SGD with plain momentum ahead: set it to false")
         return mistakes
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: BalmsOptions | None = None) -> None:
         super().__init__(parts, options)
         self.network = nn.Sequential(self.model.dropout, self.model.head)
         self.ahead = meta_gradient.trainable_parameters(self.network)

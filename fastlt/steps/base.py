@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fastlt.augment import Augment
 from fastlt.device.compiled import Compiler, laid_out, load_optimizer
@@ -63,10 +64,19 @@ class StepParts:
     stage_models: dict[str, StageModel] = field(default_factory=dict)
 
 
-class Step:
+@dataclass(frozen=True)
+class StepOptions:
+    """Recipe options of a method: none, where it has none of its own."""
+
+
+OptionsT = TypeVar("OptionsT", bound=StepOptions, default=StepOptions)
+
+
+class Step(Generic[OptionsT]):
     """One training iteration: `step(batch, meta_batch) -> StepOutput`, with everything it has to remember.
 
-    Subclasses implement `__call__`, name their recipe options in `Options`, and say what they need. A method that
+    Subclasses implement `__call__`, name the class of their recipe options twice, as `Step[…]` for the type checker and
+    as `Options` for the recipe, and say what they need. A method that
     trains a part of the model only, or changes it first, overrides `prepare_model`, `parameter_groups` and
     `train_mode`; the trainer calls them in this order.
 
@@ -76,13 +86,12 @@ class Step:
     needs = Needs()
     allows = Allows()
 
-    @dataclass(frozen=True)
-    class Options:
-        """Recipe options of the method: none."""
+    Options: type[StepOptions] = StepOptions
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: OptionsT | None = None) -> None:
         self.parts = parts
-        self.options = options or self.Options()
+        # `Options` is the class that the step is generic in; a class attribute's type cannot say so.
+        self.options: OptionsT = options or cast("OptionsT", self.Options())
         self.model, self.loss = parts.model, parts.loss
         self.optimizer, self.reducer = parts.optimizer, parts.reducer
         self.parameters = [p for p in parts.model.parameters() if p.requires_grad]
@@ -91,20 +100,19 @@ class Step:
         self.compiled_losses = parts.compiler(lambda images, labels: loss(model(images), labels))
 
     @classmethod
-    def check_stage(cls, options: Any, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         """What the method does not allow about its stage of the recipe: "key: advice", one entry a mistake.
 
-        options: the stage's, of this method's `Options`, as in the methods below. (Each method has its own class, which
-        the type of an inherited parameter cannot say.)
+        options: the stage's, as in the methods below.
         """
         return []
 
     @classmethod
-    def check_model(cls, model: Classifier, options: Any) -> None:
+    def check_model(cls, model: Classifier, options: OptionsT) -> None:
         """ValueError for options that do not fit the network, which the recipe alone does not tell."""
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Any, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: OptionsT, *, seed: int) -> None:
         """Change `model` in place for this stage: replace modules, freeze parameters. Everything is trained by default.
 
         Called before the optimizer is built, and once more when a run resumes in a later stage: what it builds follows
@@ -113,12 +121,12 @@ class Step:
         model.requires_grad_(True)
 
     @classmethod
-    def parameter_groups(cls, model: Classifier, options: Any) -> list[dict[str, Any]]:
+    def parameter_groups(cls, model: Classifier, options: OptionsT) -> list[dict[str, Any]]:
         """The optimizer's groups. A group may hold a "lr_factor", by which the stage's learning rate is multiplied."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     @classmethod
-    def models_of_stages(cls, options: Any) -> Sequence[str]:
+    def models_of_stages(cls, options: OptionsT) -> Sequence[str]:
         """Names of the earlier stages whose best models the step wants, as `parts.stage_models`."""
         return ()
 
@@ -140,6 +148,12 @@ class Step:
     def advice(self) -> Sequence[str]:
         """What the user is told at the start of the stage: things that cost something and can be changed."""
         return ()
+
+    @property
+    def class_accuracy(self) -> ClassAccuracy:
+        """A on the meta set, of a method that needs it."""
+        assert self.parts.class_accuracy is not None, "needs.class_accuracy is not set"
+        return self.parts.class_accuracy
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         """Train on one batch. Changes the model, the optimizer and the step's own state; does not synchronise."""

@@ -9,13 +9,29 @@ import torch
 from fastlt.losses import LOSSES
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepParts, check_not_negative
+from fastlt.steps.base import StepOptions, StepParts, check_not_negative
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Allows
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
-class CbDaStep(MetaStep):
+@dataclass(frozen=True)
+class CbDaOptions(StepOptions):
+    """from_epoch: the first epoch (from 0) with the weights. beta: of the effective number of samples, for w_CB.
+    eps_lr: of the step on eps.
+    """
+
+    from_epoch: int = 160
+    beta: float = 0.9999
+    eps_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta is {self.beta}: give a number in [0, 1)")
+        check_not_negative(self, "from_epoch", "eps_lr")
+
+
+class CbDaStep(MetaStep[CbDaOptions]):
     """CB-DA: the mean loss until `from_epoch`, then weights w_CB[y_i] + eps_i.
 
     eps is one gradient step from 0 on the meta loss at the lookahead, made anew in every iteration. As in the authors'
@@ -25,23 +41,10 @@ class CbDaStep(MetaStep):
 
     allows = Allows(compilation=True)
 
-    @dataclass(frozen=True)
-    class Options(MetaStep.Options):
-        """from_epoch: the first epoch (from 0) with the weights. beta: of the effective number of samples, for w_CB.
-        eps_lr: of the step on eps.
-        """
-
-        from_epoch: int = 160
-        beta: float = 0.9999
-        eps_lr: float = 0.01
-
-        def __post_init__(self) -> None:
-            if not 0 <= self.beta < 1:
-                raise ValueError(f"beta is {self.beta}: give a number in [0, 1)")
-            check_not_negative(self, "from_epoch", "eps_lr")
+    Options = CbDaOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: CbDaOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if stage.sampling != "instance":
             mistakes.append(
@@ -55,7 +58,7 @@ class CbDaStep(MetaStep):
             )
         return mistakes
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: CbDaOptions | None = None) -> None:
         super().__init__(parts, options)
         balanced = effective_number_weights(parts.class_counts.counts, self.options.beta)
         self.balanced = torch.from_numpy(balanced).to(self.parameters[0])

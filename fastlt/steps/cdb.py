@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Allows, Needs
 
 
@@ -25,7 +25,18 @@ def cdb_weights(accuracy: Tensor, tau: float | Tensor) -> Tensor:
     return torch.where(total > 0, powered * (len(accuracy) / total.clamp_min(1e-12)), torch.ones_like(powered))
 
 
-class CdbStep(Step):
+@dataclass(frozen=True)
+class CdbOptions(StepOptions):
+    """tau: the focusing exponent, a positive number, or "dynamic" for `dynamic_tau`."""
+
+    tau: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tau != "dynamic" and not (isinstance(self.tau, (int, float)) and self.tau > 0):
+            raise ValueError(f'tau is {self.tau!r}: give a positive number, or "dynamic"')
+
+
+class CdbStep(Step[CdbOptions]):
     """SGD on (1/b) sum_i w_{y_i} l_i with CDB weights; A comes from the validation set, usually once an epoch.
 
     With A once an epoch the weights are uniform until the first epoch has been trained, as in the authors' code: a
@@ -35,29 +46,21 @@ class CdbStep(Step):
     needs = Needs(class_accuracy=True)
     allows = Allows(compilation=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """tau: the focusing exponent, a positive number, or "dynamic" for `dynamic_tau`."""
+    Options = CdbOptions
 
-        tau: float | str = 1.0
-
-        def __post_init__(self) -> None:
-            if self.tau != "dynamic" and not (isinstance(self.tau, (int, float)) and self.tau > 0):
-                raise ValueError(f'tau is {self.tau!r}: give a positive number, or "dynamic"')
-
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: CdbOptions | None = None) -> None:
         super().__init__(parts, options)
         self.untrained = False
 
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
-        self.untrained = epoch == 0 and self.parts.class_accuracy.refresh == "epoch"
+        self.untrained = epoch == 0 and self.class_accuracy.refresh == "epoch"
 
     def variant(self) -> Hashable:
         return self.untrained, super().variant()
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        accuracy = self.parts.class_accuracy.update(self.model)
+        accuracy = self.class_accuracy.update(self.model)
         tau = dynamic_tau(accuracy) if self.options.tau == "dynamic" else self.options.tau
         weights = torch.ones_like(accuracy) if self.untrained else cdb_weights(accuracy, tau)
         losses = self.losses(self.parts.augment(batch.images), batch.labels)

@@ -16,12 +16,12 @@ from fastlt.losses import LOSSES
 from fastlt.models import Classifier
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts, check_not_negative
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
-class DecoupledStep(Step):
+class DecoupledStep(Step[OptionsT]):
     """SGD on the mean loss of a head over frozen features: one forward of the backbone, nothing backward through it.
 
     The backbone is in eval mode: its parameters and its BatchNorm statistics stay as they are, bit for bit.
@@ -30,7 +30,7 @@ class DecoupledStep(Step):
     needs = Needs(trained_model=True)
 
     @classmethod
-    def check_stage(cls, options: Any, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         loss = LOSSES.get(stage.loss)
         if stage.sampling == "instance" and loss is not None and not loss.corrects_prior:
             return [
@@ -41,7 +41,7 @@ class DecoupledStep(Step):
         return []
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Any, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: OptionsT, *, seed: int) -> None:
         model.requires_grad_(False)
         cls.prepare_head(model, seed)
 
@@ -71,7 +71,7 @@ class DecoupledStep(Step):
         )
 
 
-class CrtStep(DecoupledStep):
+class CrtStep(DecoupledStep[OptionsT]):
     """Classifier re-training (cRT): a new random head, drawn from the recipe's seed."""
 
     @classmethod
@@ -80,7 +80,7 @@ class CrtStep(DecoupledStep):
         model.head.requires_grad_(True)
 
 
-class LwsStep(DecoupledStep):
+class LwsStep(DecoupledStep[OptionsT]):
     """Learnable weight scaling (LWS): W and b stay, one scale a class is learned, logits are (W x + b) ⊙ s."""
 
     needs = Needs(trained_model=True, trained_head=True)
@@ -91,7 +91,20 @@ class LwsStep(DecoupledStep):
         model.head.scale.requires_grad_(True)
 
 
-class LasStep(LwsStep):
+@dataclass(frozen=True)
+class LasOptions(StepOptions):
+    """head_lr_factor: learning rate of the head over that of the scales; 0 leaves the head as it is.
+    shift_batch_norm: whether BatchNorm's running statistics follow the batches of this stage.
+    """
+
+    head_lr_factor: float = 1.0
+    shift_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "head_lr_factor")
+
+
+class LasStep(LwsStep[LasOptions]):
     """Label-aware smoothing (LAS): a scale a class as in LWS, the head trained along, under the smoothed loss.
 
     MiSLAS trains the stage-1 head at a fraction of the scales' learning rate, and lets BatchNorm's statistics follow
@@ -100,20 +113,10 @@ class LasStep(LwsStep):
     options reach each of them.
     """
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """head_lr_factor: learning rate of the head over that of the scales; 0 leaves the head as it is.
-        shift_batch_norm: whether BatchNorm's running statistics follow the batches of this stage.
-        """
-
-        head_lr_factor: float = 1.0
-        shift_batch_norm: bool = False
-
-        def __post_init__(self) -> None:
-            check_not_negative(self, "head_lr_factor")
+    Options = LasOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: LasOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = super().check_stage(options, stage, recipe)
         if stage.loss != "label_aware_smoothing":
             mistakes.append(
@@ -123,13 +126,13 @@ class LasStep(LwsStep):
         return mistakes
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: LasOptions, *, seed: int) -> None:
         super().prepare_model(model, options, seed=seed)
         model.head.requires_grad_(options.head_lr_factor > 0)
         model.head.scale.requires_grad_(True)
 
     @classmethod
-    def parameter_groups(cls, model: Classifier, options: Options) -> list[dict[str, Any]]:
+    def parameter_groups(cls, model: Classifier, options: LasOptions) -> list[dict[str, Any]]:
         # The scales first: the learning rate that is logged is the first group's.
         groups = [{"params": [model.head.scale]}]
         if options.head_lr_factor > 0:
@@ -144,7 +147,23 @@ class LasStep(LwsStep):
                     module.train()
 
 
-class TauNormStep(DecoupledStep):
+@dataclass(frozen=True)
+class TauNormOptions(StepOptions):
+    """taus: the values that are tried, in this order; by default 0, 0.1, ... 2 as in the authors' release."""
+
+    taus: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.taus is not None and (not self.taus or any(t < 0 for t in self.taus)):
+            raise ValueError(f"taus is {self.taus}: give numbers >= 0, at least one")
+
+    @property
+    def grid(self) -> list[float]:
+        """The values that are tried."""
+        return [k / 10 for k in range(21)] if self.taus is None else self.taus
+
+
+class TauNormStep(DecoupledStep[TauNormOptions]):
     """Tau-normalisation: w_c / ||w_c||^tau without a bias; no gradient, one value of tau an iteration.
 
     The stage evaluates after every iteration and the trainer keeps the best on validation, so that is how tau is
@@ -153,23 +172,10 @@ class TauNormStep(DecoupledStep):
 
     needs = Needs(trained_model=True, trained_head=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """taus: the values that are tried, in this order; by default 0, 0.1, ... 2 as in the authors' release."""
-
-        taus: list[float] | None = None
-
-        def __post_init__(self) -> None:
-            if self.taus is not None and (not self.taus or any(t < 0 for t in self.taus)):
-                raise ValueError(f"taus is {self.taus}: give numbers >= 0, at least one")
-
-        @property
-        def grid(self) -> list[float]:
-            """The values that are tried."""
-            return [k / 10 for k in range(21)] if self.taus is None else self.taus
+    Options = TauNormOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: TauNormOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         size = len(options.grid)
         if stage.iterations != size or stage.evaluate_every != 1:
@@ -199,7 +205,7 @@ class TauNormStep(DecoupledStep):
         # No gradient reaches it; an optimizer needs something to hold.
         model.head.requires_grad_(True)
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: TauNormOptions | None = None) -> None:
         super().__init__(parts, options)
         self.trained = self.model.head.weight.detach().clone()
         self.tried = 0

@@ -12,39 +12,42 @@ from fastlt.meta.difficulty import DRIVER_TARGETS, DifficultyNet, class_weights,
 from fastlt.names import pick
 from fastlt.state import Batch
 from fastlt.steps.base import check_not_negative
-from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden
+from fastlt.steps.meta import LearnedWeightOptions, LearnedWeightStep, TrainingPass, check_hidden
 from fastlt.steps.needs import Allows, Needs
 
 
-class DifficultyStep(LearnedWeightStep):
+@dataclass(frozen=True)
+class DifficultyOptions(LearnedWeightOptions):
+    """hidden: width H of Difficulty-Net, by default the rule of the supplement.
+    driver_weight: lambda of Eq. 10.
+    driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
+    """
+
+    hidden: int | None = None
+    driver_weight: float = 0.3
+    driver_target: str = "relative"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
+        check_not_negative(self, "driver_weight")
+        check_hidden(self.hidden)
+
+
+class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     """Algorithm 1 of the supplement, one iteration; the inner loss is any per-sample loss ("Ours + Bal. Softmax")."""
 
     needs = Needs(meta_batch=True, class_accuracy=True)
     allows = Allows(compilation=True)
 
-    @dataclass(frozen=True)
-    class Options(LearnedWeightStep.Options):
-        """hidden: width H of Difficulty-Net, by default the rule of the supplement.
-        driver_weight: lambda of Eq. 10.
-        driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
-        """
-
-        hidden: int | None = None
-        driver_weight: float = 0.3
-        driver_target: str = "relative"
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-            check_not_negative(self, "driver_weight")
-            check_hidden(self.hidden)
+    Options = DifficultyOptions
 
     def make_net(self) -> DifficultyNet:
         return DifficultyNet(self.parts.class_counts.num_classes, self.options.hidden)
 
     def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
         """What D sees is A_t, taken before the batch moves BatchNorm's statistics."""
-        accuracy = self.parts.class_accuracy.update(self.model).to(self.parameters[0].dtype)
+        accuracy = self.class_accuracy.update(self.model).to(self.parameters[0].dtype)
         return self.training_pass(batch), accuracy
 
     def sample_weights(self, seen: Tensor, run: TrainingPass) -> Tensor:

@@ -14,12 +14,32 @@ from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
 from fastlt.models.auxiliary import ClassRadii
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
-class DroLtStep(Step):
+@dataclass(frozen=True)
+class DroLtOptions(StepOptions):
+    """temperature: T of the softmax over distances. robust_weight: of the contrastive term, where cross-entropy has
+    1. radius: where every class's starts. radius_floor: the smallest that is allowed, None for no limit.
+    """
+
+    temperature: float = 1.0
+    robust_weight: float = 1.0
+    radius: float = 1.0
+    radius_floor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: give a number > 0; the authors take 1")
+        if self.robust_weight <= 0:
+            raise ValueError(f"robust_weight is {self.robust_weight}: give a number > 0, or use method plain")
+        if self.radius_floor is not None and self.radius < self.radius_floor:
+            raise ValueError(f"radius is {self.radius}, below radius_floor {self.radius_floor}: start above it")
+
+
+class DroLtStep(Step[DroLtOptions]):
     """SGD on a weighted cross-entropy plus `robust_contrastive`, over a trained model whose head stays as it is.
 
     Batches are class-aware, so that every class in them has samples to compare; the weights n_y / max n give the
@@ -37,27 +57,10 @@ class DroLtStep(Step):
 
     needs = Needs(trained_model=True, trained_head=True, training_images=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """temperature: T of the softmax over distances. robust_weight: of the contrastive term, where cross-entropy has
-        1. radius: where every class's starts. radius_floor: the smallest that is allowed, None for no limit.
-        """
-
-        temperature: float = 1.0
-        robust_weight: float = 1.0
-        radius: float = 1.0
-        radius_floor: float | None = None
-
-        def __post_init__(self) -> None:
-            if self.temperature <= 0:
-                raise ValueError(f"temperature is {self.temperature}: give a number > 0; the authors take 1")
-            if self.robust_weight <= 0:
-                raise ValueError(f"robust_weight is {self.robust_weight}: give a number > 0, or use method plain")
-            if self.radius_floor is not None and self.radius < self.radius_floor:
-                raise ValueError(f"radius is {self.radius}, below radius_floor {self.radius_floor}: start above it")
+    Options = DroLtOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: DroLtOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         if stage.sampling != "class_aware_4":
             return [
                 f"sampling: is {stage.sampling!r}; dro_lt compares the images of a class in a batch and weights "
@@ -66,7 +69,7 @@ class DroLtStep(Step):
         return []
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: DroLtOptions, *, seed: int) -> None:
         like = model.head.weight
         model.auxiliary = ClassRadii(like.shape[0], options.radius).to(device=like.device, dtype=like.dtype)
         model.requires_grad_(True)
@@ -76,7 +79,7 @@ class DroLtStep(Step):
         self.model.train()
         self.model.head.eval()
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: DroLtOptions | None = None) -> None:
         super().__init__(parts, options)
         self.radius = self.model.auxiliary.radius
         counts = torch.from_numpy(parts.class_counts.counts).to(self.radius)

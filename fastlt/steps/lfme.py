@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from fastlt.losses.base import at_least_float32
 from fastlt.models import Classifier
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.base import Step, StepOptions, StepParts, check_not_negative
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.settings import RecipeSettings, StageSettings
@@ -30,23 +29,44 @@ class ExpertStep(PlainStep):
     allows = Allows(compilation=True, experts=True, some_classes=True)
 
     @classmethod
-    def check_stage(cls, options: Step.Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: StepOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         if any(s.method == "expert" for s in recipe.lineage(stage)[:-1]):
             return ["start: is 'previous' with an expert before it; experts are trained apart: set start: fresh"]
         return []
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Any, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: StepOptions, *, seed: int) -> None:
         model.head = RestrictedHead(model.head)
         model.requires_grad_(True)
 
-    def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: StepOptions | None = None) -> None:
         super().__init__(parts, options)
         if parts.trained_classes is not None:
             self.model.head.known.copy_(torch.from_numpy(parts.trained_classes))
 
 
-class LfmeStep(Step):
+@dataclass(frozen=True)
+class LfmeOptions(StepOptions):
+    """experts: names of the stages that trained them. temperature: T. distil_until: share of the expert's accuracy.
+    curriculum_epochs: the first epoch (from 0) in which every image weighs 1; 0 for no curriculum.
+    """
+
+    experts: list[str]
+    temperature: float = 2.0
+    distil_until: float = 0.3
+    curriculum_epochs: int = 45
+
+    def __post_init__(self) -> None:
+        if not self.experts or len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts is {self.experts}: give names of earlier stages, at least one, each once")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: give a number > 0")
+        if not 0 <= self.distil_until < 1:
+            raise ValueError(f"distil_until is {self.distil_until}: give a number in [0, 1)")
+        check_not_negative(self, "curriculum_epochs")
+
+
+class LfmeStep(Step[LfmeOptions]):
     """SGD on 1/b sum_i v_i l_i + sum_e w_e KD_e, from the experts' best checkpoints and the classes S_e each knows.
 
     KD_e is the mean over the batch, all of it, of KL(softmax(z_e[S_e] / T) || softmax(z[S_e] / T)).
@@ -66,28 +86,10 @@ class LfmeStep(Step):
 
     needs = Needs(class_accuracy=True, first_pass=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """experts: names of the stages that trained them. temperature: T. distil_until: share of the expert's accuracy.
-        curriculum_epochs: the first epoch (from 0) in which every image weighs 1; 0 for no curriculum.
-        """
-
-        experts: list[str]
-        temperature: float = 2.0
-        distil_until: float = 0.3
-        curriculum_epochs: int = 45
-
-        def __post_init__(self) -> None:
-            if not self.experts or len(set(self.experts)) < len(self.experts):
-                raise ValueError(f"experts is {self.experts}: give names of earlier stages, at least one, each once")
-            if self.temperature <= 0:
-                raise ValueError(f"temperature is {self.temperature}: give a number > 0")
-            if not 0 <= self.distil_until < 1:
-                raise ValueError(f"distil_until is {self.distil_until}: give a number in [0, 1)")
-            check_not_negative(self, "curriculum_epochs")
+    Options = LfmeOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: LfmeOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         earlier = {}
         for name, other in recipe.stages.items():
@@ -116,10 +118,10 @@ class LfmeStep(Step):
         return mistakes
 
     @classmethod
-    def models_of_stages(cls, options: Options) -> list[str]:
+    def models_of_stages(cls, options: LfmeOptions) -> list[str]:
         return options.experts
 
-    def __init__(self, parts: StepParts, options: Options) -> None:
+    def __init__(self, parts: StepParts, options: LfmeOptions) -> None:
         super().__init__(parts, options)
         counts, device = parts.class_counts, self.parameters[0].device
         self.experts = [parts.stage_models[name] for name in options.experts]
@@ -150,7 +152,7 @@ class LfmeStep(Step):
         scaled = scaled_in_class(confidences[0], labels, self.floors)
         self.instance_weights = torch.where(confidences[1] > 0, scaled, torch.ones_like(scaled))
         for e, (expert, known) in enumerate(zip(self.experts, self.known, strict=True)):
-            self.expert_accuracy[e] = self.parts.class_accuracy.of(expert.model)[known].mean()
+            self.expert_accuracy[e] = self.class_accuracy.of(expert.model)[known].mean()
 
     def _confidence(self, images: Tensor, labels: Tensor) -> Tensor:
         found = torch.zeros(2, len(labels), device=images.device)
@@ -162,7 +164,7 @@ class LfmeStep(Step):
         return found
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        accuracy = self.parts.class_accuracy.update(self.model)
+        accuracy = self.class_accuracy.update(self.model)
         student = torch.stack([accuracy[known].mean() for known in self.known])
         expert_weights = self_paced_weights(student, self.expert_accuracy, self.options.distil_until)
 

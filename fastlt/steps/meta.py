@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from fastlt.autograd.record import ForwardRecord, recordable
 from fastlt.autograd.saved_tensors import OverwrittenError, lean
@@ -20,7 +21,7 @@ from fastlt.meta import gradient as meta_gradient
 from fastlt.models import Classifier
 from fastlt.names import pick
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts, check_not_negative
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -50,7 +51,7 @@ class TrainingPass:
     record: ForwardRecord | None = None
 
 
-class MetaStep(Step):
+class MetaStep(Step[OptionsT]):
     """A step whose sample weights are learned through the exact meta-gradient.
 
     The training batch goes forward once: the lookahead and the update are two backward passes through the same graph
@@ -63,7 +64,7 @@ class MetaStep(Step):
 
     needs = Needs(meta_batch=True)
 
-    def __init__(self, parts: StepParts, options: Step.Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: OptionsT | None = None) -> None:
         super().__init__(parts, options)
         self.network: nn.Module = parts.model
         self.low_tangent = False  # whether the tangent has the types of mixed precision, and not float32
@@ -220,33 +221,39 @@ class Approximation:
         return {name: p for name, p in trainable.items() if any(name.startswith(f"{m}.") for m in self.lookahead_only)}
 
 
-class LearnedWeightStep(MetaStep):
+@dataclass(frozen=True)
+class LearnedWeightOptions(StepOptions):
+    """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`.
+    lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and
+        a little slower; not with `compile: inductor`.
+    tangent: of the meta-gradient under mixed precision. fp32: by a forward pass of its own. autocast: from the
+        training pass's activations, in its types; that is what differentiating twice would give there.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    approximate: Approximation = field(default_factory=Approximation)
+    lean: bool = False
+    tangent: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "lr", "weight_decay")
+        pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
+
+
+LearnedT = TypeVar("LearnedT", bound=LearnedWeightOptions, default=LearnedWeightOptions)
+
+
+class LearnedWeightStep(MetaStep[LearnedT]):
     """A network with parameters theta says what each sample weighs; Eq. 9 to 11 in turn, one Adam step on theta.
 
     Subclasses say what the network is, what it sees, and what its Adam step minimises.
     """
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`.
-        lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and
-            a little slower; not with `compile: inductor`.
-        tangent: of the meta-gradient under mixed precision. fp32: by a forward pass of its own. autocast: from the
-            training pass's activations, in its types; that is what differentiating twice would give there.
-        """
-
-        lr: float = 1e-3
-        weight_decay: float = 1e-4
-        approximate: Approximation = field(default_factory=Approximation)
-        lean: bool = False
-        tangent: str = "fp32"
-
-        def __post_init__(self) -> None:
-            check_not_negative(self, "lr", "weight_decay")
-            pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
+    Options = LearnedWeightOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: LearnedT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = super().check_stage(options, stage, recipe)
         if options.lean and recipe.compile == "inductor":
             mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
@@ -260,12 +267,12 @@ class LearnedWeightStep(MetaStep):
         return mistakes
 
     @classmethod
-    def check_model(cls, model: Classifier, options: Options) -> None:
+    def check_model(cls, model: Classifier, options: LearnedT) -> None:
         if options.lean and not recordable(next(model.parameters())):
             raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out")
         options.approximate.parameters_of(model)
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: LearnedT | None = None) -> None:
         super().__init__(parts, options)
         self.lean, self.low_tangent = self.options.lean, self.options.tangent == "autocast"
         if self.lean and not self._records(self.parameters[0]):

@@ -10,10 +10,23 @@ import torch
 
 from fastlt.augment import cutmix, mixup
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepOptions, StepParts
 
 
-class MixupStep(Step):
+@dataclass(frozen=True)
+class MixupOptions(StepOptions):
+    """alpha: lam is drawn from Beta(alpha, alpha). MiSLAS: 1.0 on CIFAR-LT, 0.2 on larger images."""
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"alpha is {self.alpha}: give a finite number > 0, or take method plain, which blends nothing"
+            )
+
+
+class MixupStep(Step[MixupOptions]):
     """SGD on the mean of lam * l(z, y) + (1 - lam) * l(z, y of the partner), z of the blended images.
 
     One lam and one permutation an iteration, drawn on the host after the augmentation; several processes share lam, and
@@ -22,19 +35,9 @@ class MixupStep(Step):
 
     mix: Callable = staticmethod(mixup)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """alpha: lam is drawn from Beta(alpha, alpha). MiSLAS: 1.0 on CIFAR-LT, 0.2 on larger images."""
+    Options = MixupOptions
 
-        alpha: float = 1.0
-
-        def __post_init__(self) -> None:
-            if not 0 < self.alpha < math.inf:
-                raise ValueError(
-                    f"alpha is {self.alpha}: give a finite number > 0, or take method plain, which blends nothing"
-                )
-
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: MixupOptions | None = None) -> None:
         super().__init__(parts, options)
         # Of the run's seed, and so the same on all processes.
         self.generator = torch.Generator().manual_seed(torch.initial_seed())

@@ -12,12 +12,37 @@ from torch import Tensor
 from fastlt.models import Classifier
 from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, check_not_negative
+from fastlt.steps.base import Step, StepOptions, check_not_negative
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
-class OltrStep(Step):
+@dataclass(frozen=True)
+class OltrOptions(StepOptions):
+    """centroid_loss_weight, repel_weight, margin: of the loss on centroids.
+    backbone_lr_factor, centroid_lr_factor: learning rates over the head's.
+    freeze_backbone: leave the layers of the stage before as they are; attention is trained all the same.
+    attention_side: side of the last feature maps, to put modulated attention before the pooling; 0 for none.
+    """
+
+    centroid_loss_weight: float = 0.01
+    repel_weight: float = 0.01
+    margin: float = 10.0
+    backbone_lr_factor: float = 0.1
+    centroid_lr_factor: float = 0.1
+    freeze_backbone: bool = False
+    attention_side: int = 0
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "centroid_loss_weight", "repel_weight", "margin", "attention_side")
+        for name in ("backbone_lr_factor", "centroid_lr_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: give a number > 0 (freeze_backbone is the way to 0)"
+                )
+
+
+class OltrStep(Step[OltrOptions]):
     """SGD on mean_i l_i + weight * (attract + repel_weight * repel), with a `MetaEmbeddingHead` on the features x:
 
         attract = 1/(2b) sum_i ||x_i - M_{y_i}||^2
@@ -35,32 +60,10 @@ class OltrStep(Step):
 
     needs = Needs(trained_model=True, trained_head=True, first_pass=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """centroid_loss_weight, repel_weight, margin: of the loss on centroids.
-        backbone_lr_factor, centroid_lr_factor: learning rates over the head's.
-        freeze_backbone: leave the layers of the stage before as they are; attention is trained all the same.
-        attention_side: side of the last feature maps, to put modulated attention before the pooling; 0 for none.
-        """
-
-        centroid_loss_weight: float = 0.01
-        repel_weight: float = 0.01
-        margin: float = 10.0
-        backbone_lr_factor: float = 0.1
-        centroid_lr_factor: float = 0.1
-        freeze_backbone: bool = False
-        attention_side: int = 0
-
-        def __post_init__(self) -> None:
-            check_not_negative(self, "centroid_loss_weight", "repel_weight", "margin", "attention_side")
-            for name in ("backbone_lr_factor", "centroid_lr_factor"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)}: give a number > 0 (freeze_backbone is the way to 0)"
-                    )
+    Options = OltrOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: OltrOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         before = [s.method for s in recipe.lineage(stage)[:-1] if s.method in ("lws", "las", "expert", "oltr")]
         if recipe.model.head != "linear" or before:
@@ -79,12 +82,12 @@ class OltrStep(Step):
         return mistakes
 
     @classmethod
-    def check_model(cls, model: Classifier, options: Options) -> None:
+    def check_model(cls, model: Classifier, options: OltrOptions) -> None:
         if options.attention_side:
             pooling_of(model.backbone)
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: OltrOptions, *, seed: int) -> None:
         model.head = MetaEmbeddingHead(model.head, seed)
         model.requires_grad_(not options.freeze_backbone)
         model.head.requires_grad_(True)
@@ -92,7 +95,7 @@ class OltrStep(Step):
             insert_attention(model.backbone, options.attention_side, seed).requires_grad_(True)
 
     @classmethod
-    def parameter_groups(cls, model: Classifier, options: Options) -> list[dict[str, Any]]:
+    def parameter_groups(cls, model: Classifier, options: OltrOptions) -> list[dict[str, Any]]:
         # The head first: the learning rate that is logged is the first group's.
         centroids = model.head.centroids
         groups = [

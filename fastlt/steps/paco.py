@@ -13,7 +13,7 @@ from fastlt.losses.cross_entropy import BalancedSoftmax
 from fastlt.models import Classifier
 from fastlt.models.auxiliary import attach_projection
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts
+from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -82,7 +82,32 @@ class KeyEncoder(nn.Module):
         torch._foreach_lerp_(list(self.parameters()), queries, 1 - momentum)
 
 
-class PacoStep(Step):
+@dataclass(frozen=True)
+class PacoOptions(StepOptions):
+    """dim: of query and key. queue: keys that are remembered, 0 for none. alpha: weight of a positive sample, where
+    the class centre has 1. temperature: T of the similarities. momentum: of the key encoder.
+    """
+
+    dim: int = 128
+    queue: int = 8192
+    alpha: float = 0.05
+    temperature: float = 0.2
+    momentum: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"dim is {self.dim}: give a width >= 1 (32 on CIFAR-LT, 128 on ImageNet-LT)")
+        if self.queue < 0:
+            raise ValueError(f"queue is {self.queue}: give a number of keys, or 0 for no queue")
+        if self.alpha < 0:
+            raise ValueError(f"alpha is {self.alpha}: give a number >= 0 (0.01 to 0.05 in the paper)")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: give a number > 0 (0.05 or 0.2 in the paper)")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum is {self.momentum}: give a number in [0, 1]; 0.999 is usual")
+
+
+class PacoStep(Step[PacoOptions]):
     """SGD on `parametric_contrastive` between the first view of a batch and centres, samples, keys and queue.
 
     The class centres are the head, on the features as in every other method; `loss: balanced_softmax` adds log pi to
@@ -102,32 +127,10 @@ class PacoStep(Step):
 
     needs = Needs(second_view=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """dim: of query and key. queue: keys that are remembered, 0 for none. alpha: weight of a positive sample, where
-        the class centre has 1. temperature: T of the similarities. momentum: of the key encoder.
-        """
-
-        dim: int = 128
-        queue: int = 8192
-        alpha: float = 0.05
-        temperature: float = 0.2
-        momentum: float = 0.999
-
-        def __post_init__(self) -> None:
-            if self.dim < 1:
-                raise ValueError(f"dim is {self.dim}: give a width >= 1 (32 on CIFAR-LT, 128 on ImageNet-LT)")
-            if self.queue < 0:
-                raise ValueError(f"queue is {self.queue}: give a number of keys, or 0 for no queue")
-            if self.alpha < 0:
-                raise ValueError(f"alpha is {self.alpha}: give a number >= 0 (0.01 to 0.05 in the paper)")
-            if self.temperature <= 0:
-                raise ValueError(f"temperature is {self.temperature}: give a number > 0 (0.05 or 0.2 in the paper)")
-            if not 0 <= self.momentum <= 1:
-                raise ValueError(f"momentum is {self.momentum}: give a number in [0, 1]; 0.999 is usual")
+    Options = PacoOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: PacoOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if stage.loss not in ("cross_entropy", "balanced_softmax"):
             mistakes.append(
@@ -143,11 +146,11 @@ class PacoStep(Step):
         return mistakes
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: PacoOptions, *, seed: int) -> None:
         attach_projection(model, options.dim, seed)
         model.requires_grad_(True)
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: PacoOptions | None = None) -> None:
         super().__init__(parts, options)
         self.log_prior = parts.loss.log_prior if isinstance(parts.loss, BalancedSoftmax) else None
         self.key_encoder = KeyEncoder(self.model)

@@ -14,14 +14,43 @@ from fastlt.losses.class_balanced import DeferredWeights
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
 from fastlt.models import Classifier
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepParts, check_not_negative
+from fastlt.steps.base import Step, StepOptions, StepParts, check_not_negative
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set model.experts (the paper: 2 to 4)"
 
 
-class RideStep(Step):
+@dataclass(frozen=True)
+class RideOptions(StepOptions):
+    """diversity: k; the authors' is 0.45 on CIFAR-100-LT, 0.2 on ImageNet-LT. temperature: T.
+    spread, spread_from_epoch: T by class, see `class_temperatures`, from this epoch (from 0) on; None for never.
+    teacher: checkpoint of a run with experts of the same backbone, width and heads, usually more of them.
+    distillation, distillation_temperature: w and T' of the teacher's term.
+    """
+
+    diversity: float = 0.2
+    temperature: float = 1.0
+    spread: float = 0.02
+    spread_from_epoch: int | None = None
+    teacher: str | None = None
+    distillation: float = 1.0
+    distillation_temperature: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "distillation_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number > 0")
+        check_not_negative(self, "diversity", "distillation")
+        if not 0 <= self.spread < 1:
+            raise ValueError(f"spread is {self.spread}: give a number in [0, 1)")
+        if self.spread_from_epoch is not None and self.spread_from_epoch < 0:
+            raise ValueError(f"spread_from_epoch is {self.spread_from_epoch}: give an epoch >= 0")
+        if self.teacher is not None and not Path(self.teacher).is_file():
+            raise ValueError(f"teacher: {self.teacher} is not a file; give best_STAGE.pt of a finished run")
+
+
+class RideStep(Step[RideOptions]):
     """SGD on the mean of sum_e l(z_ie, y_i) - k * T^2 * sum_e KL(mean || expert e), and a teacher's term if given.
 
     l is the stage's loss, the paper's is LDAM with deferred re-weighting. Losses with class weights are divided by the
@@ -35,39 +64,13 @@ class RideStep(Step):
 
     allows = Allows(experts=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """diversity: k; the authors' is 0.45 on CIFAR-100-LT, 0.2 on ImageNet-LT. temperature: T.
-        spread, spread_from_epoch: T by class, see `class_temperatures`, from this epoch (from 0) on; None for never.
-        teacher: checkpoint of a run with experts of the same backbone, width and heads, usually more of them.
-        distillation, distillation_temperature: w and T' of the teacher's term.
-        """
-
-        diversity: float = 0.2
-        temperature: float = 1.0
-        spread: float = 0.02
-        spread_from_epoch: int | None = None
-        teacher: str | None = None
-        distillation: float = 1.0
-        distillation_temperature: float = 1.5
-
-        def __post_init__(self) -> None:
-            for name in ("temperature", "distillation_temperature"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(f"{name} is {getattr(self, name)}: give a number > 0")
-            check_not_negative(self, "diversity", "distillation")
-            if not 0 <= self.spread < 1:
-                raise ValueError(f"spread is {self.spread}: give a number in [0, 1)")
-            if self.spread_from_epoch is not None and self.spread_from_epoch < 0:
-                raise ValueError(f"spread_from_epoch is {self.spread_from_epoch}: give an epoch >= 0")
-            if self.teacher is not None and not Path(self.teacher).is_file():
-                raise ValueError(f"teacher: {self.teacher} is not a file; give best_STAGE.pt of a finished run")
+    Options = RideOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: RideOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         return [] if recipe.model.experts is not None else [WITHOUT_EXPERTS.format("ride")]
 
-    def __init__(self, parts: StepParts, options: Options | None = None) -> None:
+    def __init__(self, parts: StepParts, options: RideOptions | None = None) -> None:
         super().__init__(parts, options)
         options, like = self.options, self.parameters[0]
         counts = parts.class_counts.counts
@@ -132,7 +135,23 @@ def helpful(mean_logits: Tensor, labels: Tensor) -> Tensor:
     return ~right[:-1] & later
 
 
-class RideRouterStep(Step):
+@dataclass(frozen=True)
+class RideRouterOptions(StepOptions):
+    """top: how many of the largest logits the router sees; the authors' is 30 on CIFAR-100-LT, 50 on ImageNet-LT.
+    positive_weight: of a decision in which a further expert helps.
+    """
+
+    top: int = 30
+    positive_weight: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"top is {self.top}: give an integer >= 1")
+        if self.positive_weight <= 0:
+            raise ValueError(f"positive_weight is {self.positive_weight}: give a number > 0")
+
+
+class RideRouterStep(Step[RideRouterOptions]):
     """RIDE's second stage: the router learns, after each expert, whether a further one will help (`helpful`).
 
     Binary cross-entropy, averaged over the E - 1 decisions, in which helpful ones weigh `positive_weight` as much; all
@@ -144,23 +163,10 @@ class RideRouterStep(Step):
     needs = Needs(trained_model=True, trained_head=True)
     allows = Allows(experts=True)
 
-    @dataclass(frozen=True)
-    class Options(Step.Options):
-        """top: how many of the largest logits the router sees; the authors' is 30 on CIFAR-100-LT, 50 on ImageNet-LT.
-        positive_weight: of a decision in which a further expert helps.
-        """
-
-        top: int = 30
-        positive_weight: float = 100.0
-
-        def __post_init__(self) -> None:
-            if self.top < 1:
-                raise ValueError(f"top is {self.top}: give an integer >= 1")
-            if self.positive_weight <= 0:
-                raise ValueError(f"positive_weight is {self.positive_weight}: give a number > 0")
+    Options = RideRouterOptions
 
     @classmethod
-    def check_stage(cls, options: Options, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+    def check_stage(cls, options: RideRouterOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
         if recipe.model.experts is None:
             mistakes.append(WITHOUT_EXPERTS.format("ride_router"))
@@ -178,7 +184,7 @@ class RideRouterStep(Step):
         return mistakes
 
     @classmethod
-    def prepare_model(cls, model: Classifier, options: Options, *, seed: int) -> None:
+    def prepare_model(cls, model: Classifier, options: RideRouterOptions, *, seed: int) -> None:
         model.requires_grad_(False)
         model.add_router(options.top, seed)
 

@@ -14,7 +14,7 @@ from fastlt.meta.difficulty import DRIVER_TARGETS, driver_loss, hidden_width
 from fastlt.names import pick
 from fastlt.state import Batch
 from fastlt.steps.base import check_not_negative
-from fastlt.steps.meta import LearnedWeightStep, TrainingPass, check_hidden
+from fastlt.steps.meta import LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass, check_hidden
 from fastlt.steps.needs import Allows
 
 
@@ -39,7 +39,7 @@ class SampleNet(nn.Module):
         return self.layers(losses[:, None])[:, 0]
 
 
-class SampleWeightStep(LearnedWeightStep):
+class SampleWeightStep(LearnedWeightStep[LearnedT]):
     """A lookahead with w_i = batch_weights(V(l_i)), one Adam step on V, and the update with the new weights.
 
     The losses that V sees are constants, in the lookahead as in the update: weights say how much a sample counts, not
@@ -49,16 +49,6 @@ class SampleWeightStep(LearnedWeightStep):
     """
 
     allows = Allows(compilation=True)
-
-    @dataclass(frozen=True)
-    class Options(LearnedWeightStep.Options):
-        """hidden: width of V's hidden layers."""
-
-        hidden: int = 100
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_hidden(self.hidden)
 
     def make_net(self) -> SampleNet:
         return SampleNet(self.widths())
@@ -92,36 +82,52 @@ class SampleWeightStep(LearnedWeightStep):
         return scalar + regulariser, {"driver_loss": regulariser.detach(), **metrics}
 
 
-class MetaWeightNetStep(SampleWeightStep):
+@dataclass(frozen=True)
+class MetaWeightNetOptions(LearnedWeightOptions):
+    """hidden: width of V's hidden layers."""
+
+    hidden: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_hidden(self.hidden)
+
+
+class MetaWeightNetStep(SampleWeightStep[MetaWeightNetOptions]):
     """MWN: V is an MLP 1-100-1, and the meta loss alone trains it."""
+
+    Options = MetaWeightNetOptions
 
     def widths(self) -> tuple[int, ...]:
         return (self.options.hidden,)
 
 
-class SampleDifficultyStep(SampleWeightStep):
+@dataclass(frozen=True)
+class SampleDifficultyOptions(LearnedWeightOptions):
+    """hidden: width H, by default the supplement's rule for the number of classes.
+    driver_weight: lambda of Eq. 10.
+    driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
+    """
+
+    hidden: int | None = None
+    driver_weight: float = 0.3
+    driver_target: str = "relative"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
+        check_not_negative(self, "driver_weight")
+        check_hidden(self.hidden)
+
+
+class SampleDifficultyStep(SampleWeightStep[SampleDifficultyOptions]):
     """Difficulty-Net with a sample in the place of a class: D is an MLP 1-H-H-1, Eq. 4 runs over the batch.
 
     The supplement (Sec. 2.5) says no more than that. The driver loss needs an accuracy; a sample's is the probability
     of its label, exp(-l_i) of a cross-entropy, in [0, 1]. `driver_weight: 0` leaves the meta loss alone, as in MWN.
     """
 
-    @dataclass(frozen=True)
-    class Options(LearnedWeightStep.Options):
-        """hidden: width H, by default the supplement's rule for the number of classes.
-        driver_weight: lambda of Eq. 10.
-        driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
-        """
-
-        hidden: int | None = None
-        driver_weight: float = 0.3
-        driver_target: str = "relative"
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-            check_not_negative(self, "driver_weight")
-            check_hidden(self.hidden)
+    Options = SampleDifficultyOptions
 
     def widths(self) -> tuple[int, ...]:
         width = self.options.hidden or hidden_width(self.parts.class_counts.num_classes)

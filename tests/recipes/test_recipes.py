@@ -13,7 +13,7 @@ from PIL import Image
 from fastlt.recipe import load_recipe
 from fastlt.run.dataset import conversion_command
 from fastlt.run.trainer import Trainer
-from fastlt.steps import STEPS, Step
+from fastlt.steps import STEPS, StepOptions
 from loaders.sources import open_source
 from loaders.stored.dataset import conversion_request, convert
 from loaders.stored.ffcv_format import FfcvOptions
@@ -69,7 +69,7 @@ def test_a_recipe_parses_and_its_header_gives_the_command_and_the_cost(path):
                 assert f"--{option}" in text or option == "meta-per-class 10", option
 
 
-def switched(options: Step.Options) -> list[str]:
+def switched(options: StepOptions) -> list[str]:
     """The names of the options that a recipe switches on or off, unlike their default."""
     return [f.name for f in fields(options) if bool(getattr(options, f.name)) != bool(f.default)]
 
