@@ -20,7 +20,7 @@ fail() {
 
 case $dali_cuda in 12 | 13) ;; *) fail "DALI_CUDA is '$dali_cuda': allowed are 12 and 13." ;; esac
 
-inputs=$({ cat pyproject.toml constraints.txt tools/setup.sh; printf '%s %s' "$extras" "$PWD"; } | sha256sum | cut -d ' ' -f 1)
+inputs=$({ cat pyproject.toml setup.py constraints.txt tools/setup.sh; printf '%s %s' "$extras" "$PWD"; } | sha256sum | cut -d ' ' -f 1)
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$inputs" ]; then
     exit 0
 fi

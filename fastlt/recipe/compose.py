@@ -9,16 +9,17 @@ from typing import Any
 import yaml
 
 from fastlt.recipe.checks import check
+from fastlt.recipe.locations import find_base, find_recipe
 from fastlt.recipe.schema import Recipe
 from fastlt.recipe.typed_yaml import RecipeError, build, describe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, its base files and the override words, and check all of it.
+    """Read a recipe, its base files and the override words, and check all of it; path: see `find_recipe`.
 
     RecipeError with one line a mistake: the key, its value, what is allowed, and the nearest valid key.
     """
-    path = Path(path)
+    path = find_recipe(path)
     tree = compose(path)
     for word in overrides:
         apply_override(tree, word)
@@ -45,11 +46,10 @@ def compose(path: Path) -> dict[str, Any]:
         raise RecipeError(f"base: is {bases!r}; allowed: a list of recipe files, relative to {path.parent}")
     tree: dict[str, Any] = {}
     for base in bases:
-        part = read_yaml(path.parent / base)
+        file = find_base(base, path)
+        part = read_yaml(file)
         if "base" in part:
-            raise RecipeError(
-                f"{path.parent / base}: has a base of its own; bases go one level deep, name both in {path}"
-            )
+            raise RecipeError(f"{file}: has a base of its own; bases go one level deep, name both in {path}")
         tree = merge(tree, part)
     return merge(tree, own)
 

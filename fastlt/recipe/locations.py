@@ -2,8 +2,50 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
+
+from fastlt.recipe.typed_yaml import RecipeError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Installed, the recipes are in the package; in a checkout they are beside it.
-SHIPPED = next((folder for folder in (_PACKAGE / "recipes",) if folder.is_dir()), _PACKAGE.parent / "recipes")
+SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+
+
+def shipped_names() -> list[str]:
+    """The names of the recipes that fastlt ships."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def find_recipe(word: str | Path) -> Path:
+    """The file of a recipe that a user names: a path, or the name of a shipped recipe with or without `.yaml`.
+
+    A file that is there goes before a shipped one. RecipeError when there is neither.
+    """
+    path = Path(word)
+    shipped = SHIPPED / f"{str(word).removesuffix('.yaml')}.yaml"
+    if path.exists():
+        return path
+    if len(path.parts) == 1 and shipped.is_file():
+        return shipped
+    raise RecipeError(
+        f"{word}: cannot be read (no such file); give the path of a recipe file, or the name of one that fastlt ships"
+        f"{_nearest(path.name.removesuffix('.yaml'), shipped_names())}"
+    )
+
+
+def find_base(base: str, recipe: Path) -> Path:
+    """The file of an entry of `base`: next to the recipe's own file, else among the shipped recipes."""
+    places = (recipe.parent / base, SHIPPED / base)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        known = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.glob("base/*.yaml"))
+        raise RecipeError(
+            f"base: {base} is neither next to {recipe} nor among the recipes that fastlt ships{_nearest(base, known)}"
+        )
+    return found
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""

@@ -68,6 +68,22 @@ def test_imports_go_down_only(path):
                 assert room(imported) != "loaders", f"{module} imports {imported}: a step never sees a loader"
 
 
+DOORS = ("fastlt.cli", "fastlt.train", "fastlt.commands.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nobody_imports_what_users_call(path):
+    """But that `python -m fastlt` imports the command, and commands each other."""
+    inside = str(path.relative_to(ROOT))
+    own = "fastlt.cli" if inside == "fastlt/__main__.py" else "fastlt.commands." if "/commands/" in inside else "none"
+    assert not [m for m in imports(path) if m.startswith(DOORS) and not m.startswith(own)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.name)
+def test_scripts_of_tools_are_doors(path):
+    assert imports(path) == {"fastlt.cli"}
+
+
 def test_no_module_hides_one_of_the_standard_library():
     """`accelerate launch fastlt/train.py` puts fastlt/ first on sys.path."""
     names = {
