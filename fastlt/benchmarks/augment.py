@@ -18,7 +18,7 @@ from fastlt.arguments import make_parser, positive
 from fastlt.augment import Augment, build_augment
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
-from fastlt.device.compiled import CudaCapture
+from fastlt.device.replay import CudaCapture
 
 NAME = "fastlt benchmark augment"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlt.augment import Augment, normalise
-from fastlt.device.compiled import Compiler, CudaCapture, adam_options, laid_out, make_sgd, ready
+from fastlt.device.compiled import Compiler, adam_options, laid_out, make_sgd, ready
+from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import DifficultyNet, class_weights

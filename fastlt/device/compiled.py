@@ -1,26 +1,24 @@
-"""torch.compile and CUDA graphs: what is compiled, how it is warmed up, and what happens where it does not work.
+"""Compiling a step: which of its functions are compiled, how that is tried, and what happens where it does not work.
 
-The only file that knows them. With `compile: inductor` a step asks for `parts.compiler(function)` once, when it is
-made, and calls what it gets. With `compile: cudagraph` whole iterations are captured and replayed (`GraphedStep`).
-With `compile: none` nothing is different from ordinary Python.
+With `compile: inductor` a step asks for `parts.compiler(function)` once, when it is made, and calls what it gets. With
+`compile: cudagraph` whole iterations are captured and replayed, see `fastlt.device.replay`. With `compile: none`
+nothing is different from ordinary Python.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlt.device.random_states import random_states, restore_random_states
+from fastlt.device.replay import Capture, CompilableStep, CudaCapture, GraphedStep
+from fastlt.state import Batch, StepOutput
 
 MODES = ("none", "inductor", "cudagraph")
-# Takes a function of no arguments, runs it once for its operations, and returns what replays them and its result, which
-# every replay overwrites.
-Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
 def mode_for(asked: str, device: torch.device, processes: int) -> str:
@@ -43,9 +41,11 @@ class Compiler:
         self.mode = mode
         self.active = mode != "none"
         if mode == "inductor":
+            from torch._functorch import config as functorch_config  # here, for it is heavy and for this mode alone
+
             # One forward is gone backward through twice: the first time must not overwrite what it saved. Of the
             # process, not of this compiler: the backward pass is compiled when it is first run, wherever that is.
-            torch._functorch.config.donated_buffer = False
+            functorch_config.donated_buffer = False
 
     @property
     def traces(self) -> bool:
@@ -118,10 +118,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 entry["step"] = entry["step"].cpu()
 
 
-def ready(step: Any, batch: Any, meta_batch: Any, capture: Capture | None = None) -> tuple[Callable, str | None]:
+def ready(
+    step: CompilableStep, batch: Batch, meta_batch: Batch | None, capture: Capture | None = None
+) -> tuple[Callable[[Batch, Batch | None], StepOutput], str | None]:
     """What takes the iterations of `step` as its compiler says, and None or why it is the step itself, uncompiled.
 
-    step: a `fastlt.steps.Step`. batch, meta_batch: of the shapes that training has. Everything is tried with them and
+    batch, meta_batch: of the shapes that training has. Everything is tried with them and
     taken back: what the step owns and the default generators are afterwards as they were, bit for bit. capture:
     `CudaCapture()` unless given.
     """
@@ -156,7 +158,7 @@ def ready(step: Any, batch: Any, meta_batch: Any, capture: Capture | None = None
         restore_random_states(random)
 
 
-def why_no_graph(step: Any, capture: Capture | None) -> str | None:
+def why_no_graph(step: CompilableStep, capture: Capture | None) -> str | None:
     """Why the iterations of `step` cannot be captured, None when they can."""
     if capture is None and step.parameters[0].device.type != "cuda":
         return "CUDA graphs need a CUDA device"
@@ -177,83 +179,3 @@ def give_optimizers_state(before: dict[str, Any], after: dict[str, Any]) -> None
                 index: {name: torch.zeros_like(t) if isinstance(t, Tensor) else t for name, t in entry.items()}
                 for index, entry in after[key]["state"].items()
             }
-
-
-class CudaCapture:
-    """`Capture` by CUDA graphs, which share their memory: what one returned is gone when another is replayed.
-
-    No kernel runs while a graph is captured, so its first replay is its first run. What fails while it is captured is
-    raised as it was.
-    """
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        graph, current, reason = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
-        # Where it has not met a convolution before, cuDNN would time its ways to do it, which no capture allows.
-        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-        try:
-            # Loaders' threads go on allocating and copying meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                try:
-                    result = function()
-                except Exception as error:
-                    reason = error
-                    raise
-        except Exception:
-            # To end a capture that failed fails, too: it says less, and leaves the capture's stream the current one.
-            torch.cuda.set_stream(current)
-            if reason is not None:
-                raise reason from None
-            raise
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
-        return graph.replay, result
-
-
-class GraphedStep:
-    """A step whose iterations are captured once for each of their variants and replayed; called like the step.
-
-    Batches and random choices are copied to where the graphs read them. What a call returns lies in the graph's memory
-    and is overwritten by the next call. What a step decides on the host (a slice of the meta set, whether theta moves)
-    is its `variant()`, each captured when it first comes; its counters are kept by `advance()`.
-    """
-
-    def __init__(self, step: Any, batch: Any, meta_batch: Any, capture: Capture) -> None:
-        self.step, self.capture = step, capture
-        self.batch, self.meta_batch = held(batch), held(meta_batch)
-        self.graphs: dict[Hashable, tuple[Callable[[], None], Any]] = {}
-
-    def __call__(self, batch: Any, meta_batch: Any) -> Any:
-        step, parts = self.step, self.step.parts
-        overwrite(self.batch, batch)
-        parts.augment.hold(self.batch.images)
-        if step.uses_meta_batch():
-            overwrite(self.meta_batch, meta_batch)
-            parts.meta_augment.hold(self.meta_batch.images)
-        variant = step.variant()
-        if variant not in self.graphs:
-            counters = step.counters()
-            self.graphs[variant] = self.capture(lambda: step(self.batch, self.meta_batch))
-            step.set_counters(counters)
-        replay, output = self.graphs[variant]
-        replay()
-        step.advance()
-        return output
-
-
-def held(batch: Any) -> Any:
-    """A copy of a batch whose memory is kept; None for None."""
-    return None if batch is None else replace(batch, **{name: t.clone() for name, t in tensors_of(batch).items()})
-
-
-def overwrite(kept: Any, batch: Any) -> None:
-    """Put the tensors of a batch into the memory of a `held` one of the same shapes."""
-    for name, tensor in tensors_of(batch).items():
-        getattr(kept, name).copy_(tensor, non_blocking=True)
-
-
-def tensors_of(batch: Any) -> dict[str, Tensor]:
-    """The fields of a batch that are tensors."""
-    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,12 +63,12 @@ class Reducer:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context, tensor: Tensor, reducer: Reducer) -> Tensor:
-        context.reducer = reducer
+    def forward(ctx: Any, tensor: Tensor, reducer: Reducer) -> Tensor:
+        ctx.reducer = reducer
         return reducer.gather(tensor)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        context.reducer.sum_([gradient])
-        return context.reducer.mine(gradient), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        gradient = grad_outputs[0].clone()
+        ctx.reducer.sum_([gradient])
+        return ctx.reducer.mine(gradient), None

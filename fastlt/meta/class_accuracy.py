@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastlt.autograd.folded_batch_norm import FoldedForward
 from fastlt.device.distributed import Reducer
+from fastlt.device.replay import Replayable
 
 REFRESHES = ("exact", "rolling", "epoch")
 # Up to this size the images are kept as the network takes them. CIFAR-100-LT's 1000 are 12 MB, ImageNet-LT's 10,000
@@ -46,7 +47,7 @@ def stratified_order(labels: Tensor) -> Tensor:
     return by_class[torch.argsort(rank, stable=True)]
 
 
-class ClassAccuracy:
+class ClassAccuracy(Replayable):
     """Scores the meta set with the current network and reports the accuracy of each class.
 
     images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
@@ -122,7 +123,6 @@ class ClassAccuracy:
         return k * size // self.window, (k + 1) * size // self.window
 
     def variant(self) -> Hashable:
-        """What of the next `update` is decided on the host: two with the same variant run the same operations."""
         part = self.due_part()
         return part, part is None and self.stale
 
@@ -132,11 +132,9 @@ class ClassAccuracy:
         self.calls += 1
 
     def counters(self) -> tuple[int, bool, bool]:
-        """What `advance` changes."""
         return self.calls, self.due, self.stale
 
     def set_counters(self, counters: tuple[int, bool, bool]) -> None:
-        """Put `counters` back."""
         self.calls, self.due, self.stale = counters
 
     def of(self, model: nn.Module) -> Tensor:

@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from fastlt.augment import Augment
 from fastlt.device.compiled import Compiler, laid_out, load_optimizer
 from fastlt.device.distributed import Reducer
+from fastlt.device.replay import Replayable
 from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier
@@ -72,7 +73,7 @@ class StepOptions:
 OptionsT = TypeVar("OptionsT", bound=StepOptions, default=StepOptions)
 
 
-class Step(Generic[OptionsT]):
+class Step(Replayable, Generic[OptionsT]):
     """One training iteration: `step(batch, meta_batch) -> StepOutput`, with everything it has to remember.
 
     Subclasses implement `__call__`, name the class of their recipe options twice, as `Step[…]` for the type checker and
@@ -163,30 +164,15 @@ class Step(Generic[OptionsT]):
         """Why `parts.compiler` cannot serve this step, None when it can."""
         return None if self.allows.compilation else "the method has passes of its own, which are not compiled"
 
-    # What a replayed iteration cannot do by itself, since Python does not run in it.
-
-    def variant(self) -> Hashable:
-        """What of the next iteration is decided on the host: two with the same variant run the same operations."""
-        accuracy = self.parts.class_accuracy
-        return self.uses_meta_batch(), None if accuracy is None else accuracy.variant()
-
     def uses_meta_batch(self) -> bool:
         """Whether the next iteration looks at its meta batch."""
         return self.needs.meta_batch
 
-    def counters(self) -> Any:
-        """The numbers on the host that an iteration changes."""
-        return None if self.parts.class_accuracy is None else self.parts.class_accuracy.counters()
+    def replayed_part(self) -> Replayable | None:
+        return self.parts.class_accuracy
 
-    def set_counters(self, counters: Any) -> None:
-        """Put `counters` back."""
-        if self.parts.class_accuracy is not None:
-            self.parts.class_accuracy.set_counters(counters)
-
-    def advance(self) -> None:
-        """Change the counters as an iteration does."""
-        if self.parts.class_accuracy is not None:
-            self.parts.class_accuracy.advance()
+    def variant(self) -> Hashable:
+        return self.uses_meta_batch(), super().variant()
 
     @property
     def lr(self) -> float | Tensor:

@@ -10,7 +10,7 @@ from test_augment_parity import images_of_many_kinds, signed_magnitudes
 
 from fastlt.augment import build_augment, policies
 from fastlt.augment.draws import upload_draws
-from fastlt.device.compiled import CudaCapture
+from fastlt.device.replay import CudaCapture
 
 pytestmark = pytest.mark.gpu
 

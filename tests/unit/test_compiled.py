@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from fastlt.augment import build_augment
 from fastlt.autograd import rules as forward_rules
 from fastlt.device import compiled
-from fastlt.device.compiled import Compiler, CudaCapture, load_optimizer, make_sgd, mode_for, ready
+from fastlt.device.compiled import Compiler, load_optimizer, make_sgd, mode_for, ready
+from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models.classifier import Classifier
