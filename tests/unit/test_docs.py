@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastlt.cli import COMMANDS
+from fastlt.commands.benchmark import BENCHMARKS
 from fastlt.losses.factory import LOSSES
 from fastlt.steps import STEPS
 from loaders.order.sampling import SAMPLINGS
@@ -20,8 +22,8 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # In backticks or in a command: fastlt/meta/gradient.py, recipes/x.yaml, tests/unit/; not runs/ or data/ of a user.
 PATH = re.compile(r"(?<![\w/.])((?:fastlt|loaders|tools|tests|docs|recipes)/[\w./-]*[\w/])(?![\w/*{$])")
 RECIPE = re.compile(r"`((?:cifar10|cifar100|imagenet|places)_lt\w*|inaturalist2018\w*|digits_lt)`")
-# Files of somebody else that a page makes up.
-MADE_UP = {"recipes/mine.yaml", "recipes/x.yaml"}
+# Files that the reader is to write: `fastlt/losses/NAME.py`, and those that a page says so of.
+TO_BE_WRITTEN = re.compile(r"`([\w/.]+)`, a new file|# (recipes/mine\.yaml)|`([\w/]*NAME[\w.]*)`")
 
 
 def names(pages: list[Path]) -> list:
@@ -48,14 +50,29 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 @pytest.mark.parametrize("page", names(CURRENT))
 def test_paths_of_the_repository_that_a_page_names_exist(page):
-    for path in PATH.findall(page.read_text(encoding="utf-8")):
-        assert path in MADE_UP or (ROOT / path).exists(), f"there is no {path}"
+    text = page.read_text(encoding="utf-8")
+    to_be_written = {path for paths in TO_BE_WRITTEN.findall(text) for path in paths}
+    for path in PATH.findall(text):
+        assert path in to_be_written or (ROOT / path).exists(), f"there is no {path}"
 
 
 @pytest.mark.parametrize("page", names(PAGES))
 def test_recipes_that_a_page_names_exist(page):
     for recipe in RECIPE.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / "recipes" / f"{recipe}.yaml").exists(), f"there is no recipe {recipe}"
+
+
+@pytest.mark.parametrize("page", names(CURRENT))
+def test_commands_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    # At the start of a line of code, behind `$`, a variable or another command; or in backticks.
+    for command in re.findall(r"(?:^ {4,}(?:[\w.=]+ )?|`)fastlt ([a-z-]+)", text, flags=re.MULTILINE):
+        assert command in COMMANDS, f"fastlt {command} is no command"
+    for benchmark in re.findall(r"fastlt benchmark ([a-z|]+)", text):
+        assert set(benchmark.split("|")) <= set(BENCHMARKS), f"there is no benchmark {benchmark}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for target in re.findall(r"(?:^ {4}|`|=\d+ )make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert target in targets, f"make {target} is no target"
 
 
 def test_every_method_loss_and_sampling_has_its_paragraph():
