@@ -80,9 +80,12 @@ KINDS = {"softmax": softmax_terms, "sigmoid": sigmoid_terms, "focal": focal_term
 class ClassBalanced(DeferredWeights):
     """w_y times a softmax, sigmoid or (sigmoid) focal loss: Eqs. 11, 13 and 14 of Cui et al. 2019.
 
-    kind: "softmax", "sigmoid" or "focal". beta: of the effective number, in [0, 1). gamma: of the focal loss, >= 0.
-    from_epoch: 0 is the paper's loss, a later epoch is DRW.
     With the two sigmoid kinds the paper starts the last layer's bias at -log(C - 1); at 0 the first losses are large.
+
+    kind: softmax, sigmoid or focal.
+    beta: of the effective number, in [0, 1).
+    gamma: of the focal loss, >= 0.
+    from_epoch: the first epoch with the weights, counted from 0; 0 is the paper's loss, a later epoch is DRW.
     """
 
     corrects_prior = True

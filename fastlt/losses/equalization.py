@@ -17,8 +17,11 @@ class Equalization(PerSampleLoss):
     every sample and class by `draw`, from a generator of its own; evaluations in between see the same draws. Without a
     rare class this is cross-entropy.
 
-    gamma: in [0, 1]. threshold: classes with a smaller share of the training set are rare, in [0, 1]. seed: of b.
-    rare: bool (C,). dropped: bool (N, C), where `draw` drew b = 1 for a rare class.
+    gamma: probability that a rare class is left out of a sample, in [0, 1].
+    threshold: classes with a smaller share of the training set are rare, in [0, 1].
+    seed: of the draws.
+    rare: bool (C,).
+    dropped: bool (N, C), where `draw` drew b = 1 for a rare class.
     """
 
     without_imbalance = "no class is rarer than another"

@@ -24,8 +24,10 @@ class LDAM(DeferredWeights):
     Logits are those of a cosine head of the same scale (`head: cosine`, `head_scale: 30`), which is s * cos already:
     what is subtracted from the label's logit here is s * m_y.
 
-    max_margin: margin of the smallest class, as a cosine. scale: s. reweight_from_epoch: first epoch with weights by
-    effective number (160 of 200 on CIFAR-LT), None for never. beta: of the effective number, in [0, 1).
+    max_margin: margin of the smallest class, as a cosine.
+    scale: s, the same as the head's.
+    reweight_from_epoch: first epoch with weights by effective number, 160 of 200 on CIFAR-LT; null is never.
+    beta: of the effective number, in [0, 1).
     shifts: s * m, float32 (C,).
     """
 

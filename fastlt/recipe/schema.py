@@ -46,8 +46,8 @@ class DataRecipe:
     std: standard deviation of the pixels in [0, 1], per RGB channel.
     root: folder of the source's files.
     converted: folder of the converted data set; null is a folder below data/ that is named after its content.
-    convert: false reads the source's own files, with loader auto, resident, torch or dali; nothing is written, and
-        every image is decoded once before the run begins.
+    convert: false reads the source's own files, with a loader that can; nothing is written, and every image is decoded
+        once before the run begins.
     download: whether missing files of CIFAR may be fetched into root.
     train_list: list file of the training images, for source list_file.
     meta_list: list file of the meta set, which is the validation set too; null holds out training images.
@@ -150,7 +150,7 @@ class AccuracyRecipe:
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One stage of training. `warmup`, `milestones` and `evaluate_every` are in the unit of the stage's length.
+    """One stage of training; warmup, milestones and evaluate_every are in the unit of its length.
 
     method: the training method.
     lr: the learning rate of SGD, at its highest.

@@ -50,9 +50,12 @@ def sgd_direction(optimizer: torch.optim.SGD, parameters: list[Tensor], gradient
 
 @dataclass(frozen=True)
 class BalmsOptions(StepOptions):
-    """lr: of Adam for the rates. init_pow: rates start proportional to pi_c^(-init_pow); 0 on CIFAR, 0.1 on
-    ImageNet-LT and 0.3 on Places-LT (there with lr 0.001).
-    pool_factor: images of a batch over those drawn from it (rounded down on each process).
+    """Options of method balms.
+
+    lr: learning rate of Adam for the sampling rates.
+    init_pow: rates start proportional to pi_c^(-init_pow): 0 on CIFAR, 0.1 on ImageNet-LT, and 0.3 on Places-LT with lr
+        0.001.
+    pool_factor: images of a batch over those that are drawn from it, rounded down on each process.
     """
 
     lr: float = 0.01

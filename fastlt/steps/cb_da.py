@@ -17,8 +17,11 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 
 @dataclass(frozen=True)
 class CbDaOptions(StepOptions):
-    """from_epoch: the first epoch (from 0) with the weights. beta: of the effective number of samples, for w_CB.
-    eps_lr: of the step on eps.
+    """Options of method cb_da.
+
+    from_epoch: the first epoch with the weights, counted from 0.
+    beta: of the effective number of samples, for the class weights; in [0, 1).
+    eps_lr: length of the step on the corrections of single samples.
     """
 
     from_epoch: int = 160

@@ -27,7 +27,10 @@ def cdb_weights(accuracy: Tensor, tau: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CdbOptions(StepOptions):
-    """tau: the focusing exponent, a positive number, or "dynamic" for `dynamic_tau`."""
+    """Options of method cdb.
+
+    tau: the focusing exponent, a positive number, or dynamic, which follows from the accuracies.
+    """
 
     tau: float | str = 1.0
 

@@ -93,7 +93,9 @@ class LwsStep(DecoupledStep[OptionsT]):
 
 @dataclass(frozen=True)
 class LasOptions(StepOptions):
-    """head_lr_factor: learning rate of the head over that of the scales; 0 leaves the head as it is.
+    """Options of method las.
+
+    head_lr_factor: learning rate of the head over that of the scales; 0 leaves the head as it is.
     shift_batch_norm: whether BatchNorm's running statistics follow the batches of this stage.
     """
 
@@ -149,7 +151,10 @@ class LasStep(LwsStep[LasOptions]):
 
 @dataclass(frozen=True)
 class TauNormOptions(StepOptions):
-    """taus: the values that are tried, in this order; by default 0, 0.1, ... 2 as in the authors' release."""
+    """Options of method tau_norm.
+
+    taus: the exponents that are tried, in this order; null is 0, 0.1, ... 2 as in the authors' release.
+    """
 
     taus: list[float] | None = None
 

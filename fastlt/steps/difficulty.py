@@ -18,9 +18,12 @@ from fastlt.steps.needs import Allows, Needs
 
 @dataclass(frozen=True)
 class DifficultyOptions(LearnedWeightOptions):
-    """hidden: width H of Difficulty-Net, by default the rule of the supplement.
-    driver_weight: lambda of Eq. 10.
-    driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
+    """Options of method difficulty.
+
+    hidden: width of the hidden layers of Difficulty-Net; null is the supplement's rule for the number of classes.
+    driver_weight: weight of the driver loss, lambda of Eq. 10.
+    driver_target: relative or absolute difficulty is what the driver loss pulls towards; see
+        `fastlt.meta.difficulty.driver_target`.
     """
 
     hidden: int | None = None

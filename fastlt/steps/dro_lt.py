@@ -21,8 +21,12 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 
 @dataclass(frozen=True)
 class DroLtOptions(StepOptions):
-    """temperature: T of the softmax over distances. robust_weight: of the contrastive term, where cross-entropy has
-    1. radius: where every class's starts. radius_floor: the smallest that is allowed, None for no limit.
+    """Options of method dro_lt.
+
+    temperature: of the softmax over distances.
+    robust_weight: weight of the contrastive term, where cross-entropy has 1.
+    radius: where the radius of every class starts.
+    radius_floor: the smallest radius that is allowed; null is no limit.
     """
 
     temperature: float = 1.0

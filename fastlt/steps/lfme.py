@@ -47,8 +47,13 @@ class ExpertStep(PlainStep):
 
 @dataclass(frozen=True)
 class LfmeOptions(StepOptions):
-    """experts: names of the stages that trained them. temperature: T. distil_until: share of the expert's accuracy.
-    curriculum_epochs: the first epoch (from 0) in which every image weighs 1; 0 for no curriculum.
+    """Options of method lfme.
+
+    experts: names of the stages that trained the experts.
+    temperature: of the softmax of student and experts in the distillation.
+    distil_until: an expert teaches with full weight until the student has this share of the expert's accuracy, in
+        [0, 1).
+    curriculum_epochs: the first epoch in which every image weighs 1, counted from 0; 0 is no curriculum.
     """
 
     experts: list[str]

@@ -187,11 +187,11 @@ class MetaStep(Step[OptionsT]):
 class Approximation:
     """Ways below the cost of the exact meta-gradient; by default none of them is taken.
 
-    late_weights: the update takes the weights of the lookahead, and theta's new value counts from the next iteration
-        on (Eq. 11 with theta_t in the place of theta_{t+1}). The two gradients are then one: a backward pass less.
+    late_weights: the update takes the weights of the lookahead, and theta's new value counts from the next iteration on
+        (Eq. 11 with theta_t in the place of theta_{t+1}). The two gradients are then one: a backward pass less.
     every: theta moves in every k-th iteration only; the others are plain iterations with the weights it gives.
     lookahead_only: names of submodules (`head`, `backbone.layer3`, ...); only their parameters take the lookahead of
-        Eq. 9. The backward passes and the tangent of the meta-gradient end there. None is all of them.
+        Eq. 9. The backward passes and the tangent of the meta-gradient end there. null is all of them.
     """
 
     late_weights: bool = False
@@ -223,11 +223,15 @@ class Approximation:
 
 @dataclass(frozen=True)
 class LearnedWeightOptions(StepOptions):
-    """lr, weight_decay: of Adam for theta (supplement, Sec. 1.2). approximate: see `Approximation`.
-    lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and
-        a little slower; not with `compile: inductor`.
-    tangent: of the meta-gradient under mixed precision. fp32: by a forward pass of its own. autocast: from the
-        training pass's activations, in its types; that is what differentiating twice would give there.
+    """Options of every method whose weights come from a learned network.
+
+    lr: learning rate of Adam for the network's parameters theta (supplement, Sec. 1.2).
+    weight_decay: of Adam for theta.
+    approximate: ways below the cost of the exact meta-gradient.
+    lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and a
+        little slower; not with `compile: inductor`.
+    tangent: how the meta-gradient's tangent is computed under mixed precision: fp32 by a forward pass of its own,
+        autocast from the training pass's activations and in their types, as differentiating twice would.
     """
 
     lr: float = 1e-3

@@ -15,7 +15,10 @@ from fastlt.steps.base import Step, StepOptions, StepParts
 
 @dataclass(frozen=True)
 class MixupOptions(StepOptions):
-    """alpha: lam is drawn from Beta(alpha, alpha). MiSLAS: 1.0 on CIFAR-LT, 0.2 on larger images."""
+    """Options of methods mixup and cutmix.
+
+    alpha: the share of an image is drawn from Beta(alpha, alpha); MiSLAS takes 1.0 on CIFAR-LT and 0.2 on larger images.
+    """
 
     alpha: float = 1.0
 

@@ -19,10 +19,15 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 
 @dataclass(frozen=True)
 class OltrOptions(StepOptions):
-    """centroid_loss_weight, repel_weight, margin: of the loss on centroids.
-    backbone_lr_factor, centroid_lr_factor: learning rates over the head's.
+    """Options of method oltr.
+
+    centroid_loss_weight: weight of the loss on centroids.
+    repel_weight: weight of its repelling part, where the attracting part has 1.
+    margin: mean squared distance to the other classes' centroids from which the repelling part is 0.
+    backbone_lr_factor: learning rate of the backbone over that of the head.
+    centroid_lr_factor: learning rate of the centroids over that of the head.
     freeze_backbone: leave the layers of the stage before as they are; attention is trained all the same.
-    attention_side: side of the last feature maps, to put modulated attention before the pooling; 0 for none.
+    attention_side: side of the last feature maps, to put modulated attention before the pooling; 0 is none.
     """
 
     centroid_loss_weight: float = 0.01

@@ -84,8 +84,13 @@ class KeyEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class PacoOptions(StepOptions):
-    """dim: of query and key. queue: keys that are remembered, 0 for none. alpha: weight of a positive sample, where
-    the class centre has 1. temperature: T of the similarities. momentum: of the key encoder.
+    """Options of method paco.
+
+    dim: width of query and key.
+    queue: keys that are remembered; 0 is none.
+    alpha: weight of a positive sample, where the class centre has 1.
+    temperature: of the similarities.
+    momentum: of the key encoder's moving average, in [0, 1].
     """
 
     dim: int = 128

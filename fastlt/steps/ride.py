@@ -23,10 +23,15 @@ WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set
 
 @dataclass(frozen=True)
 class RideOptions(StepOptions):
-    """diversity: k; the authors' is 0.45 on CIFAR-100-LT, 0.2 on ImageNet-LT. temperature: T.
-    spread, spread_from_epoch: T by class, see `class_temperatures`, from this epoch (from 0) on; None for never.
+    """Options of method ride.
+
+    diversity: weight of the term that keeps experts apart; the authors' is 0.45 on CIFAR-100-LT and 0.2 on ImageNet-LT.
+    temperature: of the softmax in that term.
+    spread: how far the temperature differs among classes, in [0, 1); see `fastlt.losses.experts.class_temperatures`.
+    spread_from_epoch: the first epoch with temperatures by class, counted from 0; null is never.
     teacher: checkpoint of a run with experts of the same backbone, width and heads, usually more of them.
-    distillation, distillation_temperature: w and T' of the teacher's term.
+    distillation: weight of the teacher's term.
+    distillation_temperature: of the softmax in the teacher's term.
     """
 
     diversity: float = 0.2
@@ -137,8 +142,10 @@ def helpful(mean_logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RideRouterOptions(StepOptions):
-    """top: how many of the largest logits the router sees; the authors' is 30 on CIFAR-100-LT, 50 on ImageNet-LT.
-    positive_weight: of a decision in which a further expert helps.
+    """Options of method ride_router.
+
+    top: how many of the largest logits the router sees; the authors' is 30 on CIFAR-100-LT and 50 on ImageNet-LT.
+    positive_weight: weight of a decision in which a further expert helps.
     """
 
     top: int = 30

@@ -84,7 +84,10 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
 
 @dataclass(frozen=True)
 class MetaWeightNetOptions(LearnedWeightOptions):
-    """hidden: width of V's hidden layers."""
+    """Options of method mwn.
+
+    hidden: width of the hidden layers of the network that weighs samples.
+    """
 
     hidden: int = 100
 
@@ -104,9 +107,12 @@ class MetaWeightNetStep(SampleWeightStep[MetaWeightNetOptions]):
 
 @dataclass(frozen=True)
 class SampleDifficultyOptions(LearnedWeightOptions):
-    """hidden: width H, by default the supplement's rule for the number of classes.
-    driver_weight: lambda of Eq. 10.
-    driver_target: relative or absolute, see `fastlt.meta.difficulty.driver_target`.
+    """Options of method sample_difficulty.
+
+    hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes.
+    driver_weight: weight of the driver loss, lambda of Eq. 10.
+    driver_target: relative or absolute difficulty is what the driver loss pulls towards; see
+        `fastlt.meta.difficulty.driver_target`.
     """
 
     hidden: int | None = None
