@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastlt.autograd.rules import ForwardChangedError
+
 # Operations (input, weight, bias, ...) that are linear in weight and bias, with the output channels first in both.
 LINEAR_MAPS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 # What reads a tensor's shape and not its values (properties are told apart by what they return).
 SHAPE_READERS = (Tensor.dim, Tensor.size)
-
-
-class PassChangedError(RuntimeError):
-    """The forward pass is not the one that was planned for: its result is of no use."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FoldedForward:
                 output = self.model(images)
             mode.finish()
             return output
-        except PassChangedError:
+        except ForwardChangedError:
             self.pairs = []
             return self.model(images)
 
@@ -138,7 +136,7 @@ class _Fold(TorchFunctionMode):
         output = function(input, folded_weight, folded_bias, *args, **kw)
         if pair is not None:
             if weight is not pair.weight:
-                raise PassChangedError
+                raise ForwardChangedError
             self.waiting[id(output)] = (output, pair)
         return output
 
@@ -147,13 +145,13 @@ class _Fold(TorchFunctionMode):
         if pair is None:
             return F.batch_norm(input, running_mean, *args, **kwargs)
         if running_mean is not pair.mean:
-            raise PassChangedError
+            raise ForwardChangedError
         return input
 
     def finish(self) -> None:
-        """PassChangedError when not every pair was met."""
+        """ForwardChangedError when not every pair was met."""
         if self.waiting or self.position <= max(self.work):
-            raise PassChangedError
+            raise ForwardChangedError
 
 
 @dataclass

@@ -1,11 +1,9 @@
-"""What fastlt knows of single operations of a forward pass: their tangents, and how to compute their outputs anew.
+"""The rules for single operations of a forward pass: their tangents, and how their outputs are recomputed.
 
 Operations without a rule run as usual, under torch's own derivatives: any model works, the common ones gain.
 
-BatchNorm gains most: torch's forward-mode formula takes a dozen passes over memory. Two loops of ours do, with the ReLU
-behind it; on a GPU two kernels of SyncBatchNorm do. Where neither fits (`fused_loops.fits`), the fused kernel of the
-backward pass computes the tangent as well, as the derivative in the input is symmetric. On two cores the loops took 35
-ms from the tangent of ResNet-32 for a batch of 128 in channels_last (220 instead of 255 ms, of a step of 1,050).
+BatchNorm gains most: torch's forward-mode formula takes a dozen passes over memory. Its derivative in the input is
+symmetric, so that the fused kernel of the backward pass computes the tangent as well.
 """
 
 from __future__ import annotations
@@ -18,35 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
-
-from fastlt.autograd import cpu_kernels as fused_loops
-from fastlt.autograd.cpu_kernels import fits
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 
 class ForwardChangedError(RuntimeError):
-    """The forward pass did not repeat the operations that were recorded: nothing can be reused."""
+    """The forward pass did not repeat the operations that were recorded or planned for: nothing can be reused."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one operation is recorded, differentiated and done again; the functions take the operation's own arguments.
+    """How one operation is recorded, differentiated and recomputed; the functions take the operation's own arguments.
 
-    applies: whether the rule covers these arguments. overwrites: whether the operation writes to its first argument.
-    forward: (function, *args) -> (output, what tangent and `again` need beside the arguments).
-    tangent: (function, saved, output, *args) -> the output's tangent, None when no argument has one. An operation that
-        overwrites its first argument changes the tangent of that argument in place.
-    sources: what `again` computes the output from, among the arguments.
-    again: (function, saved, *sources) -> the output, to rounding, without any other effect; an operation that
-        overwrites its first argument writes to it. None for what costs too much to be done twice.
-    with_relu: `tangent` and `again` of this operation and an F.relu directly behind it that overwrites its output, as
-        one: `output` is the ReLU's. None where that gains nothing.
-    again_and_tangent: both at once, from the operation's own arguments: (function, saved, *args) -> (output, tangent),
-        or None when it does not take these. None where that gains nothing.
-    of_batch_norm: as `again`, where the first or the second source is an output of F.batch_norm that is not in memory:
-        (its saved, its sources, the other source of ours) -> the output, without it. None where that gains nothing.
-    of_batch_norm_with_tangent: as `again_and_tangent` there: (its saved, its args, its kwargs, the other argument of
-        ours) -> (output, tangent), or None.
+    applies: whether the rule covers these arguments.
+    overwrites: whether the operation writes to its first argument.
+    forward: (function, *args) -> (output, aux), aux being a tuple of all that `tangent` and `recompute` need
+        beside the arguments. Not called for an operation that overwrites its first argument; it has none.
+    tangent: (function, aux, output, *args) -> the output's tangent, None when no argument has one. An operation
+        that overwrites its first argument changes the tangent of that argument in place.
+    sources: the arguments that `recompute` computes the output from.
+    recompute: (function, aux, *sources) -> the output, to rounding, without any other effect; an operation that
+        overwrites its first argument writes to it. None for operations that cost too much to be done twice.
+    in_place: the function that writes the same output to either of its two arguments, given first; `recompute` takes it
+        in the place of `function`. None where there is no such function.
     """
 
     tangent: Callable[..., Tensor | None]
@@ -54,11 +45,8 @@ class Rule:
     overwrites: Callable[..., bool] = lambda *args, **kwargs: False
     forward: Callable[..., tuple[Tensor, tuple]] = lambda function, *args, **kwargs: (function(*args, **kwargs), ())
     sources: Callable[..., tuple] = lambda *args, **kwargs: ()
-    again: Callable[..., Tensor] | None = None
-    with_relu: Rule | None = None
-    again_and_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
-    of_batch_norm: Callable[..., Tensor] | None = None
-    of_batch_norm_with_tangent: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    recompute: Callable[..., Tensor] | None = None
+    in_place: Callable[..., Tensor] | None = None
 
 
 def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule | None:
@@ -67,49 +55,8 @@ def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule |
     return rule if rule is not None and rule.applies(*args, **kwargs) else None
 
 
-class RuledOperations(TorchFunctionMode):
-    """While it is entered, `operation` is called in place of every operation that has a rule; others run as usual.
-
-    One that overwrites its first argument counts only directly after the operation that returned this argument: with
-    something between the two, it is not known what has read the value that is overwritten.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.returned: Tensor | None = None  # the latest operation's output, as long as it can be overwritten
-
-    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
-        """What the operation returns."""
-        raise NotImplementedError
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        returned, self.returned = self.returned, None
-        rule = find_rule(function, args, kwargs)
-        if rule is None:
-            return function(*args, **kwargs)
-        overwrites = rule.overwrites(*args, **kwargs)
-        if overwrites and args[0] is not returned:
-            return function(*args, **kwargs)
-        self.returned = self.operation(rule, overwrites, function, args, kwargs)
-        return self.returned
-
-
-class RuledTangents(RuledOperations):
-    """Inside a dual level: operations with a rule have their tangents from it, next to their outputs."""
-
-    def operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
-        if overwrites:
-            return function(*args, **kwargs)  # torch's derivative of what writes to its argument is as short
-        primals = [parts(a)[0] for a in args]
-        named = {name: parts(a)[0] for name, a in kwargs.items()}
-        output, saved = rule.forward(function, *primals, **named)
-        tangent = rule.tangent(function, saved, output, *args, **kwargs)
-        return output if tangent is None else forward_ad.make_dual(output, tangent)
-
-
-def parts(x: Any) -> tuple[Any, Tensor | None]:
-    """(primal, tangent) of an argument; the tangent of a constant, or of what is no tensor, is None."""
+def unpack_dual(x: Any) -> tuple[Any, Tensor | None]:
+    """(primal, tangent) of an argument; the tangent of a constant, or of an argument that is no tensor, is None."""
     return tuple(forward_ad.unpack_dual(x)) if isinstance(x, Tensor) else (x, None)
 
 
@@ -123,9 +70,9 @@ def sum_of(*tangents: Tensor | None) -> Tensor | None:
     return present[0]
 
 
-def linear_map_tangent(function, saved, output, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args, **kw):
+def linear_map_tangent(function, aux, output, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args, **kw):
     """d f(x, W, b) = f(dx, W, 0) + f(x, dW, db), for convolutions and linear layers."""
-    (x, dx), (w, dw), (_, db) = parts(input), parts(weight), parts(bias)
+    (x, dx), (w, dw), (_, db) = unpack_dual(input), unpack_dual(weight), unpack_dual(bias)
     through_input = None if dx is None else function(dx, w, None, *args, **kw)
     if dw is None and db is None:
         return through_input
@@ -151,17 +98,15 @@ def batch_norm_forward(
     return output, (mean, inverse_std)
 
 
-def batch_norm_tangent(function, saved, output, input, running_mean, running_var, *args, **kwargs) -> Tensor | None:
+def batch_norm_tangent(function, aux, output, input, running_mean, running_var, *args, **kwargs) -> Tensor | None:
     """With x^ = (x - mean) / std: dy = (w / std) P dx + dw x^ + db, P taking out the mean and the part along x^.
 
     P is symmetric: the first term is what the backward pass computes from a gradient dx.
     """
-    (mean, inverse_std), (weight, bias, eps) = saved, scale_shift_eps(*args, **kwargs)
-    (x, dx), (w, dw), (_, db) = parts(input), parts(weight), parts(bias)
+    (mean, inverse_std), (weight, bias, eps) = aux, scale_shift_eps(*args, **kwargs)
+    (x, dx), (w, dw), (_, db) = unpack_dual(input), unpack_dual(weight), unpack_dual(bias)
     if x.is_cuda and dx is not None and not (dw is None and db is None):
         return _batch_norm_tangent_on_gpu(x, dx, w, dw, db, mean, inverse_std)
-    if dx is not None and fits(dx, x):
-        return fused_loops.batch_norm_tangent(dx, x, w, dw, db, mean, inverse_std)
     through_input = None
     if dx is not None:
         through_input, _, _ = torch.ops.aten.native_batch_norm_backward(
@@ -205,28 +150,6 @@ def _batch_norm_tangent_on_gpu(
     return torch.batch_norm_backward_elemt(dx, x, mean, inverse_std, w, a, b, count)
 
 
-def batch_norm_relu_tangent(function, saved, output, input, running_mean, running_var, *args, **kwargs):
-    """As BatchNorm's, zero where the ReLU's output is."""
-    weight, bias, _ = scale_shift_eps(*args, **kwargs)
-    (x, dx), (w, dw), (_, db) = parts(input), parts(weight), parts(bias)
-    if dx is not None and fits(dx, x, output):
-        return fused_loops.batch_norm_tangent(dx, x, w, dw, db, *saved, output)
-    tangent = batch_norm_tangent(function, saved, output, input, running_mean, running_var, *args, **kwargs)
-    return rectified(tangent, output)
-
-
-def batch_norm_relu_again_and_tangent(
-    function, saved, input, running_mean, running_var, *args, summand: Tensor | None = None, **kwargs
-) -> tuple[Tensor, Tensor] | None:
-    """The ReLU's output with its tangent, where the loops take them. summand: what is added before the ReLU."""
-    weight, bias, _ = scale_shift_eps(*args, **kwargs)
-    (x, dx), (w, dw), (b, db) = parts(input), parts(weight), parts(bias)
-    summands = () if summand is None else parts(summand)
-    if any(part is None for part in (dx, *summands)) or not fits(dx, x, *summands):
-        return None
-    return fused_loops.rectified_batch_norm_and_tangent(dx, x, w, dw, b, db, *saved, *summands)
-
-
 def scale_shift_eps(weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> tuple:
     """Of F.batch_norm's arguments behind the running statistics, those that a derivative depends on."""
     return weight, bias, eps
@@ -235,25 +158,6 @@ def scale_shift_eps(weight=None, bias=None, training=False, momentum=0.1, eps=1e
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
     """weight x^ + bias, in one pass: BatchNorm with the batch's statistics as constants."""
     return torch.batch_norm(x, weight, bias, mean, inverse_std.pow(-2), False, 0.0, 0.0, False)
-
-
-def normalised_and_rectified(function, saved, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """max(0, weight x^ + bias)."""
-    if fits(input):
-        return fused_loops.rectified_batch_norm(input, weight, bias, *saved)
-    return normalised(input, weight, bias, *saved).relu_()
-
-
-def normalised_summed_and_rectified(saved, sources: tuple[Tensor, Tensor | None, Tensor | None], other: Tensor):
-    """max(0, weight x^ + bias + other); sources: input, weight, bias."""
-    if fits(sources[0], other):
-        return fused_loops.rectified_batch_norm(*sources, *saved, other)
-    return normalised(*sources, *saved).add_(other).relu_()
-
-
-def sum_relu_of_batch_norm_with_tangent(saved, args: tuple, kwargs: dict, other: Tensor) -> tuple | None:
-    """The output of the ReLU behind the sum with its tangent, where the loops take them."""
-    return batch_norm_relu_again_and_tangent(F.batch_norm, saved, *args, summand=other, **kwargs)
 
 
 def scaled_and_shifted(values: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
@@ -269,9 +173,9 @@ def scaled_and_shifted_forward(function, values, factor, shift) -> tuple[Tensor,
     return function(values, factor, shift), (factor.detach(), shift.detach())
 
 
-def scaled_and_shifted_tangent(function, saved, output, values, factor, shift) -> Tensor | None:
+def scaled_and_shifted_tangent(function, aux, output, values, factor, shift) -> Tensor | None:
     """dy = f dx + df x + db."""
-    (x, dx), (f, df), (_, db) = parts(values), parts(factor), parts(shift)
+    (x, dx), (f, df), (_, db) = unpack_dual(values), unpack_dual(factor), unpack_dual(shift)
     zeros = torch.zeros_like(f)
     through_values = None if dx is None else function(dx, f, zeros)
     if df is None and db is None:
@@ -279,9 +183,9 @@ def scaled_and_shifted_tangent(function, saved, output, values, factor, shift) -
     return sum_of(through_values, function(x, zeros if df is None else df, zeros if db is None else db))
 
 
-def relu_tangent(function, saved, output: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
+def relu_tangent(function, aux, output: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
     """dy = dx where y > 0, else 0."""
-    _, dx = parts(input)
+    _, dx = unpack_dual(input)
     if inplace or dx is None:
         return rectified(dx, output)
     return torch.ops.aten.threshold_backward(dx, output, 0)
@@ -300,51 +204,22 @@ def add_applies(input: Any, other: Any, *args, **kwargs) -> bool:
     return both and input.shape == other.shape and input.dtype == other.dtype and input.is_floating_point()
 
 
-def add_tangent(function, saved, output, input: Tensor, other: Tensor) -> Tensor | None:
-    (_, dx), (_, dy) = parts(input), parts(other)
+def add_tangent(function, aux, output, input: Tensor, other: Tensor) -> Tensor | None:
+    (_, dx), (_, dy) = unpack_dual(input), unpack_dual(other)
     if dx is None or dy is None:
         # A copy: what is returned may be changed in place.
         return next((t.clone() for t in (dx, dy) if t is not None), None)
     return dx + dy
 
 
-def add_relu_tangent(function, saved, output, input: Tensor, other: Tensor) -> Tensor | None:
-    (_, dx), (_, dy) = parts(input), parts(other)
-    if dx is not None and dy is not None and fits(dx, dy, output):
-        return fused_loops.masked_sum(dx, dy, output)
-    return rectified(add_tangent(function, saved, output, input, other), output)
-
-
-def add_in_place_tangent(function, saved, output, input: Tensor, other: Tensor) -> Tensor | None:
-    (_, dx), (_, dy) = parts(input), parts(other)
+def add_in_place_tangent(function, aux, output, input: Tensor, other: Tensor) -> Tensor | None:
+    (_, dx), (_, dy) = unpack_dual(input), unpack_dual(other)
     if dx is None and dy is not None:
         raise ForwardChangedError("a constant was overwritten by a sum that depends on the parameters")
     return sum_of(dx, dy)
 
 
-def add_in_place_relu_tangent(function, saved, output, input: Tensor, other: Tensor) -> Tensor | None:
-    (_, dx), (_, dy) = parts(input), parts(other)
-    if dx is not None and dy is not None and fits(dx, dy, output):
-        return fused_loops.masked_sum(dx, dy, output, into=dx)
-    return rectified(add_in_place_tangent(function, saved, output, input, other), output)
-
-
 _LINEAR_MAP = Rule(linear_map_tangent)
-_ADD = {
-    "applies": add_applies,
-    "sources": lambda input, other: (input, other),
-    "again": lambda function, saved, input, other: function(input, other),
-}
-
-
-def _sum_relu(tangent: Callable) -> Rule:
-    return Rule(
-        tangent,
-        again=lambda function, saved, input, other: function(input, other).relu_(),
-        of_batch_norm=normalised_summed_and_rectified,
-        of_batch_norm_with_tangent=sum_relu_of_batch_norm_with_tangent,
-    )
-
 
 RULES: dict[Callable, Rule] = {
     F.conv2d: _LINEAR_MAP,
@@ -354,30 +229,32 @@ RULES: dict[Callable, Rule] = {
         applies=batch_norm_applies,
         forward=batch_norm_forward,
         sources=lambda input, running_mean, running_var, weight=None, bias=None, *args, **kw: (input, weight, bias),
-        again=lambda function, saved, input, weight, bias: normalised(input, weight, bias, *saved),
-        with_relu=Rule(
-            batch_norm_relu_tangent,
-            again=normalised_and_rectified,
-            again_and_tangent=batch_norm_relu_again_and_tangent,
-        ),
+        recompute=lambda function, aux, input, weight, bias: normalised(input, weight, bias, *aux),
     ),
     scaled_and_shifted: Rule(
         scaled_and_shifted_tangent,
         forward=scaled_and_shifted_forward,
         sources=lambda values, factor, shift: (values,),
-        again=lambda function, saved, values: function(values, *saved),
+        recompute=lambda function, aux, values: function(values, *aux),
     ),
     F.relu: Rule(
         relu_tangent,
         overwrites=lambda input, inplace=False: inplace,
         sources=lambda input, inplace=False: (input, inplace),
-        again=lambda function, saved, input, inplace: function(input, inplace),
+        recompute=lambda function, aux, input, inplace: function(input, inplace),
     ),
-    Tensor.add: Rule(add_tangent, with_relu=_sum_relu(add_relu_tangent), **_ADD),
+    Tensor.add: Rule(
+        add_tangent,
+        applies=add_applies,
+        sources=lambda input, other: (input, other),
+        recompute=lambda function, aux, input, other: function(input, other),
+        in_place=Tensor.add_,
+    ),
     Tensor.add_: Rule(
         add_in_place_tangent,
+        applies=add_applies,
         overwrites=lambda *args: True,
-        with_relu=_sum_relu(add_in_place_relu_tangent),
-        **_ADD,
+        sources=lambda input, other: (input, other),
+        recompute=lambda function, aux, input, other: function(input, other),
     ),
 }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastlt.autograd.folded_batch_norm import FoldedForward
+from fastlt.autograd import FoldedForward
 from fastlt.device.distributed import Reducer
 from fastlt.device.replay import Replayable
 

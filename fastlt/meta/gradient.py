@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlt.autograd.record import ForwardRecord
-from fastlt.autograd.rules import ForwardChangedError, RuledTangents
+from fastlt.autograd import ForwardChangedError, ForwardRecord, TangentMode
 
 Tensors = dict[str, Tensor]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
@@ -119,10 +118,10 @@ def directional_derivative(
     """
 
     def tangents(primals: Tensors, unit: Tensors) -> Tensor:
-        reused = None if record is None else _reusing(losses, primals, unit, record)
-        if reused is not None:
-            return reused
-        with RuledTangents():
+        replayed = None if record is None else _tangent_of_record(losses, primals, unit, record)
+        if replayed is not None:
+            return replayed
+        with TangentMode():
             return _tangent_along(losses, primals, unit)
 
     return along_unit_direction(tangents, parameters, direction)
@@ -152,13 +151,15 @@ def _tangent_along(losses: LossOfParameters, parameters: Tensors, direction: Ten
         return torch.zeros_like(primal) if tangent is None else tangent
 
 
-def _reusing(losses: LossOfParameters, parameters: Tensors, direction: Tensors, record: ForwardRecord) -> Tensor | None:
+def _tangent_of_record(
+    losses: LossOfParameters, parameters: Tensors, direction: Tensors, record: ForwardRecord
+) -> Tensor | None:
     """`_tangent_along` from a recorded pass, or None, with a warning, when the pass does not repeat itself."""
     device = next(iter(parameters.values())).device
     state = random_state(device)
 
     def repeated(duals: Tensors) -> Tensor:
-        with record.reused():
+        with record.replaying():
             return losses(duals)
 
     try:

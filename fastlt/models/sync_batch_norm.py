@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsa
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastlt.autograd.rules import scaled_and_shifted
+from fastlt.autograd import scaled_and_shifted
 from fastlt.device.distributed import Reducer
 
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from fastlt.autograd.record import ForwardRecord, recordable
-from fastlt.autograd.saved_tensors import OverwrittenError, lean
+from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_recompute
 from fastlt.device.compiled import adam_options, load_optimizer
 from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
@@ -135,7 +134,7 @@ class MetaStep(Step[OptionsT]):
         lr = self.lr if lr is None else lr
         ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
         if self.lean:
-            run.record.lighten()  # the meta batch's activations are about to come on top of the training batch's
+            run.record.release()  # the meta batch's activations are about to come on top of the training batch's
         meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
             meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels)
@@ -155,7 +154,7 @@ class MetaStep(Step[OptionsT]):
         if self.lean and self.lean_meta_pass:
             random_state = meta_gradient.random_state(inputs.device)
             try:
-                return meta_gradient.mean_loss_gradient(lean(losses), ahead)
+                return meta_gradient.mean_loss_gradient(with_recompute(losses), ahead)
             except OverwrittenError as error:
                 self.lean_meta_pass = False
                 # As if it had not been tried: a run that resumes tries it again, and has to draw what this one draws.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from reference import ReferenceTrainer, accuracy_of, driver, eq4, forward, meta_objective
 
 from fastlt.augment import build_augment
-from fastlt.autograd.record import ForwardRecord
+from fastlt.autograd import ForwardRecord
 from fastlt.device.compiled import Compiler
 from fastlt.losses import build_loss
 from fastlt.meta import gradient as meta_gradient
@@ -238,7 +238,7 @@ def test_tangent_from_a_recorded_pass_equals_the_one_computed_anew(name, size, m
     with record.recording():
         losses = losses_of(parameters)
     before = torch.autograd.grad(losses.mean(), list(parameters.values()), retain_graph=True, materialize_grads=True)
-    assert len(record.calls) > 10
+    assert len(record.recorded) > 10
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fast = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
@@ -255,7 +255,7 @@ def test_a_pass_that_changes_is_computed_anew_with_a_warning():
     record = ForwardRecord()
     with record.recording():
         losses_of(parameters)
-    record.calls.pop()
+    record.recorded.pop()
     with pytest.warns(UserWarning, match="does not do the same twice"):
         fast = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
     assert torch.equal(fast, meta_gradient.directional_derivative(losses_of, parameters, direction))
@@ -446,7 +446,7 @@ def test_a_step_lets_go_of_its_record_before_the_last_backward_pass(lean, monkey
     monkeypatch.setattr(step, "training_pass", lambda batch: runs.append(training_pass(batch)) or runs[-1])
 
     def watched(objective):
-        assert runs[-1].record.calls == []
+        assert runs[-1].record.recorded == []
         descend(objective)
 
     monkeypatch.setattr(step, "descend", watched)

@@ -151,7 +151,7 @@ def test_a_tangent_under_autocast_is_as_exact_as_differentiating_twice_there(nam
     twice = relative_error(differentiated_twice(copy.deepcopy(problem), weights), exact)
     step, batch, meta_batch = make_step(problem, tangent="autocast", lean=lean)
     run = step.training_pass(batch)
-    assert run.record.calls, "the tangent has nothing to reuse"
+    assert run.record.recorded, "the tangent has nothing to reuse"
     per_sample, _ = step.per_sample_gradient(run, weights.detach()[batch.labels], meta_batch)
     found = relative_error(meta_gradient.sum_by_class(per_sample, batch.labels, CLASSES), exact)
     assert 0 < found <= 1.5 * twice

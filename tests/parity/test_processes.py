@@ -46,10 +46,10 @@ def test_two_processes_equal_one(case, ranks):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "lean" in case[0]], ids="-".join)
-def test_lean_steps_let_go_of_activations_in_every_process(case, ranks):
+def test_lean_steps_release_activations_in_every_process(case, ranks):
     for results in ranks:
-        let_go = results["-".join(case)]["let_go"]["activations"]
-        assert let_go.tolist() == [1] * ITERATIONS, "the ReLU's output, which follows from the convolution's"
+        released = results["-".join(case)]["released"]["activations"]
+        assert released.tolist() == [1] * ITERATIONS, "the ReLU's output, which follows from the convolution's"
 
 
 def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):

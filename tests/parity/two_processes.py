@@ -18,7 +18,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from fastlt.autograd.record import ForwardRecord
+from fastlt.autograd import ForwardRecord
 from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
@@ -118,16 +118,16 @@ def share(batch: Batch, reducer: Reducer) -> Batch:
 
 
 @contextmanager
-def activations_let_go() -> Iterator[list[int]]:
-    """How many activations that autograd wants each record lets go of in the meantime."""
+def released_activations() -> Iterator[list[int]]:
+    """How many activations that autograd has saved each record releases."""
     numbers: list[int] = []
-    lighten = ForwardRecord.lighten
+    release = ForwardRecord.release
 
     def counted(record: ForwardRecord) -> None:
-        lighten(record)
-        numbers.append(sum(c.activation.wanted and c.activation.tensor is None for c in record.calls))
+        release(record)
+        numbers.append(sum(a.saved_for_backward and a.tensor is None for _, a in record.recorded))
 
-    with patch.object(ForwardRecord, "lighten", counted):
+    with patch.object(ForwardRecord, "release", counted):
         yield numbers
 
 
@@ -168,12 +168,12 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
     )
     step = kind(parts, options)
     step.start_epoch(0)
-    with activations_let_go() as let_go:
+    with released_activations() as released:
         for _ in range(ITERATIONS):
             step(share(draw(12, generator), reducer), share(draw(10, generator), reducer))
     state = {"model": model.state_dict()}
     if lean:
-        state["let_go"] = {"activations": torch.tensor(let_go)}
+        state["released"] = {"activations": torch.tensor(released)}
     if hasattr(step, "net"):
         state["net"] = step.net.state_dict()
     if method == "paco":

@@ -64,6 +64,10 @@ def test_imports_go_down_only(path):
             assert room(imported) in {"loaders", *ALLOWED_BY_LOADERS}, f"{module} imports {imported}"
         else:
             assert layer(imported) <= layer(module), f"{module} imports {imported}, which lies above it"
+            if room(module) != "fastlt.autograd":
+                assert not imported.startswith("fastlt.autograd."), (
+                    f"{module} imports {imported}: import fastlt.autograd"
+                )
             if room(module) == "fastlt.steps":
                 assert room(imported) != "loaders", f"{module} imports {imported}: a step never sees a loader"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlt.autograd import rules as forward_rules
+from fastlt.autograd import rules
 
 
 def reduce(dy: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight, *wanted: bool) -> tuple:
@@ -50,5 +50,5 @@ def test_batch_norms_tangent_by_a_gpus_kernels(monkeypatch, shape, directions):
     _, expected = torch.func.jvp(normalise, primals, tangents)
     _, mean, inverse_std = torch.native_batch_norm(x, w, b, None, None, True, 0.0, 1e-5)
     given = (None if d is None or not d.any() else d for d in (dw, db))
-    found = forward_rules._batch_norm_tangent_on_gpu(x, dx, w, *given, mean, inverse_std)
+    found = rules._batch_norm_tangent_on_gpu(x, dx, w, *given, mean, inverse_std)
     assert torch.allclose(found, expected, rtol=0, atol=1e-9 * expected.abs().max())

@@ -1,4 +1,4 @@
-"""Activations that are let go and made again: the same gradients, less in memory, nothing left behind."""
+"""Activations that are released and recomputed: the same gradients, less in memory, nothing left behind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlt.autograd import cpu_kernels as fused_loops
-from fastlt.autograd.record import ForwardRecord
-from fastlt.autograd.saved_tensors import Activation, Known, LeanPass, OverwrittenError, lean
+from fastlt.autograd import ForwardRecord, OverwrittenError, with_recompute
+from fastlt.autograd.activations import Activation
+from fastlt.autograd.modes import ActivationsByTensor
+from fastlt.autograd.saved_tensors import RecomputeMode
 from fastlt.meta import gradient as meta_gradient
 from fastlt.models import build_model
 
@@ -43,37 +45,37 @@ def activations():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_lean_pass_has_the_same_gradient(name):
+def test_a_pass_with_recompute_has_the_same_gradient(name):
     parameters, losses = problem(name)
     value, expected = meta_gradient.mean_loss_gradient(losses, parameters)
-    lean_value, found = meta_gradient.mean_loss_gradient(lean(losses), parameters)
-    assert torch.equal(value, lean_value)
+    recompute_value, found = meta_gradient.mean_loss_gradient(with_recompute(losses), parameters)
+    assert torch.equal(value, recompute_value)
     assert_close(found, expected)
 
 
-def test_a_lean_pass_keeps_less_and_leaves_nothing_behind():
+def test_a_pass_with_recompute_holds_less_and_leaves_nothing_behind():
     parameters, losses = problem("cifar_resnet20")
     gc.collect()
     gc.disable()
     try:
-        with LeanPass():
+        with RecomputeMode():
             mean = losses(parameters).mean()
-        wanted = [a for a in activations() if a.wanted]
-        let_go = [a for a in wanted if a.tensor is None]
+        saved = [a for a in activations() if a.saved_for_backward]
+        released = [a for a in saved if a.tensor is None]
         # All 9 ReLUs inside blocks, and of the 10 others every second one, but for shortcuts filled up with zeros.
-        assert len(let_go) >= 9 + 3
-        assert len(let_go) < len(wanted)
-        del wanted, let_go
+        assert len(released) >= 9 + 3
+        assert len(released) < len(saved)
+        del saved, released
         torch.autograd.grad(mean, list(parameters.values()))
         del mean
-        assert not activations(), "the graph, or what watched it, is still referred to"
+        assert not activations(), "the graph, or the mode that saw it, is still referred to"
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("record_is_lean", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_lightened_record_gives_tangent_and_gradients(name, record_is_lean):
+def test_a_released_record_gives_tangent_and_gradients(name, record_is_lean):
     parameters, losses_of = problem(name)
     direction = [torch.randn_like(p) for p in parameters.values()]
     expected_tangent = meta_gradient.directional_derivative(losses_of, parameters, direction)
@@ -88,7 +90,7 @@ def test_a_lightened_record_gives_tangent_and_gradients(name, record_is_lean):
         )
 
     assert_close(gradient(), expected)
-    record.lighten()
+    record.release()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         tangent = meta_gradient.directional_derivative(losses_of, parameters, direction, record)
@@ -98,22 +100,23 @@ def test_a_lightened_record_gives_tangent_and_gradients(name, record_is_lean):
     assert_close(gradient(), expected)
 
 
-def test_a_lightened_record_lets_go_and_the_tangent_brings_back_what_autograd_wants():
+def test_release_frees_memory_and_the_replay_holds_again_what_autograd_saved():
     parameters, losses_of = problem("cifar_resnet20")
     record = ForwardRecord(lean=True)
     with record.recording():
         losses = losses_of(parameters)
-    cheap = [call.activation for call in record.calls if call.activation.cheap() and call.activation.wanted]
-    assert all(a.tensor is not None for a in cheap)
-    record.lighten()
-    assert len(cheap) > 12
-    assert all(a.tensor is None for a in cheap)
+    recomputable = [a for _, a in record.recorded if a.recomputable()]
+    saved = [a for a in recomputable if a.saved_for_backward]
+    assert all(a.tensor is not None for a in saved)
+    record.release()
+    assert len(saved) > 12
+    assert all(a.tensor is None for a in saved)
     direction = [torch.randn_like(p) for p in parameters.values()]
     meta_gradient.directional_derivative(losses_of, parameters, direction, record)
-    assert all(a.tensor is not None for a in cheap)
-    unwanted = [call.activation for call in record.calls if call.activation.cheap() and not call.activation.wanted]
-    assert unwanted
-    assert all(a.tensor is None for a in unwanted)
+    assert all(a.tensor is not None for a in saved)
+    unsaved = [a for a in recomputable if not a.saved_for_backward]
+    assert unsaved
+    assert all(a.tensor is None for a in unsaved)
     del losses
 
 
@@ -124,8 +127,8 @@ def test_gradients_survive_a_forward_pass_that_does_not_repeat_itself(lost):
     record = ForwardRecord(lean=True)
     with record.recording():
         losses = losses_of(parameters)
-    record.lighten()
-    record.calls.pop(-1 if lost == "last" else len(record.calls) // 2)
+    record.release()
+    record.recorded.pop(-1 if lost == "last" else len(record.recorded) // 2)
     direction = [torch.randn_like(p) for p in parameters.values()]
     with pytest.warns(UserWarning, match="does not do the same twice"):
         meta_gradient.directional_derivative(losses_of, parameters, direction, record)
@@ -150,7 +153,7 @@ class Overwriting(nn.Module):
         return self.head((square + made * constant).mean((2, 3)))
 
 
-def test_what_is_overwritten_is_told_and_a_record_keeps_it():
+def test_what_is_overwritten_is_told_and_a_record_holds_it():
     torch.manual_seed(0)
     model = Overwriting().double()
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 5
@@ -160,17 +163,17 @@ def test_what_is_overwritten_is_told_and_a_record_keeps_it():
     )
     _, expected = meta_gradient.mean_loss_gradient(losses_of, parameters)
     with pytest.raises(OverwrittenError, match="overwrites a tensor"):
-        meta_gradient.mean_loss_gradient(lean(losses_of), parameters)
+        meta_gradient.mean_loss_gradient(with_recompute(losses_of), parameters)
     record = ForwardRecord(lean=True)
     with record.recording():
         losses = losses_of(parameters)
-    record.lighten()
+    record.release()
     assert_close(torch.autograd.grad(losses.mean(), list(parameters.values())), expected)
 
 
-def test_a_kept_tensor_that_was_overwritten_is_an_error_as_in_autograd():
+def test_a_saved_tensor_that_was_overwritten_is_an_error_as_in_autograd():
     weight = torch.randn(3, 3, 1, 1, requires_grad=True)
-    with LeanPass():
+    with RecomputeMode():
         x = F.conv2d(torch.randn(2, 3, 4, 4), weight)
         y = F.relu(x)
         total = (y * y).sum()
@@ -179,25 +182,50 @@ def test_a_kept_tensor_that_was_overwritten_is_an_error_as_in_autograd():
         total.backward()
 
 
-def test_a_rectified_sum_is_made_again_without_the_batch_norm_before_it(monkeypatch):
-    summands, again = [], fused_loops.rectified_batch_norm
+class CountedAdditions(TorchDispatchMode):
+    """Counts sums of activations, by whether they overwrite."""
 
-    def counted(*args):
-        summands.append(args[5] if len(args) > 5 else None)
-        return again(*args)
+    def __init__(self):
+        super().__init__()
+        self.in_place = self.into_new_memory = 0
 
-    monkeypatch.setattr(fused_loops, "rectified_batch_norm", counted)
-    parameters, losses = problem("cifar_resnet20", torch.channels_last)
-    _, expected = meta_gradient.mean_loss_gradient(losses, parameters)
-    _, found = meta_gradient.mean_loss_gradient(lean(losses), parameters)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
+            self.in_place += func is torch.ops.aten.add_.Tensor
+            self.into_new_memory += func is torch.ops.aten.add.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_a_sum_is_recomputed_in_the_memory_of_the_batch_norm_before_it(memory_format, monkeypatch):
+    held, hold = [], Activation.hold
+
+    def counted(activation, tensor):
+        held.append(activation)
+        hold(activation, tensor)
+
+    parameters, losses = problem("cifar_resnet20", memory_format)
+    values = list(parameters.values())
+    value = losses(parameters).mean()
+    with CountedAdditions() as plain:
+        expected = torch.autograd.grad(value, values)
+    with RecomputeMode():
+        mean = losses(parameters).mean()
+    monkeypatch.setattr(Activation, "hold", counted)
+    with CountedAdditions() as additions:
+        found = torch.autograd.grad(mean, values)
     assert_close(found, expected)
-    # As in the test of what is kept: 9 ReLUs inside blocks and the first one, every second of the sums.
-    assert sum(s is None for s in summands) == 10
-    assert sum(s is not None for s in summands) >= 3
+    # As in the test of what is held: 9 ReLUs inside blocks and the first one, every second of the sums.
+    assert sum(len(a.operations) == 2 and a.operations[0].function is F.batch_norm for a in held) == 10
+    sums = sum(a.operations[0].function is torch.Tensor.add for a in held)
+    assert sums >= 3
+    assert len(held) == 10 + sums
+    assert additions.in_place - plain.in_place == sums
+    assert additions.into_new_memory == plain.into_new_memory
 
 
 def test_a_tensor_is_not_taken_for_one_that_is_gone():
-    known, activation = Known(), Activation()
+    known, activation = ActivationsByTensor(), Activation()
     tensor = torch.ones(1)
     known.add(tensor, activation)
     assert known.get(tensor) is activation

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlt.autograd.folded_batch_norm import FoldedForward, fold
+from fastlt.autograd import FoldedForward
+from fastlt.autograd.folded_batch_norm import fold
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import build_model
 
