@@ -57,7 +57,10 @@ def find_rule(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Rule |
 
 def unpack_dual(x: Any) -> tuple[Any, Tensor | None]:
     """(primal, tangent) of an argument; the tangent of a constant, or of an argument that is no tensor, is None."""
-    return tuple(forward_ad.unpack_dual(x)) if isinstance(x, Tensor) else (x, None)
+    if not isinstance(x, Tensor):
+        return x, None
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal, tangent
 
 
 def sum_of(*tangents: Tensor | None) -> Tensor | None:

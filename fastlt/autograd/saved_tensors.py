@@ -38,6 +38,11 @@ class SavedTensor:
         self.version = tensor._version
         self.activation: Activation | None = None
 
+    def is_tensor(self, other: Tensor) -> bool:
+        """Whether `other` is the same memory in the same shape."""
+        assert self.tensor is not None
+        return self.tensor.data_ptr() == other.data_ptr() and self.tensor.shape == other.shape
+
     def refer_to(self, activation: Activation) -> None:
         """Leave the tensor to the activation that it is."""
         self.activation, self.tensor = activation, None
@@ -89,10 +94,11 @@ class SavedTensorsMode(TrackingMode):
     def run_operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         self.unmatched = unmatched = []
         output = super().run_operation(rule, overwrites, function, args, kwargs)
-        self.unmatched = None
+        self.unmatched, activation = None, self.activations.get(output)
+        assert activation is not None
         for saved in unmatched:
-            if saved.tensor.data_ptr() == output.data_ptr() and saved.tensor.shape == output.shape:
-                self._match(saved, self.activations.get(output), output)
+            if saved.is_tensor(output):
+                self._match(saved, activation, output)
         return output
 
     def _pack(self, tensor: Tensor) -> SavedTensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class ClassAccuracy(Replayable):
         window: int = 10,
         batch_size: int = 1024,
         reducer: Reducer | None = None,
-        autocast: Callable[[], object] | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
         assert refresh in REFRESHES, refresh
         assert window >= 1, window
