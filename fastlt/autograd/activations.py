@@ -1,7 +1,7 @@
 """Activations: outputs of operations of a forward pass, which can be released and recomputed.
 
-Half of the activations of a convolutional network are outputs of BatchNorm, ReLU and additions: a thirtieth of the
-arithmetic of the other half, from which they follow.
+Half of the activations of a convolutional network are outputs of BatchNorm, ReLU and additions. They follow from the
+other half by a thirtieth of the arithmetic that this half takes.
 """
 
 from __future__ import annotations

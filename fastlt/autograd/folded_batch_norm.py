@@ -3,7 +3,7 @@
 In eval mode BatchNorm is y = x * g / sqrt(var + eps) + (b - mean * g / sqrt(var + eps)), channel by channel, so
 BatchNorm(conv(x, W)) is one convolution with other weights and a bias. The network that is trained stays as it is: the
 weights are exchanged while they are on their way to the operation, not in the module, so that nothing has to be put
-back, and any model works; what is no such pair runs as usual.
+back, and any model works; all other operations run as usual.
 """
 
 from __future__ import annotations

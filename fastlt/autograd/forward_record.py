@@ -36,7 +36,7 @@ class ForwardRecord:
     Holds references to activations that autograd mostly holds anyway; `clear` drops them.
 
     lean: whether `release` frees memory. Autograd then shares what it saves with the record, which holds nothing else
-        but what costs too much to be recomputed.
+        but activations that cost too much to be recomputed.
     autocast: makes the context that the recorded pass runs in; `replaying` enters it, so that the tangent has its
         types.
     recorded: the operations in the order in which they ran; filled by `recording`.
@@ -93,7 +93,7 @@ class _RecordMode(TrackingMode):
 
 
 class _LeanRecordMode(SavedTensorsMode):
-    """Lists the operations and holds what autograd saves, and what costs too much to be recomputed."""
+    """Lists the operations and holds activations that autograd saves, or that cost too much to be recomputed."""
 
     def __init__(self, recorded: list[Recorded]) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _ReplayMode(RuleMode):
         self._end_recompute()
 
     def abandon(self) -> None:
-        """The pass has failed. What is not finished has to be recomputed from the beginning."""
+        """The pass has failed: an activation that is not finished has to be recomputed from its first operation."""
         if self.recomputing is not None:
             self.recomputing.release()
 
@@ -163,7 +163,7 @@ class _ReplayMode(RuleMode):
         return output
 
     def _end_recompute(self) -> None:
-        """What was being recomputed is finished: it stays for autograd, or goes."""
+        """The activation that was being recomputed is finished: hold it if autograd has saved it, else release it."""
         activation, self.recomputing = self.recomputing, None
         if activation is None:
             return

@@ -49,7 +49,7 @@ class TangentMode(RuleMode):
 
     def run_operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         if overwrites:
-            return function(*args, **kwargs)  # torch's derivative of what writes to its argument is as short
+            return function(*args, **kwargs)  # torch's own derivative is as short here
         primals = [unpack_dual(a)[0] for a in args]
         named = {name: unpack_dual(a)[0] for name, a in kwargs.items()}
         output, aux = rule.forward(function, *primals, **named)

@@ -27,13 +27,13 @@ class ForwardChangedError(RuntimeError):
 class Rule:
     """How one operation is recorded, differentiated and recomputed; the functions take the operation's own arguments.
 
-    applies: whether the rule covers these arguments.
-    overwrites: whether the operation writes to its first argument.
+    applies: (*args) -> whether the rule covers these arguments.
+    overwrites: (*args) -> whether the operation writes to its first argument.
     forward: (function, *args) -> (output, aux), aux being a tuple of all that `tangent` and `recompute` need
         beside the arguments. Not called for an operation that overwrites its first argument; it has none.
     tangent: (function, aux, output, *args) -> the output's tangent, None when no argument has one. An operation
         that overwrites its first argument changes the tangent of that argument in place.
-    sources: the arguments that `recompute` computes the output from.
+    sources: (*args) -> the arguments that `recompute` computes the output from.
     recompute: (function, aux, *sources) -> the output, to rounding, without any other effect; an operation that
         overwrites its first argument writes to it. None for operations that cost too much to be done twice.
     in_place: the function that writes the same output to either of its two arguments, given first; `recompute` takes it
@@ -104,7 +104,7 @@ def batch_norm_forward(
 def batch_norm_tangent(function, aux, output, input, running_mean, running_var, *args, **kwargs) -> Tensor | None:
     """With x^ = (x - mean) / std: dy = (w / std) P dx + dw x^ + db, P taking out the mean and the part along x^.
 
-    P is symmetric: the first term is what the backward pass computes from a gradient dx.
+    P is symmetric: the backward pass computes the first term from a gradient dx.
     """
     (mean, inverse_std), (weight, bias, eps) = aux, scale_shift_eps(*args, **kwargs)
     (x, dx), (w, dw), (_, db) = unpack_dual(input), unpack_dual(weight), unpack_dual(bias)
@@ -121,7 +121,7 @@ def batch_norm_tangent(function, aux, output, input, running_mean, running_var, 
     return sum_of(through_input, normalised(x, dw, db, mean, inverse_std))
 
 
-# Stands in for a weight of zero, by which nothing can be divided; what a channel's tangent loses is in this proportion.
+# Stands in for a weight of zero, by which nothing can be divided. The error of a channel's tangent is as small.
 _ALMOST_ZERO = 1e-12
 
 
@@ -137,8 +137,8 @@ def _batch_norm_tangent_on_gpu(
     """All of `batch_norm_tangent` in two passes over memory, by the kernels of SyncBatchNorm's backward pass.
 
     From a sum a of dx and a sum b of dx (x - mean), over n values, the second of them computes
-    (w / std) (dx - a / n - (x - mean) b / (n std^2)). It takes both sums from outside: what makes dw x^ + db of it is
-    taken off them before.
+    (w / std) (dx - a / n - (x - mean) b / (n std^2)). It takes both sums as arguments: the terms that
+    become dw x^ + db are taken off them before.
     """
     n = x.numel() // x.shape[1]
     a, b, _, _ = torch.batch_norm_backward_reduce(dx, x, mean, inverse_std, w, True, False, False)
@@ -210,7 +210,7 @@ def add_applies(input: Any, other: Any, *args, **kwargs) -> bool:
 def add_tangent(function, aux, output, input: Tensor, other: Tensor) -> Tensor | None:
     (_, dx), (_, dy) = unpack_dual(input), unpack_dual(other)
     if dx is None or dy is None:
-        # A copy: what is returned may be changed in place.
+        # A copy: the tangent that is returned may be changed in place.
         return next((t.clone() for t in (dx, dy) if t is not None), None)
     return dx + dy
 

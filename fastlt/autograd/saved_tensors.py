@@ -118,7 +118,7 @@ class SavedTensorsMode(TrackingMode):
 
 
 class RecomputeMode(SavedTensorsMode):
-    """For one forward pass and one backward pass: what is cheap is not held, and recomputed when it is needed.
+    """For one forward and one backward pass: activations that are cheap to recompute are not held.
 
     The backward pass raises OverwrittenError where the model overwrites a tensor that is recomputed from.
     """

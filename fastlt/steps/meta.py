@@ -40,7 +40,7 @@ class TrainingPass:
     inputs: what the step's network took. labels, losses: (b,); the losses keep their graph.
     random_state: of the generators before the forward, for what the model draws in it; None where it is compiled, which
         no model is that draws.
-    record: what the forward computed, for the tangent; None where it could not use it.
+    record: of the forward, for the tangent or to release activations; None where neither is done.
     """
 
     inputs: Tensor
@@ -68,7 +68,7 @@ class MetaStep(Step[OptionsT]):
         self.network: nn.Module = parts.model
         self.low_tangent = False  # whether the tangent has the types of mixed precision, and not float32
         self.lean = False  # whether activations that are cheap to compute are computed again to save memory
-        self.lean_meta_pass = True  # until the model shows that it overwrites what they would be computed from
+        self.lean_meta_pass = True  # until the model overwrites a tensor that they are recomputed from
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
         self.ahead = meta_gradient.trainable_parameters(parts.model)
 
@@ -104,11 +104,11 @@ class MetaStep(Step[OptionsT]):
         return TrainingPass(inputs, batch.labels, losses, random_state, record)
 
     def _records(self, inputs: Tensor) -> bool:
-        """What the tangent or `lean` has a use for, unless inductor compiles it."""
-        return not self.parts.compiler.traces and recordable(inputs) and (self.lean or self._reuses(inputs.device))
+        """Whether a pass is recorded: for the tangent or for `lean`, unless inductor compiles it."""
+        return not self.parts.compiler.traces and recordable(inputs) and (self.lean or self._replays(inputs.device))
 
-    def _reuses(self, device: torch.device) -> bool:
-        """Whether the tangent's pass has the types of the training pass, whose activations it can then take."""
+    def _replays(self, device: torch.device) -> bool:
+        """Whether the tangent is taken from the recorded training pass: if it has the types of that pass."""
         with self.parts.autocast():
             return self.low_tangent or not torch.is_autocast_enabled(device.type)
 
@@ -178,7 +178,7 @@ class MetaStep(Step[OptionsT]):
                 direction,
             )
         losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
-        record = run.record if self._reuses(run.inputs.device) else None
+        record = run.record if self._replays(run.inputs.device) else None
         return meta_gradient.directional_derivative(losses, self.ahead, direction, record)
 
 
