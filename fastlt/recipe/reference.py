@@ -121,8 +121,11 @@ def _methods() -> str:
     rows = [(f"`{name}`", _marked(step.needs), _marked(step.allows)) for name, step in STEPS.items()]
     words = [f"- `{key}`: {sentence}\n" for cls in (Needs, Allows) for key, sentence in described(cls).items()]
     return (
-        "## Methods\n\n`stages.NAME.method`, and its options in `stages.NAME.options`. Formulas, papers and recipes are "
-        "in [methods.md](methods.md).\n\n" + _table(("method", "needs", "allows"), rows) + "\n" + "".join(words)
+        "## Methods\n\n`stages.NAME.method`, and its options in `stages.NAME.options`. "
+        "Formulas, papers and recipes are in [methods.md](methods.md).\n\n"
+        + _table(("method", "needs", "allows"), rows)
+        + "\n"
+        + "".join(words)
     )
 
 
@@ -142,20 +145,20 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
-    """The keys of a dataclass; those of a dataclass below it, unless it has a section of its own, follow as `key.sub`."""
+    """The keys of a dataclass. Those of a dataclass below it follow as `key.sub`, unless it has its own section."""
     hints, sentences = typing.get_type_hints(cls), described(cls)
     for field in dataclasses.fields(cls):
         assert field.name in sentences, f"the docstring of {cls.__name__} does not describe {field.name}"
         kind = hints[field.name]
-        below = dataclasses.is_dataclass(kind) and kind not in [section for _, section in SECTIONS]
-        nested = below and (cls, field.name) not in LINKS
+        apart = kind in [section for _, section in SECTIONS] or (cls, field.name) in LINKS
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind) and not apart
         allowed = LINKS.get((cls, field.name)) or ("mapping" if nested else allowed_values(kind))
         default = _default(field)
         if dataclasses.is_dataclass(kind) and default != "required":
             default = ""  # the defaults of its keys
         name = f"`{prefix}{field.name}`" + ("*" if is_harmless(field) else "")
         yield Key(name, allowed, default, sentences[field.name])
-        if nested:
+        if isinstance(kind, type) and nested:
             yield from _keys_of(kind, f"{prefix}{field.name}.")
 
 

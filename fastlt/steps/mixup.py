@@ -17,7 +17,8 @@ from fastlt.steps.base import Step, StepOptions, StepParts
 class MixupOptions(StepOptions):
     """Options of methods mixup and cutmix.
 
-    alpha: the share of an image is drawn from Beta(alpha, alpha); MiSLAS takes 1.0 on CIFAR-LT and 0.2 on larger images.
+    alpha: the share of an image is drawn from Beta(alpha, alpha). MiSLAS takes 1.0 on CIFAR-LT and 0.2 on larger
+        images.
     """
 
     alpha: float = 1.0
