@@ -14,8 +14,8 @@ class Needs:
     second_view: each training image under a second augmentation.
     training_images: passes over the whole training set now and then, as `StepParts.training_images`.
     first_pass: one pass over the training images before the first iteration, see `Step.first_pass`.
-    trained_model: a model that was trained before, so that the method cannot be the first stage of a new one.
-    trained_head: the same of the head: a checkpoint without a fitting one is refused.
+    trained_model: a model that was trained before, by an earlier stage or in `model.checkpoint`.
+    trained_head: a trained head too; a checkpoint without a fitting head is refused.
     """
 
     meta_batch: bool = False
@@ -31,9 +31,9 @@ class Needs:
 class Allows:
     """What a recipe may combine this method with.
 
-    compilation: `compile`: the passes that cost the most go through `StepParts.compiler`.
-    experts: `model.experts`: several branches with a head each.
-    some_classes: `classes` of the stage: training on a part of the classes.
+    compilation: the recipe's `compile`; the passes that cost the most go through `StepParts.compiler`.
+    experts: `model.experts`, several branches with a head each.
+    some_classes: the stage's `classes`, training on a part of the classes.
     """
 
     compilation: bool = False
