@@ -25,11 +25,12 @@ from fastlt.models import build_model
 from fastlt.recipe import Recipe, load_recipe
 from fastlt.run import checkpoint
 from fastlt.run.dataset import default_folder
+from fastlt.run.folder import best_checkpoint, recipe_file, result_file
+from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
-from fastlt.run.trainer import EVALUATION_BATCH, versions
+from fastlt.run.result import versions
 from fastlt.steps import STEPS
 from loaders.factory import make_loader
-from loaders.order.crop import CropSpec
 from loaders.stored.dataset import ConvertedDataset
 
 SPLITS = ("train", "meta", "test")
@@ -53,8 +54,8 @@ class Member:
         model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
         for stage in recipe.stages.values():
             STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
-        best = self.folder / "checkpoints" / f"best_{next(reversed(recipe.stages))}.pt"
-        model.load_state_dict(checkpoint.load(best, device)["model"])
+        best = checkpoint.load(best_checkpoint(self.folder, next(reversed(recipe.stages))), device)
+        model.load_state_dict(best["model"])
         return model
 
     def logits(self, split: str, device: torch.device) -> Tensor:
@@ -67,7 +68,7 @@ class Member:
             batch_size=min(EVALUATION_BATCH, count),
             device=device,
             train=False,
-            crop=CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio),
+            crop=crop_spec(data, train=False),
             seed=self.recipe.seed,
             num_workers=data.num_workers,
         )
@@ -86,12 +87,12 @@ class Member:
 
 def open_member(folder: Path) -> Member:
     """ValueError when the folder holds no finished run or its data set is not there."""
-    for name in ("recipe.yaml", "result.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no finished run: {name} is missing; give folders below runs/")
-    recipe = load_recipe(folder / "recipe.yaml")
+    for file in (recipe_file(folder), result_file(folder)):
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no finished run: {file.name} is missing; give folders below runs/")
+    recipe = load_recipe(recipe_file(folder))
     converted = Path(recipe.data.converted) if recipe.data.converted else default_folder(recipe.data)
-    return Member(folder, recipe, checkpoint.read_json(folder / "result.json"), ConvertedDataset.open(converted))
+    return Member(folder, recipe, checkpoint.read_json(result_file(folder)), ConvertedDataset.open(converted))
 
 
 def check_members(members: Sequence[Member]) -> None:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlt.run.context import RunContext
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
-    """Recipe in, `Trainer.fit`, exit code out."""
+    """Recipe in, training, exit code out."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,29 +36,43 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         if words.check:
             print(recipe.to_yaml(), end="")
             return 0
-        from fastlt.run.trainer import Interrupted, Trainer
+        from fastlt.run.preflight import prepare
+        from fastlt.run.result import recorded_result
+        from fastlt.run.stopping import Interrupted
+        from fastlt.run.trainer import Trainer
 
-        trainer = Trainer(recipe)
+        context = prepare(recipe)
+        recorded = recorded_result(context)
+        if recorded is not None:
+            report(context, recorded)
+            return 0
+        trainer = Trainer(context)
     except ValueError as error:
         print(f"fastlt: {error}", file=sys.stderr)
         return 2
 
-    from fastlt.run.log import result_table
     from loaders.stored.damage import DamageError
 
     try:
         result = trainer.fit()
     except Interrupted as stopped:
-        trainer.say(f"{stopped}; the same command goes on from there")
-        return 128 + trainer.stop_signal
+        context.say(f"{stopped}; the same command goes on from there")
+        return 128 + stopped.signal
     except DamageError as error:
         print(f"fastlt: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"fastlt: {error}", file=sys.stderr)
         return 1
-    trainer.say("\n" + result_table(result, trainer.counts) + f"\n\nrun folder: {trainer.folder}")
+    report(context, result)
     return 0
+
+
+def report(context: RunContext, result: dict[str, Any]) -> None:
+    """Tell the user what was measured and where it is."""
+    from fastlt.run.log import result_table
+
+    context.say("\n" + result_table(result, context.counts) + f"\n\nrun folder: {context.folder}")
 
 
 if __name__ == "__main__":

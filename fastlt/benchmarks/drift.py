@@ -28,7 +28,8 @@ from fastlt.arguments import positive
 from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import class_weights
-from fastlt.run.trainer import Trainer
+from fastlt.run.context import RunContext
+from fastlt.run.loading import normaliser, whole_split
 from fastlt.steps.difficulty import DifficultyStep
 
 NAME = "fastlt benchmark drift"
@@ -71,7 +72,7 @@ Course = tuple[Tensor, Tensor]  # accuracies and weights (iterations, C), float3
 def follow(words: argparse.Namespace, runs: str) -> tuple[dict, Course, dict[int, Course]]:
     """Train; returns the settings, the exact course, and that of every window."""
     loop = DifficultyLoop(words, runs, exactly)
-    observed = _Observed(loop.step, loop.trainer, words.windows)
+    observed = _Observed(loop.step, loop.context, words.windows)
     for batch, meta_batch in loop.batches():
         observed.step(batch, meta_batch)
     return loop.settings, observed.exact.stacked(), {k: c.stacked() for k, c in observed.rolling.items()}
@@ -94,15 +95,15 @@ class _Course:
 class _Observed:
     """A step whose network is scored by rolling accuracies as well, before each iteration."""
 
-    def __init__(self, step: DifficultyStep, trainer: Trainer, windows: Sequence[int]) -> None:
+    def __init__(self, step: DifficultyStep, context: RunContext, windows: Sequence[int]) -> None:
         self.of_fastlt = step
-        everything = trainer._whole_split("meta")
+        everything = whole_split(context, "meta")
         self.trackers = {
             window: ClassAccuracy(
                 everything.images,
                 everything.labels,
-                trainer.counts.num_classes,
-                prepare=trainer._normalise,
+                context.counts.num_classes,
+                prepare=normaliser(context.recipe.data),
                 refresh="rolling",
                 window=window,
                 autocast=step.parts.class_accuracy.autocast,

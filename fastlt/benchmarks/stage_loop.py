@@ -10,7 +10,9 @@ import torch
 from fastlt.arguments import make_parser, positive
 from fastlt.recipe import load_recipe
 from fastlt.recipe.locations import SHIPPED
-from fastlt.run.trainer import Trainer, endless
+from fastlt.run.loading import endless
+from fastlt.run.preflight import prepare
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch
 
 
@@ -26,7 +28,7 @@ def parser(doc: str, name: str, prog: str) -> argparse.ArgumentParser:
 
 
 class DifficultyLoop:
-    """A stage of method `difficulty`: its trainer, its step, and the batches of its iterations.
+    """A stage of method `difficulty`: its context, its step, and the batches of its iterations.
 
     words: what `parser` made of the command line. runs: a folder for what the trainer writes. more: override words that
     the measurement needs, given the stage's name. ValueError for a stage that is not there or of another method.
@@ -44,36 +46,32 @@ class DifficultyLoop:
                 f"stage {self.name} of {recipe.name} has method {method!r}, but this is measured in Difficulty-Net: "
                 f"set stages.{self.name}.method=difficulty"
             )
-        self.trainer = Trainer(load_recipe(words.recipe, [*overrides, *more(self.name)]))
-        self.stage = self.trainer.recipe.stages[self.name]
+        self.context = prepare(load_recipe(words.recipe, [*overrides, *more(self.name)]))
         # A loop of its own: the trainer's also logs, evaluates and saves.
-        self.step, self.train, self.meta = self.trainer._build_stage(self.stage)
-        self.unit = len(self.train) if self.stage.epochs is not None else 1
-        whole = self.stage.length * self.unit
-        self.iterations = min(words.iterations or whole, whole)
+        self.stage = Trainer(self.context).build_stage(self.name)
+        self.step = self.stage.step
+        self.iterations = min(words.iterations or self.stage.iterations, self.stage.iterations)
 
     def batches(self) -> Iterator[tuple[Batch, Batch]]:
         """The batches of each iteration, with the epoch begun and the learning rate set; closes the loaders."""
+        loaders = self.stage.loaders
         try:
-            batches, meta_batches = endless(self.train, 0), endless(self.meta, 0)
+            batches, meta_batches = endless(loaders.train, 0), endless(loaders.meta, 0)
             self.step.train_mode()
             for iteration in range(self.iterations):
-                if iteration % len(self.train) == 0:
-                    self.step.start_epoch(iteration // len(self.train))
-                self.trainer._set_lr(self.step, self.stage, iteration / self.unit)
+                self.stage.begin(iteration)
                 yield next(batches), next(meta_batches)
         finally:
-            self.train.close()
-            self.meta.close()
+            loaders.close()
 
     @property
     def settings(self) -> dict:
         """What a reader of the figures wants to know."""
         return {
-            "recipe": self.trainer.recipe.name,
+            "recipe": self.context.recipe.name,
             "stage": self.name,
             "iterations": self.iterations,
-            "device": str(self.trainer.device),
-            "meta_images": len(self.trainer.dataset.labels("meta")),
+            "device": str(self.context.device),
+            "meta_images": len(self.context.dataset.labels("meta")),
             "threads": torch.get_num_threads(),
         }

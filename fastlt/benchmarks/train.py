@@ -25,12 +25,14 @@ from fastlt.arguments import make_parser, positive
 from fastlt.benchmarks.augment import Captured
 from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
 from fastlt.device.compiled import ready
-from fastlt.recipe import StageRecipe, load_recipe
+from fastlt.recipe import load_recipe
 from fastlt.recipe.locations import SHIPPED
-from fastlt.run.trainer import Trainer, endless
+from fastlt.run.context import RunContext
+from fastlt.run.loading import endless
+from fastlt.run.preflight import prepare
+from fastlt.run.stage import Stage
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, StepOutput
-from fastlt.steps import Step
-from loaders.protocol import BatchLoader
 
 NAME = "fastlt benchmark train"
 LOOP, ONE_BATCH = "training loop", "one batch for ever"
@@ -51,28 +53,25 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         name = words.stage or next(iter(recipe.stages))
         if name not in recipe.stages:
             raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
-        trainer = Trainer(recipe)
-        stage = recipe.stages[name]
-        step, train, meta = trainer._build_stage(stage)  # a loop of its own: the trainer's also logs and evaluates
+        context = prepare(recipe)
+        stage = Trainer(context).build_stage(name)  # a loop of its own: the trainer's also logs and evaluates
         try:
-            loop = _Loop(trainer, stage, step, train, meta, words.iterations)
+            loop = _Loop(context, stage, words.iterations)
             if loop.not_compiled is not None:
                 print(f"{prog}: not compiled: {loop.not_compiled}", file=sys.stderr)
             speeds = interleaved({LOOP: loop.fed, ONE_BATCH: loop.one_batch}, words.rounds)
             augment_s = loop.augment_s(words.rounds)
         finally:
-            train.close()
-            if meta is not None:
-                meta.close()
+            stage.loaders.close()
     iteration_s = len(loop.batch) / statistics.median(speeds[ONE_BATCH])
     settings = {
         "recipe": recipe.name,
         "stage": name,
-        "loader": train.backend,
-        "batch_size": stage.batch_size,
-        "device": str(trainer.device),
+        "loader": stage.loaders.train.backend,
+        "batch_size": stage.recipe.batch_size,
+        "device": str(context.device),
         "threads": torch.get_num_threads(),
-        "compile": trainer.compile,
+        "compile": context.compile,
         **({} if loop.not_compiled is None else {"not_compiled": loop.not_compiled}),
         "data_wait_share": round(statistics.median(loop.wait_shares[1:]), 4),
         "augment_ms": round(1000 * augment_s, 4),
@@ -88,26 +87,17 @@ class _Loop:
     not_compiled: why iterations are not compiled or captured although the recipe says so; None otherwise.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        stage: StageRecipe,
-        step: Step,
-        train: BatchLoader,
-        meta: BatchLoader | None,
-        iterations: int,
-    ) -> None:
-        self.trainer, self.stage, self.step, self.iterations = trainer, stage, step, iterations
-        self.per_epoch = len(train)
-        self.unit = self.per_epoch if stage.epochs is not None else 1
+    def __init__(self, context: RunContext, stage: Stage, iterations: int) -> None:
+        self.context, self.stage, self.step, self.iterations = context, stage, stage.step, iterations
+        train, meta = stage.loaders.train, stage.loaders.meta
         self.batches = endless(train, 0)
         self.meta_batches = None if meta is None else endless(meta, 0)
         self.iteration = 0
         self.wait_shares: list[float] = []
-        step.train_mode()
+        self.step.train_mode()
         self._set_up()
         self.batch, self.meta_batch = self._next()
-        self.iterate, self.not_compiled = ready(step, self.batch, self.meta_batch)
+        self.iterate, self.not_compiled = ready(self.step, self.batch, self.meta_batch)
 
     def fed(self) -> int:
         images, waited, started = 0, 0.0, time.perf_counter()
@@ -131,11 +121,11 @@ class _Loop:
         """Seconds that the augmentation of one iteration takes, the median of the rounds after one for warming up."""
         run, times = self._augmentation(), []
         for _ in range(1 + rounds):
-            wait_for(self.trainer.device)
+            wait_for(self.context.device)
             started = time.perf_counter()
             for _ in range(self.iterations):
                 run()
-            wait_for(self.trainer.device)
+            wait_for(self.context.device)
             times.append((time.perf_counter() - started) / self.iterations)
         return statistics.median(times[1:])
 
@@ -148,7 +138,7 @@ class _Loop:
         if self.step.uses_meta_batch():
             chains.append((parts.meta_augment, self.meta_batch.images))
 
-        if self.trainer.compile == "cudagraph" and self.not_compiled is None:
+        if self.context.compile == "cudagraph" and self.not_compiled is None:
             return Captured(chains)
         return lambda: [chain(images) for chain, images in chains]
 
@@ -160,10 +150,9 @@ class _Loop:
 
     def _set_up(self) -> None:
         """The beginning of an epoch and the learning rate; the schedule starts again where it ends."""
-        if self.iteration % self.per_epoch == 0:
-            self.step.start_epoch(self.iteration // self.per_epoch)
-        place = self.iteration % (self.stage.length * self.unit)
-        self.trainer._set_lr(self.step, self.stage, place / self.unit)
+        if self.iteration % self.stage.per_epoch == 0:
+            self.step.start_epoch(self.iteration // self.stage.per_epoch)
+        self.stage.set_learning_rate(self.iteration % self.stage.iterations)
 
     def _next(self) -> tuple[Batch, Batch | None]:
         return next(self.batches), None if self.meta_batches is None else next(self.meta_batches)

@@ -12,7 +12,8 @@ from typing import Any
 
 from fastlt.recipe import Recipe, differences, is_harmless, load_recipe
 from fastlt.reproduce.tables import Cell
-from fastlt.run.checkpoint import LAST, read_json
+from fastlt.run.checkpoint import read_json
+from fastlt.run.folder import last_checkpoint
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -46,7 +47,7 @@ class TrainingRun:
     @property
     def needs(self) -> tuple[TrainingRun, ...]:
         """The runs that have to be finished before this one starts."""
-        if self.first is None or (self.folder / "checkpoints" / LAST).exists():
+        if self.first is None or last_checkpoint(self.folder).exists():
             return ()
         return (self.first,)
 

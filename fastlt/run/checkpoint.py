@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-LAST = "last.pt"
-
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new, never a part."""

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastlt.run.checkpoint import write_atomically
+from fastlt.run.context import RunContext
+from fastlt.run.folder import log_file
 from fastlt.state import ClassCounts
 
 
@@ -60,6 +64,28 @@ class RunLog:
                 # A kill in the middle of a write leaves one broken line, the last.
                 break
         return lines
+
+
+def make_log(context: RunContext) -> RunLog:
+    """The log of a run; starts its trackers."""
+    accelerator = context.accelerator
+    if not context.recipe.trackers:
+        return RunLog(log_file(context.folder), enabled=context.main)
+    accelerator.init_trackers("fastlt", init_kwargs={})
+    return RunLog(
+        log_file(context.folder),
+        enabled=context.main,
+        track=lambda values, iteration: accelerator.log(values, step=iteration),
+    )
+
+
+def shot_means(name: str, per_class: Tensor, counts: ClassCounts) -> dict[str, float]:
+    """The mean of (C,) values over the classes of each group that has any, as "<name>_<group>"."""
+    return {
+        f"{name}_{group}": per_class[torch.from_numpy(mask).to(per_class.device)].mean().item()
+        for group, mask in counts.shot_masks().items()
+        if mask.any()
+    }
 
 
 def progress_bar(total: int, done: int, description: str, *, enabled: bool) -> tqdm:

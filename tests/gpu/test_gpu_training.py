@@ -12,9 +12,12 @@ from small_betons import needs_dali, needs_ffcv
 from test_trainer import RECIPE, STAGE, assert_same, comparable, log_lines, stop_after
 
 from fastlt.recipe import load_recipe
-from fastlt.run import trainer as trainer_module
+from fastlt.run import result as result_module
 from fastlt.run.dataset import ensure_converted
-from fastlt.run.trainer import Interrupted, Trainer, endless
+from fastlt.run.loading import endless
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +31,7 @@ LOADERS = {"resident": [], "torch": [], "ffcv": [needs_ffcv], "dali": [needs_ffc
 @pytest.fixture(autouse=True)
 def no_versions(monkeypatch):
     """A result names the versions of all packages; a machine for tests may lack one that a run does not use."""
-    monkeypatch.setattr(trainer_module, "versions", dict)
+    monkeypatch.setattr(result_module, "versions", dict)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def make(converted, tmp_path):
         words = [f"runs={tmp_path}", f"name={name}", f"data.loader={loader}", *converted(loader), "num_threads=1"]
         words += [f"precision={precision}", f"compile={compile}", "log_every=1", "data.num_workers=1"]
         words += [f"{STAGE}.iterations={ITERATIONS}", f"{STAGE}.warmup=2", f"{STAGE}.evaluate_every=6", *more]
-        return Trainer(load_recipe(RECIPE, words))
+        return Trainer(prepare(load_recipe(RECIPE, words)))
 
     return make
 
@@ -80,12 +83,12 @@ def test_a_captured_run_says_so_and_ends_as_an_ordinary_one(make, capsys, loader
     runs = {}
     for compile in ("none", "cudagraph"):
         trainer = make(loader, precision, compile, name=compile)
-        assert trainer.device.type == DEVICE.type
+        assert trainer.context.device.type == DEVICE.type
         result = trainer.fit()
         said = capsys.readouterr().out
         assert "not compiled" not in said
         assert ("compiled in" in said) == (compile == "cudagraph")
-        assert result["device"] == torch.cuda.get_device_name(trainer.device)
+        assert result["device"] == torch.cuda.get_device_name(trainer.context.device)
         assert result["precision"] == precision
         assert 0 <= result["top1"] <= 1
         assert math.isclose(sum(result["class_weights"]), 10, rel_tol=1e-3)
@@ -152,21 +155,20 @@ def test_a_captured_run_is_resumed(make, capsys, precision):
 def test_the_loop_does_not_wait_between_two_logs(make, loader, compile):
     """Batches, learning rates and iterations, in the middle of an epoch: positions of an epoch are uploaded once."""
     trainer = make(loader, "fp32", compile)
-    stage = trainer.recipe.stages["end_to_end"]
-    step, train, meta = trainer._build_stage(stage)
-    step.train_mode()
-    step.start_epoch(0)
+    stage = trainer.build_stage("end_to_end")
+    train, meta = stage.loaders.train, stage.loaders.meta
+    stage.step.train_mode()
+    stage.step.start_epoch(0)
     batches = endless(train, 0)
     pairs = [(next(batches), next(endless(meta, 0))) for _ in range(2)]
-    iterate = trainer._ready("end_to_end", step, *pairs[0])
+    iterate = trainer.compiled(stage, *pairs[0])
     for pair in pairs:
-        trainer._set_lr(step, stage, 1.0)
+        stage.set_learning_rate(1)
         iterate(*pair)
     assert len(train) > 5
     with no_waiting():
         for position in range(3):
-            trainer._set_lr(step, stage, 2.0 + position)
+            stage.set_learning_rate(2 + position)
             output = iterate(next(batches), pairs[0][1])
     assert torch.isfinite(output.loss)
-    train.close()
-    meta.close()
+    stage.loaders.close()

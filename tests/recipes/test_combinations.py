@@ -13,6 +13,7 @@ import pytest
 
 from fastlt.losses import LOSSES
 from fastlt.recipe import load_recipe
+from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
 
@@ -49,7 +50,7 @@ def load(stages, *words):
 def train(digits, tmp_path):
     def train(stages, *words):
         where = [f"data.converted={digits}", f"runs={tmp_path}", "data.loader=resident", "num_threads=1"]
-        result = Trainer(load(stages, *where, *words)).fit()
+        result = Trainer(prepare(load(stages, *where, *words))).fit()
         assert result["iterations"] == 2 * len(stages)
         assert 0 <= result["top1"] <= 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastlt.recipe import load_recipe
+from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
@@ -15,7 +16,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
 @pytest.mark.slow
 def test_digits_are_learned_and_the_weights_follow_the_meta_gradient(digits, tmp_path):
-    trainer = Trainer(load_recipe(RECIPE, [f"data.converted={digits}", f"runs={tmp_path}"]))
+    trainer = Trainer(prepare(load_recipe(RECIPE, [f"data.converted={digits}", f"runs={tmp_path}"])))
     result = trainer.fit()
     assert result["top1"] > 0.85
     assert result["few"] > 0.6

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
 
@@ -77,7 +78,7 @@ def watched(monkeypatch):
 def test_no_method_reads_a_number_back(digits, tmp_path, watched):
     methods = [*FIRST, *SECOND]
     words = [f"data.converted={digits}", f"runs={tmp_path}", "data.loader=resident", "num_threads=1", "data.augment=[]"]
-    Trainer(load([stage(method) for method in methods], *words, "log_every=1000")).fit()
+    Trainer(prepare(load([stage(method) for method in methods], *words, "log_every=1000"))).fit()
     assert set(methods) <= set(watched)
 
 
@@ -95,4 +96,4 @@ def test_what_reads_a_number_back_is_found(digits, tmp_path, watched, monkeypatc
     monkeypatch.setattr(kind, "descend", lambda self, objective: READERS[read](objective))
     words = [f"data.converted={digits}", f"runs={tmp_path}", "data.loader=resident", "num_threads=1"]
     with pytest.raises(AssertionError, match="makes the host wait"):
-        Trainer(load([stage("plain")], *words)).fit()
+        Trainer(prepare(load([stage("plain")], *words))).fit()

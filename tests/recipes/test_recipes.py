@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastlt.recipe import load_recipe
 from fastlt.run.dataset import conversion_command
+from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS, StepOptions
 from loaders.sources import open_source
@@ -117,6 +118,6 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
             words += ["data.shots=[9, 5]", f"{where}.batch_size=4"]  # of the classes, one, one and two are such
         if STEPS[stage.method].needs.meta_batch:
             words += [f"{where}.meta_batch_size=4"]
-    result = Trainer(load_recipe(path, words)).fit()
+    result = Trainer(prepare(load_recipe(path, words))).fit()
     assert result["iterations"] == 2 * len(recipe.stages)
     assert 0 <= result["top1"] <= 1

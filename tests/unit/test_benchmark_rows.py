@@ -17,7 +17,7 @@ from fastlt.augment import Augment, build_augment
 from fastlt.benchmarks import augment as benchmark_augment
 from fastlt.benchmarks import train as benchmark_train
 from fastlt.device import compiled
-from fastlt.run.trainer import Trainer
+from fastlt.run.stage import Stage
 from fastlt.steps.difficulty import DifficultyStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,11 +128,15 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch):
 
 def test_train_begins_epochs_and_sets_learning_rates_as_training_does(capsys, digits_words, monkeypatch):
     epochs, rates = [], []
-    start_epoch, set_lr = DifficultyStep.start_epoch, Trainer._set_lr
+    start_epoch, set_learning_rate = DifficultyStep.start_epoch, Stage.set_learning_rate
     monkeypatch.setattr(
         DifficultyStep, "start_epoch", lambda self, epoch: epochs.append(epoch) or start_epoch(self, epoch)
     )
-    monkeypatch.setattr(Trainer, "_set_lr", lambda self, *args: set_lr(self, *args) or rates.append(args[0].lr))
+    monkeypatch.setattr(
+        Stage,
+        "set_learning_rate",
+        lambda self, iteration: set_learning_rate(self, iteration) or rates.append(self.step.lr),
+    )
     run(capsys, "train", RECIPE, *digits_words, "--iterations", "4")
     assert sorted(set(epochs)) == [0, 1, 2]  # 16 iterations of 6 an epoch
     assert len(set(rates)) > 10  # of the stage's 12 iterations, after which the schedule starts again

@@ -20,6 +20,7 @@ from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
+from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
@@ -306,7 +307,7 @@ def test_a_run_says_what_it_compiled_and_ends_as_without(digits_words, capsys, m
     results = {}
     for mode in ("none", "inductor"):
         recipe = load_recipe("recipes/digits_lt.yaml", [*words, f"compile={mode}", f"name={mode}"])
-        results[mode] = Trainer(recipe).fit()
+        results[mode] = Trainer(prepare(recipe)).fit()
         assert ("compiled in" in capsys.readouterr().out) == (mode == "inductor")
     assert len(asked) == 1
     assert results["none"]["per_class_accuracy"] == results["inductor"]["per_class_accuracy"]

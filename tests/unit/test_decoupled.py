@@ -12,7 +12,9 @@ from test_trainer import assert_same, final_state, log_lines, stop_after
 from fastlt.models import CosineHead, LinearHead, build_model
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.recipe import load_recipe
-from fastlt.run.trainer import Interrupted, Trainer
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.decoupled import LasStep, LwsStep
@@ -159,7 +161,7 @@ def test_iterations_equal_sgd_written_out_in_numpy(method, loss, factor):
 
 @pytest.mark.parametrize("case", STAGES)
 def test_the_second_stage_leaves_the_features_bit_for_bit(digits_words, case):
-    trainer = Trainer(load_recipe(RECIPE, words_of(digits_words, f"stages.second={STAGES[case]}")))
+    trainer = Trainer(prepare(load_recipe(RECIPE, words_of(digits_words, f"stages.second={STAGES[case]}"))))
     result = trainer.fit()
     assert result["iterations"] == 18
     folder = trainer.folder / "checkpoints"
@@ -177,7 +179,7 @@ def test_the_second_stage_leaves_the_features_bit_for_bit(digits_words, case):
     scaled = {"head.scale", "head.inner.weight", "head.inner.bias"}
     assert heads == (scaled if case.startswith("l") else {"head.weight", "head.bias"})
     if case == "crt":
-        seeded = fresh_head(LinearHead(64, 10), trainer.recipe.seed)
+        seeded = fresh_head(LinearHead(64, 10), trainer.context.recipe.seed)
         assert not torch.equal(last["head.weight"], before["head.weight"])
         assert not torch.equal(last["head.weight"], seeded.weight)
     if case == "lws":
@@ -192,7 +194,7 @@ def test_the_second_stage_leaves_the_features_bit_for_bit(digits_words, case):
 
 
 def test_tau_is_the_best_on_validation(digits_words):
-    trainer = Trainer(load_recipe(RECIPE, words_of(digits_words, f"stages.second={STAGES['tau_norm']}")))
+    trainer = Trainer(prepare(load_recipe(RECIPE, words_of(digits_words, f"stages.second={STAGES['tau_norm']}"))))
     result = trainer.fit()
     lines = [line for line in log_lines(trainer.folder) if line["stage"] == "second"]
     assert [line["tau"] for line in lines if line["kind"] == "train"] == pytest.approx([0, 0.5, 1, 1.5, 2, 3])
@@ -204,7 +206,8 @@ def test_tau_is_the_best_on_validation(digits_words):
 @pytest.mark.parametrize("case", STAGES)
 def test_resuming_inside_the_second_stage_agrees_bit_for_bit(digits_words, case):
     def make(name):
-        return Trainer(load_recipe(RECIPE, words_of(digits_words, f"stages.second={STAGES[case]}", f"name={name}")))
+        words = words_of(digits_words, f"stages.second={STAGES[case]}", f"name={name}")
+        return Trainer(prepare(load_recipe(RECIPE, words)))
 
     whole = make("whole")
     result = whole.fit()
@@ -224,12 +227,12 @@ def test_resuming_inside_the_second_stage_agrees_bit_for_bit(digits_words, case)
 def test_a_third_stage_resumes_on_the_model_that_the_second_built(digits_words):
     third = STAGES["crt"]
     words = words_of(digits_words, f"stages.second={STAGES['las']}", f"stages.third={third}")
-    whole = Trainer(load_recipe(RECIPE, [*words, "name=whole"]))
+    whole = Trainer(prepare(load_recipe(RECIPE, [*words, "name=whole"])))
     result = whole.fit()
-    stopped = stop_after(Trainer(load_recipe(RECIPE, [*words, "name=stopped"])), 20)
+    stopped = stop_after(Trainer(prepare(load_recipe(RECIPE, [*words, "name=stopped"]))), 20)
     with pytest.raises(Interrupted):
         stopped.fit()
-    assert measured(Trainer(load_recipe(RECIPE, [*words, "name=stopped"])).fit()) == measured(result)
+    assert measured(Trainer(prepare(load_recipe(RECIPE, [*words, "name=stopped"]))).fit()) == measured(result)
     # An end-to-end stage after decoupled ones trains everything again.
     model = build_model("cifar_resnet8", num_classes=10)
     for method in ("las", "plain"):
@@ -262,22 +265,22 @@ def test_a_loss_of_class_counts_is_refused_on_a_balanced_set_before_the_first_st
     balanced = [w for w in digits_words if not w.startswith("data.converted")]
     words = ["data.imbalance_factor=1", f"data.converted={tmp_path / 'balanced'}", f"stages.second={STAGES['las']}"]
     with pytest.raises(ValueError, match="needs classes of different size"):
-        Trainer(load_recipe(RECIPE, words_of(balanced, *words)))
+        Trainer(prepare(load_recipe(RECIPE, words_of(balanced, *words))))
 
 
 def test_a_checkpoint_replaces_the_first_stage_if_it_brings_the_head_that_is_needed(digits_words, tmp_path):
-    trained = Trainer(load_recipe(RECIPE, words_of(digits_words)))
+    trained = Trainer(prepare(load_recipe(RECIPE, words_of(digits_words))))
     trained.fit()
     best = trained.folder / "checkpoints" / "best_end_to_end.pt"
     # The words of `digits_words` that speak of the first stage go: it is not there.
     words = [w for w in digits_words if not w.startswith("stages.")] + ["stages.end_to_end=null"]
     alone = [*words, "name=alone", f"model.checkpoint={best}", f"stages.second={STAGES['lws']}"]
-    result = Trainer(load_recipe(RECIPE, alone)).fit()
+    result = Trainer(prepare(load_recipe(RECIPE, alone))).fit()
     assert result["iterations"] == 6
 
     features = {k: v for k, v in torch.load(best, weights_only=True)["model"].items() if k.startswith("backbone.")}
     torch.save(features, tmp_path / "features.pt")
     headless = [*words, f"model.checkpoint={tmp_path / 'features.pt'}"]
     with pytest.raises(ValueError, match="goes on from a trained head"):
-        Trainer(load_recipe(RECIPE, [*headless, "name=headless", f"stages.second={STAGES['lws']}"]))
-    Trainer(load_recipe(RECIPE, [*headless, "name=new-head", f"stages.second={STAGES['crt']}"]))
+        Trainer(prepare(load_recipe(RECIPE, [*headless, "name=headless", f"stages.second={STAGES['lws']}"])))
+    Trainer(prepare(load_recipe(RECIPE, [*headless, "name=new-head", f"stages.second={STAGES['crt']}"])))

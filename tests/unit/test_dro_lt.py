@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from fastlt.losses import build_loss
 from fastlt.losses.contrastive import robust_contrastive
 from fastlt.models import build_model
 from fastlt.recipe import load_recipe
-from fastlt.run.trainer import Interrupted, Trainer
+from fastlt.run.preflight import check_dataset, prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch
 from fastlt.steps import StepParts
 from fastlt.steps.dro_lt import DroLtStep
@@ -163,7 +166,9 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words):
     """Stopped in the middle of the robust stage's first epoch of 13 iterations: centroids come from the checkpoint."""
 
     def run(name):
-        return Trainer(load_recipe(RECIPE, words_of(digits_words, f"stages.classifier={HEAD}", f"name={name}")))
+        return Trainer(
+            prepare(load_recipe(RECIPE, words_of(digits_words, f"stages.classifier={HEAD}", f"name={name}")))
+        )
 
     whole = run("whole")
     result = whole.fit()
@@ -204,10 +209,9 @@ def test_what_cannot_be_is_refused_by_the_recipe(digits_words, case):
 
 
 def test_a_process_gets_whole_groups_of_a_class(digits_words):
-    trainer = Trainer(load_recipe(RECIPE, words_of(digits_words)))
-    trainer.reducer = Reducer(0, 16)
+    context = prepare(load_recipe(RECIPE, words_of(digits_words)))
     with pytest.raises(ValueError, match=r"stages\.robust\.batch_size is 32 .* give a multiple of 64"):
-        trainer._check_against_dataset()
+        check_dataset(replace(context, reducer=Reducer(0, 16)))
 
 
 def test_it_is_no_first_stage(digits_words):

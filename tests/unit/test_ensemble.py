@@ -15,7 +15,9 @@ from fastlt import cli, ensemble, train
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.recipe import load_recipe
 from fastlt.reproduce import execution
+from fastlt.run.loading import normaliser, whole_split
 from fastlt.run.metrics import Metrics
+from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,16 +31,16 @@ LAS = (
 
 def run(words, *more):
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(load_recipe(RECIPE, [*words, *more]))
+    trainer = Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
     trainer.fit()
     return trainer
 
 
 def probabilities(trainer, split="test"):
     """float64 (N, C) and labels, from the trainer's own network and loader."""
-    batch = trainer._whole_split(split)
+    batch = whole_split(trainer.context, split)
     with evaluation_mode(trainer.model):
-        z = trainer.model(trainer._normalise(batch.images)).double().numpy()
+        z = trainer.model(normaliser(trainer.context.recipe.data)(batch.images)).double().numpy()
     p = np.exp(z - z.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True), batch.labels.numpy()
 
@@ -94,7 +96,7 @@ def test_two_heads_and_experts_give_the_mean_of_what_each_network_predicts(digit
         if split == "test":
             metrics = Metrics(10)
             metrics.update(torch.from_numpy(np.log(mean)), torch.from_numpy(labels))
-            expected = metrics.summary(linear.counts)
+            expected = metrics.summary(linear.context.counts)
             assert result["ece"] == pytest.approx(expected["ece"], abs=1e-6)
             assert result["per_class_accuracy"] == expected["per_class_accuracy"]
     assert result["seed"] is None

@@ -15,7 +15,9 @@ from fastlt.losses.experts import class_temperatures, distillation, expert_diver
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import CosineHead, build_model
 from fastlt.recipe import load_recipe
-from fastlt.run.trainer import Interrupted, Trainer
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.ride import RideRouterStep, RideStep, helpful, running_mean
@@ -397,7 +399,7 @@ ROUTER = (
 
 
 def make(words, *more):
-    return Trainer(load_recipe(RECIPE, [*words, *RIDE, *more]))
+    return Trainer(prepare(load_recipe(RECIPE, [*words, *RIDE, *more])))
 
 
 def test_a_run_trains_experts_and_a_router_and_reports_what_it_asked(digits_words):
@@ -444,7 +446,9 @@ def test_a_finished_run_serves_as_the_routers_first_stage(digits_words):
     first.fit()
     best = first.folder / "checkpoints" / "best_end_to_end.pt"
     words = [w for w in digits_words if not w.startswith("stages.")] + [w for w in RIDE if not w.startswith("stages.")]
-    alone = Trainer(load_recipe(RECIPE, [*words, f"{STAGE}=null", ROUTER, f"model.checkpoint={best}", "name=alone"]))
+    alone = Trainer(
+        prepare(load_recipe(RECIPE, [*words, f"{STAGE}=null", ROUTER, f"model.checkpoint={best}", "name=alone"]))
+    )
     assert 1 <= alone.fit()["experts_asked"] <= 2
     trained, after = torch.load(best, weights_only=True)["model"], alone.model.state_dict()
     assert all(torch.equal(after[k], trained[k]) for k in trained)
@@ -456,7 +460,7 @@ def test_a_student_learns_from_a_teacher_with_more_experts(digits_words):
     best = teacher.folder / "checkpoints" / "best_end_to_end.pt"
     with_teacher = f"{STAGE}.options={{diversity: 0.2, distillation: 3.0, teacher: {best}}}"
     trainer = make(digits_words, "name=student", with_teacher)
-    student, _, _ = trainer._build_stage(trainer.recipe.stages["end_to_end"])
+    student = trainer.build_stage("end_to_end").step
     assert len(student.teacher.head.heads) == 3
     assert not any(p.requires_grad for p in student.teacher.parameters())
     x = images(8, size=8)

@@ -23,6 +23,14 @@ LAYERS = [
     {"fastlt.train", "fastlt.cli"},
     {"fastlt.__main__"},
 ]
+# Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
+RUN_LAYERS = [
+    {"checkpoint", "dataset", "folder", "metrics", "progress", "schedule"},
+    {"context"},
+    {"loading", "log", "optimizers", "result", "saving", "stopping"},
+    {"evaluation", "preflight", "stage"},
+    {"trainer"},
+]
 ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt"}
 
 
@@ -86,6 +94,26 @@ def test_nobody_imports_what_users_call(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.name)
 def test_scripts_of_tools_are_doors(path):
     assert imports(path) == {"fastlt.cli"}
+
+
+def run_layer(module: str) -> int:
+    name = module.split(".")[2]
+    return next(depth for depth, names in enumerate(RUN_LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastlt" / "run").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_a_run_hands_its_context_down(path):
+    module = f"fastlt.run.{path.stem}"
+    for imported in imports(path):
+        if room(imported) == "fastlt.run":
+            assert run_layer(imported) < run_layer(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_accelerate_is_known_to_the_run_alone(path):
+    if path.parent != ROOT / "fastlt" / "run":
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        assert not {"accelerate", "accelerate.utils"} & {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
 
 
 def test_no_module_hides_one_of_the_standard_library():

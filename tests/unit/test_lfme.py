@@ -20,7 +20,10 @@ from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, LinearHead
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.recipe import load_recipe
-from fastlt.run.trainer import Interrupted, Trainer
+from fastlt.run.preflight import prepare
+from fastlt.run.stage import prepare_model
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StageModel, StepParts
 from fastlt.steps.lfme import (
@@ -306,7 +309,7 @@ STAGES = [
 
 
 def make(digits_words, *more):
-    return Trainer(load_recipe(RECIPE, [*digits_words[:5], *STAGES, *more]))
+    return Trainer(prepare(load_recipe(RECIPE, [*digits_words[:5], *STAGES, *more])))
 
 
 def test_experts_see_their_classes_only_and_the_student_learns_from_their_best(digits_words, monkeypatch):
@@ -329,13 +332,13 @@ def test_experts_see_their_classes_only_and_the_student_learns_from_their_best(d
     monkeypatch.setattr(ExpertStep, "__call__", watch)
     monkeypatch.setattr(LfmeStep, "first_pass", look)
     result = trainer.fit()
-    masks = trainer.counts.shot_masks()
+    masks = trainer.context.counts.shot_masks()
     assert seen == {tuple(mask.tolist()): set(np.flatnonzero(mask).tolist()) for mask in masks.values()}
     assert result["iterations"] == 26
     names = sorted(p.name for p in (trainer.folder / "checkpoints").iterdir())
     assert names == ["best_few.pt", "best_many.pt", "best_medium.pt", "best_student.pt", "last.pt"]
     weights = students[0].instance_weights
-    few = masks["few"][trainer.dataset.labels("train")]
+    few = masks["few"][trainer.context.dataset.labels("train")]
     assert (weights[torch.from_numpy(few)] == 1).all()
     assert weights.min() < 0.3
     assert isinstance(trainer.model.head, LinearHead)
@@ -353,9 +356,8 @@ def test_experts_see_their_classes_only_and_the_student_learns_from_their_best(d
 def test_stages_that_start_afresh_have_weights_of_their_own_that_the_seed_decides(digits_words):
     def start(name, *more):
         trainer = make(digits_words, *more)
-        stage = trainer.recipe.stages[name]
-        trainer._prepare_model(stage)
-        return trainer.model.state_dict()["backbone.conv1.weight"].clone()
+        model = prepare_model(trainer.context, trainer.model, trainer.context.recipe.stages[name])
+        return model.state_dict()["backbone.conv1.weight"].clone()
 
     many, medium, few = (start(name) for name in ("many", "medium", "few"))
     assert torch.equal(medium, start("medium"))
@@ -364,7 +366,7 @@ def test_stages_that_start_afresh_have_weights_of_their_own_that_the_seed_decide
     before = torch.get_rng_state()
     trainer = make(digits_words)
     before = torch.get_rng_state()
-    trainer._prepare_model(trainer.recipe.stages["few"])
+    prepare_model(trainer.context, trainer.model, trainer.context.recipe.stages["few"])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -433,7 +435,7 @@ def test_a_shot_group_without_classes_or_with_too_few_images_is_refused_before_w
 def test_a_student_whose_expert_left_nothing_says_so(digits_words):
     trainer = make(digits_words)
     with pytest.raises(ValueError, match=r"best_many\.pt is not there, the best of stages\.many"):
-        trainer._build_stage(trainer.recipe.stages["student"])
+        trainer.build_stage("student")
 
 
 def test_the_accuracy_of_another_model_leaves_that_of_the_trained_one(digits_words):

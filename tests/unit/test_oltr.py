@@ -20,7 +20,9 @@ from fastlt.losses import build_loss
 from fastlt.models import Classifier, LinearHead, build_model
 from fastlt.models.meta_embedding import MetaEmbeddingHead, ModulatedAttention, insert_attention
 from fastlt.recipe import load_recipe
-from fastlt.run.trainer import Interrupted, Trainer
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import StepParts
 from fastlt.steps.oltr import OltrStep
@@ -284,7 +286,9 @@ def words_of(digits_words, *more):
 
 
 def make(digits_words, case, name="oltr", *more):
-    return Trainer(load_recipe(RECIPE, words_of(digits_words, f"stages.memory={STAGES[case]}", f"name={name}", *more)))
+    return Trainer(
+        prepare(load_recipe(RECIPE, words_of(digits_words, f"stages.memory={STAGES[case]}", f"name={name}", *more)))
+    )
 
 
 def measured(result):
@@ -312,7 +316,7 @@ def test_a_run_starts_from_the_exact_centroids_and_trains_what_the_options_say(d
         result = trainer.fit()
     finally:
         OltrStep.first_pass = first_pass
-    assert seen == [trainer.counts.counts.sum()]
+    assert seen == [trainer.context.counts.counts.sum()]
     assert result["iterations"] == 18
     folder = trainer.folder / "checkpoints"
     before = torch.load(folder / "best_end_to_end.pt", weights_only=True)["model"]
@@ -402,4 +406,4 @@ def test_a_checkpoint_without_a_head_is_refused_before_work(digits_words, tmp_pa
     torch.save({k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}, tmp_path / "features.pt")
     words = [*digits_words[:5], *ALONE, f"model.checkpoint={tmp_path / 'features.pt'}"]
     with pytest.raises(ValueError, match="goes on from a trained head"):
-        Trainer(load_recipe(RECIPE, words))
+        Trainer(prepare(load_recipe(RECIPE, words)))

@@ -16,7 +16,9 @@ from fastlt.losses import build_loss
 from fastlt.losses.contrastive import parametric_contrastive
 from fastlt.models import build_model
 from fastlt.recipe import load_recipe
-from fastlt.run.trainer import Interrupted, Trainer
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import StepParts
 from fastlt.steps.paco import KeyEncoder, KeyQueue, PacoStep
@@ -258,7 +260,7 @@ def words_of(digits_words, *more):
 
 def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words):
     def run(name):
-        return Trainer(load_recipe(RECIPE, words_of(digits_words, f"name={name}", "model.drop_rate=0.2")))
+        return Trainer(prepare(load_recipe(RECIPE, words_of(digits_words, f"name={name}", "model.drop_rate=0.2"))))
 
     whole = run("whole")
     whole.fit()
@@ -276,12 +278,12 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words):
 
 def test_the_best_checkpoint_evaluates_alone_and_starts_other_runs(digits_words):
     second = "{method: crt, batch_size: 32, lr: 0.1, sampling: class_balanced, iterations: 4, evaluate_every: 2}"
-    trainer = Trainer(load_recipe(RECIPE, words_of(digits_words, f"stages.classifier={second}")))
+    trainer = Trainer(prepare(load_recipe(RECIPE, words_of(digits_words, f"stages.classifier={second}"))))
     assert 0 <= trainer.fit()["top1"] <= 1
     best = trainer.folder / "checkpoints" / "best_end_to_end.pt"
     names = torch.load(best, weights_only=True)["model"]
     assert {n.split(".")[0] for n in names} == {"backbone", "head", "auxiliary"}
-    model = build_model(trainer.recipe.model.name, num_classes=10, image_size=8, checkpoint=best)
+    model = build_model(trainer.context.recipe.model.name, num_classes=10, image_size=8, checkpoint=best)
     assert model.head_is_trained
     assert not hasattr(model, "auxiliary")
     assert torch.equal(model.head.weight, names["head.weight"])
@@ -289,11 +291,11 @@ def test_the_best_checkpoint_evaluates_alone_and_starts_other_runs(digits_words)
 
 def test_random_resized_crops_of_a_cropping_loader_come_in_pairs(digits_words):
     words = words_of(digits_words, "data.train_crop=random_resized", "data.loader=torch", "data.num_workers=0")
-    trainer = Trainer(load_recipe(RECIPE, words))
-    _, train, _ = trainer._build_stage(trainer.recipe.stages["end_to_end"])
-    batch = next(iter(train.epoch(0)))
+    trainer = Trainer(prepare(load_recipe(RECIPE, words)))
+    loaders = trainer.build_stage("end_to_end").loaders
+    batch = next(iter(loaders.train.epoch(0)))
     assert (batch.images != batch.second_crop).any()
-    train.close()
+    loaders.close()
     assert trainer.fit()["iterations"] == 12
 
 

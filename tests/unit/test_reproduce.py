@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 
-import fastlt.run.trainer
 import fastlt.train
 from fastlt import cli
 from fastlt.commands import reproduce
@@ -23,6 +22,8 @@ from fastlt.recipe import load_recipe
 from fastlt.reproduce import availability, execution, tables
 from fastlt.reproduce.plan import plan_run
 from fastlt.run import checkpoint
+from fastlt.run.folder import last_checkpoint
+from fastlt.run.stopping import Stopping
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -261,7 +262,7 @@ def comparable(folder: Path) -> tuple[dict, list, dict]:
     clock = ("name", "train_s", "img_s", "wait_s", "data_wait_share")
     result = {k: v for k, v in json.loads((folder / "result.json").read_text()).items() if k not in clock}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
+    last = checkpoint.load(last_checkpoint(folder))
     last["progress"] = {k: v for k, v in last["progress"].items() if k not in clock}
     return result, [{k: v for k, v in line.items() if k not in clock} for line in lines], last
 
@@ -311,7 +312,7 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
     words += ["--out", str(tmp_path), "--set", *SMALL, "data.convention=paper", f"data.converted={digits}"]
     words += few_iterations("end_to_end")
     with monkeypatch.context() as patched:
-        patched.setattr(fastlt.run.trainer.Trainer, "_agreed", lambda self, log_now: (signal.SIGTERM, False))
+        patched.setattr(Stopping, "agreed", lambda *_, log_now: (signal.SIGTERM, False))
         assert cli.main(["reproduce", *words]) == 130
     told = capsys.readouterr()
     assert "the same command goes on from there" in told.err

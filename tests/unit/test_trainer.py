@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,14 @@ import pytest
 import torch
 
 from fastlt.recipe import load_recipe
-from fastlt.run import dataset as prepare
+from fastlt.run import dataset
+from fastlt.run.loading import endless
 from fastlt.run.log import RunLog, result_table
-from fastlt.run.trainer import Interrupted, Trainer, endless
+from fastlt.run.preflight import prepare
+from fastlt.run.result import recorded_result
+from fastlt.run.saving import Checkpoints
+from fastlt.run.stopping import Interrupted, Stopping
+from fastlt.run.trainer import Trainer
 from fastlt.steps import meta
 from fastlt.train import main
 from loaders.stored.beton import Beton
@@ -29,7 +35,7 @@ STAGE = "stages.end_to_end"
 
 
 def make(words, *more):
-    return Trainer(load_recipe(RECIPE, [*words, *more]))
+    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def final_state(folder):
@@ -88,13 +94,13 @@ def test_a_run_leaves_all_that_a_reader_needs(digits_words, backend):
     for key in ("class_counts", "shots", "seed", "versions", "img_s", "class_weights", "validation_top1"):
         assert key in result, key
     assert math.isclose(sum(result["class_weights"]), 10, rel_tol=1e-4)
-    assert load_recipe(folder / "recipe.yaml") == trainer.recipe
+    assert load_recipe(folder / "recipe.yaml") == trainer.context.recipe
     lines = log_lines(folder)
     assert [line["iteration"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
     assert [line["iteration"] for line in lines if line["kind"] == "evaluation"] == [6, 12]
-    table = result_table(result, trainer.counts)
+    table = result_table(result, trainer.context.counts)
     assert "many-shot" in table
-    assert all(name in table for name in trainer.counts.names)
+    assert all(name in table for name in trainer.context.counts.names)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +200,13 @@ def test_a_lean_step_on_a_gpu_has_nothing_to_say_about_malloc(monkeypatch):
 
 def test_a_finished_run_is_not_run_again(digits_words, capsys):
     first = make(digits_words).fit()
-    again = make(digits_words)
-    assert again.fit() == first
+    assert recorded_result(prepare(load_recipe(RECIPE, digits_words))) == first
     assert "finished" in capsys.readouterr().out
+    assert main([str(RECIPE), *digits_words]) == 0
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "many-shot" in out
+    assert "iterations" not in out, "nothing is trained"
 
 
 def test_two_stages_go_on_from_the_best_of_the_first(digits_words):
@@ -211,13 +221,13 @@ def test_two_stages_go_on_from_the_best_of_the_first(digits_words):
 
 def test_the_test_split_is_measured_once_and_with_the_best_checkpoint(digits_words):
     trainer = make(digits_words)
-    seen, evaluate = [], trainer.evaluate
+    seen, evaluate = [], trainer.evaluation.evaluate
 
-    def note(split):
+    def note(model, split):
         seen.append(split)
-        return evaluate(split)
+        return evaluate(model, split)
 
-    trainer.evaluate = note
+    trainer.evaluation.evaluate = note
     result = trainer.fit()
     assert seen == ["meta", "meta", "test"]
     best = torch.load(trainer.folder / "checkpoints" / "best_end_to_end.pt", weights_only=True)
@@ -320,14 +330,16 @@ class ReducerOfTwo:
 
 
 def test_processes_agree_on_stopping_and_saving_at_log_intervals_only(digits_words):
-    trainer = make(digits_words)
-    assert trainer._agreed(log_now=False) == (0, False)
-    trainer.last_saved = -math.inf
-    assert trainer._agreed(log_now=False) == (0, True), "alone, there is nobody to ask"
-    trainer.last_saved, trainer.reducer = math.inf, ReducerOfTwo()
-    assert trainer._agreed(log_now=False) == (0, False)
-    assert trainer.reducer.asked == 0
-    assert trainer._agreed(log_now=True) == (15, True)
+    context = prepare(load_recipe(RECIPE, digits_words))
+    stopping, checkpoints = Stopping(context), Checkpoints(context)
+    assert stopping.agreed(checkpoints.due(), log_now=False) == (0, False)
+    checkpoints.last_saved = -math.inf
+    assert stopping.agreed(checkpoints.due(), log_now=False) == (0, True), "alone, there is nobody to ask"
+    checkpoints.last_saved, reducer = math.inf, ReducerOfTwo()
+    stopping = Stopping(replace(context, reducer=reducer))
+    assert stopping.agreed(checkpoints.due(), log_now=False) == (0, False)
+    assert reducer.asked == 0
+    assert stopping.agreed(checkpoints.due(), log_now=True) == (15, True)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +348,10 @@ def test_processes_agree_on_stopping_and_saving_at_log_intervals_only(digits_wor
 )
 def test_the_meta_set_is_scored_in_the_precision_that_the_stage_says(digits_words, recipe, stage, low):
     trainer = make(digits_words, f"precision={recipe}", f"{STAGE}.accuracy.precision={stage or 'null'}")
-    step, train, meta = trainer._build_stage(trainer.recipe.stages["end_to_end"])
-    with trainer.accelerator.autocast(), step.parts.class_accuracy.autocast():
+    stage = trainer.build_stage("end_to_end")
+    with trainer.context.autocast(), stage.step.parts.class_accuracy.autocast():
         assert torch.is_autocast_enabled("cpu") == low
-    train.close()
-    meta.close()
+    stage.loaders.close()
 
 
 def test_bfloat16_trains(digits_words):
@@ -411,7 +422,7 @@ def test_data_that_may_not_be_read_are_a_message(tmp_path, capsys, monkeypatch):
     def denied(data, folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(prepare, "ensure_converted", denied)
+    monkeypatch.setattr(dataset, "ensure_converted", denied)
     assert main([str(RECIPE), f"runs={tmp_path}", f"data.converted={tmp_path / 'data'}"]) == 2
     assert capsys.readouterr().err == f"fastlt: {tmp_path / 'data'}: Permission denied\n"
 

@@ -1,0 +1,97 @@
+"""The surroundings of a run: made once, handed down, never changed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from fastlt.device.compiled import mode_for
+from fastlt.device.distributed import Reducer
+from fastlt.device.host_memory import keep_freed_memory
+from fastlt.recipe import Recipe
+from fastlt.run.dataset import prepare_dataset
+from fastlt.state import ClassCounts
+from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.source_dataset import SourceDataset
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A recipe, and the machine and the data set on which this process trains it.
+
+    compile: the recipe's `compile` on this device: "none", "inductor" or "cudagraph".
+    counts: of the training split, with the recipe's shots.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    device: torch.device
+    reducer: Reducer
+    compile: str
+    dataset: ConvertedDataset | SourceDataset
+    counts: ClassCounts
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.recipe.folder
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes files and talks to the user."""
+        return self.accelerator.is_main_process
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of forward passes in the recipe's precision."""
+        return self.accelerator.autocast()
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches, above the progress bar."""
+        if self.main:
+            tqdm.write(text)
+
+
+def make_context(recipe: Recipe) -> RunContext:
+    """Set this process up for a recipe: threads, memory, seed, and its data set, converted where it is small.
+
+    ValueError as `prepare_dataset`.
+    """
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
+        log_with=[*recipe.trackers] or None,
+        project_dir=str(recipe.folder),
+    )
+    # Accelerate numbers CPUs by process, and torch cannot read a checkpoint back to a device "cpu:1".
+    device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+    reducer = Reducer(accelerator.process_index, accelerator.num_processes)
+    _set_threads(recipe.num_threads, device, reducer.world_size)
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolutions are found once
+    set_seed(recipe.seed)
+    dataset = prepare_dataset(recipe.data, accelerator)
+    return RunContext(
+        recipe=recipe,
+        accelerator=accelerator,
+        device=device,
+        reducer=reducer,
+        compile=mode_for(recipe.compile, device, reducer.world_size),
+        dataset=dataset,
+        counts=dataset.class_counts(recipe.data.shots),
+    )
+
+
+def _set_threads(asked: int | None, device: torch.device, processes: int) -> None:
+    """All usable cores for the arithmetic on a CPU; `accelerate launch` would leave one."""
+    if asked is not None:
+        torch.set_num_threads(asked)
+    elif device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

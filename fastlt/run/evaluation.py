@@ -1,0 +1,70 @@
+"""Passes over whole splits: what the model scores on them, and what a method wants to see of the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.models import Classifier
+from fastlt.run.context import RunContext
+from fastlt.run.loading import normaliser, open_evaluation_loader
+from fastlt.run.metrics import Metrics
+from fastlt.state import Batch
+from fastlt.steps import Step
+from loaders.protocol import BatchLoader
+
+
+class Evaluation:
+    """Passes over this process's share of a split, in order and cropped as for evaluation.
+
+    Loaders are kept for the whole run: opening one again at every evaluation would cost more than the images do.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.normalise = normaliser(context.recipe.data)
+        self.loaders: dict[str, BatchLoader] = {}
+
+    def evaluate(self, model: Classifier, split: str) -> dict[str, Any]:
+        """Metrics of a model on "meta" (validation) or "test", over all processes.
+
+        Every process ends with the mean of the model's buffers.
+        """
+        reducer, counts = self.context.reducer, self.context.counts
+        # Each process has seen its own share of the batches.
+        reducer.mean_([b for b in model.buffers() if b.is_floating_point()])
+        metrics = Metrics(counts.num_classes, device=self.context.device)
+        counters = model.counters()
+        for counter in counters.values():
+            counter.zero_()
+        with evaluation_mode(model), self.context.autocast():
+            for batch in self._batches(split):
+                metrics.update(model(self.normalise(batch.images)), batch.labels)
+        counted = [counter.double() for counter in counters.values()]
+        reducer.sum_([metrics.state, *counted])
+        means = {name: (total / images).item() for name, (total, images) in zip(counters, counted, strict=True)}
+        return {**metrics.summary(counts), **means}
+
+    def training_images(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training set, see `StepParts`."""
+        for batch in self._batches("train"):
+            yield self.normalise(batch.images), batch.labels
+
+    def first_pass(self, step: Step) -> None:
+        """Show a step the training images, before the first iteration of its stage."""
+        with evaluation_mode(step.model), self.context.autocast():
+            step.first_pass(self._batches("train"), self.normalise)
+        self.loaders.pop("train").close()
+
+    def close(self) -> None:
+        """Close the loaders."""
+        for loader in self.loaders.values():
+            loader.close()
+
+    def _batches(self, split: str) -> Iterator[Batch]:
+        if split not in self.loaders:
+            self.loaders[split] = open_evaluation_loader(self.context, split)
+        return self.loaders[split].epoch(0)

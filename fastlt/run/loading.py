@@ -1,0 +1,180 @@
+"""The loaders of a run, and the crops and augmentations that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlt.augment import Augment, build_augment, normalise
+from fastlt.recipe import DataRecipe, StageRecipe
+from fastlt.run.context import RunContext
+from fastlt.state import Batch
+from fastlt.steps import STEPS
+from loaders.factory import make_loader
+from loaders.order.crop import CropSpec
+from loaders.protocol import BatchLoader
+from loaders.readers.two_views import TwoViewLoader
+
+EVALUATION_BATCH = 512
+# The streams of random augmentations of one process.
+STREAMS = ("train", "meta", "second")
+
+
+@dataclass(frozen=True)
+class StageLoaders:
+    """The training batches of this process in a stage, and its meta batches where the method wants them.
+
+    backends: by split, the backend that `auto` chose. Random crops of images of one size are another backend's
+        business, so a run that is resumed has to keep them.
+    """
+
+    train: BatchLoader
+    meta: BatchLoader | None
+    backends: dict[str, str]
+
+    def close(self) -> None:
+        """Close both."""
+        self.train.close()
+        if self.meta is not None:
+            self.meta.close()
+
+
+def open_stage_loaders(
+    context: RunContext, stage: StageRecipe, backends: Mapping[str, str] | None = None
+) -> StageLoaders:
+    """The loaders of a stage. backends: `StageLoaders.backends` of before the run was stopped."""
+    chosen = dict(backends or {})
+    needs = STEPS[stage.method].needs
+    options: dict[str, Any] = {"sampling": stage.sampling, "classes": stage_classes(context, stage)}
+    train = _open_training(context, stage, "train", chosen, **options)
+    if needs.second_view and context.recipe.data.train_crop == "random_resized" and train.crops:
+        train = TwoViewLoader(train, _open_training(context, stage, "train", chosen, view=1, **options))
+    meta = _open_training(context, stage, "meta", chosen) if needs.meta_batch else None
+    return StageLoaders(train, meta, chosen)
+
+
+def _open_training(
+    context: RunContext, stage: StageRecipe, split: str, chosen: dict[str, str], **options: Any
+) -> BatchLoader:
+    """A shuffled, cropped split, by the backend in `chosen`, which gets the one that `auto` chooses."""
+    before = chosen.get(split)
+    size = batch_size(stage, split) // context.reducer.world_size
+    loader = open_loader(context, split, size, train=True, backend=before, **options)
+    if context.recipe.data.loader == "auto":
+        chosen[split] = loader.backend
+        if before is not None:
+            loader.reason = f"{before}: chosen when the stage began"
+    return loader
+
+
+def open_evaluation_loader(context: RunContext, split: str) -> BatchLoader:
+    """This process's share of a split in order, cropped as for evaluation."""
+    size = min(EVALUATION_BATCH, max(1, len(context.dataset.labels(split)) // context.reducer.world_size))
+    return open_loader(context, split, size, train=False)
+
+
+def whole_split(context: RunContext, split: str) -> Batch:
+    """All images of a split on every process, in order, cropped as for evaluation."""
+    size = min(EVALUATION_BATCH, len(context.dataset.labels(split)))
+    loader = open_loader(context, split, size, train=False, whole=True)
+    try:
+        parts = list(loader.epoch(0))
+    finally:
+        loader.close()
+    return Batch(*(torch.cat([getattr(p, key) for p in parts]) for key in ("images", "labels", "index")))
+
+
+def open_loader(
+    context: RunContext,
+    split: str,
+    batch_size: int,
+    *,
+    train: bool,
+    backend: str | None = None,
+    sampling: str = "instance",
+    whole: bool = False,
+    view: int = 0,
+    classes: np.ndarray | None = None,
+) -> BatchLoader:
+    """A loader of this process's share of a split, or of the `whole` of it.
+
+    batch_size: per process. backend: default the recipe's. The other arguments are `make_loader`'s.
+    """
+    data = context.recipe.data
+    return make_loader(
+        context.dataset,
+        split,
+        backend=backend or data.loader,
+        batch_size=batch_size,
+        device=context.device,
+        train=train,
+        crop=crop_spec(data, train=train),
+        sampling=sampling,
+        seed=context.recipe.seed,
+        rank=0 if whole else context.reducer.rank,
+        world_size=1 if whole else context.reducer.world_size,
+        view=view,
+        num_workers=data.num_workers,
+        classes=classes,
+        dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
+    )
+
+
+def crop_spec(data: DataRecipe, *, train: bool) -> CropSpec:
+    """How stored images are cut for training, or for evaluation."""
+    if train:
+        return CropSpec(data.train_crop, data.image_size, scale=data.crop_scale, aspect=data.crop_aspect)
+    return CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio)
+
+
+def batch_size(stage: StageRecipe, split: str) -> int:
+    """Images of "train" or "meta" an iteration, over all processes."""
+    return stage.meta_batch_size or stage.batch_size if split == "meta" else stage.batch_size
+
+
+def stage_classes(context: RunContext, stage: StageRecipe) -> np.ndarray:
+    """The classes whose images a stage trains on: bool (C,)."""
+    if stage.classes == "all":
+        return np.ones(context.counts.num_classes, dtype=bool)
+    return context.counts.shot_masks()[stage.classes]
+
+
+def augmentations(data: DataRecipe) -> dict[str, list]:
+    """What the recipe asks for on the device, by the names of `STREAMS`."""
+    return {
+        "train": data.augment,
+        "meta": data.augment if data.meta_augment is None else data.meta_augment,
+        "second": data.augment if data.second_augment is None else data.second_augment,
+    }
+
+
+def make_augment(context: RunContext, stream: str, loader: BatchLoader) -> Augment:
+    """The device part of an augmentation: with crops, where the loader delivers whole stored images."""
+    data = context.recipe.data
+    specs = augmentations(data)[stream]
+    if data.train_crop == "random_resized" and not loader.crops:
+        specs = [{"random_resized_crop": {"scale": list(data.crop_scale), "ratio": list(data.crop_aspect)}}, *specs]
+    # Every process and each kind of batch draws from a stream of its own.
+    seed = 1_000_003 * context.recipe.seed + 3 * context.reducer.rank + STREAMS.index(stream)
+    return build_augment(
+        specs, image_size=data.image_size, mean=data.mean, std=data.std, seed=seed, device=context.device
+    )
+
+
+def normaliser(data: DataRecipe) -> Callable[[Tensor], Tensor]:
+    """Takes uint8 images to the float32 that the network sees, without augmentation."""
+    return partial(normalise, mean=data.mean, std=data.std, dtype=torch.float32)
+
+
+def endless(loader: BatchLoader, start: int) -> Iterator[Batch]:
+    """Batch after batch over all epochs, from batch number `start` counted from the first epoch."""
+    epoch, first = divmod(start, len(loader))
+    while True:
+        yield from loader.epoch(epoch, first)
+        epoch, first = epoch + 1, 0

@@ -1,0 +1,46 @@
+"""The optimizer of a stage and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlt.device.compiled import make_sgd
+from fastlt.recipe import StageRecipe
+from fastlt.run.context import RunContext
+from fastlt.run.schedule import learning_rate
+
+
+def make_optimizer(context: RunContext, stage: StageRecipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """SGD as the stage asks for. groups: of `Step.parameter_groups`."""
+    return make_sgd(
+        groups,
+        context.compile,
+        stage.lr,
+        context.device,
+        momentum=stage.momentum,
+        nesterov=stage.nesterov,
+        weight_decay=stage.weight_decay,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, stage: StageRecipe, position: float) -> None:
+    """Give every group its rate at `position`, in the unit of the stage's length."""
+    lr = learning_rate(
+        position,
+        length=stage.length,
+        lr=stage.lr,
+        schedule=stage.schedule,
+        warmup=stage.warmup,
+        warmup_from=stage.warmup_from,
+        milestones=stage.milestones,
+        gamma=stage.gamma,
+    )
+    for group in optimizer.param_groups:
+        value = lr * group.get("lr_factor", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)  # a captured iteration reads it there
+        else:
+            group["lr"] = value

@@ -1,0 +1,156 @@
+"""Everything that is refused before work: each check is a ValueError for the user."""
+
+from __future__ import annotations
+
+from fastlt.augment import check_augment, output_size
+from fastlt.losses import build_loss
+from fastlt.models import Classifier, check_padded_pooling
+from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
+from fastlt.run.context import RunContext, make_context
+from fastlt.run.folder import recipe_file
+from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
+from fastlt.steps import STEPS
+from loaders.factory import check_loader
+
+
+def prepare(recipe: Recipe) -> RunContext:
+    """The context of a run, after all checks that do without the model. ValueError for what they refuse."""
+    check_folder(recipe)
+    context = make_context(recipe)
+    check_dataset(context)
+    check_loaders(context)
+    return context
+
+
+def check_folder(recipe: Recipe) -> None:
+    """A run folder that holds a run of another recipe, or any run when `resume` is never."""
+    recorded = recipe_file(recipe.folder)
+    if not recorded.exists():
+        return
+    if recipe.resume == "never":
+        raise ValueError(
+            f"{recipe.folder} holds a run already and resume is never; "
+            "choose another name=..., delete the folder, or set resume=auto to go on with it"
+        )
+    changed = differences(load_recipe(recorded), recipe)
+    if changed:
+        raise ValueError(
+            f"{recipe.folder} holds a run of another recipe; it differs in (there and here)\n  "
+            + "\n  ".join(changed)
+            + "\nchoose another name=..., or delete the folder"
+        )
+
+
+def check_dataset(context: RunContext) -> None:
+    """What only the data set can tell: class count, and batches that are larger than their split."""
+    data, counts = context.recipe.data, context.counts
+    if data.num_classes is not None and data.num_classes != counts.num_classes:
+        raise ValueError(
+            f"data.num_classes is {data.num_classes}, but {context.dataset.root} has {counts.num_classes} "
+            "classes; leave the key out to take what is there, or convert the data set that is meant"
+        )
+    for name, stage in context.recipe.stages.items():
+        # Built again when its turn comes; here so that the last stage's mistake does not cost the first stage.
+        build_loss(stage.loss, counts, **stage.loss_options)
+        if not stage_classes(context, stage).any():
+            raise ValueError(
+                f"stages.{name}.classes is {stage.classes!r}, but {context.dataset.root} has no such class with "
+                f"data.shots {list(counts.shots)}; leave out the stage and what names it, or set other shots"
+            )
+        _check_batches(context, name, stage)
+
+
+def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
+    """Batches that their split cannot fill or that do not divide among the processes."""
+    processes = context.reducer.world_size
+    for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
+        if split == "meta" and not STEPS[stage.method].needs.meta_batch:
+            continue
+        size, labels = batch_size(stage, split), context.dataset.labels(split)
+        available = int(stage_classes(context, stage)[labels].sum()) if split == "train" else len(labels)
+        if size > available:
+            of = "" if stage.classes == "all" else f" of {stage.classes}-shot classes"
+            raise ValueError(
+                f"stages.{name}.{key} is {size}, but the {split} split has {available} images{of}; "
+                f"give {available} or fewer"
+            )
+        if size % processes:
+            raise ValueError(f"stages.{name}.{key} is {size}, which does not divide into {processes} processes")
+    if stage.sampling == "class_aware_4" and stage.batch_size // processes % 4:
+        raise ValueError(
+            f"stages.{name}.batch_size is {stage.batch_size} with sampling class_aware_4, which gives each "
+            f"process whole groups of 4 images of a class; give a multiple of {4 * processes}"
+        )
+
+
+def check_loaders(context: RunContext) -> None:
+    """What only the stored images can tell: a loader that cannot have them, and sizes that the recipe misses."""
+    data = context.recipe.data
+    kinds = [STEPS[stage.method] for stage in context.recipe.stages.values()]
+    specs = augmentations(data)
+    wanted = {"data.augment": ("train", specs["train"])}
+    if any(kind.needs.meta_batch for kind in kinds):
+        wanted["data.meta_augment"] = ("meta", specs["meta"])
+    if data.second_augment is not None:
+        wanted["data.second_augment"] = ("train", specs["second"])
+    for key, (split, chain) in wanted.items():
+        shape = _check_loader(context, split, train=True)
+        try:
+            shape = output_size(check_augment(chain, data.image_size), *shape)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        _check_image_size(context, split, shape, "data.train_crop=random_resized, or a random_crop in data.augment")
+    for split in ("meta", "test"):
+        _check_image_size(context, split, _check_loader(context, split, train=False), "data.eval_crop=center")
+
+
+def _check_loader(context: RunContext, split: str, *, train: bool) -> tuple[int, int]:
+    """(H, W) of the images as the loader gives them."""
+    return check_loader(
+        context.dataset,
+        split,
+        backend=context.recipe.data.loader,
+        device=context.device,
+        train=train,
+        crop=crop_spec(context.recipe.data, train=train),
+        world_size=context.reducer.world_size,
+    )
+
+
+def _check_image_size(context: RunContext, split: str, shape: tuple[int, int], advice: str) -> None:
+    size = context.recipe.data.image_size
+    if shape != (size, size):
+        raise ValueError(
+            f"data.image_size is {size}, but the images of the {split} split come to the network as "
+            f"{shape[0]}x{shape[1]}; set it to what they are, or cut them: {advice}"
+        )
+
+
+def check_model(context: RunContext, model: Classifier) -> None:
+    """What only the network can tell: options that name parts of it, and a trained head that is not there."""
+    recipe = context.recipe
+    if recipe.channels_last:
+        check_padded_pooling(model, context.device)
+    for name, stage in recipe.stages.items():
+        kind = STEPS[stage.method]
+        try:
+            kind.check_model(model, stage.options)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.options: {error}") from None
+        first = len(recipe.lineage(stage)) == 1
+        if first and kind.needs.trained_head and not model.head_is_trained:
+            raise ValueError(
+                f"stages.{name}.method is {stage.method!r}, which goes on from a trained head, but "
+                f"{recipe.model.checkpoint} has none for {context.counts.num_classes} classes and "
+                f"model.head={recipe.model.head}; use method crt for a new one, or another checkpoint"
+            )
+
+
+def check_trackers(context: RunContext) -> None:
+    """Trackers whose package is absent, over which Accelerate passes."""
+    there = {str(getattr(t, "value", t)) for t in context.accelerator.log_with}
+    absent = set(context.recipe.trackers) - there
+    if absent:
+        raise ValueError(
+            f"trackers: the packages of {sorted(absent)} are not installed; pip install them, or leave them out"
+        )

@@ -1,0 +1,84 @@
+"""Where a run stands, and the time it has taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastlt.state import Batch
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the checkpoint.
+
+    stage: position among the recipe's stages. iteration: within the stage. done: iterations over all stages.
+    images: trained on, by all processes.
+    best: validation top-1 of the stage's best checkpoint.
+    class_weights: (C,), the last that were logged; None before, and with methods that have none.
+    """
+
+    stage: int = 0
+    iteration: int = 0
+    done: int = 0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    images: int = 0
+    best: float = -1.0
+    class_weights: Tensor | None = None
+
+    def count(self, images: int) -> None:
+        """One more iteration is done, with so many images over all processes."""
+        self.iteration += 1
+        self.done += 1
+        self.images += images
+
+    def next_stage(self) -> None:
+        """The stage is done."""
+        self.stage, self.iteration, self.best = self.stage + 1, 0, -1.0
+
+    @property
+    def img_s(self) -> float:
+        return self.images / self.train_s
+
+    @property
+    def data_wait_share(self) -> float:
+        """The part of the training time in which the loop waited for training batches."""
+        return self.wait_s / self.train_s
+
+
+class Stopwatch:
+    """Adds to a progress the time of training, and in it the time of waiting for batches."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.since = time.perf_counter()
+
+    def start(self) -> None:
+        """Leave out the time since the last `lap`."""
+        self.since = time.perf_counter()
+
+    def lap(self) -> None:
+        """Add the time since `start` or the last `lap`."""
+        now = time.perf_counter()
+        self.progress.train_s += now - self.since
+        self.since = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is left out."""
+        self.lap()
+        yield
+        self.start()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, with the time spent waiting for each added to the progress."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            self.progress.wait_s += time.perf_counter() - started
+            yield batch

@@ -1,0 +1,169 @@
+"""From a stage of the recipe to a model and a step that train it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastlt.device.compiled import Compiler
+from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.models import Classifier, build_model
+from fastlt.models.sync_batch_norm import synchronise_batch_norm
+from fastlt.recipe import StageRecipe
+from fastlt.run import checkpoint
+from fastlt.run.context import RunContext
+from fastlt.run.folder import best_checkpoint
+from fastlt.run.loading import (
+    StageLoaders,
+    make_augment,
+    normaliser,
+    open_stage_loaders,
+    stage_classes,
+    whole_split,
+)
+from fastlt.run.optimizers import make_optimizer, set_learning_rate
+from fastlt.steps import STEPS, StageModel, Step, StepParts
+
+TrainingImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is ready to be trained. Its lengths are in iterations."""
+
+    name: str
+    recipe: StageRecipe
+    step: Step
+    loaders: StageLoaders
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.loaders.train)
+
+    @property
+    def unit(self) -> int:
+        """Iterations in one unit of the recipe's lengths."""
+        return self.per_epoch if self.recipe.epochs is not None else 1
+
+    @property
+    def iterations(self) -> int:
+        return self.recipe.length * self.unit
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.recipe.evaluate_every * self.unit
+
+    def begin(self, iteration: int) -> None:
+        """Before an iteration: tell the step of a new epoch, and set the learning rate."""
+        if iteration % self.per_epoch == 0:
+            self.step.start_epoch(iteration // self.per_epoch)
+        self.set_learning_rate(iteration)
+
+    def set_learning_rate(self, iteration: int) -> None:
+        """Give the optimizer the learning rate of an iteration."""
+        set_learning_rate(self.step.optimizer, self.recipe, iteration / self.unit)
+
+
+def build_stage(
+    context: RunContext,
+    name: str,
+    model: Classifier,
+    *,
+    training_images: TrainingImages,
+    backends: Mapping[str, str] | None = None,
+) -> Stage:
+    """Open the loaders of a stage and make the step that trains `model`, which `prepare_model` has been given.
+
+    training_images: see `StepParts`. backends: see `open_stage_loaders`.
+    """
+    stage = context.recipe.stages[name]
+    kind, options = STEPS[stage.method], stage.options
+    optimizer = make_optimizer(context, stage, kind.parameter_groups(model, options))
+    loaders = open_stage_loaders(context, stage, backends)
+    parts = StepParts(
+        model=model,
+        class_accuracy=_class_accuracy(context, stage) if kind.needs.class_accuracy else None,
+        loss=build_loss(stage.loss, context.counts, **stage.loss_options).to(context.device),
+        optimizer=optimizer,
+        augment=make_augment(context, "train", loaders.train),
+        meta_augment=None if loaders.meta is None else make_augment(context, "meta", loaders.meta),
+        second_augment=make_augment(context, "second", loaders.train) if kind.needs.second_view else None,
+        training_images=training_images if kind.needs.training_images else None,
+        class_counts=context.counts,
+        autocast=context.autocast,
+        reducer=context.reducer,
+        compiler=Compiler(context.compile),
+        trained_classes=stage_classes(context, stage),
+        stage_models={earlier: stage_model(context, earlier) for earlier in kind.models_of_stages(options)},
+    )
+    return Stage(name, stage, kind(parts, options), loaders)
+
+
+def new_model(context: RunContext, *, weights: bool = True) -> Classifier:
+    """The recipe's model as a first stage gets it; without `weights`, at random also where a file holds some."""
+    recipe = context.recipe
+    asked = vars(recipe.model) if weights else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
+    model = build_model(**asked, num_classes=context.counts.num_classes, image_size=recipe.data.image_size)
+    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    return model.to(context.device).to(memory_format=memory_format)
+
+
+def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) -> Classifier:
+    """The model in the form that a stage trains: `model`, changed in place, or a new one where the stage starts afresh.
+
+    To resume in a later stage, take the model through its whole lineage.
+    """
+    recipe = context.recipe
+    position = next(i for i, one in enumerate(recipe.stages.values()) if one is stage)
+    if stage.start == "fresh" and position > 0:
+        # Weights of its own, the same on every process, and the default generator stays where it is: a run that
+        # resumes comes through here too.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1_000_003 * recipe.seed + position)
+            model = new_model(context)
+    STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
+    if recipe.sync_batch_norm and context.reducer.world_size > 1:
+        synchronise_batch_norm(model, context.reducer)
+    return model
+
+
+def stage_model(context: RunContext, name: str) -> StageModel:
+    """The model that an earlier stage left, read from its best checkpoint."""
+    recipe, path = context.recipe, best_checkpoint(context.folder, name)
+    if not path.is_file():
+        raise ValueError(f"{path} is not there, the best of stages.{name}, which is trained first: run all stages")
+    with torch.random.fork_rng(devices=[]):
+        model = new_model(context, weights=False)
+    for before in recipe.lineage(recipe.stages[name]):
+        STEPS[before.method].prepare_model(model, before.options, seed=recipe.seed)
+    model.load_state_dict(checkpoint.load(path, context.device)["model"])
+    return StageModel(model.requires_grad_(False).eval(), stage_classes(context, recipe.stages[name]))
+
+
+def _class_accuracy(context: RunContext, stage: StageRecipe) -> ClassAccuracy:
+    everything = whole_split(context, "meta")
+    return ClassAccuracy(
+        everything.images,
+        everything.labels,
+        context.counts.num_classes,
+        prepare=normaliser(context.recipe.data),
+        refresh=stage.accuracy.refresh,
+        window=stage.accuracy.window,
+        batch_size=stage.accuracy.batch_size,
+        reducer=context.reducer,
+        autocast=_accuracy_autocast(context, stage),
+    )
+
+
+def _accuracy_autocast(context: RunContext, stage: StageRecipe) -> Callable[[], AbstractContextManager]:
+    """Makes the context in which the meta set is scored: in the recipe's precision unless the stage has another."""
+    precision = stage.accuracy.precision
+    if precision is None:
+        return context.autocast
+    return partial(torch.autocast, context.device.type, torch.bfloat16, enabled=precision == "bf16")
