@@ -23,6 +23,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("fastlt.train", "train what a recipe describes"),
+    "launch": Command("fastlt.commands.launch", "train in several processes, one for each device"),
     "check": Command("fastlt.commands.check", "check a recipe and print it with every default filled in"),
     "convert": Command("fastlt.commands.convert", "convert a data set once, so that training reads it at full speed"),
     "verify": Command("fastlt.commands.verify", "read a converted data set back and check all of it"),

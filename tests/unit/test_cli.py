@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from fastlt import __version__, cli
 from fastlt.commands.benchmark import BENCHMARKS
 from fastlt.recipe import load_recipe
 from fastlt.recipe.locations import SHIPPED, find_recipe, shipped_names
+from fastlt.run.checkpoint import LAST
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
@@ -172,3 +176,52 @@ def test_the_wheel_holds_the_command_the_packages_and_the_recipes(tmp_path):
     assert "name: digits_lt" in fastlt("check", "digits_lt")
     assert "cifar100_lt_crt" in fastlt("reproduce", "table8", "--list")
     assert (installed / "bin" / "fastlt").is_file()
+
+
+LAUNCH = [sys.executable, "-m", "fastlt", "launch", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def test_launched_training_refuses_a_recipe_in_one_line_and_with_code_2(tmp_path):
+    done = subprocess.run(
+        [*LAUNCH, "digits_lt", "seed=x", f"runs={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["fastlt: seed: is a string ('x'); allowed: an integer"]
+
+
+def test_what_cannot_be_launched_is_refused(capsys):
+    for words, message in (([], "required: RECIPE"), (["--multi_gpu", "--tpu", "digits_lt"], "one of")):
+        try:
+            code = cli.main(["launch", "--num_processes", "1", *words])
+        except SystemExit as stopped:
+            code = stopped.code
+        told = capsys.readouterr().err
+        assert code == 2
+        assert "fastlt launch: error: " in told
+        assert message in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stop_of_launched_training_leaves_a_checkpoint_to_go_on_from(number, digits_words, tmp_path):
+    """To the launcher's whole group, as a terminal sends Ctrl-C: the training gets it once."""
+    words = [*digits_words, "stages.end_to_end.iterations=100000"]
+    process = subprocess.Popen(
+        [*LAUNCH, "digits_lt", *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = tmp_path / "runs" / "digits_lt" / "log.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.is_file() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    told, mistakes = process.communicate(timeout=90)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in mistakes
+    assert "the same command goes on from there" in told
+    assert (log.parent / "checkpoints" / LAST).exists()
