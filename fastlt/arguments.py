@@ -11,7 +11,12 @@ def typed(prog: str) -> str:
     return f"python tools/{prog}" if prog.split()[0].endswith(".py") else prog
 
 
-def make_parser(doc: str, name: str, prog: str, usage: str | None = None) -> argparse.ArgumentParser:
+def show(doc: str | None, name: str, prog: str) -> str:
+    """A module's docstring with the command `name` as the user types it; "" of Python's -OO, which drops docstrings."""
+    return (doc or "").strip().replace(name, typed(prog))
+
+
+def make_parser(doc: str | None, name: str, prog: str, usage: str | None = None) -> argparse.ArgumentParser:
     """A parser whose help is a module's docstring.
 
     name: how the docstring writes the command, `fastlt report`. prog: how the user called it, that or `report.py`, a
@@ -20,7 +25,7 @@ def make_parser(doc: str, name: str, prog: str, usage: str | None = None) -> arg
     return argparse.ArgumentParser(
         prog=prog,
         usage=usage,
-        description=doc.replace(name, typed(prog)),
+        description=show(doc, name, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "ensemble": Command("fastlt.commands.ensemble", "evaluate finished runs together"),
     "reproduce": Command("fastlt.commands.reproduce", "run the rows of the paper's tables, our numbers beside them"),
     "benchmark": Command("fastlt.commands.benchmark", "measure what fastlt claims, on your machine"),
+    "recipe-reference": Command("fastlt.commands.recipe_reference", "print the page of all recipe keys"),
 }
 
 

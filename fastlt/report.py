@@ -42,9 +42,9 @@ def label(group: list[tuple[Recipe, dict[str, Any]]]) -> str:
 
 def spread(values: list[float | None], scale: float = 100.0) -> str:
     """`mean ± sample standard deviation`; the mean alone for one run; a dash where nothing was measured."""
-    if any(v is None for v in values):
+    scaled = [scale * v for v in values if v is not None]
+    if len(scaled) < len(values):
         return "-"
-    scaled = [scale * v for v in values]
     mean = f"{statistics.mean(scaled):.2f}"
     return mean if len(scaled) == 1 else f"{mean} ± {statistics.stdev(scaled):.2f}"
 

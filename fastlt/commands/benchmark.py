@@ -12,7 +12,7 @@ Each command has its own --help; --json prints one JSON object instead of a tabl
 
 from __future__ import annotations
 
-from fastlt.arguments import typed
+from fastlt.arguments import show
 from fastlt.commands import run
 from fastlt.names import pick
 
@@ -31,7 +31,7 @@ BENCHMARKS = {
 def main(words: list[str], prog: str = NAME) -> int:
     """Run the benchmark that the first word names with the words after it; returns the exit code."""
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__.strip().replace(NAME, typed(prog)))
+        print(show(__doc__, NAME, prog))
         return 0 if words else 2
     name, *rest = words
     return run(pick("benchmark", name, BENCHMARKS), rest, f"{prog} {name}")

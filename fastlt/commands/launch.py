@@ -19,6 +19,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+from fastlt.arguments import show
+
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 NAME = "fastlt launch"
 # Seconds that torch's launcher lets its processes save a checkpoint in before it kills them; 30 by default.
@@ -35,7 +37,7 @@ class TrainingEnded(BaseException):
 def main(words: list[str], prog: str = NAME) -> int:
     """Launch, wait, and return the exit code of the training; ValueError for options that do not go together."""
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        print(show(__doc__, NAME, prog))
         return 0 if words else 2
 
     from accelerate.commands import launch
@@ -46,8 +48,9 @@ def main(words: list[str], prog: str = NAME) -> int:
     # Accelerate's own drops the exit code, and the signals that it gets.
     launch.simple_launcher = one_process
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
-    # Of failed processes torch's launcher reports at length; they have said themselves what is wrong.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Torch's launcher reports at length of processes that failed or were stopped; they have said so themselves.
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         launch.launch_command(given)
     except TrainingEnded as ended:

@@ -28,7 +28,7 @@ def ended_by_signals() -> Iterator[None]:
     dropped: list[type[BaseException]] = []
     report = sys.unraisablehook
 
-    def keep(unraisable: object) -> None:
+    def keep(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, Terminated | KeyboardInterrupt):
             dropped.append(unraisable.exc_type)
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)

@@ -36,7 +36,8 @@ def check(folder: Path, workers: int | None, progress: bool, prog: str) -> int:
         dataset = ConvertedDataset.open(folder.expanduser())
         problems = verify(dataset, num_workers=workers, progress=progress)
     except DamageError as error:
-        problems = [str(error)]
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
     for problem in problems:
         print(f"{prog}: {problem}", file=sys.stderr)
     if problems:

@@ -53,7 +53,7 @@ class TrainingRun:
 
     def prepare(self) -> None:
         """Make the run folder stand where the first run ended: the trainer resumes there, bit for bit."""
-        if not self.needs:
+        if self.first is None or not self.needs:
             return
         part = self.folder.with_name(f"{self.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -110,10 +110,14 @@ Run = TrainingRun | EnsembleRun
 def plan_run(cell: Cell, runs: Path, seed: int) -> Run:
     """The run of a cell under a seed, with those that it needs."""
     if not cell.members:
-        return _plan(cell.path, [*cell.overrides, f"runs={runs}", f"seed={seed}"])
-    members = tuple(plan_run(member, runs, seed) for member in cell.members)
+        return _plan_alone(cell, runs, seed)
+    members = tuple(_plan_alone(member, runs, seed) for member in cell.members)
     identity = f"{_digest([m.identity for m in members])}-{seed}"
     return EnsembleRun(members, identity, f"{cell.recipe}-{identity}")
+
+
+def _plan_alone(cell: Cell, runs: Path, seed: int) -> TrainingRun:
+    return _plan(cell.path, [*cell.overrides, f"runs={runs}", f"seed={seed}"])
 
 
 def _plan(path: Path, words: list[str]) -> TrainingRun:
