@@ -77,9 +77,8 @@ class Step(Replayable, Generic[OptionsT]):
     """One training iteration: `step(batch, meta_batch) -> StepOutput`, with everything it has to remember.
 
     Subclasses implement `__call__`, name the class of their recipe options twice, as `Step[…]` for the type checker and
-    as `Options` for the recipe, and say what they need. A method that
-    trains a part of the model only, or changes it first, overrides `prepare_model`, `parameter_groups` and
-    `train_mode`; the trainer calls them in this order.
+    as `Options` for the recipe, and say what they need. A method that trains a part of the model only, or changes it
+    first, overrides `prepare_model`, `parameter_groups` and `train_mode`; the run calls them in this order.
 
     needs, allows: what a recipe and the trainer have to know of a method before they make a step.
     """
@@ -99,6 +98,8 @@ class Step(Replayable, Generic[OptionsT]):
         self.epoch = 0
         model, loss = parts.model, parts.loss
         self.compiled_losses = parts.compiler(lambda images, labels: loss(model(images), labels))
+
+    # Asked of the class, before a step is made: while the recipe is checked, then with the model of the stage.
 
     @classmethod
     def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
@@ -131,6 +132,8 @@ class Step(Replayable, Generic[OptionsT]):
         """Names of the earlier stages whose best models the step wants, as `parts.stage_models`."""
         return ()
 
+    # Called by the run.
+
     def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:
         """See the training set once before the first iteration; for methods that need it.
 
@@ -150,15 +153,49 @@ class Step(Replayable, Generic[OptionsT]):
         """What the user is told at the start of the stage: things that cost something and can be changed."""
         return ()
 
-    @property
-    def class_accuracy(self) -> ClassAccuracy:
-        """A on the meta set, of a method that needs it."""
-        assert self.parts.class_accuracy is not None, "needs.class_accuracy is not set"
-        return self.parts.class_accuracy
+    def start_epoch(self, epoch: int) -> None:
+        """Called by the trainer before the first iteration of every epoch."""
+        self.epoch = epoch
+        self.loss.on_epoch(epoch)
+        if self.parts.class_accuracy is not None:
+            self.parts.class_accuracy.start_epoch()
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         """Train on one batch. Changes the model, the optimizer and the step's own state; does not synchronise."""
         raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """Everything that the next iteration depends on, apart from the batches."""
+        parts = self.parts
+        return {
+            "epoch": self.epoch,
+            "model": parts.model.state_dict(),
+            "loss": parts.loss.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            "augment": parts.augment.state_dict(),
+            "meta_augment": parts.meta_augment.state_dict() if parts.meta_augment else None,
+            "class_accuracy": parts.class_accuracy.state_dict() if parts.class_accuracy else None,
+            "second_augment": parts.second_augment.state_dict() if parts.second_augment else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        parts = self.parts
+        parts.model.load_state_dict(state["model"])
+        parts.loss.load_state_dict(state["loss"])
+        # In mid-epoch the trainer does not start the epoch again; what a loss derives from it is not in its state.
+        self.epoch = state["epoch"]
+        parts.loss.on_epoch(self.epoch)
+        load_optimizer(parts.optimizer, state["optimizer"])
+        parts.augment.load_state_dict(state["augment"])
+        if parts.meta_augment:
+            parts.meta_augment.load_state_dict(state["meta_augment"])
+        if parts.class_accuracy:
+            parts.class_accuracy.load_state_dict(state["class_accuracy"])
+        if parts.second_augment:
+            parts.second_augment.load_state_dict(state["second_augment"])
+
+    # Asked where iterations are compiled, or captured and replayed; see `Replayable` for the rest.
 
     def why_not_compiled(self) -> str | None:
         """Why `parts.compiler` cannot serve this step, None when it can."""
@@ -174,17 +211,18 @@ class Step(Replayable, Generic[OptionsT]):
     def variant(self) -> Hashable:
         return self.uses_meta_batch(), super().variant()
 
+    # For the methods: the parts of an iteration.
+
+    @property
+    def class_accuracy(self) -> ClassAccuracy:
+        """A on the meta set, of a method that needs it."""
+        assert self.parts.class_accuracy is not None, "needs.class_accuracy is not set"
+        return self.parts.class_accuracy
+
     @property
     def lr(self) -> float | Tensor:
         """The current learning rate, alpha of Eq. 9; 0-d on the device where iterations are captured."""
         return self.optimizer.param_groups[0]["lr"]
-
-    def start_epoch(self, epoch: int) -> None:
-        """Called by the trainer before the first iteration of every epoch."""
-        self.epoch = epoch
-        self.loss.on_epoch(epoch)
-        if self.parts.class_accuracy is not None:
-            self.parts.class_accuracy.start_epoch()
 
     def losses(self, images: Tensor, labels: Tensor) -> Tensor:
         """Per-sample losses (b,) of augmented images; in training mode this moves BatchNorm's running statistics.
@@ -221,37 +259,6 @@ class Step(Replayable, Generic[OptionsT]):
     def descend(self, objective: Tensor) -> None:
         """One optimizer step down the gradient of `objective`, averaged over processes; frees its graph."""
         self.apply(self.gradients(objective, self.parameters))
-
-    def state_dict(self) -> dict:
-        """Everything that the next iteration depends on, apart from the batches."""
-        parts = self.parts
-        return {
-            "epoch": self.epoch,
-            "model": parts.model.state_dict(),
-            "loss": parts.loss.state_dict(),
-            "optimizer": parts.optimizer.state_dict(),
-            "augment": parts.augment.state_dict(),
-            "meta_augment": parts.meta_augment.state_dict() if parts.meta_augment else None,
-            "class_accuracy": parts.class_accuracy.state_dict() if parts.class_accuracy else None,
-            "second_augment": parts.second_augment.state_dict() if parts.second_augment else None,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict` was taken."""
-        parts = self.parts
-        parts.model.load_state_dict(state["model"])
-        parts.loss.load_state_dict(state["loss"])
-        # In mid-epoch the trainer does not start the epoch again; what a loss derives from it is not in its state.
-        self.epoch = state["epoch"]
-        parts.loss.on_epoch(self.epoch)
-        load_optimizer(parts.optimizer, state["optimizer"])
-        parts.augment.load_state_dict(state["augment"])
-        if parts.meta_augment:
-            parts.meta_augment.load_state_dict(state["meta_augment"])
-        if parts.class_accuracy:
-            parts.class_accuracy.load_state_dict(state["class_accuracy"])
-        if parts.second_augment:
-            parts.second_augment.load_state_dict(state["second_augment"])
 
 
 def check_not_negative(options: Any, *names: str) -> None:
