@@ -17,7 +17,7 @@ from fastlt import __version__, cli
 from fastlt.commands.benchmark import BENCHMARKS
 from fastlt.recipe import load_recipe
 from fastlt.recipe.locations import SHIPPED, find_recipe, shipped_names
-from fastlt.run.checkpoint import LAST
+from fastlt.run.folder import last_checkpoint, log_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
@@ -214,7 +214,7 @@ def test_a_stop_of_launched_training_leaves_a_checkpoint_to_go_on_from(number, d
         text=True,
         start_new_session=True,
     )
-    log = tmp_path / "runs" / "digits_lt" / "log.jsonl"
+    log = log_file(tmp_path / "runs" / "digits_lt")
     deadline = time.monotonic() + 200
     while not (log.is_file() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -224,4 +224,4 @@ def test_a_stop_of_launched_training_leaves_a_checkpoint_to_go_on_from(number, d
     assert process.returncode == 128 + number
     assert "Traceback" not in mistakes
     assert "the same command goes on from there" in told
-    assert (log.parent / "checkpoints" / LAST).exists()
+    assert last_checkpoint(log.parent).exists()
