@@ -1,4 +1,4 @@
-"""What every loss shares: the base class, the precision, and the check of an option's value."""
+"""Common to all losses: the base class, the precision, and the check of an option's value."""
 
 from __future__ import annotations
 

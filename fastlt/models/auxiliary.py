@@ -1,4 +1,4 @@
-"""What some methods train beside backbone and head, as `Classifier.auxiliary`: evaluation does without it."""
+"""Modules that some methods train beside backbone and head, as `Classifier.auxiliary`; evaluation ignores them."""
 
 from __future__ import annotations
 

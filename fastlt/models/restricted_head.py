@@ -1,4 +1,4 @@
-"""A head that knows some of the classes: what an expert for a part of them predicts with."""
+"""A head that knows some of the classes: that of an expert for a part of them."""
 
 from __future__ import annotations
 

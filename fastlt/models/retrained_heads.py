@@ -1,4 +1,4 @@
-"""What decoupled training does to a trained head: start it anew, scale its logits, shorten its weights."""
+"""Decoupled training on a trained head: start the head anew, scale its logits, shorten its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one iteration is: one file a method, all in one table."""
+"""One iteration of each method: one file a method, all in one table."""
 
 from __future__ import annotations
 

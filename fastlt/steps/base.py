@@ -1,4 +1,4 @@
-"""What every step shares: one forward of the training batch, one descent on the model's parameters."""
+"""Common to all steps: one forward of the training batch, one descent on the model's parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every meta-learned weighting shares: one forward of the batch, the lookahead, the meta loss, the tangent."""
+"""Common to all meta-learned weightings: one forward of the batch, the lookahead, the meta loss, the tangent."""
 
 from __future__ import annotations
 
