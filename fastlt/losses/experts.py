@@ -1,4 +1,4 @@
-"""Two terms of RIDE (Wang et al. 2021) beside the experts' losses: diversity between them, and a teacher's knowledge."""
+"""Two terms of RIDE (Wang et al. 2021) beside the experts' losses: diversity between them, a teacher's knowledge."""
 
 from __future__ import annotations
 
