@@ -62,7 +62,7 @@ def driver_loss(difficulty: Tensor, accuracy: Tensor, target: str) -> Tensor:
 
 
 def difficulty_gradient_loss(
-    net: DifficultyNet, accuracy: Tensor, class_gradient: Tensor, driver_weight: float, target: str
+    net: nn.Module, accuracy: Tensor, class_gradient: Tensor, driver_weight: float, target: str
 ) -> tuple[Tensor, Tensor]:
     """A scalar whose gradient in theta is that of Eq. 10, L_meta(phi_hat(theta)) + lambda * L_driver(theta).
 

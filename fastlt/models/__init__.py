@@ -1,8 +1,8 @@
 """Backbones and heads; importing this registers ours with timm."""
 
 from fastlt.models import cifar_resnet, resnet10  # noqa: F401  (registers)
-from fastlt.models.classifier import Classifier, ExpertClassifier, build_model, check_model, forward_mode_safe
-from fastlt.models.heads import HEADS, CosineHead, LinearHead
+from fastlt.models.classifier import Classifier, ExpertClassifier, build_model, check_model, forward_mode_safe, head_of
+from fastlt.models.heads import HEADS, CosineHead, Head, LinearHead
 from fastlt.models.padded_pooling import check_padded_pooling
 
 __all__ = [
@@ -10,9 +10,11 @@ __all__ = [
     "Classifier",
     "CosineHead",
     "ExpertClassifier",
+    "Head",
     "LinearHead",
     "build_model",
     "check_model",
     "check_padded_pooling",
     "forward_mode_safe",
+    "head_of",
 ]

@@ -130,6 +130,15 @@ class ExpertClassifier(Classifier[ExpertBackbone, ExpertHead]):
         return other.eval().requires_grad_(False)
 
 
+KindT = TypeVar("KindT", bound=nn.Module)
+
+
+def head_of(model: Classifier, kind: type[KindT]) -> KindT:
+    """The head of `model`, which a method or an earlier stage has made one of `kind`."""
+    assert isinstance(model.head, kind), type(model.head)
+    return model.head
+
+
 def _wide(logits: Tensor) -> Tensor:
     # Half types have too few digits for a mean that is to be compared with its terms.
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

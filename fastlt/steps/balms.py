@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,17 +36,24 @@ def gumbel(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> 
     return -waiting.clamp_min_(torch.finfo(like.dtype).tiny).log_()
 
 
-def sgd_direction(optimizer: torch.optim.SGD, parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+def sgd_direction(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: list[Tensor]
+) -> list[Tensor]:
     """What `optimizer` would multiply by its learning rate and subtract, given these gradients; changes nothing.
 
     The optimizer has one group and is SGD with weight decay and (not Nesterov's) momentum.
     """
     (group,) = optimizer.param_groups
-    decayed = torch._foreach_add(gradients, [p.detach() for p in parameters], alpha=group["weight_decay"])
+    decayed = torch._foreach_add(  # pyright: ignore[reportPrivateImportUsage]  # public all the same
+        gradients, [p.detach() for p in parameters], alpha=group["weight_decay"]
+    )
     buffers = [optimizer.state[p].get("momentum_buffer") for p in parameters]
     if group["momentum"] == 0 or any(b is None for b in buffers):
         return list(decayed)
-    return list(torch._foreach_add(decayed, buffers, alpha=group["momentum"]))
+    moved = torch._foreach_add(  # pyright: ignore[reportPrivateImportUsage]  # public all the same
+        decayed, buffers, alpha=group["momentum"]
+    )
+    return list(moved)
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,14 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
         with self.parts.autocast(), torch.no_grad():
             return self.model.features(images).to(self.rate_logits.dtype)
 
-    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Per-sample losses (b,) of features."""
+    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Per-sample losses (b,) of features (b, D)."""
         self.loss.draw(len(labels))
         with self.parts.autocast():
-            return self.loss(self.network(features), labels)
+            return self.loss(self.network(inputs), labels)
 
-    def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        assert meta_batch is not None, "needs.meta_batch is not set"
         noise = self._noise(max(1, len(batch) // self.options.pool_factor), len(batch))
         with torch.no_grad():
             scores = F.logsigmoid(self.rate_logits)[batch.labels] + noise

@@ -224,14 +224,16 @@ class Step(Replayable, Generic[OptionsT]):
         """The current learning rate, alpha of Eq. 9; 0-d on the device where iterations are captured."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Per-sample losses (b,) of augmented images; in training mode this moves BatchNorm's running statistics.
+    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Per-sample losses (b,) of augmented images, or of what the method's network takes in their place.
+
+        In training mode this moves BatchNorm's running statistics.
 
         A loss with random numbers of its own draws them here, once: every later evaluation on this batch sees the same.
         """
         self.loss.draw(len(labels))
         with self.parts.autocast():
-            return self.compiled_losses(images, labels)
+            return self.compiled_losses(inputs, labels)
 
     def mean_loss(self, losses: Tensor, labels: Tensor) -> Tensor:
         """The mean of per-sample losses (b,) as the loss's authors take it, over the batches of all processes: 0-d."""

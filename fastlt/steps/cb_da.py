@@ -69,12 +69,13 @@ class CbDaStep(MetaStep[CbDaOptions]):
     def uses_meta_batch(self) -> bool:
         return self.epoch >= self.options.from_epoch
 
-    def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         run = self.training_pass(batch)
         if not self.uses_meta_batch():
             objective = run.losses.mean()
             self.descend(objective)
             return StepOutput(objective.detach())
+        assert meta_batch is not None, "needs.meta_batch is not set"
         weights = self.balanced[run.labels]
         size = len(run.labels) * self.reducer.world_size
         own_gradient, meta_loss = self.per_sample_gradient(run, weights, meta_batch, lr=self.lr * size)

@@ -64,7 +64,7 @@ class CdbStep(Step[CdbOptions]):
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         accuracy = self.class_accuracy.update(self.model)
-        tau = dynamic_tau(accuracy) if self.options.tau == "dynamic" else self.options.tau
+        tau = dynamic_tau(accuracy) if isinstance(self.options.tau, str) else self.options.tau
         weights = torch.ones_like(accuracy) if self.untrained else cdb_weights(accuracy, tau)
         losses = self.losses(self.parts.augment(batch.images), batch.labels)
         objective = (weights[batch.labels] * losses).mean()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlt.losses import LOSSES
-from fastlt.models import Classifier
+from fastlt.models import Classifier, head_of
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts, check_not_negative
@@ -54,11 +54,11 @@ class DecoupledStep(Step[OptionsT]):
         self.model.train()
         self.model.backbone.eval()
 
-    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
         self.loss.draw(len(labels))
         with self.parts.autocast():
             with torch.no_grad():
-                features = self.model.features(images)
+                features = self.model.features(inputs)
             return self.loss(self.model.head(self.model.dropout(features)), labels)
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
@@ -87,8 +87,8 @@ class LwsStep(DecoupledStep[OptionsT]):
 
     @classmethod
     def prepare_head(cls, model: Classifier, seed: int) -> None:
-        model.head = ScaledHead(model.head)
-        model.head.scale.requires_grad_(True)
+        model.head = head = ScaledHead(model.head)
+        head.scale.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,17 @@ class LasStep(LwsStep[LasOptions]):
     @classmethod
     def prepare_model(cls, model: Classifier, options: LasOptions, *, seed: int) -> None:
         super().prepare_model(model, options, seed=seed)
-        model.head.requires_grad_(options.head_lr_factor > 0)
-        model.head.scale.requires_grad_(True)
+        head = head_of(model, ScaledHead)
+        head.requires_grad_(options.head_lr_factor > 0)
+        head.scale.requires_grad_(True)
 
     @classmethod
     def parameter_groups(cls, model: Classifier, options: LasOptions) -> list[dict[str, Any]]:
         # The scales first: the learning rate that is logged is the first group's.
-        groups = [{"params": [model.head.scale]}]
+        head = head_of(model, ScaledHead)
+        groups: list[dict[str, Any]] = [{"params": [head.scale]}]
         if options.head_lr_factor > 0:
-            groups.append({"params": list(model.head.inner.parameters()), "lr_factor": options.head_lr_factor})
+            groups.append({"params": list(head.inner.parameters()), "lr_factor": options.head_lr_factor})
         return groups
 
     def train_mode(self) -> None:
@@ -212,15 +214,16 @@ class TauNormStep(DecoupledStep[TauNormOptions]):
 
     def __init__(self, parts: StepParts, options: TauNormOptions | None = None) -> None:
         super().__init__(parts, options)
-        self.trained = self.model.head.weight.detach().clone()
+        self.trained = head_of(self.model, nn.Linear).weight.detach().clone()
         self.tried = 0
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         tau = self.options.grid[self.tried]
         self.tried += 1
         with torch.no_grad():
-            self.model.head.weight.copy_(tau_normalised(self.trained, tau))
-            self.model.head.bias.zero_()
+            head = head_of(self.model, nn.Linear)
+            head.weight.copy_(tau_normalised(self.trained, tau))
+            head.bias.zero_()
             loss = self.losses(self.parts.augment(batch.images), batch.labels).mean()
         return StepOutput(loss, metrics={"tau": torch.tensor(tau)})
 

@@ -74,8 +74,8 @@ class DroLtStep(Step[DroLtOptions]):
 
     @classmethod
     def prepare_model(cls, model: Classifier, options: DroLtOptions, *, seed: int) -> None:
-        like = model.head.weight
-        model.auxiliary = ClassRadii(like.shape[0], options.radius).to(device=like.device, dtype=like.dtype)
+        like = next(model.head.parameters())
+        model.auxiliary = ClassRadii(model.head.out_features, options.radius).to(device=like.device, dtype=like.dtype)
         model.requires_grad_(True)
         model.head.requires_grad_(False)
 
@@ -85,10 +85,12 @@ class DroLtStep(Step[DroLtOptions]):
 
     def __init__(self, parts: StepParts, options: DroLtOptions | None = None) -> None:
         super().__init__(parts, options)
+        assert isinstance(self.model.auxiliary, ClassRadii), type(self.model.auxiliary)
         self.radius = self.model.auxiliary.radius
         counts = torch.from_numpy(parts.class_counts.counts).to(self.radius)
         self.class_weights = counts / counts.max()
-        self.centroids = torch.zeros_like(self.model.head.weight)
+        head = self.model.head
+        self.centroids = self.radius.new_zeros(head.out_features, head.in_features)
 
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
@@ -123,6 +125,7 @@ class DroLtStep(Step[DroLtOptions]):
 
     def _class_means(self) -> Tensor:
         """Mean features of each class over the training set of all processes: (C, D). Moves nothing of the model."""
+        assert self.parts.training_images is not None, "needs.training_images is not set"
         sums = torch.zeros_like(self.centroids)
         counts = sums.new_zeros(len(sums))
         with evaluation_mode(self.model):

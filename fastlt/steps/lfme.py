@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlt.losses.base import at_least_float32
-from fastlt.models import Classifier
+from fastlt.models import Classifier, head_of
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts, check_not_negative
@@ -42,7 +42,7 @@ class ExpertStep(PlainStep):
     def __init__(self, parts: StepParts, options: StepOptions | None = None) -> None:
         super().__init__(parts, options)
         if parts.trained_classes is not None:
-            self.model.head.known.copy_(torch.from_numpy(parts.trained_classes))
+            head_of(self.model, RestrictedHead).known.copy_(torch.from_numpy(parts.trained_classes))
 
 
 @dataclass(frozen=True)

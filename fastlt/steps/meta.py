@@ -134,7 +134,9 @@ class MetaStep(Step[OptionsT]):
         lr = self.lr if lr is None else lr
         ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
         if self.lean:
+            assert run.record is not None, "lean records every training pass"
             run.record.release()  # the meta batch's activations are about to come on top of the training batch's
+        assert self.parts.meta_augment is not None, "needs.meta_batch is not set"
         meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
             meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels)
@@ -337,7 +339,8 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         """What the log shows of every class."""
         return {}
 
-    def __call__(self, batch: Batch, meta_batch: Batch) -> StepOutput:
+    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
+        assert meta_batch is not None, "needs.meta_batch is not set"
         run, seen = self.forward(batch)
         weights = self.sample_weights(seen, run)
         due = self.iteration % self.options.approximate.every == 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlt.models import Classifier
+from fastlt.models import Classifier, head_of
 from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, check_not_negative
@@ -102,8 +102,8 @@ class OltrStep(Step[OltrOptions]):
     @classmethod
     def parameter_groups(cls, model: Classifier, options: OltrOptions) -> list[dict[str, Any]]:
         # The head first: the learning rate that is logged is the first group's.
-        centroids = model.head.centroids
-        groups = [
+        centroids = head_of(model, MetaEmbeddingHead).centroids
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in model.head.parameters() if p is not centroids]},
             {"params": [centroids], "lr_factor": options.centroid_lr_factor},
         ]
@@ -120,7 +120,7 @@ class OltrStep(Step[OltrOptions]):
     @torch.no_grad()
     def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:
         """Set the centroids to the mean feature of each class: M_c = 1/n_c sum_{i: y_i = c} x_i."""
-        centroids = self.model.head.centroids
+        centroids = head_of(self.model, MetaEmbeddingHead).centroids
         # float64, so that neither their number nor the order of the additions shows in the float32 mean.
         sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
         images = sums.new_zeros(len(sums), 1)
@@ -148,7 +148,7 @@ class OltrStep(Step[OltrOptions]):
 
     def _centroid_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """attract and repel, and the term whose gradient moves the centroids towards the features: each 0-d."""
-        centroids = self.model.head.centroids
+        centroids = head_of(self.model, MetaEmbeddingHead).centroids
         features = features.to(centroids.dtype)
         size, (num_classes, _) = len(labels), centroids.shape
         own = centroids[labels]

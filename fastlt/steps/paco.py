@@ -78,8 +78,9 @@ class KeyEncoder(nn.Module):
     @torch.no_grad()
     def follow(self, model: Classifier, momentum: float) -> None:
         """k <- momentum * k + (1 - momentum) * q for every parameter."""
-        queries = [*model.backbone.parameters(), *model.auxiliary.parameters()]
-        torch._foreach_lerp_(list(self.parameters()), queries, 1 - momentum)
+        queries: list[Tensor] = [*model.backbone.parameters(), *model.auxiliary.parameters()]
+        keys: list[Tensor] = list(self.parameters())
+        torch._foreach_lerp_(keys, queries, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]  # public
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class PacoStep(Step[PacoOptions]):
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         options, reducer = self.options, self.reducer
+        assert self.parts.second_augment is not None, "needs.second_view is not set"
         first = self.parts.augment(batch.images)
         second = self.parts.second_augment(batch.images if batch.second_crop is None else batch.second_crop)
         keys = self._keys(second)

@@ -12,13 +12,27 @@ from torch import Tensor
 from fastlt.losses.base import at_least_float32
 from fastlt.losses.class_balanced import DeferredWeights
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
-from fastlt.models import Classifier
+from fastlt.models import Classifier, ExpertClassifier
+from fastlt.models.experts import ExpertRouter
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts, check_not_negative
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set model.experts (the paper: 2 to 4)"
+
+
+def experts_of(model: Classifier) -> ExpertClassifier:
+    """The model, of which `check_stage` knows that it has experts."""
+    assert isinstance(model, ExpertClassifier), type(model)
+    return model
+
+
+def router_of(model: Classifier) -> ExpertRouter:
+    """The router that `RideRouterStep.prepare_model` has given the model."""
+    router = experts_of(model).router
+    assert router is not None
+    return router
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,11 @@ class RideStep(Step[RideOptions]):
 
     def __init__(self, parts: StepParts, options: RideOptions | None = None) -> None:
         super().__init__(parts, options)
-        options, like = self.options, self.parameters[0]
-        counts = parts.class_counts.counts
-        spread = class_temperatures(counts, options.temperature, options.spread)
-        self.spread = torch.from_numpy(spread).to(like)
-        self.temperature = torch.full_like(self.spread, options.temperature)
-        self.teacher = None if options.teacher is None else self.model.teacher(options.teacher)
+        temperature, path = self.options.temperature, self.options.teacher
+        spread = class_temperatures(parts.class_counts.counts, temperature, self.options.spread)
+        self.spread = torch.from_numpy(spread).to(self.parameters[0])
+        self.temperature = torch.full_like(self.spread, temperature)
+        self.teacher = None if path is None else experts_of(self.model).teacher(path)
 
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
@@ -94,7 +107,7 @@ class RideStep(Step[RideOptions]):
         options, labels = self.options, batch.labels
         images = self.parts.augment(batch.images)
         with self.parts.autocast():
-            logits = at_least_float32(self.model.expert_logits(images))
+            logits = at_least_float32(experts_of(self.model).expert_logits(images))
             experts = len(logits)
             self.loss.draw(experts * len(labels))
             own = self.loss(logits.flatten(0, 1), labels.repeat(experts)).mean() * (experts / self._mean_weight(labels))
@@ -102,7 +115,7 @@ class RideStep(Step[RideOptions]):
         objective = own - options.diversity * divergence
         metrics = {"expert_loss": own.detach() / experts, "divergence": divergence.detach()}
         if self.teacher is not None:
-            learned = self._learned(images, logits.mean(0))
+            learned = self._learned(self.teacher, images, logits.mean(0))
             objective = objective + options.distillation * learned
             metrics["distillation"] = learned.detach()
         self.descend(objective)
@@ -116,11 +129,11 @@ class RideStep(Step[RideOptions]):
         self.reducer.mean_([weight])
         return weight
 
-    def _learned(self, images: Tensor, logits: Tensor) -> Tensor:
+    def _learned(self, teacher: ExpertClassifier, images: Tensor, logits: Tensor) -> Tensor:
         """How far the mean of the experts is from the teacher's on the same images (0-d)."""
         with torch.no_grad(), self.parts.autocast():
-            teacher = at_least_float32(self.teacher(images))
-        return distillation(logits, teacher, self.options.distillation_temperature).mean()
+            taught = at_least_float32(teacher(images))
+        return distillation(logits, taught, self.options.distillation_temperature).mean()
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "temperature": self.temperature}
@@ -193,11 +206,11 @@ class RideRouterStep(Step[RideRouterOptions]):
     @classmethod
     def prepare_model(cls, model: Classifier, options: RideRouterOptions, *, seed: int) -> None:
         model.requires_grad_(False)
-        model.add_router(options.top, seed)
+        experts_of(model).add_router(options.top, seed)
 
     def train_mode(self) -> None:
         self.model.eval()
-        self.model.router.train()
+        router_of(self.model).train()
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         images = self.parts.augment(batch.images)
@@ -205,7 +218,7 @@ class RideRouterStep(Step[RideRouterOptions]):
             with torch.no_grad():
                 features = self.model.features(images)
                 mean_logits = running_mean(at_least_float32(self.model.head(features)))
-            router = self.model.router
+            router = router_of(self.model)
             scores = torch.stack([router(i, features[i], mean_logits[i]) for i in range(len(features) - 1)])
         scores, target = at_least_float32(scores), helpful(mean_logits, batch.labels)
         weight = torch.where(target, self.options.positive_weight, 1.0)

@@ -17,6 +17,7 @@ from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.losses.contrastive import robust_contrastive
 from fastlt.models import build_model
+from fastlt.models.retrained_heads import ScaledHead
 from fastlt.recipe import load_recipe
 from fastlt.run.preflight import check_dataset, prepare
 from fastlt.run.stopping import Interrupted
@@ -89,6 +90,13 @@ def make(**options):
     step = DroLtStep(parts, options)
     step.train_mode()
     return step, whole
+
+
+def test_a_head_that_wraps_another_gets_radii_of_its_classes():
+    model = build_model("cifar_resnet8", num_classes=CLASSES).double()
+    model.head = ScaledHead(model.head)
+    DroLtStep.prepare_model(model, DroLtStep.Options(radius=0.5), seed=3)
+    assert torch.equal(model.auxiliary.radius, torch.full((CLASSES,), 0.5).double())
 
 
 def test_iterations_equal_the_slow_reference_over_two_epochs():
