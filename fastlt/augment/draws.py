@@ -7,50 +7,54 @@ group images by operation, which is what makes a batched policy cheap on a CPU.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastlt.state import upload
 
+DrawsT = TypeVar("DrawsT")
+
 
 @dataclass(frozen=True)
 class Rows:
     """The images of a batch that one operation is for, in one of two forms.
 
-    index: int64 (K,), for grouped work: only these K images are computed. K differs from batch to batch.
-    mask: bool (N,), for work of static shape: all N are computed and the others are put back, as a graph needs it.
+    static: False for grouped work: `chosen` is int64 (K,), and only these K images are computed. K differs from batch
+        to batch. True for work of static shape: `chosen` is bool (N,), all N are computed and the others are put back,
+        as a graph needs it.
     """
 
-    index: Tensor | None = None
-    mask: Tensor | None = None
+    chosen: Tensor
+    static: bool
 
     @classmethod
     def of(cls, chosen: Tensor, static: bool) -> Rows:
         """chosen: bool (N,), on the host."""
-        return cls(mask=chosen) if static else cls(index=torch.nonzero(chosen).flatten())
+        return cls(chosen if static else torch.nonzero(chosen).flatten(), static)
 
     @property
     def empty(self) -> bool:
-        """True when it is known on the host that there is nothing to do; a mask never says so."""
-        return self.index is not None and self.index.numel() == 0
+        """True when it is known on the host that there is nothing to do; never where the shape is static."""
+        return not self.static and self.chosen.numel() == 0
 
     def take(self, values: Tensor) -> Tensor:
         """values: (N, ...). Returns those of the chosen rows (K, ...), or all of them where the shape is static."""
-        return values if self.index is None else values.index_select(0, self.index)
+        return values if self.static else values.index_select(0, self.chosen)
 
     def put(self, base: Tensor, values: Tensor) -> Tensor:
         """`base` (N, ...) with the chosen rows replaced by `values`, which are what `take` gave, transformed."""
-        if self.index is not None:
-            # Whole rows are copied: two thirds of the time of writing into the places of a copy.
-            source = torch.arange(len(base), device=base.device)
-            source[self.index] = torch.arange(len(base), len(base) + len(values), device=base.device)
-            return torch.cat((base, values)).index_select(0, source)
-        return torch.where(self.mask.view(-1, *[1] * (base.ndim - 1)), values, base)
+        if self.static:
+            return torch.where(self.chosen.view(-1, *[1] * (base.ndim - 1)), values, base)
+        # Whole rows are copied: two thirds of the time of writing into the places of a copy.
+        source = torch.arange(len(base), device=base.device)
+        source[self.chosen] = torch.arange(len(base), len(base) + len(values), device=base.device)
+        return torch.cat((base, values)).index_select(0, source)
 
 
 @dataclass(frozen=True)
@@ -87,26 +91,33 @@ class Span:
         return Span((start - outer.bounds[0], stop - outer.bounds[0]))
 
 
-# The choices of one operation for one batch, by name; nested where an operation has several turns.
-Draws = Mapping[str, Union[Tensor, Rows, Span, "Draws"]]
-
 ALIGNED = 16  # bytes, more than any element has
 
 
-def upload_draws(draws: Draws, device: torch.device) -> Draws:
-    """Everything in `draws` on `device`."""
-    return {name: _upload_one(value, device) for name, value in draws.items()}
+def map_tensors(draws: DrawsT, change: Callable[[Tensor], Tensor]) -> DrawsT:
+    """The same structure with every tensor changed; `change` is called in the order in which the tensors stand there.
 
+    draws: tensors, in any nesting of dataclasses, dicts, lists and tuples.
+    """
 
-def _upload_one(value: Tensor | Rows | Span | Draws, device: torch.device) -> Tensor | Rows | Span | Draws:
-    if isinstance(value, Mapping):
-        return upload_draws(value, device)
-    if isinstance(value, Span):
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            parts = {field.name: mapped(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **parts)
+        if isinstance(value, dict):
+            return {name: mapped(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(mapped(part) for part in value)
         return value
-    if isinstance(value, Rows):
-        parts = (None if part is None else upload(part, device) for part in (value.index, value.mask))
-        return Rows(*parts)
-    return upload(value, device)
+
+    return mapped(draws)
+
+
+def upload_draws(draws: DrawsT, device: torch.device) -> DrawsT:
+    """Everything in `draws` on `device`."""
+    return map_tensors(draws, lambda tensor: upload(tensor, device))
 
 
 class HeldDraws:
@@ -116,22 +127,23 @@ class HeldDraws:
     one copy from the host: a batch has dozens of small tensors, and a copy of each would cost more than drawing them.
     """
 
-    def __init__(self, draws: Sequence[Draws], device: torch.device) -> None:
-        self.layout = [(tensor.dtype, tensor.shape) for tensor in _leaves(draws)]
+    def __init__(self, draws: Sequence[object], device: torch.device) -> None:
+        self.layout = [(tensor.dtype, tensor.shape) for tensor in _tensors(draws)]
         sizes = [dtype.itemsize * shape.numel() for dtype, shape in self.layout]
         aligned = [-(-size // ALIGNED) * ALIGNED for size in sizes]
         *self.starts, total = itertools.accumulate(aligned, initial=0)
         self.block = torch.empty(total, dtype=torch.uint8, device=device)
-        self.draws: list[Draws] = _with_leaves(draws, iter(self._views(self.block)))
+        views = iter(self._views(self.block))
+        self.draws = map_tensors(draws, lambda _: next(views))
         self.overwrite(draws)
 
-    def overwrite(self, draws: Sequence[Draws]) -> None:
+    def overwrite(self, draws: Sequence[object]) -> None:
         """Put draws of the same names, shapes and types into their place, without a wait for the device."""
-        leaves = list(_leaves(draws))
-        assert [(tensor.dtype, tensor.shape) for tensor in leaves] == self.layout, "draws differ from batch to batch"
+        tensors = _tensors(draws)
+        assert [(tensor.dtype, tensor.shape) for tensor in tensors] == self.layout, "draws differ from batch to batch"
         # New for each batch: pinned memory is not given out again before the copies from it are done.
         host = torch.empty(self.block.shape, dtype=torch.uint8, pin_memory=self.block.device.type == "cuda")
-        for place, tensor in zip(self._views(host), leaves, strict=True):
+        for place, tensor in zip(self._views(host), tensors, strict=True):
             place.copy_(tensor)
         self.block.copy_(host, non_blocking=True)
 
@@ -143,28 +155,16 @@ class HeldDraws:
         ]
 
 
-def _leaves(draws: Draws | Sequence[Draws]) -> Iterator[Tensor]:
-    """All tensors, in the order in which they stand there."""
-    for value in draws.values() if isinstance(draws, Mapping) else draws:
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        elif isinstance(value, Rows):
-            assert value.index is None, "the number of rows differs from batch to batch"
-            yield value.mask
-        elif isinstance(value, Tensor):
-            yield value
-        # A span says the same of every batch where shapes are static.
+def _tensors(draws: Sequence[object]) -> list[Tensor]:
+    """All tensors of `draws`, in the order of `map_tensors`."""
+    found: list[Tensor] = []
 
+    def find(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
 
-def _with_leaves(draws: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same structure with other tensors."""
-    if isinstance(draws, Mapping):
-        return {name: _with_leaves(value, tensors) for name, value in draws.items()}
-    if isinstance(draws, Sequence):
-        return [_with_leaves(value, tensors) for value in draws]
-    if isinstance(draws, Span):
-        return draws
-    return Rows(mask=next(tensors)) if isinstance(draws, Rows) else next(tensors)
+    map_tensors(draws, find)
+    return found
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:

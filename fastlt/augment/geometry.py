@@ -74,7 +74,15 @@ def rotate(degrees: Tensor) -> Tensor:
     return _matrices(degrees, a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
 
 
-def _matrices(like: Tensor, a=1.0, b=0.0, tx=0.0, c=0.0, d=1.0, ty=0.0) -> Tensor:
+def _matrices(
+    like: Tensor,
+    a: Tensor | float = 1.0,
+    b: Tensor | float = 0.0,
+    tx: Tensor | float = 0.0,
+    c: Tensor | float = 0.0,
+    d: Tensor | float = 1.0,
+    ty: Tensor | float = 0.0,
+) -> Tensor:
     """float64 (N, 6): pixel (x, y), measured from the centre, is taken from (ax + by + tx, cx + dy + ty)."""
     return torch.stack([torch.as_tensor(v, dtype=like.dtype).expand_as(like) for v in (a, b, tx, c, d, ty)], dim=1)
 

@@ -8,15 +8,16 @@ random when `static` is set, so that the applied work can be captured once and r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Generic
 
 import torch
 from torch import Tensor
 
 from fastlt.augment import colour, geometry, policies
 from fastlt.augment.cutout import cutout
-from fastlt.augment.draws import Draws, Rows, chance, integers, uniform
+from fastlt.augment.draws import DrawsT, Rows, chance, integers, uniform
 from fastlt.names import pick
 
 
@@ -30,27 +31,30 @@ class Shape:
     static: bool = False
 
 
-class Operation(Protocol):
-    """One entry of AUGMENTATIONS."""
+@dataclass(frozen=True)
+class Operation(Generic[DrawsT]):
+    """The base of an augmentation, generic in what it draws: tensors with one row an image, see `map_tensors`.
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws: ...
+    normalised: whether it works on normalised floats, at the end of the list; others work on uint8 images.
+    """
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor: ...
+    normalised: ClassVar[bool] = False
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> DrawsT:
+        """The random choices for a batch, on the host."""
+        raise NotImplementedError
+
+    def apply(self, images: Tensor, draws: DrawsT) -> Tensor:
+        """images: (N, 3, H, W), on the device of `draws`. Returns (N, 3, h, w) of the same type, see `output_size`."""
+        raise NotImplementedError
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of what it makes of images of this size; ValueError when they are too small for it."""
-        ...
-
-
-class SameSize:
-    """An operation that keeps the images' size."""
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of images of this size afterwards, here the same; ValueError when they are too small for it."""
         return height, width
 
 
 @dataclass(frozen=True)
-class RandomCrop:
+class RandomCrop(Operation[Tensor]):
     """Pad by `padding` pixels of the value `fill`, then cut a square of the recipe's image size at a uniform place."""
 
     image_size: int
@@ -62,14 +66,15 @@ class RandomCrop:
         require_integer("random_crop", "padding", self.padding, 0, self.image_size - 1)
         require_integer("random_crop", "fill", self.fill, 0, 255)
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+    def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         room_y, room_x = self._room(shape.height, shape.width)
         top, left = integers(shape.count, room_y + 1, generator), integers(shape.count, room_x + 1, generator)
-        return {"corner": top * (shape.width + 2 * self.padding) + left}
+        # The place of the square's upper left pixel in the padded image.
+        return top * (shape.width + 2 * self.padding) + left
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         padded = geometry.pad(images, self.padding, self.fill)
-        return geometry.crop(padded, draws["corner"], self.image_size)
+        return geometry.crop(padded, draws, self.image_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         self._room(height, width)
@@ -87,7 +92,7 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
-class Flip(SameSize):
+class Flip(Operation[Rows]):
     """Mirror each image left to right with probability `p`."""
 
     p: float = 0.5
@@ -95,17 +100,18 @@ class Flip(SameSize):
     def __post_init__(self) -> None:
         require_number("flip", "p", self.p, 0, 1)
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
-        return {"rows": Rows.of(chance(shape.count, self.p, generator), shape.static)}
+    def draw(self, shape: Shape, generator: torch.Generator) -> Rows:
+        return Rows.of(chance(shape.count, self.p, generator), shape.static)
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        rows = draws["rows"]
-        return rows.put(images, geometry.flip(rows.take(images)))
+    def apply(self, images: Tensor, draws: Rows) -> Tensor:
+        return draws.put(images, geometry.flip(draws.take(images)))
 
 
 @dataclass(frozen=True)
-class Cutout(SameSize):
+class Cutout(Operation[Tensor]):
     """Hide a square of side `size` in each image with probability `p`; runs after normalisation (see `cutout`)."""
+
+    normalised: ClassVar[bool] = True
 
     size: int
     p: float = 1.0
@@ -114,18 +120,18 @@ class Cutout(SameSize):
         require_integer("cutout", "size", self.size, 1, 1 << 16)
         require_number("cutout", "p", self.p, 0, 1)
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+    def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         centre = torch.stack([integers(shape.count, side, generator) for side in (shape.height, shape.width)])
         if self.p < 1:
             centre[:, ~chance(shape.count, self.p, generator)] = max(shape.height, shape.width)
-        return {"centre": centre}
+        return centre
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        return cutout(images, draws["centre"], self.size)
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        return cutout(images, draws, self.size)
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop:
+class RandomResizedCrop(Operation[Tensor]):
     """Cut a box of random area and shape, resize it to the recipe's image size (antialiased bilinear).
 
     scale: range of the box's share of the image's area. ratio: range of its width over its height, uniform in the log.
@@ -140,11 +146,11 @@ class RandomResizedCrop:
         object.__setattr__(self, "scale", require_range("random_resized_crop", "scale", self.scale, 1e-6, 1))
         object.__setattr__(self, "ratio", require_range("random_resized_crop", "ratio", self.ratio, 1e-3, 1e3))
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
-        return {"boxes": draw_boxes(shape, self.scale, self.ratio, generator)}
+    def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        return draw_boxes(shape, self.scale, self.ratio, generator)
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        return geometry.resized_crop(images, draws["boxes"], self.image_size)
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        return geometry.resized_crop(images, draws, self.image_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         return self.image_size, self.image_size
@@ -184,7 +190,18 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 
 
 @dataclass(frozen=True)
-class ColorJitter(SameSize):
+class Changed:
+    """The images that one function changes, and by how much.
+
+    amount: float64 (K,) of the K rows; (N,) where the shape is static, see `Rows`.
+    """
+
+    rows: Rows
+    amount: Tensor
+
+
+@dataclass(frozen=True)
+class ColorJitter(Operation[list[dict[str, Changed]]]):
     """Brightness, contrast, saturation and hue by random factors, in an order of its own for each image.
 
     p: probability that an image is changed at all. Each other option is a number s, for factors in [max(0, 1 - s),
@@ -200,7 +217,7 @@ class ColorJitter(SameSize):
 
     def __post_init__(self) -> None:
         require_number("color_jitter", "p", self.p, 0, 1)
-        for name, centre, low, high in JITTER:
+        for name, (_, centre, low, high) in JITTER.items():
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 span = require_range("color_jitter", name, value, low, high)
@@ -216,48 +233,45 @@ class ColorJitter(SameSize):
     @property
     def active(self) -> list[str]:
         """The properties that change."""
-        return [name for name, centre, *_ in JITTER if getattr(self, name) != (centre, centre)]
+        return [name for name, (_, centre, *_) in JITTER.items() if getattr(self, name) != (centre, centre)]
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+    def draw(self, shape: Shape, generator: torch.Generator) -> list[dict[str, Changed]]:
+        """For each turn the images that change by each property: together every image once a turn, or in none."""
         names = self.active
         order = torch.rand(shape.count, len(names), generator=generator).argsort(dim=1)
-        factors = {name: uniform(shape.count, *getattr(self, name), generator) for name in names}
+        ranges: dict[str, tuple[float, float]] = {name: getattr(self, name) for name in names}
+        factors = {name: uniform(shape.count, *ranges[name], generator) for name in names}
         if self.p < 1:
             # No turn of an image that is left alone: places beyond the last.
             order[~chance(shape.count, self.p, generator)] = len(names)
-        turns = {}
+        turns: list[dict[str, Changed]] = []
         for turn in range(len(names)):
             rows = {name: Rows.of(order[:, turn] == place, shape.static) for place, name in enumerate(names)}
-            turns[str(turn)] = {name: {"rows": rows[name], "factor": rows[name].take(factors[name])} for name in names}
+            turns.append({name: Changed(rows[name], rows[name].take(factors[name])) for name in names})
         return turns
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        for turn in range(len(self.active)):
+    def apply(self, images: Tensor, draws: list[dict[str, Changed]]) -> Tensor:
+        for turn in draws:
             before = images
-            for name, drawn in draws[str(turn)].items():
-                rows = drawn["rows"]
+            for name, changed in turn.items():
+                rows = changed.rows
                 if not rows.empty:
-                    images = rows.put(images, ADJUST[name](rows.take(before), drawn["factor"]))
+                    adjust, *_ = JITTER[name]
+                    images = rows.put(images, adjust(rows.take(before), changed.amount))
         return images
 
 
-# Name, the factor that changes nothing, and the range allowed.
-JITTER = (
-    ("brightness", 1.0, 0.0, 1e3),
-    ("contrast", 1.0, 0.0, 1e3),
-    ("saturation", 1.0, 0.0, 1e3),
-    ("hue", 0.0, -0.5, 0.5),
-)
-ADJUST = {
-    "brightness": colour.adjust_brightness,
-    "contrast": colour.adjust_contrast,
-    "saturation": colour.saturate,
-    "hue": colour.shift_hue,
+# The function of images and factors, the factor that changes nothing, and the range allowed.
+JITTER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float, float]] = {
+    "brightness": (colour.adjust_brightness, 1.0, 0.0, 1e3),
+    "contrast": (colour.adjust_contrast, 1.0, 0.0, 1e3),
+    "saturation": (colour.saturate, 1.0, 0.0, 1e3),
+    "hue": (colour.shift_hue, 0.0, -0.5, 0.5),
 }
 
 
 @dataclass(frozen=True)
-class Grayscale(SameSize):
+class Grayscale(Operation[Rows]):
     """Make each image grey, in all three channels, with probability `p`."""
 
     p: float
@@ -265,16 +279,15 @@ class Grayscale(SameSize):
     def __post_init__(self) -> None:
         require_number("grayscale", "p", self.p, 0, 1)
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
-        return {"rows": Rows.of(chance(shape.count, self.p, generator), shape.static)}
+    def draw(self, shape: Shape, generator: torch.Generator) -> Rows:
+        return Rows.of(chance(shape.count, self.p, generator), shape.static)
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        rows = draws["rows"]
-        return rows.put(images, colour.grey(rows.take(images)).expand(-1, 3, -1, -1))
+    def apply(self, images: Tensor, draws: Rows) -> Tensor:
+        return draws.put(images, colour.grey(draws.take(images)).expand(-1, 3, -1, -1))
 
 
 @dataclass(frozen=True)
-class GaussianBlur(SameSize):
+class GaussianBlur(Operation[Changed]):
     """Blur each image with probability `p` by a Gaussian whose standard deviation, in pixels, is uniform in `sigma`.
 
     The Gaussian is cut off at three of the largest standard deviation. SimCLR's range is [0.1, 2].
@@ -287,27 +300,36 @@ class GaussianBlur(SameSize):
         require_number("gaussian_blur", "p", self.p, 0, 1)
         object.__setattr__(self, "sigma", require_range("gaussian_blur", "sigma", self.sigma, 1e-2, 1e3))
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+    def draw(self, shape: Shape, generator: torch.Generator) -> Changed:
         rows = Rows.of(chance(shape.count, self.p, generator), shape.static)
-        return {"rows": rows, "sigma": rows.take(uniform(shape.count, *self.sigma, generator))}
+        return Changed(rows, rows.take(uniform(shape.count, *self.sigma, generator)))
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        rows = draws["rows"]
-        if rows.empty:
+    def apply(self, images: Tensor, draws: Changed) -> Tensor:
+        if draws.rows.empty:
             return images
-        blurred = colour.gaussian_blur(rows.take(images), draws["sigma"], math.ceil(3 * self.sigma[1]))
-        return rows.put(images, blurred)
+        blurred = colour.gaussian_blur(draws.rows.take(images), draws.amount, math.ceil(3 * self.sigma[1]))
+        return draws.rows.put(images, blurred)
 
 
-class Policy(SameSize):
-    """What AutoAugment and RandAugment share: rounds of one operation an image, drawn by `choose` from their menus."""
+@dataclass(frozen=True)
+class Policy(Operation[policies.Plan]):
+    """The base of AutoAugment and RandAugment: rounds of one operation an image, drawn by `choose` from their menus."""
 
-    def draw(self, shape: Shape, generator: torch.Generator) -> Draws:
+    def menus(self, height: int, width: int) -> tuple[policies.Menu, ...]:
+        """The menu of each round, for images of this size."""
+        raise NotImplementedError
+
+    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+        """int64 (count, rounds): what each image gets, as places in the rounds' menus."""
+        raise NotImplementedError
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> policies.Plan:
         choice = self.choose(shape.count, generator)
         return policies.plan_rounds(self.menus(shape.height, shape.width), choice, shape.static)
 
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        return policies.apply_rounds(images, self.menus(*images.shape[2:]), draws)
+    def apply(self, images: Tensor, draws: policies.Plan) -> Tensor:
+        height, width = images.shape[2:]
+        return policies.apply_rounds(images, self.menus(height, width), draws)
 
 
 @dataclass(frozen=True)
@@ -365,9 +387,10 @@ def require_integer(name: str, option: str, value: object, low: int, high: int) 
 
 def require_range(name: str, option: str, value: object, low: float, high: float) -> tuple[float, float]:
     """`value` as (min, max); ValueError unless it is two numbers with low <= min <= max <= high."""
-    numbers = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
-    if not numbers or not low <= value[0] <= value[1] <= high:
-        raise ValueError(
-            f"augment.{name}.{option} is {value!r}: it must be two numbers [min, max], {low} <= min <= max <= {high}"
-        )
-    return float(value[0]), float(value[1])
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        first, second = value
+        if isinstance(first, (int, float)) and isinstance(second, (int, float)) and low <= first <= second <= high:
+            return float(first), float(second)
+    raise ValueError(
+        f"augment.{name}.{option} is {value!r}: it must be two numbers [min, max], {low} <= min <= max <= {high}"
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlt.augment.constants import kept
-from fastlt.augment.draws import Draws, HeldDraws, upload_draws
+from fastlt.augment.draws import HeldDraws, upload_draws
 from fastlt.augment.operations import (
     AutoAugment,
     ColorJitter,
@@ -25,7 +26,8 @@ from fastlt.augment.operations import (
 )
 from fastlt.names import pick, unknown
 
-AUGMENTATIONS: dict[str, type[Operation]] = {
+# Each operation has draws of its own kind, which no one type of a table or a list can say.
+AUGMENTATIONS: dict[str, type[Operation[Any]]] = {
     "random_crop": RandomCrop,
     "random_resized_crop": RandomResizedCrop,
     "flip": Flip,
@@ -71,15 +73,17 @@ def _scale_and_shift(
 class Augment:
     """A chain of augmentations with its own random state; call it on a batch.
 
-    Operations run in the order of the recipe on uint8 images; then images are normalised; then cutout, which is why
-    `cutout` may only stand last. A batch's random choices are drawn on the host (`draw`), the work is done on the
-    images' device (`apply`) with no wait for it. On a CPU images are grouped by operation; on other devices all shapes
-    are static. Both give the same pixels from the same draws.
+    Operations run in the order of the recipe on uint8 images; then images are normalised; then come the operations on
+    normalised images (cutout), which is why they may only stand last. A batch's random choices are drawn on the host
+    (`draw`), the work is done on the images' device (`apply`) with no wait for it. On a CPU images are grouped by
+    operation; on other devices all shapes are static. Both give the same pixels from the same draws.
+
+    mean, std: one number a channel, for pixels in 0..1. seed: of the chain's own generator.
     """
 
     def __init__(
         self,
-        operations: Sequence[Operation],
+        operations: Sequence[Operation[Any]],
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
@@ -115,15 +119,15 @@ class Augment:
         draws = self.draw(*images.shape[:1], *images.shape[2:]) if self.held is None else self.held.draws
         return self.apply(images, draws, dtype)
 
-    def draw(self, count: int, height: int, width: int) -> list[Draws]:
+    def draw(self, count: int, height: int, width: int) -> list[object]:
         """The random choices for a batch of `count` images, on the host, one entry an operation. Moves the state on."""
-        draws = []
+        draws: list[object] = []
         for operation in self.operations:
             draws.append(operation.draw(Shape(count, height, width, self.static), self.generator))
             height, width = operation.output_size(height, width)
         return draws
 
-    def apply(self, images: Tensor, draws: list[Draws], dtype: torch.dtype = torch.float32) -> Tensor:
+    def apply(self, images: Tensor, draws: Sequence[object], dtype: torch.dtype = torch.float32) -> Tensor:
         """The same as a call, with choices made by `draw`; leaves the state alone."""
         assert images.dtype == torch.uint8, images.dtype
         assert images.shape[1:2] == (3,), images.shape
@@ -131,7 +135,7 @@ class Augment:
             (operation, upload_draws(drawn, images.device))
             for operation, drawn in zip(self.operations, draws, strict=True)
         ]
-        on_bytes = [step for step in steps if not isinstance(step[0], Cutout)]
+        on_bytes = [step for step in steps if not step[0].normalised]
         if on_bytes:
             # Planes are what the operations gather from and sum over; channels_last would cost each of them a copy.
             images = images.contiguous()
@@ -155,7 +159,7 @@ class Augment:
 
 
 def build_augment(
-    specs: Sequence[str | Mapping],
+    specs: Sequence[str | Mapping[str, Any]],
     *,
     image_size: int,
     mean: Sequence[float],
@@ -173,21 +177,22 @@ def build_augment(
     return Augment(check_augment(specs, image_size), mean, std, seed, device)
 
 
-def check_augment(specs: Sequence[str | Mapping], image_size: int) -> list[Operation]:
+def check_augment(specs: Sequence[str | Mapping[str, Any]], image_size: int) -> list[Operation[Any]]:
     """The operations that a recipe's list names, or the ValueError of `build_augment`: no data and no device needed."""
     if isinstance(specs, (str, Mapping)) or not isinstance(specs, Sequence):
         raise ValueError(f"augment is {specs!r}: it must be a list, such as [flip, {{random_crop: {{padding: 4}}}}]")
     operations = [_operation(spec, position, image_size) for position, spec in enumerate(specs)]
     for position, operation in enumerate(operations):
-        if isinstance(operation, Cutout) and not all(isinstance(later, Cutout) for later in operations[position:]):
+        if operation.normalised and not all(later.normalised for later in operations[position:]):
+            name, _ = _name_and_options(specs[position], position)
             raise ValueError(
-                f"augment[{position}] is cutout, which hides pixels after normalisation and so runs last; "
+                f"augment[{position}] is {name}, which works after normalisation and so runs last; "
                 "move it to the end of the list"
             )
     return operations
 
 
-def _operation(spec: str | Mapping, position: int, image_size: int) -> Operation:
+def _operation(spec: str | Mapping[str, Any], position: int, image_size: int) -> Operation[Any]:
     """One entry of the list as an operation."""
     name, options = _name_and_options(spec, position)
     if name in ("mixup", "cutmix"):
@@ -210,7 +215,7 @@ def _operation(spec: str | Mapping, position: int, image_size: int) -> Operation
     return kind(**given, **options)
 
 
-def _name_and_options(spec: str | Mapping, position: int) -> tuple[str, Mapping]:
+def _name_and_options(spec: str | Mapping[str, Any], position: int) -> tuple[str, Mapping[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     if not isinstance(spec, Mapping) or len(spec) != 1:
@@ -227,7 +232,7 @@ def _name_and_options(spec: str | Mapping, position: int) -> tuple[str, Mapping]
     return name, options or {}
 
 
-def output_size(operations: Sequence[Operation], height: int, width: int) -> tuple[int, int]:
+def output_size(operations: Sequence[Operation[Any]], height: int, width: int) -> tuple[int, int]:
     """(H, W) of what operations make of images of this size; ValueError when they are too small for one."""
     for operation in operations:
         height, width = operation.output_size(height, width)

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastlt.augment import colour, geometry
 from fastlt.augment.constants import kept
-from fastlt.augment.draws import Draws, Span, integers
+from fastlt.augment.draws import Span, integers
 
 AFFINE = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 TABLE = ("Brightness", "Contrast", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
@@ -101,7 +102,16 @@ def magnitudes(bins: int, height: int, width: int) -> Tensor:
 
 
 # The kinds of work, in the order in which a round puts the images on a CPU, so that what shares a step are neighbours.
-ORDER = ("Sharpness", "Color", "Contrast", "fixed table", "AutoContrast", "Equalize", "affine", "Identity")
+ORDER: tuple[str, ...] = (
+    "Sharpness",
+    "Color",
+    "Contrast",
+    "fixed table",
+    "AutoContrast",
+    "Equalize",
+    "affine",
+    "Identity",
+)
 # Each step of a round: the first and the last kind of work that takes it.
 SPANS = {
     "affine": ("affine", "affine"),
@@ -118,6 +128,48 @@ SPANS = {
 FIXED = ("Brightness", "Posterize", "Solarize", "Invert")
 
 
+@dataclass(frozen=True)
+class Spans:
+    """The images that take each step of a round, see SPANS."""
+
+    affine: Span
+    grey: Span
+    table: Span
+    contrast: Span
+    extremes: Span
+    stretch: Span
+    equalize: Span
+    blend: Span
+    saturate: Span
+    sharpen: Span
+
+
+@dataclass(frozen=True)
+class Round:
+    """What each image of a batch gets in one round.
+
+    places: int64 (4, N), shares: float32 (4, N): of each image's entry, see `Menu`.
+    order: int64 (N,), where the round before has left the images that this round puts in the order of their work; None
+        where shapes are static: the images stay where they are.
+    """
+
+    places: Tensor
+    shares: Tensor
+    spans: Spans
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rounds of a policy for one batch.
+
+    restore: int64 (N,), where the last round has left each image; None where shapes are static.
+    """
+
+    rounds: tuple[Round, ...]
+    restore: Tensor | None = None
+
+
 class Menu:
     """What a round chooses from: operations with their magnitudes, for images of one size. On the host.
 
@@ -128,6 +180,7 @@ class Menu:
         version.
     sources: int64 (maps, H * W), see `geometry.affine_sources`; the first leaves each pixel where it is.
     tables: float32 (tables, 3, 256), what of them does not depend on the image; the first leaves each level as it is.
+    static_spans: all images for the steps that some entry takes, none for the others.
     """
 
     def __init__(self, entries: Sequence[tuple[str, float]], height: int, width: int) -> None:
@@ -154,14 +207,12 @@ class Menu:
         self.sources = torch.cat([stays, geometry.affine_sources(maps, height, width)])
         tables = [fixed_table(name, magnitude) for (name, magnitude), has in zip(entries, tabled, strict=True) if has]
         self.tables = torch.cat([fixed_table("Identity", 0.0), *tables]).repeat(1, 3, 1)
-        self.all = {
-            step: Span() if set(works) & set(ORDER[ORDER.index(first) : ORDER.index(last) + 1]) else Span((0, 0))
-            for step, (first, last) in SPANS.items()
-        }
+        taken = {step: set(works) & set(ORDER[ORDER.index(a) : ORDER.index(b) + 1]) for step, (a, b) in SPANS.items()}
+        self.static_spans = Spans(**{step: Span() if kinds else Span((0, 0)) for step, kinds in taken.items()})
 
-    def pick(self, choice: Tensor) -> Draws:
-        """The parameters of each image. choice: int64 (N,), which entry it gets."""
-        return {"places": self.places[:, choice], "shares": self.shares[:, choice]}
+    def pick(self, choice: Tensor, spans: Spans, order: Tensor | None = None) -> Round:
+        """A round of this menu. choice: int64 (N,), which entry each image gets, in the round's order."""
+        return Round(self.places[:, choice], self.shares[:, choice], spans, order)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`sources` and `tables` on a device, where they stay."""
@@ -200,7 +251,7 @@ def fixed_table(name: str, magnitude: float) -> Tensor:
 
 @functools.cache
 @torch.inference_mode(False)
-def auto_augment_menus(policy: str, height: int, width: int) -> tuple[Menu, Menu]:
+def auto_augment_menus(policy: str, height: int, width: int) -> tuple[Menu, ...]:
     """What the two operations of AutoAugment are chosen from. Never dropped, as all that a captured graph reads."""
     strength = magnitudes(AUTO_AUGMENT_BINS, height, width)
     return tuple(
@@ -255,25 +306,23 @@ def draw_rand_augment(num_ops: int, count: int, generator: torch.Generator) -> T
     return 2 * operation + torch.randint(2, (count, num_ops), generator=generator)
 
 
-def plan_rounds(menus: Sequence[Menu], choice: Tensor, static: bool) -> Draws:
+def plan_rounds(menus: Sequence[Menu], choice: Tensor, static: bool) -> Plan:
     """What `apply_rounds` needs, on the host. choice: int64 (N, rounds), places in each round's menu."""
     if static:
-        return {str(turn): {**menu.pick(choice[:, turn]), "spans": menu.all} for turn, menu in enumerate(menus)}
-    plan, lies = {}, None
+        return Plan(tuple(menu.pick(choice[:, turn], menu.static_spans) for turn, menu in enumerate(menus)))
+    rounds: list[Round] = []
+    places = None
     for turn, menu in enumerate(menus):
         work = menu.work[choice[:, turn]]
         order = work.argsort(stable=True)
         ends = torch.bincount(work, minlength=len(ORDER)).cumsum(0).tolist()
         starts = dict(zip(ORDER, [0, *ends], strict=False))
         stops = dict(zip(ORDER, ends, strict=True))
-        plan[str(turn)] = {
-            # Images lie as the round before has left them.
-            "order": order if lies is None else lies[order],
-            **menu.pick(choice[:, turn][order]),
-            "spans": {step: Span((starts[first], stops[last])) for step, (first, last) in SPANS.items()},
-        }
-        lies = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    return {**plan, "restore": lies}
+        spans = Spans(**{step: Span((starts[first], stops[last])) for step, (first, last) in SPANS.items()})
+        # Images lie as the round before has left them.
+        rounds.append(menu.pick(choice[:, turn][order], spans, order if places is None else places[order]))
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return Plan(tuple(rounds), places)
 
 
 def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: int) -> Tensor:
@@ -290,67 +339,78 @@ def affine_matrices(operation: Tensor, magnitude: Tensor, height: int, width: in
     return kinds[operation - NUMBER[AFFINE[0]], torch.arange(len(operation))]
 
 
-def apply_rounds(images: Tensor, menus: Sequence[Menu], plan: Draws) -> Tensor:
-    """Each image by what `plan_rounds` planned for it. images: uint8 (N, 3, H, W), left as they are. Returns others."""
-    for turn, menu in enumerate(menus):
-        images = _apply_round(images, menu, plan[str(turn)])
-    return images.index_select(0, plan["restore"]) if "restore" in plan else images
+def apply_rounds(images: Tensor, menus: Sequence[Menu], plan: Plan) -> Tensor:
+    """Each image by what `plan_rounds` planned for it. images: uint8 (N, 3, H, W), not changed. Returns new ones."""
+    for menu, planned in zip(menus, plan.rounds, strict=True):
+        images = _apply_round(images, menu, planned)
+    return images if plan.restore is None else images.index_select(0, plan.restore)
 
 
-def _apply_round(images: Tensor, menu: Menu, plan: Draws) -> Tensor:
+def _apply_round(images: Tensor, menu: Menu, plan: Round) -> Tensor:
     """One round; where shapes are not static it leaves the images in the order of its plan."""
-    spans, (source, *_) = plan["spans"], plan["places"]
-    affine, greyed, table, blend = (spans[step] for step in ("affine", "grey", "table", "blend"))
-    out = images.index_select(0, plan["order"]) if "order" in plan else images
-    if not affine.empty:
+    spans, (source, *_) = plan.spans, plan.places
+    out = images if plan.order is None else images.index_select(0, plan.order)
+    if not spans.affine.empty:
         sources, _ = menu.on(images.device)
-        out = affine.put(out, geometry.move(affine.take(out), sources.index_select(0, affine.take(source))))
-    grey = None if greyed.empty else colour.luma(greyed.take(out))
-    if not table.empty:
-        chosen = table.take(out)
+        moved = geometry.move(spans.affine.take(out), sources.index_select(0, spans.affine.take(source)))
+        out = spans.affine.put(out, moved)
+    grey = None if spans.grey.empty else colour.luma(spans.grey.take(out))
+    if not spans.table.empty:
+        chosen = spans.table.take(out)
         values = colour.pixel_values(chosen)
-        out = table.put(out, colour.apply_tables(chosen, _tables(chosen, values, grey, menu, plan), values))
-    if not blend.empty:
-        out = blend.put(out, _blended(blend.take(out).to(torch.float32), grey, plan))
+        tables = _tables(chosen, values, grey, menu, plan)
+        out = spans.table.put(out, colour.apply_tables(chosen, tables, values))
+    if not spans.blend.empty:
+        out = spans.blend.put(out, _blended(spans.blend.take(out).to(torch.float32), grey, plan))
     return out.to(torch.uint8)
 
 
-def _tables(images: Tensor, values: Tensor, grey: Tensor | None, menu: Menu, plan: Draws) -> Tensor:
-    """float32 (K, 3, 256), not yet clamped: the table of each image that gets one. grey: of the span "grey"."""
-    spans, (_, number, stretched, left) = plan["spans"], plan["places"]
-    table, contrast, stretch, equalize = (spans[step] for step in ("table", "contrast", "stretch", "equalize"))
+def _tables(images: Tensor, values: Tensor, grey: Tensor | None, menu: Menu, plan: Round) -> Tensor:
+    """float32 (K, 3, 256), not yet clamped: the table of each image of the span "table".
+
+    images: uint8 (K, 3, H, W), of that span. values: `colour.pixel_values` of them. grey: `colour.luma` of the span
+    "grey"; None where that is empty.
+    """
+    spans, (_, number, *_) = plan.spans, plan.places
     _, tables = menu.on(images.device)
-    out = tables.index_select(0, table.take(number))
-    if not contrast.empty:
-        share = contrast.take(plan["shares"][0].view(-1, 1, 1))
-        mean = colour.mean_level(contrast.within(spans["grey"]).take(grey))
-        contrast.within(table).take(out).add_(share * mean)
-    extremes = spans["extremes"]
-    if not extremes.empty:
-        flat = extremes.within(table).take(images).flatten(2)
-        low, high = flat.amin(2), flat.amax(2)
-    if not stretch.empty:
-        among = stretch.within(extremes)
-        less, times = colour.stretch(among.take(low), among.take(high), stretch.take(stretched).view(-1, 1))
-        stretch.within(table).take(out).sub_(less).mul_(times)
-    if not equalize.empty:
-        rows = equalize.within(table)
-        highest = equalize.within(extremes).take(high)
-        added, stays = colour.equalized(rows.take(values), highest, equalize.take(left).view(-1, 1))
-        levels = rows.take(out)
-        torch.addcmul(added, levels, stays, out=levels)
+    out = tables.index_select(0, spans.table.take(number))
+    if not spans.contrast.empty:
+        assert grey is not None, "contrast is a part of grey"
+        share = spans.contrast.take(plan.shares[0].view(-1, 1, 1))
+        mean = colour.mean_level(spans.contrast.within(spans.grey).take(grey))
+        spans.contrast.within(spans.table).take(out).add_(share * mean)
+    if not spans.extremes.empty:
+        _stretch_and_equalize(out, images, values, plan)
     return out
 
 
-def _blended(pixels: Tensor, grey: Tensor | None, plan: Draws) -> Tensor:
-    """float32 (K, 3, H, W), clamped: the images that are blended. pixels: float32. grey: of the span "grey"."""
-    spans, (_, image, of_grey, of_blurred) = plan["spans"], plan["shares"].unsqueeze(2).unsqueeze(3).unsqueeze(4)
-    blend, saturate, sharpen = (spans[step] for step in ("blend", "saturate", "sharpen"))
-    out = pixels * blend.take(image)
-    if not saturate.empty:
-        among = saturate.within(spans["grey"]).take(grey)
-        saturate.within(blend).take(out).add_(saturate.take(of_grey) * among)
-    if not sharpen.empty:
-        rows = sharpen.within(blend)
-        rows.take(out).add_(colour.blurred(rows.take(pixels)).mul_(sharpen.take(of_blurred)))
+def _stretch_and_equalize(tables: Tensor, images: Tensor, values: Tensor, plan: Round) -> None:
+    """AutoContrast and Equalize, which look at each channel's extremes; changes `tables`, see `_tables`, in place."""
+    spans, (_, _, stretched, left) = plan.spans, plan.places
+    flat = spans.extremes.within(spans.table).take(images).flatten(2)
+    low, high = flat.amin(2), flat.amax(2)
+    if not spans.stretch.empty:
+        among = spans.stretch.within(spans.extremes)
+        chosen = spans.stretch.take(stretched).view(-1, 1)
+        less, times = colour.stretch(among.take(low), among.take(high), chosen)
+        spans.stretch.within(spans.table).take(tables).sub_(less).mul_(times)
+    if not spans.equalize.empty:
+        rows = spans.equalize.within(spans.table)
+        highest = spans.equalize.within(spans.extremes).take(high)
+        added, stays = colour.equalized(rows.take(values), highest, spans.equalize.take(left).view(-1, 1))
+        levels = rows.take(tables)
+        torch.addcmul(added, levels, stays, out=levels)
+
+
+def _blended(pixels: Tensor, grey: Tensor | None, plan: Round) -> Tensor:
+    """float32 (K, 3, H, W), clamped: the images of the span "blend". pixels: these, float32. grey: see `_tables`."""
+    spans, (_, image, of_grey, of_blurred) = plan.spans, plan.shares.unsqueeze(2).unsqueeze(3).unsqueeze(4)
+    out = pixels * spans.blend.take(image)
+    if not spans.saturate.empty:
+        assert grey is not None, "saturate is a part of grey"
+        among = spans.saturate.within(spans.grey).take(grey)
+        spans.saturate.within(spans.blend).take(out).add_(spans.saturate.take(of_grey) * among)
+    if not spans.sharpen.empty:
+        rows = spans.sharpen.within(spans.blend)
+        rows.take(out).add_(colour.blurred(rows.take(pixels)).mul_(spans.sharpen.take(of_blurred)))
     return out.clamp_(0, 255)

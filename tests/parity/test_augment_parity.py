@@ -398,12 +398,12 @@ def test_color_jitter_applies_each_images_factors_in_its_order():
     orders = set()
     for n, image in enumerate(images):
         order = []
-        for turn in draws.values():
+        for turn in draws:
             for name, drawn in turn.items():
-                place = (drawn["rows"].index == n).nonzero().flatten().tolist()
+                place = (drawn.rows.chosen == n).nonzero().flatten().tolist()
                 if place:
                     order.append(name)
-                    image = adjust[name](image, float(drawn["factor"][place[0]]))
+                    image = adjust[name](image, float(drawn.amount[place[0]]))
         assert sorted(order) == sorted(adjust)
         orders.add(tuple(order))
         assert torch.equal(out[n], image)
@@ -449,16 +449,16 @@ def test_gaussian_blur_blurs_the_chosen_images_by_their_own_sigma():
     operation = GaussianBlur(0.5, (1.0, 2.0))
     draws = operation.draw(Shape(len(images), 32, 32), torch.Generator().manual_seed(0))
     out = operation.apply(images, draws)
-    chosen = draws["rows"].index
+    chosen = draws.rows.chosen
     assert abs(len(chosen) / 500 - 0.5) < 0.12
     left = torch.ones(500, dtype=torch.bool)
     left[chosen] = False
     assert torch.equal(out[left], images[left])
-    assert draws["sigma"].min() >= 1
-    assert draws["sigma"].max() < 2
+    assert draws.amount.min() >= 1
+    assert draws.amount.max() < 2
     for place in (0, 7):
         row = chosen[place]
-        assert torch.equal(out[row], colour.gaussian_blur(images[:1], draws["sigma"][place : place + 1], 6)[0])
+        assert torch.equal(out[row], colour.gaussian_blur(images[:1], draws.amount[place : place + 1], 6)[0])
 
 
 def test_color_jitter_draws_factors_and_orders_uniformly():
@@ -467,11 +467,11 @@ def test_color_jitter_draws_factors_and_orders_uniformly():
     draws = jitter.draw(Shape(count, 4, 4), torch.Generator().manual_seed(0))
     spans = {"brightness": (0.6, 1.4), "contrast": (0.0, 3.0), "saturation": (0.7, 0.9), "hue": (-0.2, 0.2)}
     orders = np.empty((count, 4), dtype=object)
-    for turn, parts in draws.items():
+    for turn, parts in enumerate(draws):
         for name, drawn in parts.items():
-            orders[drawn["rows"].index.numpy(), int(turn)] = name
+            orders[drawn.rows.chosen.numpy(), turn] = name
     for name, (low, high) in spans.items():
-        values = torch.cat([parts[name]["factor"] for parts in draws.values()])
+        values = torch.cat([parts[name].amount for parts in draws])
         assert len(values) == count
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high >= values.max() > high - 0.01 * (high - low)

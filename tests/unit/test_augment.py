@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlt.augment.draws as draws_module
 from fastlt.augment import Augment, build_augment, colour, constants, cutmix, mixup, normalise, output_size, policies
-from fastlt.augment.draws import Span
+from fastlt.augment.draws import Rows, Span
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 CHAINS = {
@@ -186,11 +188,15 @@ def test_static_draws_have_the_same_shapes_in_every_batch(chain):
     augment.static = True
 
     def shapes(value):
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return [shapes(draws) for draws in value]
         if isinstance(value, dict):
             return {name: shapes(part) for name, part in value.items()}
-        return value if isinstance(value, Span) else (value if isinstance(value, torch.Tensor) else value.mask).shape
+        if isinstance(value, Rows):
+            assert value.static
+        if isinstance(value, Span) or not dataclasses.is_dataclass(value):
+            return value.shape if isinstance(value, torch.Tensor) else value
+        return [shapes(getattr(value, field.name)) for field in dataclasses.fields(value)]
 
     first = shapes(augment.draw(16, 32, 32))
     assert all(shapes(augment.draw(16, 32, 32)) == first for _ in range(5))

@@ -25,13 +25,13 @@ def test_random_crop_equals_padding_and_slicing_each_image(height, width, size, 
     for n in range(40):
         slow = np.full((3, height + 2 * padding, width + 2 * padding), fill, np.uint8)
         slow[:, padding : padding + height, padding : padding + width] = images[n].numpy()
-        top, left = divmod(int(draws["corner"][n]), width + 2 * padding)
+        top, left = divmod(int(draws[n]), width + 2 * padding)
         np.testing.assert_array_equal(out[n].numpy(), slow[:, top : top + size, left : left + size])
 
 
 def test_random_crop_offsets_are_uniform_and_independent():
     draws = RandomCrop(32, 4).draw(Shape(81_000, 32, 32), torch.Generator().manual_seed(0))
-    top, left = draws["corner"] // 40, draws["corner"] % 40
+    top, left = draws // 40, draws % 40
     cells = torch.bincount(top * 9 + left, minlength=81)
     assert cells.numel() == 81
     # Chi-square with 80 degrees of freedom: mean 80, standard deviation 12.6; the seed is fixed.
@@ -41,10 +41,10 @@ def test_random_crop_offsets_are_uniform_and_independent():
 def test_flip_mirrors_the_chosen_images_only():
     images = pixels(200, 5, 7)
     operation = Flip(0.5)
-    rows = operation.draw(Shape(200, 5, 7), torch.Generator().manual_seed(0))["rows"]
-    chosen = set(rows.index.tolist())
+    rows = operation.draw(Shape(200, 5, 7), torch.Generator().manual_seed(0))
+    chosen = set(rows.chosen.tolist())
     assert 70 < len(chosen) < 130
-    out = operation.apply(images, {"rows": rows})
+    out = operation.apply(images, rows)
     for n in range(200):
         want = images[n].numpy()[:, :, ::-1] if n in chosen else images[n].numpy()
         np.testing.assert_array_equal(out[n].numpy(), want)
@@ -52,8 +52,8 @@ def test_flip_mirrors_the_chosen_images_only():
 
 @pytest.mark.parametrize(("p", "flipped"), [(0.0, 0), (1.0, 50)])
 def test_flip_with_certainty(p, flipped):
-    rows = Flip(p).draw(Shape(50, 4, 4), torch.Generator().manual_seed(0))["rows"]
-    assert rows.index.numel() == flipped
+    rows = Flip(p).draw(Shape(50, 4, 4), torch.Generator().manual_seed(0))
+    assert rows.chosen.numel() == flipped
 
 
 def test_gather_pixels_takes_each_image_its_own_positions():
@@ -103,7 +103,7 @@ def test_cutout_with_probability_leaves_whole_images_whole():
     draws = operation.draw(Shape(4000, 8, 8), torch.Generator().manual_seed(0))
     images = torch.ones(4000, 3, 8, 8).to(memory_format=torch.channels_last)
     touched = operation.apply(images, draws).eq(0).flatten(1).any(1)
-    assert torch.equal(touched, draws["centre"].amax(0) < 8)
+    assert torch.equal(touched, draws.amax(0) < 8)
     assert 0.22 < touched.double().mean().item() < 0.28
 
 
