@@ -51,7 +51,7 @@ class Member:
         recipe = self.recipe
         options = {**vars(recipe.model), "pretrained": False, "checkpoint": None}
         model = build_model(**options, num_classes=self.dataset.num_classes, image_size=recipe.data.image_size)
-        model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+        model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
         for stage in recipe.stages.values():
             STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
         best = checkpoint.load(best_checkpoint(self.folder, next(reversed(recipe.stages))), device)

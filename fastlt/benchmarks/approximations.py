@@ -28,7 +28,9 @@ from fastlt.arguments import positive
 from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.difficulty import class_weights, difficulty_gradient_loss
-from fastlt.steps.meta import Approximation
+from fastlt.state import Batch
+from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.meta import Approximation, TrainingPass
 
 NAME = "fastlt benchmark approximations"
 
@@ -54,7 +56,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     words = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:
         loop = DifficultyLoop(words, runs, lambda stage: ["data.meta_augment=[]"])
-        shadows = [LateWeights("late_weights"), *(Every(f"every {k}", k) for k in words.every)]
+        shadows = [LateWeights("late_weights"), *(Every(f"every {k}", k, loop.step) for k in words.every)]
         shadows += [LookaheadOnly(f"lookahead_only {m}", m.split(","), loop.step) for m in words.modules]
         exact = follow(loop, shadows)
     rows = [shadow.row(exact) for shadow in shadows]
@@ -71,9 +73,9 @@ class Moment:
     before: class weights (C,) that the lookahead took. gradient: exact dL_meta/dw (C,).
     """
 
-    step: object
-    run: object
-    meta_batch: object
+    step: DifficultyStep
+    run: TrainingPass
+    meta_batch: Batch
     accuracy: Tensor
     before: Tensor
     gradient: Tensor
@@ -108,7 +110,11 @@ class LateWeights(Shadow):
 class OwnTheta(Shadow):
     """A Difficulty-Net and an Adam of its own, from the same start."""
 
-    net = None
+    def __init__(self, name: str, step: DifficultyStep) -> None:
+        super().__init__(name)
+        self.net = copy.deepcopy(step.net)
+        options = step.options
+        self.optimizer = torch.optim.Adam(self.net.parameters(), options.lr, weight_decay=options.weight_decay)
 
     def move(self, moment: Moment, gradient: Tensor) -> None:
         """One Adam step, as the step takes it, with another dL_meta/dw (C,)."""
@@ -121,23 +127,20 @@ class OwnTheta(Shadow):
         self.optimizer.step()
 
     def observe(self, moment: Moment) -> None:
-        if self.net is None:
-            self.net = copy.deepcopy(moment.step.net)
-            options = moment.step.options
-            self.optimizer = torch.optim.Adam(self.net.parameters(), options.lr, weight_decay=options.weight_decay)
         self.learn(moment)
         with torch.no_grad():
             self.weights.append(class_weights(self.net(moment.accuracy)))
 
     def learn(self, moment: Moment) -> None:
+        """Move theta, or leave it."""
         raise NotImplementedError
 
 
 class Every(OwnTheta):
     """theta moves in every k-th iteration."""
 
-    def __init__(self, name: str, k: int) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, k: int, step: DifficultyStep) -> None:
+        super().__init__(name, step)
         self.k, self.iteration = k, 0
 
     def learn(self, moment: Moment) -> None:
@@ -149,8 +152,8 @@ class Every(OwnTheta):
 class LookaheadOnly(OwnTheta):
     """Some modules take the lookahead."""
 
-    def __init__(self, name: str, modules: list[str], step) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, modules: list[str], step: DifficultyStep) -> None:
+        super().__init__(name, step)
         self.ahead = Approximation(lookahead_only=modules).parameters_of(step.model)
 
     def learn(self, moment: Moment) -> None:
@@ -168,10 +171,12 @@ class LookaheadOnly(OwnTheta):
 
 def follow(loop: DifficultyLoop, shadows: list[Shadow]) -> Tensor:
     """Train exactly, with the shadows beside; returns the exact weights (iterations, C)."""
-    step, exact, now = loop.step, [], {}
+    step = loop.step
+    exact: list[Tensor] = []
+    now: dict[str, Batch] = {}
     objective = step.objective
 
-    def observed(seen, run, per_sample):
+    def observed(seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         gradient = meta_gradient.sum_by_class(per_sample, run.labels, len(seen))
         moment = Moment(step, run, now["meta_batch"], seen, step.class_weights, gradient)
         for shadow in shadows:

@@ -68,7 +68,8 @@ def bare_dali(
     device_id = torch.cuda.current_device() if gpu else None
     pipeline = Pipeline(batch_size=batch, num_threads=workers, device_id=device_id, prefetch_queue_depth=AHEAD)
     with pipeline:
-        encoded, label = fn.readers.webdataset(
+        # DALI's stubs give its readers no result, and take options in a mapping for positional ones.
+        encoded, label = fn.readers.webdataset(  # pyright: ignore[reportGeneralTypeIssues]
             paths=[str(tar) for tar in shards.tars],
             index_paths=[str(tar.with_suffix(".idx")) for tar in shards.tars],
             ext=["jpg;png", "cls"],
@@ -77,11 +78,20 @@ def bare_dali(
         )
         decode_on = "mixed" if gpu else "cpu"
         if crop.kind == "none":
-            images = fn.decoders.image(encoded, device=decode_on, output_type=types.RGB, **decoding)
+            images = fn.decoders.image(  # pyright: ignore[reportCallIssue]
+                encoded,
+                device=decode_on,
+                output_type=types.DALIImageType.RGB,
+                **decoding,  # pyright: ignore[reportArgumentType]
+            )
         else:
             ranges = {"random_area": list(crop.scale), "random_aspect_ratio": list(crop.aspect)}
-            images = fn.decoders.image_random_crop(
-                encoded, device=decode_on, output_type=types.RGB, **ranges, **decoding
+            images = fn.decoders.image_random_crop(  # pyright: ignore[reportCallIssue]
+                encoded,
+                device=decode_on,
+                output_type=types.DALIImageType.RGB,
+                **ranges,  # pyright: ignore[reportArgumentType]
+                **decoding,  # pyright: ignore[reportArgumentType]
             )
             images = fn.resize(images, size=[crop.size, crop.size])
         pipeline.set_outputs(images, label)
@@ -129,7 +139,7 @@ def torchvision_loader(
     split: ArraySplit | FileSplit, *, crop: CropSpec, batch: int, workers: int, device: torch.device
 ) -> Epochs:
     """torch's DataLoader over PIL images and torchvision's transforms, to uint8 batches."""
-    steps = [transforms.PILToTensor()]
+    steps: list[Callable] = [transforms.PILToTensor()]
     if crop.kind != "none":
         steps.insert(0, transforms.RandomResizedCrop(crop.size, scale=crop.scale, ratio=crop.aspect))
     loader = DataLoader(

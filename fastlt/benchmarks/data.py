@@ -30,7 +30,7 @@ from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.readers.host_loader import available_cores
-from loaders.sources import ArraySplit, FileSplit, Source
+from loaders.sources import ArraySplit, FileSplit, Source, Split
 from loaders.sources.cifar import CIFAR10, read_cifar
 from loaders.stored.dataset import ConvertedDataset, convert
 from loaders.stored.ffcv_format import FfcvOptions
@@ -119,7 +119,8 @@ def _convert(
     split: ArraySplit | FileSplit, folder: Path, options: FfcvOptions, formats: tuple[str, ...]
 ) -> ConvertedDataset:
     one = split.subset(np.arange(1))
-    source = Source("benchmark", ("one class",), {"train": split, "meta": one, "test": one})
+    splits: dict[str, Split] = {"train": split, "meta": one, "test": one}
+    source = Source("benchmark", ("one class",), splits)
     return convert(source, folder, options=options, request={}, formats=formats, progress=False)
 
 

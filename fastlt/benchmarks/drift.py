@@ -97,6 +97,7 @@ class _Observed:
 
     def __init__(self, step: DifficultyStep, context: RunContext, windows: Sequence[int]) -> None:
         self.of_fastlt = step
+        assert step.parts.class_accuracy is not None, "the method measures it"
         everything = whole_split(context, "meta")
         self.trackers = {
             window: ClassAccuracy(

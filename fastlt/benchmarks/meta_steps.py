@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,10 +25,10 @@ from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import DifficultyNet, class_weights
-from fastlt.models import build_model
+from fastlt.models import Classifier, build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
-from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.difficulty import DifficultyOptions, DifficultyStep
 from fastlt.steps.meta import Approximation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -41,7 +41,7 @@ WINDOW = 10
 class Problem:
     """What is trained on what; `make_problem` draws it from a seed."""
 
-    model: nn.Module
+    model: Classifier
     net: DifficultyNet
     accuracy: Tensor
     batch: Batch
@@ -95,7 +95,7 @@ def make_problem(
         return images.contiguous(memory_format=torch.channels_last).to(device), labels.to(device)
 
     return Problem(
-        model=model.to(device, memory_format=memory_format).train(),
+        model=model.to(device).to(memory_format=memory_format).train(),
         net=DifficultyNet(num_classes).to(device),
         accuracy=torch.linspace(0.9, 0.2, num_classes, device=device),
         batch=Batch(*draw(batch, torch.randint(num_classes, (batch,))), torch.arange(batch)),
@@ -155,8 +155,8 @@ class FrozenAccuracy(ClassAccuracy):
     def variant(self) -> None:
         return None
 
-    def counters(self) -> None:
-        return None
+    def counters(self) -> tuple[int, bool, bool]:
+        return 0, False, False
 
     def set_counters(self, counters: Any) -> None:
         pass
@@ -189,11 +189,12 @@ class OwnStep(Way):
             autocast=problem.autocast,
             compiler=Compiler(problem.compile),
         )
-        self.of_fastlt = STEPS[method](
-            parts, DifficultyStep.Options(driver_weight=0.0, **options) if method == "difficulty" else None
-        )
         if method == "difficulty":
-            self.of_fastlt.net.load_state_dict(problem.net.state_dict())
+            step = DifficultyStep(parts, DifficultyOptions(driver_weight=0.0, **options))
+            step.net.load_state_dict(problem.net.state_dict())
+        else:
+            step = STEPS[method](parts, None)
+        self.of_fastlt = step
 
     def step(self) -> None:
         output = self.of_fastlt(self.problem.batch, self.problem.meta_batch)
@@ -210,7 +211,7 @@ class OwnStep(Way):
         seen: list[Tensor] = []
         net = self.of_fastlt.net
         hook = self.of_fastlt.net_optimizer.register_step_pre_hook(
-            lambda *_: seen.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+            lambda *_: seen.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
         )
         self.step()
         hook.remove()
@@ -226,7 +227,7 @@ class TwiceDifferentiated(Way):
         self.model = copy.deepcopy(problem.model).to(dtype)
         self.net = copy.deepcopy(problem.net).to(dtype)
         self.accuracy = (problem.accuracy if accuracy is None else accuracy).to(dtype)
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self.optimizer = new_sgd(self.parameters, problem)
         adam = adam_options(problem.compile, problem.device)
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4, **adam)
@@ -240,7 +241,7 @@ class TwiceDifferentiated(Way):
     def weights(self) -> Tensor:
         return class_weights(self.net(self.accuracy))[self.problem.batch.labels]
 
-    def meta_gradient(self) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+    def meta_gradient(self) -> tuple[Tensor, Sequence[Tensor], tuple[Tensor, ...]]:
         """Losses of the training batch, the parameters they depend on, and the gradient in theta."""
         raise NotImplementedError
 
@@ -290,7 +291,7 @@ class Higher(TwiceDifferentiated):
     """The package `higher`: a functional copy of the model and a differentiable SGD."""
 
     def meta_gradient(self):
-        import higher
+        import higher  # pyright: ignore[reportMissingImports]  # of the extra `bench`
 
         inner = torch.optim.SGD(self.parameters, lr=LR)
         with higher.innerloop_ctx(self.model, inner, copy_initial_weights=False) as (functional, optimizer):
@@ -305,7 +306,7 @@ class TorchOpt(TwiceDifferentiated):
     """The package `torchopt`: MetaSGD moves the model differentiably, and its state is put back."""
 
     def meta_gradient(self):
-        import torchopt
+        import torchopt  # pyright: ignore[reportMissingImports]  # of the extra `bench`
 
         before = torchopt.extract_state_dict(self.model, by="reference")
         losses = self.losses(self.model, self.problem.batch)
@@ -316,13 +317,13 @@ class TorchOpt(TwiceDifferentiated):
         return losses, self.parameters, gradients
 
 
-def new_sgd(parameters: list[Tensor], problem: Problem) -> torch.optim.Optimizer:
+def new_sgd(parameters: Sequence[Tensor], problem: Problem) -> torch.optim.Optimizer:
     """The optimizer of every way."""
     groups = [{"params": parameters}]
     return make_sgd(groups, problem.compile, LR, problem.device, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
-def apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
+def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: tuple[Tensor, ...]) -> None:
     """One step with these gradients."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = laid_out(gradient, parameter)

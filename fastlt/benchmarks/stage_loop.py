@@ -14,9 +14,10 @@ from fastlt.run.loading import endless
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.state import Batch
+from fastlt.steps.difficulty import DifficultyStep
 
 
-def parser(doc: str, name: str, prog: str) -> argparse.ArgumentParser:
+def parser(doc: str | None, name: str, prog: str) -> argparse.ArgumentParser:
     """The options that every such measurement has; arguments as of `make_parser`."""
     made = make_parser(doc, name, prog)
     made.add_argument("recipe", nargs="?", default=str(SHIPPED / "digits_lt.yaml"))
@@ -49,12 +50,14 @@ class DifficultyLoop:
         self.context = prepare(load_recipe(words.recipe, [*overrides, *more(self.name)]))
         # A loop of its own: the trainer's also logs, evaluates and saves.
         self.stage = Trainer(self.context).build_stage(self.name)
+        assert isinstance(self.stage.step, DifficultyStep)
         self.step = self.stage.step
         self.iterations = min(words.iterations or self.stage.iterations, self.stage.iterations)
 
     def batches(self) -> Iterator[tuple[Batch, Batch]]:
         """The batches of each iteration, with the epoch begun and the learning rate set; closes the loaders."""
         loaders = self.stage.loaders
+        assert loaders.meta is not None, "the method takes meta batches"
         try:
             batches, meta_batches = endless(loaders.train, 0), endless(loaders.meta, 0)
             self.step.train_mode()

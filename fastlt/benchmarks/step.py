@@ -178,7 +178,7 @@ def measure(words: argparse.Namespace) -> list[Row]:
                 ratio_frozen=ratio(times, name, "ours_frozen"),
                 peak_bytes=peaks[name],
                 grad_rel_error=errors[name],
-                matrix_share=counts[name] / statistics.median(times[name]) / rate if on_gpu else None,
+                matrix_share=None if rate is None else counts[name] / statistics.median(times[name]) / rate,
             )
         rows.append(row)
     return rows

@@ -100,21 +100,22 @@ class _Loop:
         self.iterate, self.not_compiled = ready(self.step, self.batch, self.meta_batch)
 
     def fed(self) -> int:
-        images, waited, started = 0, 0.0, time.perf_counter()
+        images, waited, started, output = 0, 0.0, time.perf_counter(), None
         for _ in range(self.iterations):
             asked = time.perf_counter()
             batch, meta_batch = self._next()
             waited += time.perf_counter() - asked
             output = self._iterate(batch, meta_batch)
             images += len(batch)
-        output.loss.item()  # waits for the device, once a round
+        _wait_for(output)
         self.wait_shares.append(waited / (time.perf_counter() - started))
         return images
 
     def one_batch(self) -> int:
+        output = None
         for _ in range(self.iterations):
             output = self._iterate(self.batch, self.meta_batch)
-        output.loss.item()
+        _wait_for(output)
         return self.iterations * len(self.batch)
 
     def augment_s(self, rounds: int) -> float:
@@ -136,6 +137,8 @@ class _Loop:
         if parts.second_augment is not None:
             chains.append((parts.second_augment, batch.images if batch.second_crop is None else batch.second_crop))
         if self.step.uses_meta_batch():
+            assert parts.meta_augment is not None
+            assert self.meta_batch is not None
             chains.append((parts.meta_augment, self.meta_batch.images))
 
         if self.context.compile == "cudagraph" and self.not_compiled is None:
@@ -156,3 +159,9 @@ class _Loop:
 
     def _next(self) -> tuple[Batch, Batch | None]:
         return next(self.batches), None if self.meta_batches is None else next(self.meta_batches)
+
+
+def _wait_for(output: StepOutput | None) -> None:
+    """Until the device has done all that led to a step's output; a round asks once."""
+    assert output is not None, "a round has an iteration"
+    output.loss.item()
