@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,71 +10,19 @@ import torch
 from fastlt.names import unknown
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
-from loaders.protocol import BatchLoader, StoredSplit
+from loaders.protocol import BatchLoader, StoredDataset, StoredSplit
+from loaders.readers import AUTO, AUTO_READS, BACKENDS, backends_that
 from loaders.readers.dali_augment import build_dali_augment
-from loaders.readers.memory import free_share, readable
-from loaders.readers.resident_loader import ResidentLoader, check_pixels, is_ragged, resident_bytes
-from loaders.readers.torch_loader import TorchLoader
-from loaders.stored.beton import Beton
+from loaders.readers.free_memory import free_share, readable
+from loaders.readers.resident_loader import is_ragged, resident_bytes
+from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
-from loaders.stored.source_dataset import SourceDataset
-from loaders.stored.tar_shards import TarShards
 
-if TYPE_CHECKING:
-    from loaders.stored.dataset import ConvertedDataset
-
-
-def _ffcv(*args, **kwargs) -> BatchLoader:
-    from loaders.readers.ffcv_loader import (
-        FfcvLoader,  # here, for numba takes seconds to import and the others need none of it
-    )
-
-    return FfcvLoader(*args, **kwargs)
-
-
-def _dali(*args, **kwargs) -> BatchLoader:
-    from loaders.readers.dali_loader import DaliLoader  # here, for a machine without DALI has the other backends
-
-    return DaliLoader(*args, **kwargs)
-
-
-def _resident_jpeg(*args, **kwargs) -> BatchLoader:
-    from loaders.readers.resident_jpeg_loader import ResidentJpegLoader  # as above
-
-    return ResidentJpegLoader(*args, **kwargs)
-
-
-def _check_resident(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-    check_pixels(stored, plan, device, plan.world_size)
-
-
-def _check_resident_jpeg(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-    from loaders.readers.resident_jpeg_loader import check_files  # as above
-
-    check_files(stored, plan.world_size)
-
-
-def _check_dali(stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-    import loaders.readers.dali_loader  # noqa: F401  (refuses to be imported where DALI is absent)
-
-
-BACKENDS = {
-    "resident": ResidentLoader,
-    "resident_jpeg": _resident_jpeg,
-    "ffcv": _ffcv,
-    "torch": TorchLoader,
-    "dali": _dali,
-}
-# What a backend needs besides a split that can be opened, asked before any process has filled memory.
-CHECKS = {"resident": _check_resident, "resident_jpeg": _check_resident_jpeg, "dali": _check_dali}
-READS = {"ffcv": ("ffcv",), "dali": ("dali",), "resident_jpeg": ("dali", "ffcv")}  # the others: .beton files first
-NEED_CONVERSION = ("ffcv", "resident_jpeg")
-AUGMENT_BACKENDS = ("dali", "resident_jpeg")  # those whose pipeline can do DALI's automatic augmentation
 RESIDENT_SHARE = 0.4  # of the memory that is free now; model, activations and the other splits need the rest
 
 
 def make_loader(
-    dataset: ConvertedDataset | SourceDataset,
+    dataset: StoredDataset,
     split: str,
     *,
     backend: str,
@@ -118,12 +65,13 @@ def make_loader(
     DALI, a split that is damaged or disagrees with the data set's labels, mixed image sizes without a crop, a training
     batch that the split cannot fill, and a split that a resident backend has no memory for.
     """
-    if backend not in BACKENDS and backend != "auto":
-        raise ValueError(unknown("loader backend", backend, [*BACKENDS, "auto"]))
+    if backend not in (AUTO, *BACKENDS):
+        raise ValueError(unknown("loader backend", backend, (AUTO, *BACKENDS)))
     options = {}
     if dali_augment is not None:
-        if backend not in AUGMENT_BACKENDS:
-            raise ValueError(f"dali_augment is for the backends {' and '.join(AUGMENT_BACKENDS)}, not for {backend!r}")
+        able = backends_that(lambda one: one.can_augment)
+        if backend not in able:
+            raise ValueError(f"dali_augment is for the backends {' and '.join(able)}, not for {backend!r}")
         options["augment"] = build_dali_augment(dali_augment)
     stored = _open(dataset, split, backend)
     plan = EpochPlan(
@@ -142,13 +90,15 @@ def make_loader(
     )
     device = torch.device(device)
     reason = f"{backend}: asked for"
-    if backend == "auto":
+    if backend == AUTO:
         backend, reason = choose_backend(plan, device, memory_budget_bytes, _streaming(dataset))
-    return BACKENDS[backend](stored, plan, device=device, num_workers=num_workers, reason=reason, **options)
+    loader = BACKENDS[backend].load()(stored, plan, device, num_workers, **options)
+    loader.reason = reason
+    return loader
 
 
 def check_loader(
-    dataset: ConvertedDataset | SourceDataset,
+    dataset: StoredDataset,
     split: str,
     *,
     backend: str,
@@ -163,39 +113,30 @@ def check_loader(
     """
     stored, device = _open(dataset, split, backend), torch.device(device)
     plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train, world_size=world_size)
-    if backend == "auto":
+    if backend == AUTO:
         backend, _ = choose_backend(plan, device, reader=_streaming(dataset))
-    if backend in CHECKS:
-        CHECKS[backend](stored, plan, device)
+    BACKENDS[backend].load().check(stored, plan, device)
     return plan.output_shape
 
 
-def _open(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -> StoredSplit:
+def _open(dataset: StoredDataset, split: str, backend: str) -> StoredSplit:
     """The split in the first of the formats that `backend` reads.
 
     ValueError when the data set has none of them, or its labels are others.
     """
-    stored = _open_format(dataset, split, backend)
+    reads = AUTO_READS if backend == AUTO else BACKENDS[backend].reads
+    kind = next((kind for kind in reads if kind in dataset.formats), None)
+    if kind is None and SOURCE_FILES in dataset.formats:
+        raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
+    stored = dataset.stored(split, kind or reads[0])
     if not np.array_equal(stored.labels, dataset.labels(split)):
         raise DamageError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     return stored
 
 
-def _open_format(dataset: ConvertedDataset | SourceDataset, split: str, backend: str) -> StoredSplit:
-    if isinstance(dataset, SourceDataset):
-        if backend in NEED_CONVERSION:
-            raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
-        return dataset.stored(split)
-    wanted = READS.get(backend, ("ffcv", "dali"))
-    kind = next((kind for kind in wanted if kind in dataset.formats), wanted[0])
-    return TarShards.open(dataset.shards(split)) if kind == "dali" else Beton.open(dataset.beton(split))
-
-
-def _streaming(dataset: ConvertedDataset | SourceDataset) -> str:
+def _streaming(dataset: StoredDataset) -> str:
     """The backend for what is read epoch by epoch."""
-    if isinstance(dataset, SourceDataset):
-        return "torch"
-    return "ffcv" if "ffcv" in dataset.formats else "dali"
+    return next(name for name, backend in BACKENDS.items() if backend.streams in dataset.formats)
 
 
 def choose_backend(

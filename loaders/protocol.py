@@ -43,6 +43,28 @@ class EncodedSplit(StoredSplit, Protocol):
         ...
 
 
+class StoredDataset(Protocol):
+    """The splits of a data set on disk: a converted one, or a source that is read as it is."""
+
+    @property
+    def root(self) -> Path:
+        """Where it is, for messages."""
+        ...
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that its images are there in, of `loaders.stored.FORMATS` and SOURCE_FILES."""
+        ...
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, int64 (N,)."""
+        ...
+
+    def stored(self, split: str, kind: str, /) -> StoredSplit:
+        """The images of a split in the format `kind`; ValueError, with the remedy, when they are not there."""
+        ...
+
+
 class BatchLoader(Protocol):
     """Batches of one split on one device, in an order that depends on (seed, epoch) alone.
 

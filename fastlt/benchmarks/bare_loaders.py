@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from loaders.order.crop import CropSpec
 from loaders.sources import ArraySplit, FileSplit
-from loaders.stored.native import keep_torch_threads
+from loaders.stored.ffcv_kernels import keep_torch_threads
 from loaders.stored.tar_shards import TarShards
 
 Epochs = Callable[[], Iterator[Tensor]]  # each call is one epoch of full batches, shuffled

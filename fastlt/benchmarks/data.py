@@ -29,11 +29,11 @@ from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
-from loaders.readers.host_loader import available_cores
 from loaders.sources import ArraySplit, FileSplit, Source, Split
 from loaders.sources.cifar import CIFAR10, read_cifar
 from loaders.stored.dataset import ConvertedDataset, convert
 from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.image_check import available_cores
 
 NAME = "fastlt benchmark data"
 BOTH = ("ffcv", "dali")

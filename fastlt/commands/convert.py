@@ -25,7 +25,7 @@ from fastlt.commands import verify
 from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
 from loaders.order.longtail import CONVENTIONS
-from loaders.sources import SOURCES, Source, open_source
+from loaders.sources import SOURCES, Source, open_source, sources_taking
 from loaders.stored.ffcv_format import MODES, FfcvOptions
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 NAME = "fastlt convert"
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
-CIFAR = ("cifar10", "cifar100")
-ONLY_FOR = {
-    "root": (*CIFAR, "image_folder", "list_file"),
-    "train_list": ("list_file",),
-    "meta_list": ("list_file",),
-    "test_list": ("list_file",),
-    "convention": CIFAR,
-    "no_download": CIFAR,
+# Options that some sources have no use for, and the argument of `open_source` that they become.
+ARGUMENT_OF = {
+    "root": "root",
+    "train_list": "train_list",
+    "meta_list": "meta_list",
+    "test_list": "test_list",
+    "convention": "convention",
+    "no_download": "download",
 }
 WITH_VERIFY = ("verify", "workers", "quiet")
 
@@ -106,14 +106,15 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
         parser.error("a source and --out DIR are needed (or --verify DIR)")
     elif arguments.source not in SOURCES:
         parser.error(unknown("source", arguments.source, SOURCES))
-    for name, sources in ONLY_FOR.items():
+    for name, argument in ARGUMENT_OF.items():
+        sources = sources_taking(argument)
         if getattr(arguments, name) != parser.get_default(name) and arguments.source not in (None, *sources):
             parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only, not for {arguments.source}")
     if arguments.mode == "raw" and arguments.jpeg_quality is not None:
         parser.error("--jpeg-quality has no meaning for raw pixels: add --mode jpg or proportion, or leave it out")
     if arguments.mode == "proportion" and "dali" in FORMATS[arguments.format]:
         parser.error(f"--mode proportion is for --format ffcv only, not for {arguments.format}: take raw or jpg")
-    if arguments.source in ONLY_FOR["root"] and arguments.root is None:
+    if arguments.source in sources_taking("root") and arguments.root is None:
         parser.error(f"{arguments.source} needs --root DIR: the folder that holds its images")
     return arguments
 

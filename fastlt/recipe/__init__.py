@@ -4,7 +4,6 @@ from fastlt.recipe.checks import check
 from fastlt.recipe.compose import load_recipe
 from fastlt.recipe.schema import (
     LIST_KEYS,
-    SMALL_SOURCES,
     AccuracyRecipe,
     DataRecipe,
     ModelRecipe,
@@ -18,7 +17,6 @@ from fastlt.recipe.typed_yaml import RecipeError
 
 __all__ = [
     "LIST_KEYS",
-    "SMALL_SOURCES",
     "AccuracyRecipe",
     "DataRecipe",
     "ModelRecipe",

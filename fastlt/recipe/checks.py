@@ -13,10 +13,12 @@ from pathlib import Path
 from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
-from fastlt.recipe.schema import LIST_KEYS, SMALL_SOURCES, Recipe, StageRecipe
+from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
 from fastlt.steps import STEPS, Step
 from loaders.order.crop import CropSpec
+from loaders.readers import AUTO, backends_that
 from loaders.readers.dali_augment import build_dali_augment
+from loaders.sources import SOURCES, sources_taking
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -62,8 +64,9 @@ def long_tail(recipe: Recipe) -> Iterator[str]:
         yield f"data.imbalance_factor: is {data.imbalance_factor}; allowed: a number >= 1, largest over smallest"
     if data.shots[0] < data.shots[1]:
         yield f"data.shots: is {list(data.shots)}; allowed: the upper threshold first, for example [100, 20]"
-    if data.convention == "ldam" and data.source not in ("cifar10", "cifar100"):
-        yield f"data.convention: is 'ldam', which is defined for cifar10 and cifar100, not for {data.source}"
+    able = sources_taking("convention")
+    if data.convention == "ldam" and data.source not in able:
+        yield f"data.convention: is 'ldam', which is defined for {' and '.join(able)}, not for {data.source}"
 
 
 def conversion(recipe: Recipe) -> Iterator[str]:
@@ -72,10 +75,11 @@ def conversion(recipe: Recipe) -> Iterator[str]:
         return
     if data.converted is not None:
         yield "data.convert: is false, but data.converted names a folder; leave one of the two out"
-    if data.loader in ("ffcv", "resident_jpeg"):
+    able = [AUTO, *backends_that(lambda backend: not backend.needs_conversion)]
+    if data.loader not in able:
         yield (
             f"data.convert: is false, but data.loader {data.loader!r} reads converted data sets; allowed with it: "
-            "auto, resident, torch, dali"
+            f"{', '.join(able)}"
         )
 
 
@@ -101,12 +105,13 @@ def dali_augmentation(recipe: Recipe) -> Iterator[str]:
     if spec is None:
         return
     mistakes = list(refused("data.dali_augment", lambda: build_dali_augment(spec)))
+    able = backends_that(lambda backend: backend.can_augment)
     names = [one if isinstance(one, str) else next(iter(one), "") for one in data.augment]
     twice = [name for name in names if name in ("auto_augment", "rand_augment")]
     if mistakes:
         yield from mistakes
-    elif data.loader not in ("dali", "resident_jpeg"):
-        yield f"data.dali_augment: is set, but data.loader is {data.loader!r}; it needs dali or resident_jpeg"
+    elif data.loader not in able:
+        yield f"data.dali_augment: is set, but data.loader is {data.loader!r}; it needs {' or '.join(able)}"
     elif twice:
         yield f"data.dali_augment: is set and data.augment has {twice[0]}; leave one of the two out"
 
@@ -128,22 +133,25 @@ def normalisation(recipe: Recipe) -> Iterator[str]:
 
 def workers(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
-    if data.num_workers is not None and data.num_workers < (0 if data.loader == "torch" else 1):
+    without = backends_that(lambda backend: backend.fewest_workers == 0)
+    if data.num_workers is not None and data.num_workers < (0 if data.loader in without else 1):
         yield (
             f"data.num_workers: is {data.num_workers}; allowed: an integer >= 1, null for all cores, or 0 with "
-            "data.loader torch, which then reads in the main process"
+            f"data.loader {' or '.join(without)}, which then reads in the main process"
         )
 
 
 def files(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     lists = [key for key in LIST_KEYS if getattr(data, key)]
-    if data.source != "list_file" and lists:
-        yield f"data.{lists[0]}: is set, but data.source is {data.source!r}; list files go with list_file"
+    foreign = [key for key in lists if key not in SOURCES[data.source].takes]
+    if foreign:
+        able = " and ".join(sources_taking(foreign[0]))
+        yield f"data.{foreign[0]}: is set, but data.source is {data.source!r}; list files go with {able}"
     for key in lists:
         if not Path(getattr(data, key)).is_file():
             yield f"data.{key}: {getattr(data, key)} is not a file"
-    if data.root is not None and not Path(data.root).is_dir() and data.source not in SMALL_SOURCES:
+    if data.root is not None and not Path(data.root).is_dir() and not SOURCES[data.source].small:
         yield f"data.root: {data.root} is not a folder"
 
 

@@ -25,6 +25,7 @@ from fastlt.recipe.schema import (
     StorageRecipe,
     is_harmless,
 )
+from fastlt.recipe.typed_yaml import types_of
 from fastlt.steps import STEPS
 from fastlt.steps.needs import Allows, Needs
 
@@ -146,7 +147,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
     """The keys of a dataclass. Those of a dataclass below it follow as `key.sub`, unless it has its own section."""
-    hints, sentences = typing.get_type_hints(cls), described(cls)
+    hints, sentences = types_of(cls), described(cls)
     for field in dataclasses.fields(cls):
         assert field.name in sentences, f"the docstring of {cls.__name__} does not describe {field.name}"
         kind = hints[field.name]

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import yaml
 
-from fastlt.recipe.typed_yaml import to_tree, typed_by
+from fastlt.recipe.typed_yaml import one_of, to_tree, typed_by
 from fastlt.steps import STEPS, StepOptions
 from fastlt.steps.settings import StageSettings
+from loaders.readers import AUTO, BACKENDS
+from loaders.sources import SOURCES
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
-SMALL_SOURCES = ("digits", "cifar10", "cifar100")
 # Metadata of a key that changes neither the meaning of a run nor its result. A run that goes on may have another value
 # than before, and a finished run answers for every value.
 HARMLESS = {"harmless": True}
@@ -74,7 +75,7 @@ class DataRecipe:
         image get one; meta batches get none where meta_augment is given.
     """
 
-    source: Literal["digits", "cifar10", "cifar100", "image_folder", "list_file"]
+    source: str = field(metadata=one_of(SOURCES))
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -91,7 +92,7 @@ class DataRecipe:
     meta_per_class: int = 10
     shots: tuple[int, int] = (100, 20)
     storage: StorageRecipe = field(default_factory=StorageRecipe)
-    loader: Literal["auto", "resident", "resident_jpeg", "ffcv", "torch", "dali"] = "auto"
+    loader: str = field(default=AUTO, metadata=one_of((AUTO, *BACKENDS)))
     num_workers: int | None = field(default=None, metadata=HARMLESS)
     train_crop: Literal["none", "random_resized"] = "none"
     eval_crop: Literal["none", "center"] = "none"

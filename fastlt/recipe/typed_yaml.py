@@ -9,14 +9,14 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from fastlt.names import nearest, unknown
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
-TYPED_BY = "typed_by"
+TYPED_BY, ONE_OF = "typed_by", "one_of"
 
 
 class RecipeError(ValueError):
@@ -26,6 +26,11 @@ class RecipeError(ValueError):
 def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
     """The metadata of a dataclass field whose type is the one that the mapping's `key` names in `types`."""
     return {TYPED_BY: (key, types)}
+
+
+def one_of(names: Iterable[str]) -> dict[str, Any]:
+    """The metadata of a dataclass field of type str whose value is one of `names`, such as the names of a table."""
+    return {ONE_OF: tuple(names)}
 
 
 def build(cls: type[T], tree: Any, where: str = "") -> T:
@@ -113,7 +118,7 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
         value = {}
     if not isinstance(value, Mapping):
         return _wrong(mistakes, where, value, f"a mapping with the keys {', '.join(_keys(cls))}")
-    hints, known, before = typing.get_type_hints(cls), _keys(cls), len(mistakes)
+    hints, known, before = types_of(cls), _keys(cls), len(mistakes)
     prefix = f"{where}." if where else ""
     for key in value:
         if key not in known:
@@ -182,6 +187,12 @@ def _convert_scalar(kind: type, value: Any, where: str, mistakes: list[str]) -> 
 
 def _wrong(mistakes: list[str], where: str, value: Any, allowed: str) -> None:
     mistakes.append(f"{where}: is {describe(value)}; allowed: {allowed}")
+
+
+def types_of(cls: type) -> dict[str, Any]:
+    """The type of each field; a field with `one_of` is a Literal of these."""
+    named = {f.name: Literal[f.metadata[ONE_OF]] for f in dataclasses.fields(cls) if ONE_OF in f.metadata}
+    return typing.get_type_hints(cls) | named
 
 
 def _keys(cls: type) -> list[str]:

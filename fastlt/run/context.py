@@ -19,7 +19,7 @@ from fastlt.recipe import Recipe
 from fastlt.run.dataset import prepare_dataset
 from fastlt.state import ClassCounts
 from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.source_dataset import SourceDataset
+from loaders.stored.unconverted import UnconvertedDataset
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunContext:
     device: torch.device
     reducer: Reducer
     compile: str
-    dataset: ConvertedDataset | SourceDataset
+    dataset: ConvertedDataset | UnconvertedDataset
     counts: ClassCounts
 
     @property

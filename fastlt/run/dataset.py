@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from fastlt.recipe import LIST_KEYS, SMALL_SOURCES, DataRecipe
-from loaders.sources import Source, open_source
+from fastlt.recipe import LIST_KEYS, DataRecipe
+from loaders.readers import BACKENDS, formats_for
+from loaders.sources import SOURCES, Source, open_source
 from loaders.stored.dataset import MANIFEST, ConvertedDataset, conversion_request, convert
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.source_dataset import SourceDataset
+from loaders.stored.unconverted import UnconvertedDataset
 
 # Which images are chosen does not depend on the seed of a run: runs under several seeds share one data set.
 SPLIT_SEED = 0
@@ -35,15 +36,10 @@ def request(data: DataRecipe) -> dict[str, Any]:
     )
 
 
-def _formats(data: DataRecipe) -> tuple[str, ...]:
-    """What is written for a recipe: a data set made for DALI's loaders serves the others as well."""
-    return ("ffcv", "dali") if data.loader in ("dali", "resident_jpeg") else ("ffcv",)
-
-
 def _check_format(data: DataRecipe, folder: Path) -> None:
-    """ValueError when the folder lacks the one format that the recipe's loader reads."""
+    """ValueError when the folder holds none of the formats that the recipe's loader reads."""
     formats = ConvertedDataset.open(folder).formats
-    if data.loader in ("ffcv", "dali") and data.loader not in formats:
+    if data.loader in BACKENDS and not set(formats) & set(BACKENDS[data.loader].reads):
         raise ValueError(
             f"data.loader is {data.loader!r}, but {folder} was converted to {' and '.join(formats)} only; choose "
             f"another loader, or convert it anew with\n  {conversion_command(data, folder, overwrite=True)}"
@@ -64,7 +60,7 @@ def default_folder(data: DataRecipe) -> Path:
 def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
     """The command that makes the data set a recipe asks for."""
     words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder)]
-    if data.source != "digits":
+    if "root" in SOURCES[data.source].takes:
         words += ["--root", data.root or "DIR"]
     for key in LIST_KEYS:
         if getattr(data, key):
@@ -72,7 +68,7 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
     if data.imbalance_factor is not None:
         words += ["--imbalance", f"{data.imbalance_factor:g}"]
     words += ["--meta-per-class", str(data.meta_per_class), "--mode", data.storage.mode]
-    if data.loader in ("dali", "resident_jpeg"):
+    if len(formats_for(data.loader)) > 1:
         words += ["--format", "both"]
     if data.storage.max_resolution is not None:
         words += ["--max-resolution", str(data.storage.max_resolution)]
@@ -83,8 +79,8 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
     return shlex.join(words)
 
 
-def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedDataset | SourceDataset:
-    """The data set of a recipe; digits and CIFAR are converted by the main process when it is absent.
+def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedDataset | UnconvertedDataset:
+    """The data set of a recipe; a small source is converted by the main process when it is absent.
 
     ValueError, on every process, when there is none and it is not small, when the folder holds another one, or when
     the source cannot be read.
@@ -116,8 +112,8 @@ def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _read_source(data: DataRecipe) -> SourceDataset:
-    return SourceDataset.open(_open_source(data), Path(data.root or data.source))
+def _read_source(data: DataRecipe) -> UnconvertedDataset:
+    return UnconvertedDataset.open(_open_source(data), Path(data.root or data.source))
 
 
 def _open_source(data: DataRecipe) -> Source:
@@ -140,9 +136,9 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
         _check_request(data, folder, ConvertedDataset.open(folder).manifest["request"])
         _check_format(data, folder)
         return
-    if data.source not in SMALL_SOURCES:
+    if not SOURCES[data.source].small:
         raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
-    convert(_open_source(data), folder, options=_options(data), request=request(data), formats=_formats(data))
+    convert(_open_source(data), folder, options=_options(data), request=request(data), formats=formats_for(data.loader))
 
 
 def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:

@@ -20,9 +20,9 @@ from fastlt.state import Batch
 from loaders.order.plan import EpochPlan
 from loaders.protocol import EncodedSplit
 from loaders.readers.dali_augment import DaliAugment
-from loaders.readers.host_loader import HostLoader, default_workers, upload_ahead
+from loaders.readers.host_loader import HostLoader, upload_ahead
 from loaders.stored.damage import DamageError
-from loaders.stored.native import resize_crop
+from loaders.stored.ffcv_kernels import resize_crop
 
 try:
     from nvidia import dali
@@ -61,17 +61,13 @@ class DaliLoader(HostLoader):
         self,
         stored: EncodedSplit,
         plan: EpochPlan,
-        *,
         device: torch.device | str,
         num_workers: int | None = None,
-        reason: str = "asked for",
         augment: DaliAugment | None = None,
     ) -> None:
-        super().__init__(stored, plan, device=device, reason=reason)
-        self._threads = default_workers(plan.world_size) if num_workers is None else num_workers
-        if self._threads < 1:
-            raise ValueError(f"num_workers {num_workers} for the {self.backend!r} backend: give 1 or more threads")
-        self._encoded = _EncodedTensors(stored, self._threads)
+        super().__init__(plan, device, num_workers)
+        self.stored = stored
+        self._encoded = _EncodedTensors(stored, self.workers)
         self._augment = augment if plan.train else None
         self._cuts = plan.crop.kind != "none"
         self._on_host = self._cuts and not plan.train
@@ -94,7 +90,7 @@ class DaliLoader(HostLoader):
             if not self._on_host:
                 yield from self._labelled((torch.from_dlpack(images.as_tensor()) for images in decoded), index)
                 return
-            with ThreadPoolExecutor(self._threads) as pool:
+            with ThreadPoolExecutor(self.workers) as pool:
                 resized = (self._resized(images, pool) for images in decoded)
                 yield from self._labelled(upload_ahead(resized, self.device), index)
 
@@ -136,12 +132,12 @@ class DaliLoader(HostLoader):
     def _new_decoder(self) -> _Decoder:
         shape = None if self._on_host or not self._cuts else self.plan.output_shape
         if self._augment is None:
-            return _Decoder(self._cuts, shape, self.batch_size, self.device, self._threads)
+            return _Decoder(self._cuts, shape, self.batch_size, self.device, self.workers)
         seeds = np.random.default_rng([self.plan.seed, self._epoch, AUGMENT_STREAM, self.plan.rank, self.plan.view])
         augment = functools.partial(
             self._augment.apply, shape=self.plan.output_shape, seed=int(seeds.integers(1 << 31))
         )
-        return _Decoder(self._cuts, shape, self.batch_size, self.device, self._threads, augment)
+        return _Decoder(self._cuts, shape, self.batch_size, self.device, self.workers, augment)
 
     def _fed(self, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Iterator[Fed]:
         whole = np.full((self.batch_size, 2), TINY, dtype=np.int32)

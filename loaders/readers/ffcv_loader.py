@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from loaders.order.plan import EpochPlan
-from loaders.readers.host_loader import STALL_S, HostLoader, default_workers
+from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.beton import Beton
 from loaders.stored.damage import DamageError
-from loaders.stored.native import keep_torch_threads
+from loaders.stored.ffcv_kernels import keep_torch_threads
 
 BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
 PIECE_BYTES = 1 << 20  # what a thread decodes at a time, at most, and at least one image
@@ -85,26 +85,17 @@ class FfcvLoader(HostLoader):
     backend = "ffcv"
 
     def __init__(
-        self,
-        beton: Beton,
-        plan: EpochPlan,
-        *,
-        device: torch.device | str,
-        num_workers: int | None = None,
-        reason: str = "asked for",
+        self, stored: Beton, plan: EpochPlan, device: torch.device | str, num_workers: int | None = None
     ) -> None:
-        super().__init__(beton, plan, device=device, reason=reason)
-        workers = default_workers(plan.world_size) if num_workers is None else num_workers
-        if workers < 1:
-            raise ValueError(f"num_workers {num_workers} for the 'ffcv' backend: give 1 or more threads")
-        self.beton = beton
+        super().__init__(plan, device, num_workers)
+        self.stored = stored
         image_bytes = 3 * int(np.prod(plan.output_shape))
         self._buffer = plan.batch_size * max(1, BUFFER_BYTES // (image_bytes * plan.batch_size))
-        self._piece = max(1, min(PIECE_BYTES // image_bytes, -(-self._buffer // workers)))
+        self._piece = max(1, min(PIECE_BYTES // image_bytes, -(-self._buffer // self.workers)))
         pieces = -(-self._buffer // self._piece)
-        self._ahead = max(BUFFERS_AHEAD, -(-2 * workers // pieces))
+        self._ahead = max(BUFFERS_AHEAD, -(-2 * self.workers // pieces))
         self._scratch = threading.local()
-        self._threads = _Threads(workers)
+        self._threads = _Threads(self.workers)
 
     def close(self) -> None:
         """Ends the running epoch and the threads; a stuck one is left behind (it is a daemon)."""
@@ -144,13 +135,13 @@ class FfcvLoader(HostLoader):
 
     def _decode(self, index: np.ndarray, boxes: np.ndarray, images: np.ndarray) -> None:
         """Fill `images`, in one of the threads."""
-        beton, scratch = self.beton, getattr(self._scratch, "bytes", None)
+        split, scratch = self.stored, getattr(self._scratch, "bytes", None)
         if scratch is None:
-            scratch = self._scratch.bytes = np.empty(3 * int((beton.heights * beton.widths).max()), dtype=np.uint8)
-        stored = (beton.storage, beton.offsets, beton.sizes, beton.is_jpeg, beton.heights, beton.widths)
+            scratch = self._scratch.bytes = np.empty(3 * int((split.heights * split.widths).max()), dtype=np.uint8)
+        stored = (split.storage, split.offsets, split.sizes, split.is_jpeg, split.heights, split.widths)
         damaged = _compiled_loop()(*stored, index, boxes, images, scratch)
         if damaged != NONE_DAMAGED:
-            beton.image(index[damaged])  # says what is wrong with it
+            split.image(index[damaged])  # says what is wrong with it
 
     def _finish(self, piece: Future) -> None:
         try:

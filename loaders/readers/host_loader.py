@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
@@ -12,29 +11,16 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch, upload
-from loaders.order.plan import EpochPlan
-from loaders.protocol import StoredSplit
+from loaders.readers.base_loader import BaseLoader
 
 STALL_S = 600.0  # a reader that delivers nothing for this long is taken to be stuck
 
 
-class HostLoader:
+class HostLoader(BaseLoader):
     """A BatchLoader whose subclass reads batches into host memory; this class labels, uploads and ends them."""
 
-    backend: str
-    crops = True
-
-    def __init__(
-        self, stored: StoredSplit, plan: EpochPlan, *, device: torch.device | str, reason: str = "asked for"
-    ) -> None:
-        self.stored, self.plan, self.device, self.reason = stored, plan, torch.device(device), reason
-        self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
-        self._labels = torch.from_numpy(plan.labels).to(self.device)
-        self._running: Generator[Batch, None, None] | None = None
-        self._closed = False
-
-    def __len__(self) -> int:
-        return self.plan.num_batches
+    _running: Generator[Batch, None, None] | None = None
+    _closed = False
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """See BatchLoader; reading begins with the first batch that is asked for."""
@@ -109,13 +95,3 @@ def _handed_over(copy: Tensor, copied: torch.cuda.Event) -> Tensor:
     current.wait_event(copied)
     copy.record_stream(current)
     return copy
-
-
-def default_workers(world_size: int) -> int:
-    """Workers for one process: the cores this job may use, shared by its processes."""
-    return max(1, available_cores() // world_size)
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

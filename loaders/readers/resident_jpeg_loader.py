@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from loaders.order.plan import EpochPlan
+from loaders.readers.base_loader import default_workers
 from loaders.readers.dali_augment import DaliAugment
 from loaders.readers.dali_loader import DaliLoader
-from loaders.readers.host_loader import default_workers
-from loaders.readers.memory import free_share, readable
+from loaders.readers.free_memory import free_share, readable
 from loaders.stored.beton import Beton
 from loaders.stored.tar_shards import TarShards
 
@@ -84,13 +84,15 @@ class ResidentJpegLoader(DaliLoader):
         self,
         stored: Beton | TarShards,
         plan: EpochPlan,
-        *,
         device: torch.device | str,
         num_workers: int | None = None,
-        reason: str = "asked for",
         augment: DaliAugment | None = None,
     ) -> None:
         check_files(stored)
         workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
-        held = HeldFiles(stored, workers)
-        super().__init__(held, plan, device=device, num_workers=num_workers, reason=reason, augment=augment)
+        super().__init__(HeldFiles(stored, workers), plan, device, num_workers, augment)
+
+    @classmethod
+    def check(cls, stored: Beton | TarShards, plan: EpochPlan, device: torch.device) -> None:
+        """See BaseLoader; every process holds the files."""
+        check_files(stored, plan.world_size)

@@ -13,13 +13,13 @@ from fastlt.state import Batch, upload
 from loaders.order.crop import CropSpec, common_shape, crop_boxes
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
-from loaders.readers.host_loader import default_workers
-from loaders.readers.memory import free_share, readable
-from loaders.readers.ragged import FILL_BYTES, RaggedPixels, most_taps, shrinking
-from loaders.stored.native import resize_crop
+from loaders.readers.base_loader import BaseLoader
+from loaders.readers.free_memory import free_share, readable
+from loaders.readers.ragged_pixels import FILL_BYTES, RaggedPixels, most_taps, shrinking
+from loaders.stored.ffcv_kernels import resize_crop
 
 
-class ResidentLoader:
+class ResidentLoader(BaseLoader):
     """BatchLoader that holds the split on the device; a batch is one index_select, and nothing waits for the host.
 
     "none" and "center" crops are applied once, while filling: pixels equal the other backends'. For "random_resized"
@@ -31,29 +31,22 @@ class ResidentLoader:
     backend = "resident"
 
     def __init__(
-        self,
-        stored: StoredSplit,
-        plan: EpochPlan,
-        *,
-        device: torch.device | str,
-        num_workers: int | None = None,
-        reason: str = "asked for",
+        self, stored: StoredSplit, plan: EpochPlan, device: torch.device | str, num_workers: int | None = None
     ) -> None:
-        self.plan, self.device, self.reason = plan, torch.device(device), reason
-        self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
+        super().__init__(plan, device, None if num_workers is None else max(1, num_workers))
         check_pixels(stored, plan, self.device)
         self._ragged = is_ragged(plan.crop, plan.heights, plan.widths)
         self.crops = self._ragged or plan.crop.kind != "random_resized"
-        workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
         self._pixels: Tensor | RaggedPixels | None = (
-            RaggedPixels(stored, self.device, workers)
+            RaggedPixels(stored, self.device, self.workers)
             if self._ragged
-            else _fill(stored, plan.crop, self.device, workers)
+            else _fill(stored, plan.crop, self.device, self.workers)
         )
-        self._labels = torch.from_numpy(plan.labels).to(self.device)
 
-    def __len__(self) -> int:
-        return self.plan.num_batches
+    @classmethod
+    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+        """See BaseLoader; every process on a CPU holds the pixels."""
+        check_pixels(stored, plan, device, plan.world_size)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """See BatchLoader; the order is moved to the device once, and nothing waits for that."""

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
-from loaders.readers.host_loader import STALL_S, HostLoader, default_workers
+from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.damage import DamageError
-from loaders.stored.native import resize_crop
+from loaders.stored.ffcv_kernels import resize_crop
 
 # What the workers' common ancestor imports, so that none of them has to.
 PRELOADED = ["loaders.readers.torch_loader", "ffcv.libffcv"]
@@ -74,31 +74,21 @@ class TorchLoader(HostLoader):
     """
 
     backend = "torch"
+    workers_advice = "0 reads in the main process, a positive number starts as many workers"
 
     def __init__(
-        self,
-        stored: StoredSplit,
-        plan: EpochPlan,
-        *,
-        device: torch.device | str,
-        num_workers: int | None = None,
-        reason: str = "asked for",
+        self, stored: StoredSplit, plan: EpochPlan, device: torch.device | str, num_workers: int | None = None
     ) -> None:
-        super().__init__(stored, plan, device=device, reason=reason)
-        workers = default_workers(plan.world_size) if num_workers is None else num_workers
-        if workers < 0:
-            raise ValueError(
-                f"num_workers {workers}: 0 reads in the main process, a positive number starts as many workers"
-            )
+        super().__init__(plan, device, num_workers)
         self._sampler = _PlannedSampler(plan.batch_size)
         self._loader: DataLoader | None = DataLoader(
             _CroppedBatches(stored, plan.output_shape),
             sampler=self._sampler,
             batch_size=None,  # the sampler's items are whole batches already
-            num_workers=workers,
-            multiprocessing_context=_clean_ancestor() if workers else None,
-            persistent_workers=workers > 0,
-            timeout=STALL_S if workers else 0,
+            num_workers=self.workers,
+            multiprocessing_context=_clean_ancestor() if self.workers else None,
+            persistent_workers=self.workers > 0,
+            timeout=STALL_S if self.workers else 0,
             pin_memory=self.device.type == "cuda",  # by a thread, which the copy to the GPU then need not wait for
             # Its own generator: by default each epoch draws a worker seed from, and so advances, torch's global one.
             generator=torch.Generator(),

@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastlt.names import pick
 from loaders.order.longtail import CONVENTIONS
-from loaders.sources.cifar import CIFAR10, CIFAR100, CifarSpec, open_cifar
+from loaders.sources.cifar import CIFAR10, CIFAR100, open_cifar
 from loaders.sources.digits import open_digits
 from loaders.sources.image_folder import open_image_folder
 from loaders.sources.list_file import open_list_files
 from loaders.sources.split import ArraySplit, FileSplit, Source, Split
 
-__all__ = ["SOURCES", "ArraySplit", "FileSplit", "Source", "Split", "open_source"]
+__all__ = ["SOURCES", "ArraySplit", "FileSplit", "Source", "SourceKind", "Split", "open_source", "sources_taking"]
 
 
-def _open_digits(arguments: dict) -> Source:
-    return open_digits(**_only(arguments, "imbalance_factor", "meta_per_class", "seed"))
+@dataclass(frozen=True)
+class SourceKind:
+    """One kind of data set, and how it is opened.
+
+    open: gives the Source; its parameters are those of `open_source` that it takes, with "root" a folder that exists,
+        unless it takes "download", too, and may make it.
+    small: whether a run converts it by itself; the others are converted by a command before.
+    """
+
+    name: str
+    open: Callable[..., Source]
+    small: bool = False
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of the arguments that mean something to it."""
+        return tuple(inspect.signature(self.open).parameters)
 
 
-def _open_cifar10(arguments: dict) -> Source:
-    return _open_cifar(CIFAR10, arguments)
-
-
-def _open_cifar100(arguments: dict) -> Source:
-    return _open_cifar(CIFAR100, arguments)
-
-
-def _open_cifar(spec: CifarSpec, arguments: dict) -> Source:
-    root = _root(arguments, spec.name)
-    return open_cifar(spec, root, **_only(arguments, "imbalance_factor", "convention", "meta_per_class", "download"))
-
-
-def _open_image_folder(arguments: dict) -> Source:
-    root = _root(arguments, "image_folder")
-    return open_image_folder(root, **_only(arguments, "imbalance_factor", "meta_per_class", "num_classes"))
-
-
-def _open_list_files(arguments: dict) -> Source:
-    root = _root(arguments, "list_file")
-    lists = _only(arguments, "train_list", "meta_list", "test_list")
-    return open_list_files(root, **lists, **_only(arguments, "imbalance_factor", "meta_per_class", "num_classes"))
-
-
-SOURCES = {
-    "digits": _open_digits,
-    "cifar10": _open_cifar10,
-    "cifar100": _open_cifar100,
-    "image_folder": _open_image_folder,
-    "list_file": _open_list_files,
+SOURCES: dict[str, SourceKind] = {
+    kind.name: kind
+    for kind in (
+        SourceKind("digits", open_digits, small=True),
+        SourceKind("cifar10", functools.partial(open_cifar, CIFAR10), small=True),
+        SourceKind("cifar100", functools.partial(open_cifar, CIFAR100), small=True),
+        SourceKind("image_folder", open_image_folder),
+        SourceKind("list_file", open_list_files),
+    )
 }
+
+
+def sources_taking(argument: str) -> list[str]:
+    """The names of the sources that take this argument of `open_source`."""
+    return [name for name, kind in SOURCES.items() if argument in kind.takes]
 
 
 def open_source(
@@ -78,14 +81,13 @@ def open_source(
     seed: which digits are held out; the other sources are cut by file order.
     Raises ValueError, saying what to do, when the data are missing or not what they should be.
     """
-    opener = pick("source", name, SOURCES)
+    kind = pick("source", name, SOURCES)
     pick("convention", convention, CONVENTIONS)
     if imbalance_factor is not None and not 1 <= imbalance_factor < math.inf:
         raise ValueError(f"imbalance_factor is {imbalance_factor}: it must be a number from 1 (balanced) on")
     if meta_per_class < 1:
         raise ValueError(f"meta_per_class is {meta_per_class}: it must be at least 1")
     arguments = {
-        "root": root,
         "train_list": train_list,
         "meta_list": meta_list,
         "test_list": test_list,
@@ -96,21 +98,19 @@ def open_source(
         "meta_per_class": meta_per_class,
         "seed": seed,
     }
-    source = opener(arguments)
+    if "root" in kind.takes:
+        arguments["root"] = _root(kind, root, may_be_made=download and "download" in kind.takes)
+    source = kind.open(**{argument: arguments[argument] for argument in kind.takes})
     if num_classes is not None and num_classes != source.num_classes:
         raise ValueError(f"{name} has {source.num_classes} classes, num_classes says {num_classes}: correct it")
     return source
 
 
-def _only(arguments: dict, *names: str) -> dict:
-    return {name: arguments[name] for name in names}
-
-
-def _root(arguments: dict, name: str) -> Path:
-    """The folder as a Path; a missing one is an error, except that CIFAR's may be made by its download."""
-    if arguments["root"] is None:
-        raise ValueError(f"{name} needs a root: the folder that holds its images")
-    root = Path(arguments["root"]).expanduser()
-    if not root.exists() and not (name.startswith("cifar") and arguments["download"]):
-        raise ValueError(f"root {root.absolute()} does not exist: {name} needs the folder that holds its images")
+def _root(kind: SourceKind, root: str | Path | None, *, may_be_made: bool) -> Path:
+    """The folder as a Path; a missing one is an error, unless a download makes it."""
+    if root is None:
+        raise ValueError(f"{kind.name} needs a root: the folder that holds its images")
+    root = Path(root).expanduser()
+    if not root.exists() and not may_be_made:
+        raise ValueError(f"root {root.absolute()} does not exist: {kind.name} needs the folder that holds its images")
     return root

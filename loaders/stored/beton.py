@@ -13,7 +13,7 @@ import numpy as np
 
 from loaders.order.crop import common_shape
 from loaders.stored.damage import DamageError
-from loaders.stored.native import decode_jpeg
+from loaders.stored.ffcv_kernels import decode_jpeg
 
 VERSION = 2
 JPEG, RAW = 0, 1

@@ -48,7 +48,7 @@ def write_shards(
     timeout_s: writing processes that finish no image for so long are ended.
     Raises ValueError when no image is good, the mode is FFCV's own, or a writing process dies.
     """
-    from loaders.stored.native import kernels  # lazily: usage errors must not wait for torch and FFCV
+    from loaders.stored.ffcv_kernels import kernels  # lazily: usage errors must not wait for torch and FFCV
 
     check_dali_options(options)
     check = check or check_images(split, num_workers=options.num_workers)
@@ -145,7 +145,7 @@ def _readable(data: bytes, size: np.ndarray) -> bool:
 
     Pillow, which checked them, passes over flaws that libjpeg only warns of; such a file is written anew.
     """
-    from loaders.stored.native import decode_jpeg  # lazily, as above
+    from loaders.stored.ffcv_kernels import decode_jpeg  # lazily, as above
 
     try:
         decode_jpeg(np.frombuffer(data, dtype=np.uint8), int(size[0]), int(size[1]))

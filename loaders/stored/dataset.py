@@ -22,12 +22,15 @@ import numpy as np
 
 from fastlt.names import pick, unknown
 from loaders.sources.split import ArraySplit, Source, Split
+from loaders.stored import FORMATS
+from loaders.stored.atomic_folder import LOCK, MANIFEST, check_target, publish, work_folder, write_durably
+from loaders.stored.beton import Beton
 from loaders.stored.dali_format import check_dali_options, write_shards
 from loaders.stored.damage import DamageError, read_arrays
 from loaders.stored.ffcv_format import FfcvOptions, stored_sizes, write_beton
 from loaders.stored.image_check import STUCK_S, BadImage, ImageCheck, available_cores, check_images
 from loaders.stored.progress import progress_bar
-from loaders.stored.whole_folder import LOCK, MANIFEST, check_target, publish, work_folder, write_durably
+from loaders.stored.tar_shards import TarShards
 
 if TYPE_CHECKING:
     from fastlt.state import ClassCounts
@@ -48,7 +51,6 @@ MANIFEST_KEYS = {
     "files": dict,
     "versions": dict,
 }
-FORMATS = ("ffcv", "dali")
 LIBRARIES = ("fastlt", "ffcv", "numpy", "opencv-python", "pillow", "scikit-learn")
 MAKE = "python tools/convert_dataset.py SOURCE --out {folder}"
 
@@ -127,6 +129,10 @@ class ConvertedDataset:
         pick("split", split, self.manifest["splits"])
         self._require("dali", "DALI's shards")
         return self.root / "dali" / f"{split}.npz"
+
+    def stored(self, split: str, kind: str) -> Beton | TarShards:
+        """The images of a split in the format `kind`, one of FORMATS; ValueError when it lacks that."""
+        return TarShards.open(self.shards(split)) if kind == "dali" else Beton.open(self.beton(split))
 
     @property
     def formats(self) -> tuple[str, ...]:

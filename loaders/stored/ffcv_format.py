@@ -200,7 +200,8 @@ def _run_writer(
     timeout_s: float,
 ) -> None:
     """Run FFCV's writer in a child process and watch it: a ValueError with the reason when it fails or is stuck."""
-    from loaders.stored.native import keep_torch_threads  # lazily, as FFCV itself: usage errors must not wait for torch
+    # Lazily, as FFCV itself: usage errors must not wait for it.
+    from loaders.stored.ffcv_kernels import keep_torch_threads
 
     with keep_torch_threads():
         import ffcv.writer  # noqa: F401  (here and not in the child: it takes seconds, and there is a child a split)

@@ -157,7 +157,7 @@ def decode(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     Raises ValueError when the bytes are damaged, cut short or of another size.
     """
     if is_jpeg(encoded):
-        from loaders.stored.native import (
+        from loaders.stored.ffcv_kernels import (
             decode_jpeg,  # lazily: the writer shares this file, and its errors wait for no torch
         )
 

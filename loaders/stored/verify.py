@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from loaders.protocol import StoredSplit
-from loaders.stored.beton import Beton
 from loaders.stored.dataset import MANIFEST, SEAL, SPLITS, ConvertedDataset, file_checksums, manifest_sha256
+from loaders.stored.ffcv_kernels import kernels
 from loaders.stored.image_check import CHUNK, image_done, map_chunks
-from loaders.stored.native import kernels
 from loaders.stored.progress import progress_bar
 from loaders.stored.tar_shards import TarShards
 
@@ -40,9 +39,7 @@ def _verify_split(
     described = dataset.manifest["splits"][split]
     try:
         labels = dataset.labels(split)
-        stored: StoredSplit = (
-            Beton.open(dataset.beton(split)) if kind == "ffcv" else TarShards.open(dataset.shards(split))
-        )
+        stored = dataset.stored(split, kind)
     except ValueError as error:
         return [str(error)]
     problems = []

@@ -11,10 +11,10 @@ import torch
 from on_gpu import DEVICE, no_waiting
 from small_betons import DALI_BACKENDS, mixed_shapes, needs_dali, needs_ffcv, smooth_images, write_images
 
-from loaders.factory import BACKENDS, choose_backend, make_loader
+from loaders.factory import choose_backend, make_loader
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
-from loaders.readers import memory
+from loaders.readers import BACKENDS, free_memory
 from loaders.readers.resident_loader import ResidentLoader, resident_bytes
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +83,7 @@ def make(written):
         if mode == "raw" and backend in ("resident", "torch"):
             split = held(shapes)
             plan = EpochPlan(split.labels, split.heights, split.widths, crop, batch_size, train, seed=seed)
-            loaders.append(BACKENDS[backend](split, plan, **common))
+            loaders.append(BACKENDS[backend].load()(split, plan, **common))
         else:
             common |= {"train": train, "crop": crop, "batch_size": batch_size, "seed": seed}
             loaders.append(make_loader(written(shapes, mode), "train", backend=backend, **common))
@@ -250,9 +250,9 @@ def test_auto_keeps_what_fits_on_the_device_and_says_why(make, monkeypatch):
     assert f"40% of the memory free on {DEVICE}" in reason
     needed = resident_bytes(plan.crop, plan.heights, plan.widths)
     assert choose_backend(plan, DEVICE, memory_budget_bytes=needed - 1)[0] == "ffcv"
-    before = memory.free_bytes(DEVICE)
+    before = free_memory.free_bytes(DEVICE)
     assert needed < before <= torch.cuda.get_device_properties(DEVICE).total_memory
-    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: needed - 1)
     with pytest.raises(ValueError, match=f"its pixels take .* free on {DEVICE}: choose data.loader 'auto'"):
         ResidentLoader(split, plan, device=DEVICE, num_workers=1)
 

@@ -12,11 +12,14 @@ import cv2
 import numpy as np
 import pytest
 
-from loaders.factory import BACKENDS
+from loaders.protocol import StoredSplit
+from loaders.readers import BACKENDS
+from loaders.stored.beton import Beton
 from loaders.stored.dali_format import write_shards
 from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.ffcv_kernels import keep_torch_threads
 from loaders.stored.image_check import ImageCheck
-from loaders.stored.native import keep_torch_threads
+from loaders.stored.tar_shards import TarShards
 
 NUM_CLASSES = 5
 SHARD_IMAGES = 20  # the tests' data sets have two or three shards
@@ -39,11 +42,15 @@ class SmallDataset:
     split_labels: np.ndarray
     formats: tuple[str, ...] = ("ffcv", "dali")
 
-    def beton(self, split: str) -> Path:
+    @property
+    def root(self) -> Path:
         return self.path
 
     def shards(self, split: str) -> Path:
         return self.path.with_suffix(".npz")
+
+    def stored(self, split: str, kind: str) -> StoredSplit:
+        return Beton.open(self.path) if kind == "ffcv" else TarShards.open(self.shards(split))
 
     def labels(self, split: str) -> np.ndarray:
         return self.split_labels

@@ -22,7 +22,7 @@ from loaders.sources import FileSplit, Source
 from loaders.stored.dali_format import write_shards
 from loaders.stored.dataset import convert
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.native import keep_torch_threads
+from loaders.stored.ffcv_kernels import keep_torch_threads
 from loaders.stored.tar_shards import TarShards
 
 COUNT = 37

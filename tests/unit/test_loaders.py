@@ -18,7 +18,7 @@ from loaders.factory import check_loader, choose_backend, make_loader
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
 from loaders.order.sampling import epoch_order
-from loaders.readers import host_loader, memory
+from loaders.readers import base_loader, free_memory
 from loaders.readers.resident_loader import resident_bytes
 from loaders.readers.two_views import TwoViewLoader
 from loaders.stored.beton import Beton
@@ -305,18 +305,18 @@ def test_auto_keeps_the_split_resident_when_it_fits_and_says_why(small, mixed, m
 
 
 def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(COUNT * 16 * 16 * 3 / 0.4) + 3)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: int(COUNT * 16 * 16 * 3 / 0.4) + 3)
     assert make(small, "auto").backend == "resident"
     shared = make(small, "auto", world_size=2)
     assert shared.backend == "ffcv"
     assert "40% of the memory free on cpu for each of 2 processes" in shared.reason
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * COUNT * 16 * 16 * 3 - 1)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2 * COUNT * 16 * 16 * 3 - 1)
     make(small, "resident", world_size=2)
     arguments = {"backend": "resident", "device": "cpu", "train": True, "crop": CropSpec("none")}
     assert check_loader(small, "train", **arguments) == (16, 16)
     with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
         check_loader(small, "train", **arguments, world_size=2)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: COUNT * 16 * 16 * 3 - 1)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: COUNT * 16 * 16 * 3 - 1)
     with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
         make(small, "resident")
 
@@ -348,11 +348,11 @@ def test_resident_leaves_random_crops_of_equal_images_to_the_device(small, mixed
 
 
 def test_resident_fills_from_shards_in_small_steps_as_from_a_beton(mixed, make, monkeypatch):
-    from loaders.readers import ragged
+    from loaders.readers import ragged_pixels
 
     crop = CropSpec("random_resized", 12)
     whole = list(make(mixed, "resident", crop=crop).epoch(1))
-    monkeypatch.setattr(ragged, "FILL_BYTES", 30_000)  # a few images
+    monkeypatch.setattr(ragged_pixels, "FILL_BYTES", 30_000)  # a few images
     shards = SmallDataset(mixed.path, mixed.images, mixed.split_labels, formats=("dali",))
     pieces = list(make(shards, "resident", crop=crop, num_workers=3).epoch(1))
     assert all(torch.equal(a.images, b.images) for a, b in zip(whole, pieces, strict=True))
@@ -378,7 +378,7 @@ def test_resident_jpeg_refuses_raw_pixels_and_what_does_not_fit(small, make, mon
     raw = SmallDataset(small.path, small.images, small.split_labels, formats=("ffcv",))
     with pytest.raises(ValueError, match=r"train.beton holds raw pixels, .* --format both, or with --mode jpg"):
         make(raw, "resident_jpeg")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"0.0 MiB of memory are free: choose data.loader 'dali'"):
         make(small, "resident_jpeg")
 
@@ -415,8 +415,8 @@ def test_evaluation_may_have_fewer_images_than_a_batch(small, make):
 
 
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
-    monkeypatch.setattr(host_loader, "available_cores", lambda: 8)
-    assert [host_loader.default_workers(world_size) for world_size in (1, 3, 16)] == [8, 2, 1]
+    monkeypatch.setattr(base_loader, "available_cores", lambda: 8)
+    assert [base_loader.default_workers(world_size) for world_size in (1, 3, 16)] == [8, 2, 1]
 
 
 def test_what_goes_to_a_gpu_is_pinned_and_nobody_waits_for_it(monkeypatch):

@@ -273,7 +273,7 @@ def test_what_only_the_data_set_can_tell_is_refused_before_work(digits_words, wo
 
 
 def test_a_loader_that_has_no_room_is_refused_before_work(digits_words, monkeypatch):
-    monkeypatch.setattr("loaders.readers.memory.free_bytes", lambda device: 431 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr("loaders.readers.free_memory.free_bytes", lambda device: 431 * 8 * 8 * 3 - 1)
     with pytest.raises(ValueError, match=r"train.beton: its pixels take 0\.1 MiB, and .* free on cpu: .* 'auto'"):
         make(digits_words)
 

@@ -19,7 +19,7 @@ from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source
 from loaders.stored.dataset import convert
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.source_dataset import SourceDataset
+from loaders.stored.unconverted import UnconvertedDataset
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 EVALUATION = {"batch_size": 4, "device": "cpu", "train": False, "crop": CropSpec("center", 24), "num_workers": 1}
@@ -38,8 +38,8 @@ def source(tmp_path) -> Source:
     return Source("image_folder", ("cat", "dog"), splits)
 
 
-def opened(source: Source) -> SourceDataset:
-    return SourceDataset.open(source, source.splits["train"].root, num_workers=1, progress=False)
+def opened(source: Source) -> UnconvertedDataset:
+    return UnconvertedDataset.open(source, source.splits["train"].root, num_workers=1, progress=False)
 
 
 @pytest.mark.parametrize("backend", ["resident", "torch", pytest.param("dali", marks=needs_dali)])
@@ -90,7 +90,7 @@ def test_a_recipe_reads_the_source_and_writes_nothing(tmp_path, monkeypatch):
     dataset = prepare_dataset(
         load_recipe(RECIPE, ["data.convert=false", "data.loader=auto"]).data, Accelerator(cpu=True)
     )
-    assert isinstance(dataset, SourceDataset)
+    assert isinstance(dataset, UnconvertedDataset)
     assert dataset.class_counts().counts.max() == 128
     assert list(tmp_path.iterdir()) == []
 

@@ -10,12 +10,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 
 @contextlib.contextmanager
 def keep_torch_threads() -> Iterator[None]:
     """Restores torch's thread count on exit: importing FFCV and building its Loader both set it."""
+    import torch  # here, for a conversion's usage errors must not wait for it
+
     threads = torch.get_num_threads()
     try:
         yield

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastlt.names import pick
 from loaders.sources.split import Source, Split
+from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
 from loaders.stored.dataset import check_source, refuse_bad_images
 from loaders.stored.image_check import ImageCheck
@@ -65,7 +66,7 @@ class SourceSplit:
         return np.frombuffer(data, dtype=np.uint8)
 
 
-class SourceDataset:
+class UnconvertedDataset:
     """The splits of a source, ready for `make_loader` and the trainer.
 
     root: where the data are, for messages.
@@ -73,7 +74,7 @@ class SourceDataset:
     Raises ValueError that lists the images that cannot be decoded.
     """
 
-    formats = ("source",)
+    formats = (SOURCE_FILES,)
 
     def __init__(self, source: Source, root: Path, checks: Mapping[str, ImageCheck]) -> None:
         refuse_bad_images(source, checks, on_error="stop")
@@ -83,7 +84,7 @@ class SourceDataset:
     @classmethod
     def open(
         cls, source: Source, root: Path, *, num_workers: int | None = None, progress: bool = True
-    ) -> SourceDataset:
+    ) -> UnconvertedDataset:
         """Decode every image once, on `num_workers` processes (None: all cores), and open the splits."""
         return cls(source, root, check_source(source, num_workers=num_workers, progress=progress))
 
@@ -102,6 +103,7 @@ class SourceDataset:
         counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
         return ClassCounts(counts, self.class_names, tuple(shots))
 
-    def stored(self, split: str) -> SourceSplit:
-        """The images of a split."""
+    def stored(self, split: str, kind: str = SOURCE_FILES) -> SourceSplit:
+        """The images of a split; `kind` is as in ConvertedDataset, where there are several."""
+        assert kind in self.formats, kind
         return pick("split", split, self._splits)

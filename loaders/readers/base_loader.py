@@ -1,0 +1,54 @@
+"""The head that every backend has: whose batches, where to, and by how many workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastlt.state import Batch
+from loaders.order.plan import EpochPlan
+from loaders.protocol import StoredSplit
+from loaders.readers import BACKENDS
+from loaders.stored.image_check import available_cores
+
+
+class BaseLoader:
+    """A BatchLoader but for its batches: a subclass opens its split after this constructor, and gives `epoch`.
+
+    num_workers: threads or processes; None takes the cores of this job over its processes.
+    Raises ValueError for fewer workers than the backend can do with.
+    """
+
+    backend: str
+    crops: bool = True
+    reason: str = "asked for"
+    workers_advice = "give 1 or more threads"
+
+    def __init__(self, plan: EpochPlan, device: torch.device | str, num_workers: int | None = None) -> None:
+        self.plan, self.device = plan, torch.device(device)
+        self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
+        self.workers = default_workers(plan.world_size) if num_workers is None else num_workers
+        if self.workers < BACKENDS[self.backend].fewest_workers:
+            raise ValueError(f"num_workers {num_workers} for the {self.backend!r} backend: {self.workers_advice}")
+        self._labels = torch.from_numpy(plan.labels).to(self.device)
+
+    @classmethod
+    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+        """ValueError when the loader could not be made, asked before any process has filled memory."""
+
+    def __len__(self) -> int:
+        return self.plan.num_batches
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """See BatchLoader."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """See BatchLoader."""
+        raise NotImplementedError
+
+
+def default_workers(world_size: int) -> int:
+    """Workers for one process: the cores this job may use, shared by its processes."""
+    return max(1, available_cores() // world_size)
