@@ -31,9 +31,10 @@ from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.sources import ArraySplit, FileSplit, Source, Split
 from loaders.sources.cifar import CIFAR10, read_cifar
-from loaders.stored.dataset import ConvertedDataset, convert
+from loaders.stored.convert import convert
+from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.image_check import available_cores
+from loaders.stored.forked_workers import available_cores
 
 NAME = "fastlt benchmark data"
 BOTH = ("ffcv", "dali")

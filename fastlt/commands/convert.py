@@ -143,7 +143,9 @@ def run_convert(arguments: argparse.Namespace) -> int:
         "convention": arguments.convention or "paper",
         "meta_per_class": arguments.meta_per_class,
     }
-    from loaders.stored.dataset import ConvertedDataset, check_target, conversion_request, convert
+    from loaders.stored.atomic_folder import check_target
+    from loaders.stored.convert import conversion_request, convert
+    from loaders.stored.dataset import ConvertedDataset
 
     request = conversion_request(arguments.source, options=options, **chosen)
     formats = FORMATS[arguments.format]

@@ -15,7 +15,9 @@ from accelerate.utils import broadcast_object_list
 from fastlt.recipe import LIST_KEYS, DataRecipe
 from loaders.readers import BACKENDS, formats_for
 from loaders.sources import SOURCES, Source, open_source
-from loaders.stored.dataset import MANIFEST, ConvertedDataset, conversion_request, convert
+from loaders.stored.atomic_folder import MANIFEST
+from loaders.stored.convert import conversion_request, convert
+from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.unconverted import UnconvertedDataset
 

@@ -10,7 +10,7 @@ from fastlt.state import Batch
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
 from loaders.readers import BACKENDS
-from loaders.stored.image_check import available_cores
+from loaders.stored.forked_workers import available_cores
 
 
 class BaseLoader:

@@ -12,6 +12,8 @@ import numpy as np
 
 from loaders.sources.decode import decode_image, jpeg_bytes
 
+SPLITS = ("train", "meta", "test")  # of every source
+
 
 class Split(Protocol):
     """A numbered sequence of labelled images.
@@ -126,7 +128,7 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before conversion: class names in label order, and the splits "train", "meta" and "test"."""
+    """A data set before conversion: class names in label order, and the images of each of SPLITS."""
 
     name: str
     class_names: tuple[str, ...]

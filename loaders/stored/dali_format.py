@@ -13,7 +13,8 @@ import numpy as np
 
 from loaders.sources.split import Split
 from loaders.stored.ffcv_format import FfcvOptions, scaled, stored_sizes
-from loaders.stored.image_check import STUCK_S, Advance, BadImage, ImageCheck, check_images, image_done, map_chunks
+from loaders.stored.forked_workers import STUCK_S, Advance, image_done, map_chunks
+from loaders.stored.image_check import BadImage, ImageCheck, check_images
 from loaders.stored.tar_shards import BLOCK, COLUMNS, IDX_VERSION, idx_line, member_names, padded, shard_path
 
 SHARD_IMAGES = 1024  # at least, but the last

@@ -26,7 +26,8 @@ import numpy as np
 
 from fastlt.names import unknown
 from loaders.sources.split import Split
-from loaders.stored.image_check import Advance, BadImage, ImageCheck, available_cores, check_images, counted
+from loaders.stored.forked_workers import Advance, available_cores, counted
+from loaders.stored.image_check import BadImage, ImageCheck, check_images
 
 MODES = ("raw", "jpg", "proportion")
 MIN_PAGE_BYTES, DEFAULT_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 23, 1 << 31  # FFCV: powers of two from 2 MiB

@@ -17,8 +17,7 @@ from fastlt.names import pick
 from loaders.sources.split import Source, Split
 from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
-from loaders.stored.dataset import check_source, refuse_bad_images
-from loaders.stored.image_check import ImageCheck
+from loaders.stored.image_check import ImageCheck, check_source, refuse_bad_images
 
 if TYPE_CHECKING:
     from fastlt.state import ClassCounts
@@ -70,7 +69,7 @@ class UnconvertedDataset:
     """The splits of a source, ready for `make_loader` and the trainer.
 
     root: where the data are, for messages.
-    checks: what `dataset.check_source` found for each split.
+    checks: what `image_check.check_source` found for each split.
     Raises ValueError that lists the images that cannot be decoded.
     """
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from loaders.protocol import StoredSplit
-from loaders.stored.dataset import MANIFEST, SEAL, SPLITS, ConvertedDataset, file_checksums, manifest_sha256
+from loaders.sources.split import SPLITS
+from loaders.stored.atomic_folder import MANIFEST
+from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_kernels import kernels
-from loaders.stored.image_check import CHUNK, image_done, map_chunks
+from loaders.stored.forked_workers import chunks_of, image_done, map_chunks
+from loaders.stored.manifest import SEAL, file_checksums, manifest_sha256
 from loaders.stored.progress import progress_bar
 from loaders.stored.tar_shards import TarShards
 
@@ -56,9 +59,8 @@ def _verify_split(
             problems += stored.problems(shard)
     damaged: list[str] = []
     kernels()  # imported here, and not in each process
-    chunks = [range(start, min(start + CHUNK, len(stored))) for start in range(0, len(stored), CHUNK)]
     with progress_bar(f"verify {split}" + (" shards" if kind == "dali" else ""), len(stored), progress) as advance:
-        for _, errors in map_chunks(_decode, stored, chunks, num_workers=num_workers, advance=advance):
+        for _, errors in map_chunks(_decode, stored, chunks_of(len(stored)), num_workers=num_workers, advance=advance):
             damaged += errors
     more = [f"{split}: … and {len(damaged) - SHOWN} more damaged images"] if len(damaged) > SHOWN else []
     return problems + sorted(damaged)[:SHOWN] + more

@@ -19,8 +19,8 @@ from loaders.factory import make_loader
 from loaders.order.crop import CropSpec, center_boxes
 from loaders.order.plan import EpochPlan
 from loaders.sources import FileSplit, Source
+from loaders.stored.convert import convert
 from loaders.stored.dali_format import write_shards
-from loaders.stored.dataset import convert
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import keep_torch_threads
 from loaders.stored.tar_shards import TarShards

@@ -16,7 +16,7 @@ from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS, StepOptions
 from loaders.sources import open_source
-from loaders.stored.dataset import conversion_request, convert
+from loaders.stored.convert import conversion_request, convert
 from loaders.stored.ffcv_format import FfcvOptions
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))

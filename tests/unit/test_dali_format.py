@@ -22,10 +22,12 @@ from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source, open_source
 from loaders.stored import dali_format
+from loaders.stored.convert import convert
 from loaders.stored.dali_format import write_shards
-from loaders.stored.dataset import ConvertedDataset, convert, file_sha256, sealed
+from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.image_check import ImageCheck
+from loaders.stored.manifest import file_sha256, sealed
 from loaders.stored.tar_shards import TarShards, is_jpeg
 from loaders.stored.verify import verify
 

@@ -15,13 +15,15 @@ import pytest
 from PIL import Image
 
 from loaders.sources import FileSplit, Source, open_source
+from loaders.stored import convert as convert_module
 from loaders.stored import dali_format
-from loaders.stored import dataset as dataset_module
 from loaders.stored.beton import Beton
+from loaders.stored.convert import conversion_request, convert, write_skipped
 from loaders.stored.damage import DamageError
-from loaders.stored.dataset import ConvertedDataset, conversion_request, convert, sealed, write_skipped
+from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.image_check import BadImage
+from loaders.stored.manifest import SCHEMA, file_sha256, sealed
 from loaders.stored.verify import verify
 
 OPTIONS = FfcvOptions(num_workers=2)
@@ -82,7 +84,7 @@ def test_what_was_converted_opens(converted):
 
 def test_the_manifest_says_what_is_inside(converted):
     manifest = converted.manifest
-    assert manifest["schema"] == dataset_module.SCHEMA
+    assert manifest["schema"] == SCHEMA
     assert manifest["splits"]["test"] == {
         "count": 400,
         "class_counts": [40] * 10,
@@ -141,7 +143,7 @@ def test_damaged_data_sets_are_refused(copy):
 
 
 def test_other_schemas_are_refused(copy):
-    edit(copy, schema=dataset_module.SCHEMA + 1)
+    edit(copy, schema=SCHEMA + 1)
     with pytest.raises(ValueError, match="update fastlt"):
         ConvertedDataset.open(copy)
     edit(copy, schema=0)
@@ -244,7 +246,7 @@ def test_verify_decodes_every_jpeg(files, tmp_path):
     dataset.beton("test").write_bytes(data)
     described = {
         **dataset.manifest["files"],
-        "test.beton": {"bytes": len(data), "sha256": dataset_module.file_sha256(dataset.beton("test"))},
+        "test.beton": {"bytes": len(data), "sha256": file_sha256(dataset.beton("test"))},
     }
     edit(out, files=described)
     problems = verify(ConvertedDataset.open(out), progress=False)
@@ -294,7 +296,7 @@ def test_a_conversion_that_fails_leaves_nothing(files, tmp_path, monkeypatch, fa
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset_module, failing, fail)
+    monkeypatch.setattr(convert_module, failing, fail)
     with pytest.raises(KeyboardInterrupt):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
@@ -376,13 +378,13 @@ def test_a_disk_that_becomes_full_is_said_with_its_place(files, tmp_path, monkey
         formats = ("dali",)
         monkeypatch.setattr(dali_format, "_add", full_disk)
     else:
-        monkeypatch.setattr(dataset_module.np, "savez", full_disk)
+        monkeypatch.setattr(convert_module.np, "savez", full_disk)
     with pytest.raises(ValueError, match=rf"{tmp_path} has no space left for out; nothing was left behind: make room"):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, formats=formats, on_error="skip", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(ValueError, match=r"need 0.0 GiB as raw pixels .* set max_resolution"):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)

@@ -17,7 +17,7 @@ from fastlt.run.dataset import prepare_dataset
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source
-from loaders.stored.dataset import convert
+from loaders.stored.convert import convert
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.unconverted import UnconvertedDataset
 

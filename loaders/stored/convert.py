@@ -1,0 +1,164 @@
+"""Converting a source into a data set that is read at full speed: all images are checked first, and then written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlt.names import unknown
+from loaders.sources.split import SPLITS, Source
+from loaders.stored import FORMATS
+from loaders.stored.atomic_folder import MANIFEST, check_target, publish, work_folder, write_durably
+from loaders.stored.dali_format import check_dali_options, write_shards
+from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.ffcv_format import FfcvOptions, stored_sizes, write_beton
+from loaders.stored.forked_workers import STUCK_S
+from loaders.stored.image_check import BadImage, check_source, refuse_bad_images
+from loaders.stored.manifest import (
+    LABELS,
+    SCHEMA,
+    SKIPPED,
+    as_json,
+    describe_files,
+    describe_split,
+    sealed,
+    versions,
+)
+from loaders.stored.progress import progress_bar
+
+
+def conversion_request(
+    source: str,
+    *,
+    train_list: str | Path | None = None,
+    meta_list: str | Path | None = None,
+    test_list: str | Path | None = None,
+    imbalance_factor: float | None = None,
+    convention: str = "paper",
+    meta_per_class: int = 10,
+    options: FfcvOptions,
+) -> dict[str, Any]:
+    """What identifies a converted data set: the images asked for and how they are stored, not where they came from."""
+    lists = {"train_list": train_list, "meta_list": meta_list, "test_list": test_list}
+    return {
+        "source": source,
+        **{key: Path(path).name if path else None for key, path in lists.items()},
+        "imbalance_factor": imbalance_factor,
+        "convention": convention,
+        "meta_per_class": meta_per_class,
+        **options.parameters(),
+    }
+
+
+def convert(
+    source: Source,
+    out: Path | str,
+    *,
+    options: FfcvOptions,
+    request: Mapping[str, Any],
+    formats: tuple[str, ...] = ("ffcv",),
+    on_error: str = "stop",
+    progress: bool = True,
+    overwrite: bool = False,
+    timeout_s: float = STUCK_S,
+) -> ConvertedDataset:
+    """Write `source` to the folder `out`, whole or not at all.
+
+    request: the arguments that `source` was opened with; they go into the manifest (`ConvertedDataset.matches`).
+    formats: which of FORMATS to write; each holds all images.
+    on_error: "stop" raises a ValueError that lists the images that cannot be decoded, before anything is written;
+        "skip" leaves them out and lists them in skipped.txt.
+    overwrite: whether a converted data set that stands at `out` is replaced (after the new one is whole).
+    timeout_s: processes that check or write images are ended when there is no progress for so long.
+    Raises ValueError, too, when `out` is in the way, another conversion is writing to it, or the writer fails.
+    """
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is {on_error!r}: it must be 'stop' or 'skip'")
+    _check_formats(formats, options)
+    out = Path(out)
+    check_target(out, overwrite=overwrite)
+    with work_folder(out) as work:
+        checks = check_source(source, num_workers=options.num_workers, progress=progress, timeout_s=timeout_s)
+        refuse_bad_images(source, checks, on_error)
+        sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
+        labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
+        if "ffcv" in formats:
+            _check_space(work, sizes, options)
+        for name, split in source.splits.items():
+            if "ffcv" in formats:
+                with progress_bar(f"write {name}", len(labels[name]), progress) as advance:
+                    write_beton(
+                        work / f"{name}.beton", split, options, check=checks[name], advance=advance, timeout_s=timeout_s
+                    )
+            if "dali" in formats:
+                with progress_bar(f"write {name} shards", len(labels[name]), progress) as advance:
+                    write_shards(
+                        work / "dali" / f"{name}.npz",
+                        split,
+                        options,
+                        check=checks[name],
+                        advance=advance,
+                        timeout_s=timeout_s,
+                    )
+        np.savez(work / LABELS, **labels)
+        bad = {name: check.bad for name, check in checks.items()}
+        if any(bad.values()):
+            write_skipped(work / SKIPPED, bad)
+        manifest = {
+            "schema": SCHEMA,
+            "source": source.name,
+            "class_names": list(source.class_names),
+            "splits": {
+                name: describe_split(
+                    source.splits[name].provenance, labels[name], sizes[name], len(bad[name]), source.num_classes
+                )
+                for name in SPLITS
+            },
+            "formats": {kind: options.parameters() for kind in formats},
+            "request": as_json(request),
+            "listing_sha256": source.listing_sha256(),
+            "skipped": sum(len(images) for images in bad.values()),
+            "files": describe_files(work, progress),
+            "versions": versions(),
+        }
+        write_durably(work / MANIFEST, sealed(manifest))
+        publish(work, out, overwrite)
+    return ConvertedDataset.open(out)
+
+
+def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:
+    """One line for each image that is left out: its split, path and reason, with tabs between them.
+
+    Paths keep their bytes, whatever encoding these are of, but for tabs and line ends, which are spelled out.
+    """
+    lines = []
+    for split in SPLITS:
+        for image in bad[split]:
+            fields = [text.replace("\t", "\\t").replace("\n", "\\n") for text in (image.name, image.reason)]
+            lines.append("\t".join([split, *fields]) + "\n")
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def _check_formats(formats: tuple[str, ...], options: FfcvOptions) -> None:
+    if not formats or len(set(formats)) != len(formats):
+        raise ValueError(f"formats is {formats}: it must name {' or '.join(FORMATS)}, or both")
+    for kind in formats:
+        if kind not in FORMATS:
+            raise ValueError(unknown("format", kind, FORMATS))
+    if "dali" in formats:
+        check_dali_options(options)
+
+
+def _check_space(folder: Path, sizes: dict[str, np.ndarray], options: FfcvOptions) -> None:
+    """Refuse a raw conversion that the disk has no room for; how small JPEGs become is not known beforehand."""
+    needed = sum(3 * int(of_split.prod(axis=1).sum()) for of_split in sizes.values())
+    free = shutil.disk_usage(folder).free
+    if options.mode == "raw" and needed > free:
+        raise ValueError(
+            f"the images need {needed / 2**30:.1f} GiB as raw pixels and {folder.parent} has {free / 2**30:.1f} GiB "
+            "free: set max_resolution, use mode 'jpg', or give a folder on another disk"
+        )

@@ -1,0 +1,202 @@
+"""The manifest of a converted data set: what it says, its seal, and the checks of both.
+
+It is the last file written, so that a folder which has one is whole. It holds the length and checksum of every other
+file, and a checksum of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.sources.split import SPLITS
+from loaders.stored import FORMATS
+from loaders.stored.atomic_folder import LOCK, MANIFEST
+from loaders.stored.damage import DamageError
+from loaders.stored.forked_workers import available_cores
+from loaders.stored.progress import progress_bar
+
+SCHEMA = 1
+LABELS, SKIPPED = "labels.npz", "skipped.txt"
+SHOWN_FILES = 5  # how many damaged files a message names
+SEAL = "manifest_sha256"
+MANIFEST_KEYS = {
+    "source": str,
+    "class_names": list,
+    "splits": dict,
+    "formats": dict,
+    "request": dict,
+    "skipped": int,
+    "files": dict,
+    "versions": dict,
+}
+LIBRARIES = ("fastlt", "ffcv", "numpy", "opencv-python", "pillow", "scikit-learn")
+MAKE = "python tools/convert_dataset.py SOURCE --out {folder}"
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of the folder `root`, complete; its files are not looked at.
+
+    ValueError, with the command to run, for a folder that is no converted data set, DamageError for one whose manifest
+    is not what was written.
+    """
+    make = f"make one with `{MAKE.format(folder=root)}`"
+    if not root.is_dir():
+        what = "is a file, no folder" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {what}, so there is no converted data set: {make}")
+    path = root / MANIFEST
+    if not path.is_file():
+        entries = sorted(entry.name for entry in root.iterdir())
+        found = f"it holds {', '.join(entries[:4])}{', …' if len(entries) > 4 else ''}" if entries else "it is empty"
+        half = any(name.endswith(".beton") or name == LABELS for name in entries)
+        what = "an unfinished or damaged data set" if half else "not a converted data set"
+        raise ValueError(f"{root} is {what}, it has no {MANIFEST} ({found}): {make}")
+    try:
+        manifest = json.loads(path.read_text())
+        schema = manifest["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamageError(f"{path} is not a manifest of a converted data set ({error}): {make} --overwrite") from None
+    if schema != SCHEMA:
+        advice = "update fastlt" if isinstance(schema, int) and schema > SCHEMA else f"{make} --overwrite"
+        raise ValueError(f"{root} has schema {schema}, this version reads {SCHEMA}: {advice}")
+    wrong = next((what for what, holds in _statements(manifest) if not holds), None)
+    if wrong is not None:
+        raise damaged(root, f"{MANIFEST} lacks {wrong}, or has something else in its place")
+    return manifest
+
+
+def _statements(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What a manifest must hold, each as (what, whether it does); to be read until the first that does not."""
+    for key, kind in MANIFEST_KEYS.items():
+        yield repr(key), isinstance(manifest.get(key), kind)
+    names, formats, files = manifest["class_names"], manifest["formats"], manifest["files"]
+    yield "the class names", bool(names) and all(isinstance(name, str) for name in names)
+    yield f"formats, {' or '.join(FORMATS)}", bool(formats) and set(formats) <= set(FORMATS)
+    for split in SPLITS:
+        yield f"the split {split!r}", _describes(manifest["splits"].get(split), len(names))
+    for name, expected in files.items():
+        held = isinstance(expected, dict) and isinstance(expected.get("bytes"), int) and "sha256" in expected
+        yield f"the length and checksum of {name}", held
+    needed = [LABELS, *(f"{split}.beton" for split in SPLITS if "ffcv" in formats)]
+    for name in needed + [f"dali/{split}.npz" for split in SPLITS if "dali" in formats]:
+        yield f"the file {name}", name in files
+
+
+def _describes(split: object, num_classes: int) -> bool:
+    """Whether this is what `describe_split` makes."""
+    try:
+        counts, size = split["class_counts"], split["image_size"]
+        shapes = [len(size["min"]), len(size["max"])] == [2, 2] and isinstance(size["same"], bool)
+        return len(counts) == num_classes and sum(counts) == split["count"] and "provenance" in split and shapes
+    except (KeyError, TypeError):
+        return False
+
+
+def check_files(root: Path, manifest: Mapping[str, Any]) -> None:
+    """DamageError unless every file is there and as long as the manifest says; no file is read."""
+    changes = [_changed(root, name, expected) for name, expected in manifest["files"].items()]
+    problems = [change for change in changes if change is not None]
+    if problems:
+        more = f"; and {len(problems) - SHOWN_FILES} more files" if len(problems) > SHOWN_FILES else ""
+        raise damaged(root, "; ".join(problems[:SHOWN_FILES]) + more)
+
+
+def _changed(root: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """What can be seen to be wrong with a file without reading it."""
+    path = root / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{name} has {path.stat().st_size:,} bytes, its manifest says {expected['bytes']:,}"
+    return None
+
+
+def damaged(root: Path, what: str) -> DamageError:
+    """The error for a data set that was whole once, with the remedy."""
+    return DamageError(f"{root} is damaged: {what}; make it again with `{MAKE.format(folder=root)} --overwrite`")
+
+
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of manifest.json, with a checksum of its own content by which `verify` notices edits."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return json.dumps({**rest, SEAL: manifest_sha256(rest)}, indent=1) + "\n"
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """The checksum of all that a manifest says, but of itself."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def describe_split(
+    provenance: str, labels: np.ndarray, sizes: np.ndarray, skipped: int, num_classes: int
+) -> dict[str, Any]:
+    """What the manifest says of a split.
+
+    labels: int64 (N,).  sizes: int64 (N, 2), (height, width) of the stored images.  skipped: images left out.
+    """
+    low, high = sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()
+    return {
+        "count": len(labels),
+        "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
+        "provenance": provenance,
+        "image_size": {"same": low == high, "min": low, "max": high},  # (height, width)
+        "skipped": skipped,
+    }
+
+
+def describe_files(folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
+    """The length and checksum of every file in `folder`, by its path there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, file_checksums(paths, progress), strict=True)
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file, as in the manifest."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_checksums(paths: list[Path], progress: bool) -> list[str]:
+    """`file_sha256` of each, several at a time (hashing leaves the interpreter's lock alone), with a progress bar."""
+    sizes = [path.stat().st_size for path in paths]
+    bar = progress_bar("checksums", sum(sizes), progress, unit="B")
+    with bar as advance, ThreadPoolExecutor(available_cores()) as pool:
+        checksums = []
+        for size, checksum in zip(sizes, pool.map(file_sha256, paths), strict=True):
+            checksums.append(checksum)
+            advance(size)
+    return checksums
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that decide what is stored."""
+    of_libraries = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
+    return {"python": platform.python_version(), **of_libraries}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def as_json(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request as JSON gives it back: tuples become lists, paths strings."""
+    return json.loads(json.dumps(dict(request), default=str))
