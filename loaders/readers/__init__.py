@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loaders.stored import FORMATS, SOURCE_FILES
 
 if TYPE_CHECKING:
-    from loaders.readers.base_loader import BaseLoader
+    from loaders.readers.base_loader import LoaderClass
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Backend:
         """Whether it cannot read a source's own files."""
         return SOURCE_FILES not in self.reads
 
-    def load(self) -> type[BaseLoader]:
+    def load(self) -> LoaderClass:
         """Its class; ValueError with advice when the library that it needs is absent."""
         return getattr(import_module(self.module), self.loader)
 

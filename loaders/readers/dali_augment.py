@@ -112,7 +112,7 @@ def build_dali_augment(spec: str | Mapping) -> DaliAugment:
 def _common() -> dict:
     from nvidia.dali import types
 
-    return {"fill_value": FILL, "interp_type": types.INTERP_NN}
+    return {"fill_value": FILL, "interp_type": types.DALIInterpType.INTERP_NN}
 
 
 def _check_integer(name: str, option: str, value: object, low: int, high: int) -> None:

@@ -27,7 +27,7 @@ from loaders.stored.ffcv_kernels import resize_crop
 try:
     from nvidia import dali
     from nvidia.dali import fn, types
-    from nvidia.dali.tensors import TensorCPU, TensorListCPU
+    from nvidia.dali.tensors import TensorCPU, TensorListCPU, TensorListGPU
 except ImportError as error:
     raise ValueError(
         f"the 'dali' and 'resident_jpeg' backends need NVIDIA DALI, which cannot be imported ({error}): install "
@@ -37,6 +37,7 @@ except ImportError as error:
 BATCHES_AHEAD = 2  # in flight while the consumer waits for one; while it works, the other
 AUGMENT_STREAM = 2  # keeps DALI's random numbers apart from other uses of (seed, epoch)
 TINY = 16  # side of the image that stands in for those of batches that are passed over
+Images = TensorListCPU | TensorListGPU
 Fed = tuple[TensorListCPU | np.ndarray, ...]  # files; where they are cut: starts, sizes; what they become: sizes
 
 
@@ -94,7 +95,7 @@ class DaliLoader(HostLoader):
                 resized = (self._resized(images, pool) for images in decoded)
                 yield from self._labelled(upload_ahead(resized, self.device), index)
 
-    def _decoded(self, index: np.ndarray, boxes: np.ndarray) -> Generator[object, None, None]:
+    def _decoded(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Images, None, None]:
         """Each batch's images, DALI's list of uint8 (H, W, 3)."""
         if not len(index):
             return
@@ -117,7 +118,7 @@ class DaliLoader(HostLoader):
                 raise self._failure(index[done:], error) from error
         assert done == len(index), (done, len(index))
 
-    def _resized(self, images: object, pool: ThreadPoolExecutor) -> Tensor:
+    def _resized(self, images: Images, pool: ThreadPoolExecutor) -> Tensor:
         """Evaluation's cut-outs in host memory, resized as the other backends do: uint8 (N, h, w, 3)."""
         images = images.as_cpu()
         out = np.empty((len(images), *self.plan.output_shape, 3), dtype=np.uint8)
@@ -142,7 +143,7 @@ class DaliLoader(HostLoader):
     def _fed(self, index: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Iterator[Fed]:
         whole = np.full((self.batch_size, 2), TINY, dtype=np.int32)
         for _ in range(self._passed_over(index)):
-            tiny = TensorListCPU([_tiny_image()] * self.batch_size, contiguous=False)
+            tiny = _listed([_tiny_image()] * self.batch_size)
             boxes = np.zeros_like(whole), whole, np.ones(whole.shape, np.float32)
             yield (tiny, *boxes) if self._cuts else (tiny,)
         outputs = np.tile(np.array(self.plan.output_shape, dtype=np.float32), (self.batch_size, 1))
@@ -184,8 +185,8 @@ class _EncodedTensors:
         self._tensors: list[TensorCPU | None] = [None] * len(stored)
 
     def of(self, index: np.ndarray) -> TensorListCPU:
-        """Those of the images at `index`, as the list of DALI's that its Python does not look into once more."""
-        return TensorListCPU(self._each(index), contiguous=False)
+        """Those of the images at `index`."""
+        return _listed(self._each(index))
 
     def _each(self, index: np.ndarray) -> list[TensorCPU]:
         tensors, places = self._tensors, index.tolist()
@@ -199,6 +200,11 @@ class _EncodedTensors:
                     tensors[i] = TensorCPU(self.stored.encoded(i))
                 found[k] = tensors[i]
         return found
+
+
+def _listed(tensors: list[TensorCPU]) -> TensorListCPU:
+    """DALI's own list, which its Python does not look into once more."""
+    return TensorListCPU(tensors, contiguous=False)  # pyright: ignore[reportCallIssue]  DALI's stub lacks `contiguous`
 
 
 @functools.cache
@@ -243,7 +249,8 @@ class _Decoder:
         gpu = device.type == "cuda"
         if gpu and device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        define = dali.pipeline_def(self._define, enable_conditionals=augment is not None)
+        # DALI's stubs: an operator may give several nodes, or none.
+        define = dali.pipeline_def(enable_conditionals=augment is not None)(self._define)  # pyright: ignore[reportArgumentType]
         self._pipeline = define(
             cuts,
             shape,
@@ -262,7 +269,7 @@ class _Decoder:
         fed = fn.external_source(source=self._feed.next, num_outputs=num_inputs, no_copy=True)
         decoding = {
             "device": "mixed" if self.device.type == "cuda" else "cpu",
-            "output_type": types.RGB,
+            "output_type": types.DALIImageType.RGB,
             "adjust_orientation": False,  # stored upright
             # The two that make libjpeg-turbo's pixels FFCV's.
             "jpeg_fancy_upsampling": True,
@@ -275,10 +282,10 @@ class _Decoder:
             images = fn.decoders.image(fed[0], **decoding)
         if shape is not None:
             # The size is fed, too, for the images of batches that are passed over stay small.
-            images = fn.resize(images, size=fed[3], interp_type=types.INTERP_LINEAR, antialias=True)
+            images = fn.resize(images, size=fed[3], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
         return images if augment is None else augment(images)
 
-    def run(self, fed: Iterator[Fed]) -> Generator[object, None, None]:
+    def run(self, fed: Iterator[Fed]) -> Generator[Images, None, None]:
         """DALI's list of images for each of `fed`, on the device; RuntimeError when DALI fails, and for good then.
 
         On CUDA they are made on DALI's streams, and torch's current one waits for them.

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,8 +47,11 @@ def _compiled_loop() -> Callable[..., int]:
     with keep_torch_threads():
         from ffcv.libffcv import imdecode, memcpy, resize_crop
         from numba import njit
-    compiled = functools.partial(njit, nogil=True, error_model="numpy")
-    decode_c, resize_c, copy_c = (compiled(kernel) for kernel in (imdecode, resize_crop, memcpy))
+
+    def compiled(function: Callable) -> Callable[..., int]:
+        return cast("Callable[..., int]", njit(function, nogil=True, error_model="numpy"))  # numba's stubs deny that
+
+    decode_c, resize_c, copy_c = compiled(imdecode), compiled(resize_crop), compiled(memcpy)
 
     @compiled
     def loop(storage, offsets, sizes, is_jpeg, heights, widths, index, boxes, images, scratch):

@@ -75,7 +75,8 @@ def upload_ahead(host: Iterable[Tensor], device: torch.device) -> Iterator[Tenso
         with torch.cuda.stream(stream):
             # Pinned blocks come from torch's caching allocator, which keeps them until the copy has run.
             copy = upload(images, device)
-            copied = stream.record_event()
+            copied = torch.cuda.Event()
+            stream.record_event(copied)
         if ahead is not None:
             yield _handed_over(*ahead)
         ahead = copy, copied

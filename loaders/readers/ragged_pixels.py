@@ -72,13 +72,13 @@ class RaggedPixels:
 
 def shrinking(boxes: np.ndarray, size: int) -> np.ndarray:
     """bool (N,): boxes (N, 4) that are made smaller in both directions; only these need more than two taps in each."""
-    return (boxes[:, 2:] >= size).all(axis=1)
+    return np.logical_and(boxes[:, 2] >= size, boxes[:, 3] >= size)
 
 
 def most_taps(boxes: np.ndarray, size: int) -> tuple[int, int]:
     """How many source rows and columns an output pixel needs at most, for boxes (N, 4) that are `shrinking`."""
-    most = boxes[:, 2:].max(axis=0).tolist() if len(boxes) else (size, size)
-    return tuple(math.ceil(length / size) + 1 for length in most)
+    height, width = boxes[:, 2:].max(axis=0).tolist() if len(boxes) else (size, size)
+    return math.ceil(height / size) + 1, math.ceil(width / size) + 1
 
 
 def _taps(length: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:

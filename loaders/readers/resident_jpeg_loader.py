@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from loaders.order.plan import EpochPlan
+from loaders.protocol import StoredSplit
 from loaders.readers.base_loader import default_workers
 from loaders.readers.dali_augment import DaliAugment
 from loaders.readers.dali_loader import DaliLoader
@@ -93,6 +94,7 @@ class ResidentJpegLoader(DaliLoader):
         super().__init__(HeldFiles(stored, workers), plan, device, num_workers, augment)
 
     @classmethod
-    def check(cls, stored: Beton | TarShards, plan: EpochPlan, device: torch.device) -> None:
+    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
         """See BaseLoader; every process holds the files."""
+        assert isinstance(stored, Beton | TarShards), stored
         check_files(stored, plan.world_size)

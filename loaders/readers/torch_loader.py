@@ -95,6 +95,7 @@ class TorchLoader(HostLoader):
         )
 
     def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+        assert self._loader is not None, "the loader is closed"
         self._sampler.index, self._sampler.boxes = index, boxes
         for images in self._loader:
             if isinstance(images, DamageError):

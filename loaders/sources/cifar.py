@@ -152,8 +152,8 @@ def _unpack(archive: Path, form: Form) -> dict[str, bytes]:
         with tarfile.open(archive, "r|gz") as tar:
             for member in tar:
                 name = Path(member.name).name
-                if member.isfile() and name in form.files:
-                    contents[name] = tar.extractfile(member).read()
+                if member.isfile() and name in form.files and (file := tar.extractfile(member)) is not None:
+                    contents[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{archive} is damaged ({error}): download it again from {HOME_PAGE}") from None
     missing = [name for name in form.files if name not in contents]

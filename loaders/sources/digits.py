@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import numpy as np
 
 from loaders.order.longtail import class_members, largest_n_max, longtail_counts, longtail_subset
 from loaders.sources.split import ArraySplit, Source
+
+if TYPE_CHECKING:
+    from sklearn.utils import Bunch
 
 TEST_PER_CLASS = 40
 INK_LEVELS = 16  # the pixels count inked dots of a 4x4 block: 0..16
@@ -18,7 +23,7 @@ def open_digits(*, imbalance_factor: float | None, meta_per_class: int, seed: in
     """
     from sklearn.datasets import load_digits  # lazily: it takes a second, and a usage error must not
 
-    bunch = load_digits()
+    bunch = cast("Bunch", load_digits())  # a tuple with other arguments only
     gray = np.rint(bunch.images * (255 / INK_LEVELS)).astype(np.uint8)
     labels = bunch.target.astype(np.int64)
     members = class_members(labels, 10)

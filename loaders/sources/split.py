@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,14 +16,17 @@ SPLITS = ("train", "meta", "test")  # of every source
 
 
 class Split(Protocol):
-    """A numbered sequence of labelled images.
+    """A numbered sequence of labelled images."""
 
-    labels: int64 (N,), in [0, C).
-    provenance: one line that says where these images come from.
-    """
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), in [0, C)."""
+        ...
 
-    labels: np.ndarray
-    provenance: str
+    @property
+    def provenance(self) -> str:
+        """One line that says where these images come from."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -132,7 +135,7 @@ class Source:
 
     name: str
     class_names: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: Mapping[str, Split]
 
     @property
     def num_classes(self) -> int:

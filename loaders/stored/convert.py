@@ -104,7 +104,7 @@ def convert(
                         advance=advance,
                         timeout_s=timeout_s,
                     )
-        np.savez(work / LABELS, **labels)
+        np.savez(work / LABELS, **labels)  # pyright: ignore[reportArgumentType]  taken for allow_pickle
         bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
             write_skipped(work / SKIPPED, bad)

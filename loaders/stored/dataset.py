@@ -83,7 +83,7 @@ class ConvertedDataset:
         )  # lazily: it imports torch, which a conversion's usage error must not wait for
 
         counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
-        return ClassCounts(counts, self.class_names, tuple(shots))
+        return ClassCounts(counts, self.class_names, shots)
 
     def beton(self, split: str) -> Path:
         """The FFCV file of a split; sample i has label `labels(split)[i]`."""

@@ -19,6 +19,8 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import NoReturn
 
@@ -230,7 +232,7 @@ def _run_writer(
 
 
 def _watch(
-    process: multiprocessing.Process, receiver: Connection, samples: _Samples, advance: Advance, timeout_s: float
+    process: BaseProcess, receiver: Connection, samples: _Samples, advance: Advance, timeout_s: float
 ) -> str | None:
     """Wait until the writer reports; None when it is done, else what went wrong."""
     seen, changed = 0, time.monotonic()
@@ -250,12 +252,12 @@ def _watch(
             return f"FFCV's writer made no progress for {timeout_s:g} s"
 
 
-def _end(process: multiprocessing.Process, samples: _Samples) -> None:
+def _end(process: BaseProcess, samples: _Samples) -> None:
     """See the writer's process and its workers off, if they are still there; they are one process group."""
     if process.is_alive():
         samples.abort.set()
         process.join(GRACE_S)
-    if process.is_alive():
+    if process.is_alive() and process.pid is not None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -325,7 +327,7 @@ def _give_up(
         if worker.pid is not None:  # else not started yet
             worker.kill()
     shared = getattr(writer, "metadata_sm", None)
-    if hasattr(shared, "unlink"):
+    if isinstance(shared, SharedMemory):
         shared.close()
         shared.unlink()  # else the shared memory would stay after the process
     if sender is not None:

@@ -90,7 +90,7 @@ def _statements(manifest: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield f"the file {name}", name in files
 
 
-def _describes(split: object, num_classes: int) -> bool:
+def _describes(split: Any, num_classes: int) -> bool:
     """Whether this is what `describe_split` makes."""
     try:
         counts, size = split["class_counts"], split["image_size"]

@@ -122,7 +122,8 @@ class TarShards:
 
 
 def _label_text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    return archive.extractfile(member).read() if member.isfile() and member.name.endswith(".cls") else None
+    file = archive.extractfile(member) if member.isfile() and member.name.endswith(".cls") else None
+    return None if file is None else file.read()
 
 
 def padded(size: int) -> int:
@@ -165,7 +166,7 @@ def decode(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(encoded.data), formats=("PNG",)) as image:
             pixels = np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError("damaged PNG data (no PNG file at all)") from None

@@ -100,7 +100,7 @@ class UnconvertedDataset:
         from fastlt.state import ClassCounts
 
         counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
-        return ClassCounts(counts, self.class_names, tuple(shots))
+        return ClassCounts(counts, self.class_names, shots)
 
     def stored(self, split: str, kind: str = SOURCE_FILES) -> SourceSplit:
         """The images of a split; `kind` is as in ConvertedDataset, where there are several."""
