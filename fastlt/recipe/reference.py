@@ -28,6 +28,8 @@ from fastlt.recipe.schema import (
 from fastlt.recipe.typed_yaml import types_of
 from fastlt.steps import STEPS
 from fastlt.steps.needs import Allows, Needs
+from loaders.readers import AUTO, BACKENDS
+from loaders.sources import SOURCES
 
 COMMAND = "fastlt recipe-reference > docs/recipes.md"
 TOP = f"""\
@@ -91,6 +93,8 @@ def reference() -> str:
     )
     rows = [(f"`{name}`", _options(operation), summary(operation)) for name, operation in AUGMENTATIONS.items()]
     parts.append(_table(("augmentation", "options", "meaning"), rows))
+    parts.append(_loaders())
+    parts.append(_sources())
     return "\n".join(parts)
 
 
@@ -115,6 +119,37 @@ def described(cls: type) -> dict[str, str]:
             else:
                 name = None
     return found
+
+
+def _loaders() -> str:
+    """The section of loaders: what each reads, and with which keys it goes."""
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(backend.reads),
+            "yes" if backend.needs_conversion else "no",
+            "yes" if backend.can_augment else "no",
+            f"{backend.fewest_workers}",
+        )
+        for name, backend in BACKENDS.items()
+    ]
+    head = ("loader", "reads", "needs `convert: true`", "takes `dali_augment`", "fewest `num_workers`")
+    intro = f"`data.loader`; `{AUTO}` takes one of them by the machine and the data set."
+    return f"## Loaders\n\n{intro}\n\n{_table(head, rows)}"
+
+
+def _sources() -> str:
+    """The section of sources: the keys of `data` that each takes, and who converts it."""
+    keys = [field.name for field in dataclasses.fields(DataRecipe)]
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(f"`{key}`" for key in keys if key in kind.takes),
+            "the run" if kind.small else "`fastlt convert`",
+        )
+        for name, kind in SOURCES.items()
+    ]
+    return f"## Sources\n\n`data.source`.\n\n{_table(('source', 'keys of `data` that it takes', 'converted by'), rows)}"
 
 
 def _methods() -> str:

@@ -11,6 +11,8 @@ from fastlt.losses import LOSSES
 from fastlt.recipe import reference
 from fastlt.recipe.schema import DataRecipe, StageRecipe
 from fastlt.steps import STEPS
+from loaders.readers import BACKENDS
+from loaders.sources import SOURCES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
@@ -28,6 +30,8 @@ def test_the_page_has_every_key_method_and_loss():
             assert f"| `{field.name}`" in page
     for name in (*STEPS, *LOSSES):
         assert f"### `{name}`" in page
+    for name in (*BACKENDS, *SOURCES):
+        assert f"| `{name}` |" in page
 
 
 @dataclass(frozen=True)
