@@ -22,7 +22,7 @@ from fastlt.autograd import ForwardRecord
 from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
-from fastlt.models import Classifier, LinearHead
+from fastlt.models import Classifier, ExpertClassifier, LinearHead
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
@@ -92,11 +92,11 @@ def training_images(reducer: Reducer) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(Scaled()(batch.images).split(9), batch.labels.split(9), strict=True)
 
 
-class Experts(nn.Module):
+class Experts(ExpertClassifier):
     """Two networks whose logits are averaged."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.networks = nn.ModuleList([network(), network()])
 
     def expert_logits(self, images: torch.Tensor) -> torch.Tensor:
