@@ -20,4 +20,4 @@ test-gpu: setup
 	@$(PYTHON_IN_VENV) -m pytest -m gpu
 
 lint: setup
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/basedpyright --pythonpath $(PYTHON_IN_VENV)
