@@ -29,7 +29,9 @@ from fastlt.recipe.typed_yaml import types_of
 from fastlt.steps import STEPS
 from fastlt.steps.needs import Allows, Needs
 from loaders.readers import AUTO, BACKENDS
+from loaders.readers.dali_augment import DALI_AUGMENTATIONS
 from loaders.sources import SOURCES
+from loaders.stored import FORMATS, SOURCE_FILES
 
 COMMAND = "fastlt recipe-reference > docs/recipes.md"
 TOP = f"""\
@@ -37,7 +39,7 @@ TOP = f"""\
 
 <!-- Made from the code; do not edit. Renew it with: {COMMAND} -->
 
-A recipe is a YAML file with the keys below. Words `key.sub=value` behind it on the command line override single keys,
+A recipe is a YAML file with the keys below. Words `key.sub=value` after the file on the command line override keys,
 as in `fastlt train recipes/cifar10_lt.yaml data.root=data/raw stages.end_to_end.lr=0.1`. `base: [FILE, ...]` puts the
 file's own keys on top of other files; mappings merge key by key, and lists replace. Unknown keys, wrong types and
 impossible combinations are refused before any data is read. The run folder keeps the recipe with every default filled
@@ -62,8 +64,10 @@ LINKS: dict[tuple[type, str], str] = {
     (DataRecipe, "augment"): "list of [augmentations](#augmentations)",
     (DataRecipe, "meta_augment"): "list of [augmentations](#augmentations), or null",
     (DataRecipe, "second_augment"): "list of [augmentations](#augmentations), or null",
-    (DataRecipe, "dali_augment"): "`auto_augment` or `rand_augment`, with their options, or null",
+    (DataRecipe, "dali_augment"): f"one of {', '.join(f'`{name}`' for name in DALI_AUGMENTATIONS)}, or null",
 }
+# Defaults that come from the composition of a recipe, and not from its type.
+DEFAULTS: dict[tuple[type, str], str] = {(Recipe, "name"): "the name of the file"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,10 @@ def _loaders() -> str:
         for name, backend in BACKENDS.items()
     ]
     head = ("loader", "reads", "needs `convert: true`", "takes `dali_augment`", "fewest `num_workers`")
-    intro = f"`data.loader`; `{AUTO}` takes one of them by the machine and the data set."
+    intro = (
+        f"`data.loader`; `{AUTO}` takes one of them by the machine and the data set. {' and '.join(FORMATS)} are "
+        f"formats of converted data sets; {SOURCE_FILES} are the source's own files."
+    )
     return f"## Loaders\n\n{intro}\n\n{_table(head, rows)}"
 
 
@@ -189,7 +196,7 @@ def _keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
         apart = kind in [section for _, section in SECTIONS] or (cls, field.name) in LINKS
         nested = isinstance(kind, type) and dataclasses.is_dataclass(kind) and not apart
         allowed = LINKS.get((cls, field.name)) or ("mapping" if nested else allowed_values(kind))
-        default = _default(field)
+        default = DEFAULTS.get((cls, field.name)) or _default(field)
         if dataclasses.is_dataclass(kind) and default != "required":
             default = ""  # the defaults of its keys
         name = f"`{prefix}{field.name}`" + ("*" if is_harmless(field) else "")

@@ -53,14 +53,14 @@ class DataRecipe:
     train_list: list file of the training images, for source list_file.
     meta_list: list file of the meta set, which is the validation set too; null holds out training images.
     test_list: list file of the test images.
-    num_classes: the number of classes that the data set must have; null takes what is there.
+    num_classes: the number of classes that the data set must have; null takes the number that is found.
     imbalance_factor: largest over smallest class of the long tail that is cut out; null takes the data as they are.
     convention: how the long tail of CIFAR is cut: paper holds the meta set out first, ldam is the subset of the LDAM
         release.
     meta_per_class: images of each class in a meta set that is held out.
     shots: more training images than the first number make a class many-shot, fewer than the second few-shot.
     storage: how images are stored in the converted data set.
-    loader: what reads the images; auto takes one that the machine has memory for.
+    loader: the reader of the images; auto takes one that the machine has memory for.
     num_workers: threads or processes that decode; null takes all cores, 0 reads in the main process with loader torch.
     train_crop: none trains on whole stored images, random_resized on a random rectangle of each.
     eval_crop: none evaluates on whole stored images, center on their central square.
@@ -71,8 +71,8 @@ class DataRecipe:
     meta_augment: augmentations of a meta batch; null is the same as augment.
     second_augment: augmentations of the second view of an image, for methods with two views; null is the same as
         augment.
-    dali_augment: automatic augmentation by DALI before augment, with loader dali or resident_jpeg. Both views of an
-        image get one; meta batches get none where meta_augment is given.
+    dali_augment: automatic augmentation by DALI before augment, as a name or a mapping of the name to its options; with
+        loader dali or resident_jpeg. Both views of an image get one; meta batches get none where meta_augment is given.
     """
 
     source: str = field(metadata=one_of(SOURCES))
@@ -116,8 +116,8 @@ class ModelRecipe:
     checkpoint: local file of pretrained weights.
     drop_rate: dropout before the head.
     drop_path_rate: stochastic depth, for backbones that have it.
-    experts: so many branches for the last two stages of a ResNet, each with a head; their logits are averaged. null is
-        the plain network. Some methods need experts, and most take none.
+    experts: the number of branches for the last two stages of a ResNet, each with a head; their logits are averaged.
+        null is the plain network. Some methods need experts, and most take none.
     expert_width: width of an expert over that of the plain network.
     """
 
@@ -138,7 +138,7 @@ class AccuracyRecipe:
 
     refresh: exact scores all of the meta set in every iteration, rolling scores one slice of it, and epoch scores all
         of it once an epoch.
-    window: the number of slices of refresh rolling; no result is older than so many iterations.
+    window: the number of slices of refresh rolling; no result is older than that many iterations.
     batch_size: images that are scored at once.
     precision: of the passes that score the meta set; null is the recipe's precision.
     """
@@ -224,11 +224,11 @@ class Recipe:
     data: which images, and how they are stored, cropped and augmented.
     model: the network.
     stages: trained in the order in which they are written, each under a name of its own; null leaves a stage out.
-    name: of the run, and of its folder; by default the name of the recipe file.
+    name: of the run, and of its folder.
     seed: of everything that is drawn at random.
     precision: fp32, or bf16, which runs the network in bfloat16 where that is safe.
     compile: inductor takes the passes of a step through torch.compile, cudagraph captures whole iterations on a CUDA
-        device; where the method or the machine does not allow it, the stage says why and goes on without. auto is
+        device; where the method or the machine does not allow that, the stage says why and is not compiled. auto is
         cudagraph on a CUDA device that one process trains on, and none elsewhere.
     channels_last: whether images and weights are in channels_last memory.
     sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.

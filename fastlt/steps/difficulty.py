@@ -22,7 +22,7 @@ class DifficultyOptions(LearnedWeightOptions):
 
     hidden: width of the hidden layers of Difficulty-Net; null is the supplement's rule for the number of classes.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
-    driver_target: relative or absolute difficulty is what the driver loss pulls towards; see
+    driver_target: target of the driver loss, relative or absolute difficulty; see
         `fastlt.meta.difficulty.driver_target`.
     """
 

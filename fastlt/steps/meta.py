@@ -229,7 +229,7 @@ class LearnedWeightOptions(StepOptions):
     lr: learning rate of Adam for the network's parameters theta (supplement, Sec. 1.2).
     weight_decay: of Adam for theta.
     approximate: ways below the cost of the exact meta-gradient.
-    lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are let go and computed again, as exact and a
+    lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are released and computed again, as exact and a
         little slower; not with `compile: inductor`.
     tangent: how the meta-gradient's tangent is computed under mixed precision: fp32 by a forward pass of its own,
         autocast from the training pass's activations and in their types, as differentiating twice would.
@@ -250,9 +250,9 @@ LearnedT = TypeVar("LearnedT", bound=LearnedWeightOptions, default=LearnedWeight
 
 
 class LearnedWeightStep(MetaStep[LearnedT]):
-    """A network with parameters theta says what each sample weighs; Eq. 9 to 11 in turn, one Adam step on theta.
+    """A network with parameters theta gives the weight of each sample; Eq. 9 to 11 in turn, one Adam step on theta.
 
-    Subclasses say what the network is, what it sees, and what its Adam step minimises.
+    Subclasses give the network, its input, and the objective of its Adam step.
     """
 
     Options = LearnedWeightOptions

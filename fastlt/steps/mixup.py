@@ -66,6 +66,6 @@ class MixupStep(Step[MixupOptions]):
 
 
 class CutmixStep(MixupStep):
-    """The same with a rectangle of the partner's pixels in place of the blend; lam is the share of pixels that stay."""
+    """Mixup with a rectangle of the partner's pixels in place of the blend; lam is the share of pixels that stay."""
 
     mix: Callable = staticmethod(cutmix)

@@ -26,7 +26,7 @@ class OltrOptions(StepOptions):
     margin: mean squared distance to the other classes' centroids from which the repelling part is 0.
     backbone_lr_factor: learning rate of the backbone over that of the head.
     centroid_lr_factor: learning rate of the centroids over that of the head.
-    freeze_backbone: leave the layers of the stage before as they are; attention is trained all the same.
+    freeze_backbone: keep the layers of the stage before as they are; the attention is still trained.
     attention_side: side of the last feature maps, to put modulated attention before the pooling; 0 is none.
     """
 
@@ -48,7 +48,7 @@ class OltrOptions(StepOptions):
 
 
 class OltrStep(Step[OltrOptions]):
-    """SGD on mean_i l_i + weight * (attract + repel_weight * repel), with a `MetaEmbeddingHead` on the features x:
+    """SGD on mean_i l_i + weight * (attract + repel_weight * repel), with a `MetaEmbeddingHead` on the features x.
 
         attract = 1/(2b) sum_i ||x_i - M_{y_i}||^2
         repel   = max(0, margin - 1/(bC) sum_i sum_{c != y_i} ||x_i - M_c||^2)

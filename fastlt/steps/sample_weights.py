@@ -111,7 +111,7 @@ class SampleDifficultyOptions(LearnedWeightOptions):
 
     hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
-    driver_target: relative or absolute difficulty is what the driver loss pulls towards; see
+    driver_target: target of the driver loss, relative or absolute difficulty; see
         `fastlt.meta.difficulty.driver_target`.
     """
 
