@@ -1,4 +1,4 @@
-"""What the commands' argument parsers share: the help text of the door that was used, and checked numbers."""
+"""What the commands' argument parsers share: the help text under the name that was called, and checked numbers."""
 
 from __future__ import annotations
 

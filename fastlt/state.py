@@ -1,4 +1,4 @@
-"""The few types that pass between rooms: what a loader yields, what a step returns, what a class is; and `upload`."""
+"""The types that pass between packages: the batch of a loader, the output of a step, the class counts; and `upload`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluate finished runs together: the mean of what they predict.
+"""Evaluate finished runs together: the mean of their predictions.
 
     fastlt ensemble runs/imagenet_lt_ours_las runs/imagenet_lt_ours_las_cosine
     fastlt ensemble RUN RUN ... --out runs/both           # also writes runs/both/result.json

@@ -4,9 +4,9 @@
     fastlt launch --multi_gpu --num_processes 4 recipes/imagenet_lt.yaml
 
 The options before the recipe are those of `accelerate launch`, which lists them with --help. `accelerate launch
-fastlt/train.py` trains just the same. It ends with its own traceback and code 1 when a recipe is refused or the run is
-stopped; its --quiet hides only the traceback, and of one process alone. Here Ctrl-C and SIGTERM reach the training
-once, which saves a checkpoint, and nothing is added to what the training says.
+fastlt/train.py` trains just the same, but ends with a traceback of its own and code 1 when a recipe is refused or the
+run is stopped; its --quiet hides that traceback, of one process alone. `fastlt launch` adds nothing to the messages of
+the training. Ctrl-C and SIGTERM reach the training once, and it saves a checkpoint.
 Exit code: that of the training (see `fastlt train --help`), 2 for options that cannot be launched.
 """
 

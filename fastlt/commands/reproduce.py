@@ -5,10 +5,10 @@
     fastlt reproduce table8 --scale short --rows Ours cRT --columns 100
 
 Each cell's run is `fastlt/train.py RECIPE overrides... seed=S` in a process of its own; a finished run is not run
-again, an interrupted one goes on. What a run of several stages has in common with other rows is trained once: all
-stages but its last are a run of their own, from whose end it goes on as if it had been stopped there. A cell of
-several runs ends with `fastlt ensemble` on them. One seed of everything comes before the next seed. Leaves TABLE.md,
-.csv and .json in --out. The published numbers, and which recipe belongs to which row, are in
+again, an interrupted one goes on. Stages that several rows have in common are trained once: all stages of a run but
+the last are a run of their own, and the whole run goes on from its end, as if it had been stopped there. A cell of
+several runs ends with `fastlt ensemble` on them. All runs of one seed come before those of the next. TABLE.md, .csv
+and .json are written to --out. The published numbers, and which recipe belongs to which row, are in
 fastlt/reproduce/paper_tables.yaml.
 `--data` names folders with CIFAR's files or converted data sets.
 Exit code: 0 done, 1 when a run failed, 2 for a mistake on the command line, 130 when stopped.

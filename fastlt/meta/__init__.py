@@ -1,1 +1,1 @@
-"""The heart: the exact meta-gradient, Difficulty-Net, and the accuracy of every class."""
+"""The exact meta-gradient, Difficulty-Net, and the accuracy of every class."""

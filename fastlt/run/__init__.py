@@ -1,1 +1,1 @@
-"""The run: what a recipe describes is trained, evaluated, saved and logged."""
+"""The run: training, evaluation, checkpoints and the log of a recipe."""

@@ -95,9 +95,9 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
 
 
 def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on the main process, on every process; so is its ValueError, or the others would wait.
+    """Run `work` on the main process; every process returns its result, or raises its ValueError.
 
-    That a file or folder cannot be read or written is a ValueError, too: a matter of the user's data.
+    An OSError, as of a file that cannot be read or written, becomes a ValueError: it is a matter of the user's data.
     """
     outcome: list = [None, None]
     if accelerator.is_main_process:
@@ -146,8 +146,8 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
 def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:
     """ValueError when the folder holds other images than the recipe asks for.
 
-    How they are stored is the folder's own business when the recipe names the folder, and so are the list files when
-    the recipe names none.
+    Where the recipe names the folder, the way in which images are stored is not compared, and list files only where the
+    recipe names them.
     """
     wanted = request(data)
     if data.converted:

@@ -1,4 +1,4 @@
-"""Passes over whole splits: what the model scores on them, and what a method wants to see of the training set."""
+"""Passes over whole splits: the scores of the model, and the training images that a method asks for."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ STREAMS = ("train", "meta", "second")
 class StageLoaders:
     """The training batches of this process in a stage, and its meta batches where the method wants them.
 
-    backends: by split, the backend that `auto` chose. Random crops of images of one size are another backend's
-        business, so a run that is resumed has to keep them.
+    backends: by split, the backend that `auto` chose. Random crops of images of one size are made by some backends and
+        left to the augmentation by others, so a run that is resumed has to keep its backends.
     """
 
     train: BatchLoader

@@ -1,4 +1,4 @@
-"""What a run says: a JSONL file, trackers, a progress bar, and the table at the end."""
+"""The output of a run: a JSONL file, trackers, a progress bar, and the table at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is refused before work: each check is a ValueError for the user."""
+"""Everything that is refused before training: each failed check is a ValueError for the user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prepare(recipe: Recipe) -> RunContext:
 
 
 def check_folder(recipe: Recipe) -> None:
-    """A run folder that holds a run of another recipe, or any run when `resume` is never."""
+    """ValueError for a run folder that holds a run of another recipe, or any run when `resume` is never."""
     recorded = recipe_file(recipe.folder)
     if not recorded.exists():
         return
@@ -42,7 +42,7 @@ def check_folder(recipe: Recipe) -> None:
 
 
 def check_dataset(context: RunContext) -> None:
-    """What only the data set can tell: class count, and batches that are larger than their split."""
+    """Mistakes that only the data set can show: the class count, and batches that are larger than their split."""
     data, counts = context.recipe.data, context.counts
     if data.num_classes is not None and data.num_classes != counts.num_classes:
         raise ValueError(
@@ -61,7 +61,7 @@ def check_dataset(context: RunContext) -> None:
 
 
 def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
-    """Batches that their split cannot fill or that do not divide among the processes."""
+    """ValueError for batches that their split cannot fill, or that do not divide among the processes."""
     processes = context.reducer.world_size
     for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
         if split == "meta" and not STEPS[stage.method].needs.meta_batch:
@@ -84,7 +84,7 @@ def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
 
 
 def check_loaders(context: RunContext) -> None:
-    """What only the stored images can tell: a loader that cannot have them, and sizes that the recipe misses."""
+    """Mistakes that only the stored images can show: a loader that cannot read them, and sizes unlike the recipe's."""
     data = context.recipe.data
     kinds = [STEPS[stage.method] for stage in context.recipe.stages.values()]
     specs = augmentations(data)
@@ -127,7 +127,7 @@ def _check_image_size(context: RunContext, split: str, shape: tuple[int, int], a
 
 
 def check_model(context: RunContext, model: Classifier) -> None:
-    """What only the network can tell: options that name parts of it, and a trained head that is not there."""
+    """Mistakes that only the network can show: options that name parts it lacks, and a trained head that is absent."""
     recipe = context.recipe
     if recipe.channels_last:
         check_padded_pooling(model, context.device)
@@ -147,7 +147,7 @@ def check_model(context: RunContext, model: Classifier) -> None:
 
 
 def check_trackers(context: RunContext) -> None:
-    """Trackers whose package is absent, over which Accelerate passes."""
+    """ValueError for trackers whose package is absent; Accelerate would ignore them."""
     there = {str(getattr(t, "value", t)) for t in context.accelerator.log_with}
     absent = set(context.recipe.trackers) - there
     if absent:

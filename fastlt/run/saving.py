@@ -1,4 +1,4 @@
-"""What the checkpoints of a run hold: the last state to resume from, and the best model of each stage."""
+"""The checkpoints of a run: the last state, to resume from, and the best model of each stage."""
 
 from __future__ import annotations
 

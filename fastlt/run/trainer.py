@@ -29,8 +29,8 @@ from fastlt.state import Batch, StepOutput
 class Trainer:
     """Trains what a recipe describes.
 
-    context: of `prepare`. What only the network and the last checkpoint can tell is refused while the trainer is made,
-    by a ValueError for the user; afterwards `fit` does the work.
+    context: of `prepare`. Mistakes that only the network and the last checkpoint can show are refused while the trainer
+    is made, by a ValueError for the user; afterwards `fit` trains.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -153,7 +153,10 @@ class Trainer:
             stopwatch.start()
 
     def compiled(self, stage: Stage, batch: Batch, meta_batch: Batch | None) -> Callable[..., StepOutput]:
-        """What takes the iterations: the step, compiled on its first batches, which are trained on afterwards."""
+        """The function that runs an iteration: the step, or the step compiled on its first batches.
+
+        Compiling leaves no trace: these batches are trained on afterwards.
+        """
         if self.context.compile == "none":
             return stage.step
         with self.stopwatch.paused():

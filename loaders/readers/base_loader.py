@@ -1,4 +1,4 @@
-"""The head that every backend has: whose batches, where to, and by how many workers."""
+"""The base of every backend: the plan of its batches, their device, and its number of workers."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def _tiny_image() -> TensorCPU:
 
 
 class _Feed:
-    """What a pipeline asks for its next input; apart from `_Decoder`, for a circle would keep pipelines alive."""
+    """The source of a pipeline's inputs; apart from `_Decoder`, since a cycle would keep pipelines alive."""
 
     def __init__(self) -> None:
         self.batches: Iterator[Fed] = iter(())
@@ -281,12 +281,14 @@ class _Decoder:
         else:
             images = fn.decoders.image(fed[0], **decoding)
         if shape is not None:
-            # The size is fed, too, for the images of batches that are passed over stay small.
+            # The size is fed, too, because the images of batches that are passed over stay small.
             images = fn.resize(images, size=fed[3], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
         return images if augment is None else augment(images)
 
     def run(self, fed: Iterator[Fed]) -> Generator[Images, None, None]:
-        """DALI's list of images for each of `fed`, on the device; RuntimeError when DALI fails, and for good then.
+        """DALI's list of images for each of `fed`, on the device.
+
+        RuntimeError when DALI fails; the pipeline cannot be used again then.
 
         On CUDA they are made on DALI's streams, and torch's current one waits for them.
         """

@@ -1,4 +1,4 @@
-"""What the backends that decode on the host share: the epoch's life and the way onto the device."""
+"""Common to the backends that decode on the host: beginning and ending an epoch, and the copy to the device."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _two_taps(length: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _scales(length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In float64: the lengths (N, 1, 1), the outputs (1, size, 1), outputs over lengths and the other way (N, 1, 1)."""
     length = length.double().view(-1, 1, 1)
-    # Tensors are divided by tensors, for torch takes a number over a tensor times its reciprocal.
+    # Tensors are divided by tensors, because torch takes a number over a tensor times its reciprocal.
     inverse = torch.full_like(length, size) / length
     scale = torch.ones_like(length) / inverse
     return length, torch.arange(size, device=length.device, dtype=torch.float64).view(1, -1, 1), inverse, scale

@@ -1,7 +1,7 @@
 """All compressed images of a split in memory, decoded batch by batch: for what is too large as pixels.
 
-They lie in the host's memory and not in the GPU's, for DALI's decoders take their input there: headers are parsed on
-the host, also where the pixels are then made on the GPU.
+They lie in the host's memory and not in the GPU's, because DALI's decoders take their input there: headers are parsed
+on the host, also where the pixels are then made on the GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is said of data that cannot be read any more, and reading arrays that may be damaged."""
+"""The error for data that cannot be read any more, and reading arrays that may be damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 class DamageError(ValueError, RuntimeError):
     """Data that were whole once are not any more; the message says which, and what to do.
 
-    Both a ValueError, for it is the user's data that are wrong, and what the readers' threads raise.
+    A ValueError, because the user's data are wrong; a RuntimeError, because readers' threads raise it.
     """
 
 

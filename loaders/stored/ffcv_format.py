@@ -253,7 +253,7 @@ def _watch(
 
 
 def _end(process: BaseProcess, samples: _Samples) -> None:
-    """See the writer's process and its workers off, if they are still there; they are one process group."""
+    """End the writer's process and its workers, if they still run; they are one process group."""
     if process.is_alive():
         samples.abort.set()
         process.join(GRACE_S)

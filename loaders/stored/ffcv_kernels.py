@@ -15,7 +15,7 @@ import numpy as np
 @contextlib.contextmanager
 def keep_torch_threads() -> Iterator[None]:
     """Restores torch's thread count on exit: importing FFCV and building its Loader both set it."""
-    import torch  # here, for a conversion's usage errors must not wait for it
+    import torch  # lazily: a conversion's usage errors must not wait for it
 
     threads = torch.get_num_threads()
     try:
