@@ -14,7 +14,7 @@ from fastlt.steps import STEPS
 from loaders.order.sampling import SAMPLINGS
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTES = ROOT / "docs" / "notes"  # a diary: what it names may be gone
+NOTES = ROOT / "docs" / "notes"  # dated: paths and commands in them may be gone
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "fastlt").rglob("*.md")])
 CURRENT = [page for page in PAGES if NOTES not in page.parents and page.name != "CHANGELOG.md"]
 

@@ -1,4 +1,4 @@
-"""Imports go down only, read off the source: no room knows the rooms above it."""
+"""Imports go down only, read off the source: no package knows the packages above it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RUN_LAYERS = [
 ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt"}
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     """fastlt.steps.base -> fastlt.steps; loaders.sources.cifar -> loaders.sources."""
     return ".".join(module.split(".")[:2])
 
@@ -45,8 +45,8 @@ def of_loaders(module: str) -> bool:
 
 
 def layer(module: str) -> int:
-    for depth, rooms in enumerate(LAYERS):
-        if room(module) in rooms:
+    for depth, packages in enumerate(LAYERS):
+        if package(module) in packages:
             return depth
     raise AssertionError(f"{module} has no place in LAYERS")
 
@@ -73,15 +73,15 @@ def test_imports_go_down_only(path):
     for imported in imports(path):
         assert not imported.startswith("tools"), f"{module} imports {imported}"
         assert layer(imported) <= layer(module), f"{module} imports {imported}, which lies above it"
-        if room(module) != "fastlt.autograd":
+        if package(module) != "fastlt.autograd":
             assert not imported.startswith("fastlt.autograd."), f"{module} imports {imported}: import fastlt.autograd"
         if of_loaders(module):
-            assert of_loaders(imported) or room(imported) in ALLOWED_BY_LOADERS, f"{module} imports {imported}"
-        if room(module) == "fastlt.steps":
+            assert of_loaders(imported) or package(imported) in ALLOWED_BY_LOADERS, f"{module} imports {imported}"
+        if package(module) == "fastlt.steps":
             assert not of_loaders(imported), f"{module} imports {imported}: a step never sees a loader"
 
 
-DOORS = ("fastlt.cli", "fastlt.train", "fastlt.commands.")
+ENTRY_POINTS = ("fastlt.cli", "fastlt.train", "fastlt.commands.")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -89,11 +89,11 @@ def test_nobody_imports_what_users_call(path):
     """But that `python -m fastlt` imports the command, and commands each other."""
     inside = str(path.relative_to(ROOT))
     own = "fastlt.cli" if inside == "fastlt/__main__.py" else "fastlt.commands." if "/commands/" in inside else "none"
-    assert not [m for m in imports(path) if m.startswith(DOORS) and not m.startswith(own)]
+    assert not [m for m in imports(path) if m.startswith(ENTRY_POINTS) and not m.startswith(own)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.name)
-def test_scripts_of_tools_are_doors(path):
+def test_scripts_of_tools_import_the_command_alone(path):
     assert imports(path) == {"fastlt.cli"}
 
 
@@ -106,7 +106,7 @@ def run_layer(module: str) -> int:
 def test_a_run_hands_its_context_down(path):
     module = f"fastlt.run.{path.stem}"
     for imported in imports(path):
-        if room(imported) == "fastlt.run":
+        if package(imported) == "fastlt.run":
             assert run_layer(imported) < run_layer(module), f"{module} imports {imported}"
 
 
