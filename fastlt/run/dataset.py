@@ -61,7 +61,7 @@ def default_folder(data: DataRecipe) -> Path:
 
 def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
     """The command that makes the data set a recipe asks for."""
-    words = ["python", "tools/convert_dataset.py", data.source, "--out", str(folder)]
+    words = ["fastlt", "convert", data.source, "--out", str(folder)]
     if "root" in SOURCES[data.source].takes:
         words += ["--root", data.root or "DIR"]
     for key in LIST_KEYS:

@@ -39,7 +39,7 @@ MANIFEST_KEYS = {
     "versions": dict,
 }
 LIBRARIES = ("fastlt", "ffcv", "numpy", "opencv-python", "pillow", "scikit-learn")
-MAKE = "python tools/convert_dataset.py SOURCE --out {folder}"
+MAKE = "fastlt convert SOURCE --out {folder}"
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_a_request_is_recognised(converted):
 
 
 def test_folders_that_are_no_data_set_are_refused_with_the_command(copy, tmp_path):
-    with pytest.raises(ValueError, match=r"does not exist.*convert_dataset.py SOURCE --out .*nowhere"):
+    with pytest.raises(ValueError, match=r"does not exist.*fastlt convert SOURCE --out .*nowhere"):
         ConvertedDataset.open(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file, no folder, so there is no converted data set"):

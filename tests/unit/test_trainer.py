@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_refused_with_advice(digits_words):
 def test_a_large_source_without_its_conversion_is_refused_with_the_command(tmp_path, capsys):
     words = [f"data.converted={tmp_path / 'none'}", f"data.root={tmp_path}", f"runs={tmp_path}"]
     assert main([str(ROOT / "recipes" / "imagenet_lt.yaml"), *words]) == 2
-    assert "tools/convert_dataset.py list_file" in capsys.readouterr().err
+    assert "fastlt convert list_file" in capsys.readouterr().err
 
 
 class ReducerOfTwo:
