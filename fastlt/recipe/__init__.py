@@ -1,4 +1,4 @@
-"""The recipe: everything a run is made from, typed, composed and checked before any data is touched."""
+"""The recipe: all settings of a run, typed, composed and checked before any data is touched."""
 
 from fastlt.recipe.checks import check
 from fastlt.recipe.compose import load_recipe

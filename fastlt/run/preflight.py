@@ -55,7 +55,7 @@ def check_dataset(context: RunContext) -> None:
         if not stage_classes(context, stage).any():
             raise ValueError(
                 f"stages.{name}.classes is {stage.classes!r}, but {context.dataset.root} has no such class with "
-                f"data.shots {list(counts.shots)}; leave out the stage and what names it, or set other shots"
+                f"data.shots {list(counts.shots)}; leave out the stage and the keys that name it, or set other shots"
             )
         _check_batches(context, name, stage)
 

@@ -80,7 +80,7 @@ def map_chunks(
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise ValueError(
-                "a process that decoded images was killed, most likely because memory ran out: use fewer (--workers)"
+                "a process that decoded images was killed, most likely because memory ran out: use fewer processes (--workers)"
             ) from None
 
 
@@ -88,7 +88,7 @@ def map_chunks(
 def _pool(
     workers: int, function: Callable, subject: object
 ) -> Iterator[tuple[ProcessPoolExecutor, Event, Synchronized]]:
-    """The processes, what ends them whatever they are doing when it is set, and the number of images they have done."""
+    """The processes, the event that ends them at any point when it is set, and the number of images they have done."""
     context = multiprocessing.get_context("fork")
     abort, done = context.Event(), context.Value("q", 0)
     arguments = (function, subject, os.getpid(), abort, done)
