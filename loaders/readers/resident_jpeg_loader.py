@@ -62,8 +62,8 @@ def check_files(stored: Beton | TarShards, processes: int = 1) -> None:
     """ValueError for raw pixels, and when the files do not fit into the memory that is free, once for each process."""
     if isinstance(stored, Beton) and not stored.is_jpeg.all():
         raise ValueError(
-            f"{stored.path} holds raw pixels, and the 'resident_jpeg' backend reads compressed images: convert the data "
-            "set with --format both, or with --mode jpg, or choose another data.loader"
+            f"{stored.path} holds raw pixels, and the 'resident_jpeg' backend reads compressed images: convert the "
+            "data set with --format both, or with --mode jpg, or choose another data.loader"
         )
     needed, free = int(stored.sizes.sum()), free_share(torch.device("cpu"), processes)
     if needed > free:

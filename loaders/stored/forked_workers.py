@@ -80,7 +80,8 @@ def map_chunks(
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise ValueError(
-                "a process that decoded images was killed, most likely because memory ran out: use fewer processes (--workers)"
+                "a process that decoded images was killed, most likely because memory ran out: use fewer processes "
+                "(--workers)"
             ) from None
 
 
