@@ -28,7 +28,7 @@ needs_dali = pytest.mark.skipif(
     reason="NVIDIA DALI is not installed",
 )
 needs_ffcv = pytest.mark.skipif(not importlib.util.find_spec("ffcv"), reason="FFCV is not installed")
-DALI_BACKENDS = ("dali", "resident_jpeg")
+DALI_BACKENDS = [name for name, backend in BACKENDS.items() if backend.reads[0] == "dali"]
 BETON_BACKENDS = [backend for backend in BACKENDS if backend not in DALI_BACKENDS]
 EVERY_BACKEND = [*BETON_BACKENDS, *(pytest.param(backend, marks=needs_dali) for backend in DALI_BACKENDS)]
 

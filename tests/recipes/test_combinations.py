@@ -63,6 +63,8 @@ def assert_refused(expected, stages, *words):
 
 
 def test_every_method_is_in_the_matrix():
+    missing = sorted(set(STEPS) - {*FIRST, *SECOND, *OTHERS})
+    assert not missing, f"put into FIRST, SECOND or OTHERS: {', '.join(missing)}"
     assert set(STEPS) - set(FIRST) - set(SECOND) == OTHERS
 
 

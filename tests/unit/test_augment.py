@@ -12,7 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastlt.augment.draws as draws_module
-from fastlt.augment import Augment, build_augment, colour, constants, cutmix, mixup, normalise, output_size, policies
+from fastlt.augment import (
+    AUGMENTATIONS,
+    Augment,
+    build_augment,
+    colour,
+    constants,
+    cutmix,
+    mixup,
+    normalise,
+    output_size,
+    policies,
+)
 from fastlt.augment.draws import Rows, Span
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -67,6 +78,12 @@ def batch(count: int = 16, size: int = 32, seed: int = 0) -> torch.Tensor:
 
 def build(chain: str, seed: int = 1, image_size: int = 32) -> Augment:
     return build_augment(CHAINS[chain], image_size=image_size, mean=MEAN, std=STD, seed=seed, device="cpu")
+
+
+def test_every_augmentation_is_in_a_chain():
+    used = {entry if isinstance(entry, str) else next(iter(entry)) for chain in CHAINS.values() for entry in chain}
+    missing = sorted(set(AUGMENTATIONS) - used)
+    assert not missing, f"put into a chain of CHAINS: {', '.join(missing)}"
 
 
 def test_normalise_equals_the_formula_in_float64():

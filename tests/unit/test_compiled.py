@@ -178,8 +178,16 @@ GRAPHED = {
     "difficulty-rolling": ("difficulty", "rolling", {}, 4),
     "difficulty-late": ("difficulty", "exact", {"approximate": Approximation(late_weights=True)}, 1),
     "mwn": ("mwn", "exact", {}, 1),
+    "sample_difficulty": ("sample_difficulty", "exact", {}, 1),
     "cb_da": ("cb_da", "exact", {"from_epoch": 1}, 2),
+    "expert": ("expert", "exact", {}, 1),
 }
+
+
+def test_every_method_that_allows_compilation_is_replayed():
+    allowing = {name for name, step in STEPS.items() if step.allows.compilation}
+    missing = sorted(allowing - {method for method, *_ in GRAPHED.values()})
+    assert not missing, f"add a case to GRAPHED for {', '.join(missing)}"
 
 
 def assert_replayed_as_stepped(case, device, make_capture):
