@@ -42,12 +42,10 @@ def make_loader(
 ) -> BatchLoader:
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
-    backend: "resident", "resident_jpeg", "ffcv", "torch", "dali", or "auto": resident when the split's pixels fit in
-        `memory_budget_bytes` (default: 40 % of the device's free memory, of which each process on a CPU takes its
-        share), but for random crops of images of many sizes on a CPU; else ffcv, or dali when the data set has no other
-        format, or torch for a source. `loader.reason` says why. "ffcv" reads .beton files and "dali" shards; of the
-        others "resident_jpeg" reads shards first, which hold the original JPEGs, and "resident" and "torch" .beton
-        files. A source's own files are read by "resident", "torch" and "dali".
+    backend: a row of BACKENDS, which reads the first of its formats that the data set has, or "auto": resident when the
+        split's pixels fit in `memory_budget_bytes` (default: 40 % of the device's free memory, of which each process on
+        a CPU takes its share), but for random crops of images of many sizes on a CPU; else ffcv, or dali when the data
+        set has no other format, or torch for a source. `loader.reason` says why.
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.

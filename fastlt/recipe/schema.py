@@ -61,7 +61,8 @@ class DataRecipe:
     shots: more training images than the first number make a class many-shot, fewer than the second few-shot.
     storage: how images are stored in the converted data set.
     loader: the reader of the images; auto takes one that the machine has memory for.
-    num_workers: threads or processes that decode; null takes all cores, 0 reads in the main process with loader torch.
+    num_workers: threads or processes that decode; null takes all cores, 0 reads in the main process, with a
+        loader that can.
     train_crop: none trains on whole stored images, random_resized on a random rectangle of each.
     eval_crop: none evaluates on whole stored images, center on their central square.
     eval_ratio: side of the central square over the shorter side of the image.
@@ -71,8 +72,8 @@ class DataRecipe:
     meta_augment: augmentations of a meta batch; null is the same as augment.
     second_augment: augmentations of the second view of an image, for methods with two views; null is the same as
         augment.
-    dali_augment: automatic augmentation by DALI before augment, as a name or a mapping of the name to its options; with
-        loader dali or resident_jpeg. Both views of an image get one; meta batches get none where meta_augment is given.
+    dali_augment: automatic augmentation by DALI before augment, as a name or a mapping of the name to its options, with
+        a loader that takes it. Both views of an image get one; meta batches get none where meta_augment is given.
     """
 
     source: str = field(metadata=one_of(SOURCES))
