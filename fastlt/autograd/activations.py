@@ -50,7 +50,8 @@ class Source:
             raise OverwrittenError("an operation of the model overwrites a tensor that another one read before")
         if not isinstance(self.value, Activation):
             return self.value
-        return self.value.restore() if self.value.saved_for_backward else self.value.get()
+        # An overwritten tensor stays with the activation, where `SavedTensor.unpack` finds it and refuses it.
+        return self.value.restore() if self.value.saved_for_backward and self.released() else self.value.get()
 
 
 @dataclass(slots=True, eq=False)
@@ -132,8 +133,8 @@ class Activation:
         self.tensor = None
 
     def get(self) -> Tensor:
-        """The output, recomputed where it is not in memory, without holding it; raises OverwrittenError."""
-        output = self.tensor
+        """The output, recomputed where it is not in memory, without holding it anew; raises OverwrittenError."""
+        output = self.tensor if self.in_memory() else None
         if output is None:
             with torch.no_grad():
                 for operation in self.operations:
@@ -142,7 +143,7 @@ class Activation:
         return output
 
     def restore(self) -> Tensor:
-        """As `get`; from now on it is in memory."""
+        """The output, recomputed where it was released; from now on it is held."""
         if self.tensor is None:
             self.hold(self.get())
         assert self.tensor is not None

@@ -182,6 +182,34 @@ def test_a_saved_tensor_that_was_overwritten_is_an_error_as_in_autograd():
         total.backward()
 
 
+def test_an_activation_is_recomputed_from_the_value_that_was_read_not_from_the_one_written_over_it():
+    """A held activation is overwritten by an operation without a rule, after another one has been computed from it."""
+    torch.manual_seed(0)
+    first, last = (torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale, shift = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    images = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def normalised(x):
+        return F.batch_norm(x, None, None, scale, shift, True)
+
+    def block(x):
+        return F.relu(normalised(F.conv2d(x, first, padding=1)) + x, inplace=True)
+
+    def loss(last):
+        x = F.relu(normalised(F.conv2d(images, first, padding=1)))
+        y = block(x)
+        value = F.conv2d(normalised(y), last, padding=1).pow(2).mean()
+        y.mul_(5)
+        return value
+
+    # The gradient in `last` needs the output of the BatchNorm behind the block, and nothing that was overwritten.
+    (expected,) = torch.autograd.grad(loss(last), [last])
+    (found,) = torch.autograd.grad(with_recompute(loss)(last), [last])
+    assert_close([found], [expected])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(with_recompute(loss)(last), [first])
+
+
 class CountedAdditions(TorchDispatchMode):
     """Counts sums of activations, by whether they overwrite."""
 
