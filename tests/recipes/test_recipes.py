@@ -64,7 +64,9 @@ def test_a_recipe_parses_and_its_header_gives_the_command_and_the_cost(path):
         # The command that converts stands in the row or in its base.
         bases = yaml.safe_load(path.read_text())["base"]
         text = header(path) + "".join(header(path.parent / base) for base in bases)
-        for option in conversion_command(recipe.data, Path(recipe.data.converted)).split(" --")[1:]:
+        command, *options = conversion_command(recipe.data, Path(recipe.data.converted)).split(" --")
+        assert f"#   {command} --out " in text
+        for option in options:
             if not option.startswith("root"):
                 # meta-per-class is the tool's default as well.
                 assert f"--{option}" in text or option == "meta-per-class 10", option
