@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.recipe import Recipe, differences, load_recipe
+from fastlt.run.checkpoint import read_json
 
 METRICS = ("top1", "many", "medium", "few", "macro_f1")
 
@@ -17,7 +18,7 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     result = folder / "result.json"
     if not result.is_file():
         raise ValueError(f"{folder} holds no finished run: result.json is missing; give folders below runs/")
-    return load_recipe(folder / "recipe.yaml"), json.loads(result.read_text(encoding="utf-8"))
+    return load_recipe(folder / "recipe.yaml"), read_json(result)
 
 
 def group_runs(folders: list[Path]) -> list[list[tuple[Recipe, dict[str, Any]]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, check_padded_pooling
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
 from fastlt.run.context import RunContext, make_context
-from fastlt.run.folder import recipe_file
+from fastlt.run.folder import is_finished, recipe_file
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
@@ -25,6 +27,8 @@ def prepare(recipe: Recipe) -> RunContext:
 def check_folder(recipe: Recipe) -> None:
     """ValueError for a run folder that holds a run of another recipe, or any run when `resume` is never."""
     recorded = recipe_file(recipe.folder)
+    if not is_finished(recipe.folder):
+        _check_writable(recipe)
     if not recorded.exists():
         return
     if recipe.resume == "never":
@@ -39,6 +43,13 @@ def check_folder(recipe: Recipe) -> None:
             + "\n  ".join(changed)
             + "\nchoose another name=..., or delete the folder"
         )
+
+
+def _check_writable(recipe: Recipe) -> None:
+    place = next(p for p in (recipe.folder, *recipe.folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is read-only for you" if place.is_dir() else "is a file"
+        raise ValueError(f"runs is {recipe.runs!r}, but {place} {why}; set runs=DIR to a folder that can be written to")
 
 
 def check_dataset(context: RunContext) -> None:

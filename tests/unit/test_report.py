@@ -33,6 +33,13 @@ def run(tmp_path):
     return write
 
 
+def test_a_damaged_result_is_named(run, capsys):
+    folder = Path(run("one", 0, 0.5))
+    (folder / "result.json").write_text("{")
+    assert cli.main(["report", str(folder)]) == 2
+    assert f"fastlt report: error: {folder / 'result.json'} is not valid JSON" in capsys.readouterr().err
+
+
 def test_runs_that_differ_in_seed_only_are_one_row(run, capsys):
     folders = [run("one", s, t) for s, t in ((0, 0.50), (1, 0.52), (2, 0.54))]
     folders.append(run("other", 0, 0.7, "stages.end_to_end.loss=balanced_softmax"))

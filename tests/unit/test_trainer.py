@@ -307,9 +307,22 @@ def test_a_damaged_checkpoint_is_refused_with_advice(digits_words):
     with pytest.raises(Interrupted):
         trainer.fit()
     path = trainer.folder / "checkpoints" / "last.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
-        make(digits_words)
+    for length in (1000, 0):
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
+            make(digits_words)
+
+
+def test_runs_that_cannot_be_written_are_refused_before_any_data(tmp_path, monkeypatch):
+    recipe = load_recipe(RECIPE, [f"runs={tmp_path / 'runs'}", f"data.converted={tmp_path / 'data'}"])
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(ValueError, match=r"runs is '.*', but .*runs is a file; set runs=DIR to a folder that"):
+        prepare(recipe)
+    (tmp_path / "runs").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=rf"but {tmp_path} is read-only for you; set runs="):
+        prepare(recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_large_source_without_its_conversion_is_refused_with_the_command(tmp_path, capsys):
