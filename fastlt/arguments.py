@@ -30,6 +30,15 @@ def make_parser(doc: str | None, name: str, prog: str, usage: str | None = None)
     )
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """A recipe and its overrides, as the words `recipe` and `overrides` of `parse_intermixed_args`."""
+    parser.add_argument("recipe", help="the name of a shipped recipe, or a file")
+    # Without a default, argparse would call the overrides required.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="for example data.root=/images seed=1"
+    )
+
+
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A reader of whole numbers from `low` to `high`, for argparse, which puts the option's name before the message."""
 

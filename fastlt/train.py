@@ -1,6 +1,7 @@
 """Train what a recipe describes.
 
-    accelerate launch fastlt/train.py RECIPE.yaml [key.sub=value ...]
+    fastlt train digits_lt
+    fastlt train recipes/mine.yaml data.root=DIR seed=1
 
 `--check` stops after the recipe has been read and checked, and prints it with every default filled in.
 Exit code: 0 done, 2 for a mistake in the recipe or the data, 130 or 143 when stopped by a signal (resume by the same
@@ -9,25 +10,31 @@ command), 1 for anything else.
 
 from __future__ import annotations
 
-import argparse
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from fastlt.arguments import add_recipe, make_parser
+from fastlt.error_message import print_error
 
 if TYPE_CHECKING:
     from fastlt.run.context import RunContext
 
 
-def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+NAME = "fastlt train"
+SCRIPT = "accelerate launch fastlt/train.py"
+
+
+def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     """Recipe in, training, exit code out."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="a file of recipes/, or your own")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.root=/images seed=1")
+    parser = make_parser(__doc__, NAME, prog)
+    add_recipe(parser)
     parser.add_argument("--check", action="store_true", help="check the recipe, print it in full, and stop")
     # Options may stand between the recipe and its overrides.
     words = parser.parse_intermixed_args(arguments)
 
+    # Torch says so of its own code when it first takes a forward-mode derivative.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     # Imported late: a mistake on the command line answers before torch has loaded.
     from fastlt.recipe import load_recipe
 
@@ -48,7 +55,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
             return 0
         trainer = Trainer(context)
     except ValueError as error:
-        print(f"fastlt: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
     from loaders.stored.damage import DamageError
@@ -59,10 +66,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         context.say(f"{stopped}; the same command goes on from there")
         return 128 + stopped.signal
     except DamageError as error:
-        print(f"fastlt: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except FloatingPointError as error:
-        print(f"fastlt: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     report(context, result)
     return 0

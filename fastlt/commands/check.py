@@ -7,7 +7,7 @@ Exit codes: 0 the recipe can be trained as far as can be told without its data, 
 
 from __future__ import annotations
 
-from fastlt.arguments import make_parser
+from fastlt.arguments import add_recipe, make_parser
 
 NAME = "fastlt check"
 
@@ -15,8 +15,7 @@ NAME = "fastlt check"
 def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code."""
     parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("recipe", help="a file of recipes/, or your own")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.root=/images seed=1")
+    add_recipe(parser)
     arguments = parser.parse_intermixed_args(words)
 
     # Imported late: a mistake on the command line answers before torch has loaded.

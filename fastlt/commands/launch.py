@@ -18,8 +18,10 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from fastlt.arguments import show
+from fastlt.error_message import PRINTED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 NAME = "fastlt launch"
@@ -52,7 +54,9 @@ def main(words: list[str], prog: str = NAME) -> int:
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        launch.launch_command(given)
+        with NamedTemporaryFile(prefix="fastlt-") as printed:
+            os.environ[PRINTED] = printed.name
+            launch.launch_command(given)
     except TrainingEnded as ended:
         return exit_code(ended.code)
     except ChildFailedError as error:

@@ -190,6 +190,20 @@ def test_launched_training_refuses_a_recipe_in_one_line_and_with_code_2(tmp_path
     assert done.stderr.splitlines() == ["fastlt: seed: is a string ('x'); allowed: an integer"]
 
 
+def test_launched_processes_refuse_a_recipe_once(tmp_path):
+    words = ["--multi_gpu", *LAUNCH[4:], "--num_processes", "2", "digits_lt", "seed=x", f"runs={tmp_path}"]
+    done = subprocess.run([*LAUNCH[:4], *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["fastlt: seed: is a string ('x'); allowed: an integer"]
+
+
+@pytest.mark.parametrize("name", ["train", "check"])
+def test_a_missing_recipe_is_all_that_is_asked_for(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([name])
+    assert capsys.readouterr().err.endswith(f"fastlt {name}: error: the following arguments are required: recipe\n")
+
+
 def test_what_cannot_be_launched_is_refused(capsys):
     for words, message in (([], "required: RECIPE"), (["--multi_gpu", "--tpu", "digits_lt"], "one of")):
         try:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
-    {"fastlt.names", "fastlt.state", "fastlt.arguments", "fastlt"},
+    {"fastlt.names", "fastlt.state", "fastlt.arguments", "fastlt.error_message", "fastlt"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "loaders.sources"},
     {"fastlt.steps", "loaders.stored"},
