@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from fastlt.state import Batch
+from loaders.order.plan import EpochPlan
 
 
 class StoredSplit(Protocol):
@@ -95,4 +97,25 @@ class BatchLoader(Protocol):
 
     def close(self) -> None:
         """Ends worker threads and processes; afterwards the loader yields nothing more. May be called twice."""
+        ...
+
+
+class LoaderClass(Protocol):
+    """The class of a backend as the factory uses it: it makes BatchLoaders."""
+
+    backend: str
+
+    def __call__(
+        self,
+        stored: StoredSplit,
+        plan: EpochPlan,
+        device: torch.device | str,
+        num_workers: int | None = None,
+        **options: object,
+    ) -> BatchLoader:
+        """The loader of a split; it reads `stored`, which is in one of the formats of its row in the table."""
+        ...
+
+    def check(self, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+        """ValueError when the loader could not be made, asked before any process has filled memory."""
         ...

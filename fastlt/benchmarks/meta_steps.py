@@ -299,7 +299,8 @@ class Higher(TwiceDifferentiated):
             optimizer.step((self.weights() * losses).mean())
             meta = self.losses(functional, self.problem.meta_batch).mean()
             gradients = torch.autograd.grad(meta, list(self.net.parameters()), retain_graph=True)
-            return losses, list(functional.parameters(time=0)), gradients
+            start = functional.parameters(time=0)  # pyright: ignore[reportCallIssue]  # `higher` types it as a Module
+            return losses, list(start), gradients
 
 
 class TorchOpt(TwiceDifferentiated):

@@ -8,14 +8,15 @@ nothing is different from ordinary Python.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastlt.device.distributed import Reducer
 from fastlt.device.random_states import random_states, restore_random_states
-from fastlt.device.replay import Capture, CompilableStep, CudaCapture, GraphedStep
+from fastlt.device.replay import Capture, CudaCapture, GraphedStep, ReplayedParts, ReplayedStep
 from fastlt.state import Batch, StepOutput
 
 MODES = ("none", "inductor", "cudagraph")
@@ -66,6 +67,28 @@ class Compiler:
     def give_up(self) -> None:
         """From now on every function runs as it was written."""
         self.active = False
+
+
+class CompilableParts(ReplayedParts, Protocol):
+    """What compiling a step needs of its parts; see `fastlt.steps.StepParts`."""
+
+    @property
+    def compiler(self) -> Compiler: ...
+
+
+class CompilableStep(ReplayedStep, Protocol):
+    """What compiling needs of a step; see `fastlt.steps.Step`."""
+
+    @property
+    def parts(self) -> CompilableParts: ...
+    @property
+    def parameters(self) -> Sequence[Tensor]: ...
+    @property
+    def reducer(self) -> Reducer: ...
+
+    def why_not_compiled(self) -> str | None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def make_sgd(groups: list[dict[str, Any]], mode: str, lr: float, device: torch.device, **options: Any):

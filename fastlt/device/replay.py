@@ -8,19 +8,15 @@ counters move.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastlt.augment import Augment
-from fastlt.device.distributed import Reducer
 from fastlt.state import Batch, StepOutput
-
-if TYPE_CHECKING:
-    from fastlt.device.compiled import Compiler
 
 # Takes a function of no arguments, runs it once for its operations, and returns what replays them and its result, which
 # every replay overwrites.
@@ -64,31 +60,22 @@ class Replayable:
             part.advance()
 
 
-class CompilableParts(Protocol):
-    """What compiling a step needs of its parts; see `fastlt.steps.StepParts`."""
+class ReplayedParts(Protocol):
+    """What replaying a step needs of its parts; see `fastlt.steps.StepParts`."""
 
-    @property
-    def compiler(self) -> Compiler: ...
     @property
     def augment(self) -> Augment: ...
     @property
     def meta_augment(self) -> Augment | None: ...
 
 
-class CompilableStep(Protocol):
-    """What compiling needs of a step, which is `Replayable` too; see `fastlt.steps.Step`."""
+class ReplayedStep(Protocol):
+    """What replaying needs of a step, which is `Replayable` too; see `fastlt.steps.Step`."""
 
     @property
-    def parts(self) -> CompilableParts: ...
-    @property
-    def parameters(self) -> Sequence[Tensor]: ...
-    @property
-    def reducer(self) -> Reducer: ...
+    def parts(self) -> ReplayedParts: ...
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput: ...
-    def why_not_compiled(self) -> str | None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def uses_meta_batch(self) -> bool: ...
     def variant(self) -> Hashable: ...
     def counters(self) -> Any: ...
@@ -136,7 +123,7 @@ class GraphedStep:
     and is overwritten by the next call.
     """
 
-    def __init__(self, step: CompilableStep, batch: Batch, meta_batch: Batch | None, capture: Capture) -> None:
+    def __init__(self, step: ReplayedStep, batch: Batch, meta_batch: Batch | None, capture: Capture) -> None:
         self.step, self.capture = step, capture
         self.batch = held(batch)
         self.meta_batch = None if meta_batch is None else held(meta_batch)

@@ -18,9 +18,9 @@ from fastlt.steps.needs import Allows, Needs
 
 @dataclass(frozen=True)
 class DifficultyOptions(LearnedWeightOptions):
-    """Options of method difficulty.
+    """Options of the methods difficulty and sample_difficulty.
 
-    hidden: width of the hidden layers of Difficulty-Net; null is the supplement's rule for the number of classes.
+    hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
     driver_target: target of the driver loss, relative or absolute difficulty; see
         `fastlt.meta.difficulty.driver_target`.

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlt.meta.difficulty import DRIVER_TARGETS, driver_loss, hidden_width
-from fastlt.names import pick
+from fastlt.meta.difficulty import driver_loss, hidden_width
 from fastlt.state import Batch
-from fastlt.steps.base import check_not_negative
+from fastlt.steps.difficulty import DifficultyOptions
 from fastlt.steps.meta import LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass, check_hidden
 from fastlt.steps.needs import Allows
 
@@ -105,35 +104,14 @@ class MetaWeightNetStep(SampleWeightStep[MetaWeightNetOptions]):
         return (self.options.hidden,)
 
 
-@dataclass(frozen=True)
-class SampleDifficultyOptions(LearnedWeightOptions):
-    """Options of method sample_difficulty.
-
-    hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes.
-    driver_weight: weight of the driver loss, lambda of Eq. 10.
-    driver_target: target of the driver loss, relative or absolute difficulty; see
-        `fastlt.meta.difficulty.driver_target`.
-    """
-
-    hidden: int | None = None
-    driver_weight: float = 0.3
-    driver_target: str = "relative"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-        check_not_negative(self, "driver_weight")
-        check_hidden(self.hidden)
-
-
-class SampleDifficultyStep(SampleWeightStep[SampleDifficultyOptions]):
+class SampleDifficultyStep(SampleWeightStep[DifficultyOptions]):
     """Difficulty-Net with a sample in the place of a class: D is an MLP 1-H-H-1, Eq. 4 runs over the batch.
 
     The supplement (Sec. 2.5) says no more than that. The driver loss needs an accuracy; a sample's is the probability
     of its label, exp(-l_i) of a cross-entropy, in [0, 1]. `driver_weight: 0` leaves the meta loss alone, as in MWN.
     """
 
-    Options = SampleDifficultyOptions
+    Options = DifficultyOptions
 
     def widths(self) -> tuple[int, ...]:
         width = self.options.hidden or hidden_width(self.parts.class_counts.num_classes)

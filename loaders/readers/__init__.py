@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loaders.stored import FORMATS, SOURCE_FILES
 
 if TYPE_CHECKING:
-    from loaders.readers.base_loader import LoaderClass
+    from loaders.protocol import LoaderClass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
@@ -48,27 +47,6 @@ class BaseLoader:
     def close(self) -> None:
         """See BatchLoader."""
         raise NotImplementedError
-
-
-class LoaderClass(Protocol):
-    """A subclass of BaseLoader as the factory uses it."""
-
-    backend: str
-
-    def __call__(
-        self,
-        stored: StoredSplit,
-        plan: EpochPlan,
-        device: torch.device | str,
-        num_workers: int | None = None,
-        **options: object,
-    ) -> BaseLoader:
-        """The loader of a split; it reads `stored`, which is in one of the formats of its row in the table."""
-        ...
-
-    def check(self, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-        """See BaseLoader."""
-        ...
 
 
 def default_workers(world_size: int) -> int:

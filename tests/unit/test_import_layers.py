@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,13 @@ def imports(path: Path) -> set[str]:
 SOURCES = sorted([*(ROOT / "fastlt").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down_only(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    module = module_of(path)
     for imported in imports(path):
         assert not imported.startswith("tools"), f"{module} imports {imported}"
         assert layer(imported) <= layer(module), f"{module} imports {imported}, which lies above it"
@@ -95,6 +100,11 @@ def test_nobody_imports_what_users_call(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.name)
 def test_scripts_of_tools_import_the_command_alone(path):
     assert imports(path) == {"fastlt.cli"}
+
+
+def test_no_two_modules_import_each_other():
+    """Neither do longer circles exist, also not for annotations alone: a CycleError names the modules of one."""
+    TopologicalSorter({module_of(path): imports(path) for path in SOURCES}).prepare()
 
 
 def run_layer(module: str) -> int:
