@@ -9,13 +9,14 @@ from typing import Any
 
 from fastlt.recipe import Recipe, differences, load_recipe
 from fastlt.run.checkpoint import read_json
+from fastlt.run.folder import log_file, result_file
 
 METRICS = ("top1", "many", "medium", "few", "macro_f1")
 
 
 def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and result of a finished run; ValueError when there is none."""
-    result = folder / "result.json"
+    result = result_file(folder)
     if not result.is_file():
         raise ValueError(f"{folder} holds no finished run: result.json is missing; give folders below runs/")
     return load_recipe(folder / "recipe.yaml"), read_json(result)
@@ -67,7 +68,7 @@ def table(groups: list[list[tuple[Recipe, dict[str, Any]]]]) -> str:
 
 def weight_history(folder: Path) -> list[tuple[int, list[float]]]:
     """(iteration, class weights) at every evaluation of a run; ValueError when its method has no class weights."""
-    log = folder / "log.jsonl"
+    log = log_file(folder)
     if not log.is_file():
         raise ValueError(f"{folder} holds no log.jsonl; give a folder below runs/")
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]

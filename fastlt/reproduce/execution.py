@@ -13,6 +13,7 @@ from typing import IO
 from fastlt.reproduce.plan import Run, plan_run
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
+from fastlt.run.folder import result_file
 
 
 def run_cells(cells: Sequence[Cell], runs: Path, seeds: int) -> int:
@@ -28,7 +29,7 @@ def run_cells(cells: Sequence[Cell], runs: Path, seeds: int) -> int:
                 try:
                     problem = complete(run, f"{cell.row}, {cell.column}, seed {seed}", failed)
                     if problem is None:
-                        cell.results.append(read_json(run.folder / "result.json"))
+                        cell.results.append(read_json(result_file(run.folder)))
                         continue
                 except ValueError as error:  # a damaged file of an earlier run, or a recipe of another version
                     problem = " ".join(str(error).split())

@@ -13,7 +13,7 @@ from typing import Any
 from fastlt.recipe import Recipe, differences, is_harmless, load_recipe
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
-from fastlt.run.folder import last_checkpoint
+from fastlt.run.folder import is_finished, last_checkpoint, log_file, recipe_file, result_file
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -58,17 +58,16 @@ class TrainingRun:
         part = self.folder.with_name(f"{self.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(self.first.folder / "checkpoints", part / "checkpoints")
-        shutil.copy2(self.first.folder / "log.jsonl", part)
+        shutil.copy2(log_file(self.first.folder), part)
         if self.folder.exists():  # made by a run that was killed before its first checkpoint
             shutil.rmtree(self.folder)
         part.rename(self.folder)
 
     def finished(self) -> bool:
         """Whether the folder holds the result of this recipe; of another one, train.py refuses with the reason."""
-        recorded = self.folder / "recipe.yaml"
-        if not (self.folder / "result.json").is_file() or not recorded.is_file():
+        if not is_finished(self.folder):
             return False
-        return not differences(load_recipe(recorded), replace(self.recipe, name=self.name))
+        return not differences(load_recipe(recipe_file(self.folder)), replace(self.recipe, name=self.name))
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,11 @@ class EnsembleRun:
 
     def finished(self) -> bool:
         """Whether the folder holds the ensemble of the members' results as they are now."""
-        result = self.folder / "result.json"
+        result = result_file(self.folder)
         if not result.is_file() or not all(member.finished() for member in self.members):
             return False
         recorded = [(m["run"], m["top1"]) for m in read_json(result)["members"]]
-        return recorded == [(m.name, read_json(m.folder / "result.json")["top1"]) for m in self.members]
+        return recorded == [(m.name, read_json(result_file(m.folder))["top1"]) for m in self.members]
 
 
 Run = TrainingRun | EnsembleRun
