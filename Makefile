@@ -2,7 +2,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 LAUNCH := .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup train test test-slow test-gpu lint
+.PHONY: setup train test test-slow test-gpu test-faults lint
 
 setup:
 	@tools/setup.sh
@@ -18,6 +18,9 @@ test-slow: setup
 
 test-gpu: setup
 	@$(PYTHON_IN_VENV) -m pytest -m gpu
+
+test-faults: setup
+	@$(PYTHON_IN_VENV) -m pytest -m faults tests/faults
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/basedpyright --pythonpath $(PYTHON_IN_VENV)

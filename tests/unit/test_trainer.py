@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -410,25 +409,6 @@ def test_check_may_stand_anywhere_among_the_words(capsys):
         printed = capsys.readouterr().out
         assert "seed: 5" in printed
         assert "lr: 0.2" in printed
-
-
-def test_the_command_survives_a_kill_and_a_stop(digits_words, tmp_path):
-    words = [*digits_words, f"{STAGE}.iterations=400", f"{STAGE}.evaluate_every=20"]
-    folder = tmp_path / "runs" / "digits_lt"
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
-        before = final_state(folder)["progress"]["done"] if (folder / "checkpoints" / "last.pt").exists() else 0
-        process = subprocess.Popen(command(RECIPE, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            last = folder / "checkpoints" / "last.pt"
-            if last.exists() and final_state(folder)["progress"]["done"] > before:
-                break
-            time.sleep(0.05)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == code, output
-        assert final_state(folder)["progress"]["done"] > before
-    assert "the same command goes on from there" in output
 
 
 def test_data_that_may_not_be_read_are_a_message(tmp_path, capsys, monkeypatch):

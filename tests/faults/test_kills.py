@@ -1,0 +1,332 @@
+"""Runs and conversions that are killed at random moments, again and again, end as if nothing had happened.
+
+After each kill no process, no shared memory and no temporary file may be left, and the same command goes on by itself.
+At the end metrics, weights, checkpoints and log lines are those of a run that was left alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import ROOT, Sandbox, sandbox
+
+from fastlt.recipe import load_recipe
+from fastlt.run.preflight import prepare
+from fastlt.run.trainer import Trainer
+from loaders.readers import BACKENDS
+from loaders.stored.dataset import ConvertedDataset
+
+RECIPE = ROOT / "recipes" / "digits_lt.yaml"
+LENGTHS = [60, 40]  # iterations of the two stages
+ITERATIONS = sum(LENGTHS)
+EVERY = 10
+TRAINED = {"batch_size": 64, "lr": 0.1, "evaluate_every": EVERY}
+FIRST, SECOND = ({**TRAINED, "iterations": length} for length in LENGTHS)
+HEAD = {"sampling": "class_balanced", **SECOND}
+META = {"meta_batch_size": 100, "warmup": 5, "accuracy": {"refresh": "exact"}}
+TAUGHT = {"options": {"experts": ["expert"], "curriculum_epochs": 2}, "accuracy": {"refresh": "epoch"}}
+RECIPES = {
+    "difficulty, crt": {"features": {"method": "difficulty", **META, **FIRST}, "head": {"method": "crt", **HEAD}},
+    "expert, lfme": {
+        "expert": {"method": "expert", "classes": "many", **FIRST},
+        "student": {"method": "lfme", "start": "fresh", **TAUGHT, **HEAD},
+    },
+}
+PATIENCE_S = 180.0  # for a moment to come, and for a process to end
+SLOW_DISK_S = 0.2
+SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
+LATEST_S = {"start": 10.0, "opening": 1.0, "iteration": 0.1, "validation": 0.1, "saving": 2 * SLOW_DISK_S}
+MOMENTS = ["start"] * 2 + ["opening"] * 3 + ["iteration"] * 7 + ["validation"] * 4 + ["saving"] * 4
+ABSENT = "nothing"
+TIMES = {"train_s", "wait_s", "img_s", "data_wait_share"}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A signal at a moment.
+
+    when: "start" (of the process), "opening" (it has found a checkpoint), "iteration", "validation" (the iteration
+        before it is logged), "saving" (a file is half written) or "end" (the last validation is logged).
+    at: the iteration, over all stages, that has to be logged first. after_s: waited then.
+    """
+
+    when: str
+    at: int
+    after_s: float
+    signal: signal.Signals
+
+
+@dataclass
+class Campaign:
+    """What happened to one run or conversion."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def count(self, kill: Kill) -> None:
+        self.kills.update([kill.when, kill.signal.name, "kills"])
+
+
+def planned(number: int, draw: random.Random) -> list[Kill]:
+    """Kills that are spread over the whole run, each in another part of it; the last one comes at its end."""
+    kills = []
+    for i in range(number - 1):
+        at = 1 + int((i + draw.random()) * (ITERATIONS - 2) / (number - 1))
+        when = draw.choice(MOMENTS) if i else "start"
+        if when == "validation":
+            at = -(-at // EVERY) * EVERY
+        kills.append(Kill(when, at, draw.uniform(0, LATEST_S[when]), draw.choice(SIGNALS)))
+    return [*kills, Kill("end", ITERATIONS, draw.uniform(0, 0.5), draw.choice(SIGNALS))]
+
+
+def words_of(loader: str, recipe: str, data: Path, runs: Path) -> list[str]:
+    stages = {"end_to_end": None, **RECIPES[recipe]}
+    return [
+        *("train", str(RECIPE), f"stages={json.dumps(stages)}", f"data.converted={data}", f"data.loader={loader}"),
+        *(f"runs={runs}", "name=run", "log_every=1", "checkpoint_every_s=0.2", "num_threads=1", "data.num_workers=1"),
+    ]
+
+
+# What a run has left on the disk
+
+
+def last_logged(folder: Path) -> tuple[int, str]:
+    """Iteration and kind of the last whole line of the log."""
+    try:
+        text = (folder / "log.jsonl").read_text()
+    except OSError:
+        return 0, ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return (line["iteration"], line["kind"]) if whole and (line := json.loads(whole[-1])) else (0, "")
+
+
+def flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers, words and tensors in nested containers with their names, but for times."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if items is None:
+        yield name, value
+        return
+    for key, part in items:
+        if key not in TIMES:
+            yield from flattened(part, f"{name}.{key}")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same, to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and (one == other or (one != one and other != other))
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """All that a finished run has recorded, but for times."""
+    found = {"result": json.loads((folder / "result.json").read_text())}
+    found["log"] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for path in [folder / "checkpoints" / "last.pt", *sorted((folder / "checkpoints").glob("best_*.pt"))]:
+        found[path.name] = torch.load(path, weights_only=True)
+    return dict(flattened(found))
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """What a run has recorded otherwise than the reference, and the half-written files that are left in it."""
+    mine, other = recorded(folder), recorded(reference)
+    names = [
+        n for n in dict.fromkeys([*mine, *other]) if n not in mine or n not in other or not same(mine[n], other[n])
+    ]
+    return [f"{n}: {mine.get(n)} and {other.get(n)}" for n in names] + [str(p) for p in folder.rglob("*.part*")]
+
+
+# Killing
+
+
+def reached(kill: Kill, folder: Path, box: Sandbox, printed: int) -> bool:
+    """Whether the moment of a kill has come. printed: bytes that earlier commands have written to the output."""
+    if kill.when == "start":
+        return True
+    if kill.when == "opening":
+        return b"resuming" in box.output_file.read_bytes()[printed:]
+    iteration, kind = last_logged(folder)
+    if iteration < kill.at:
+        return False
+    if kill.when == "end":
+        return kind == "evaluation"
+    return kill.when != "saving" or any(folder.rglob("*.part*"))
+
+
+def end_at(kill: Kill, box: Sandbox, words: list[str], come: Callable[[int], bool]) -> int | None:
+    """Run a command and kill it when its moment has come; its exit code, None when it did not end.
+
+    come: told the bytes of output before this command, whether the moment has come.
+    """
+    printed = box.output_file.stat().st_size if box.output_file.exists() else 0
+    process = box.start(*words, slow_disk_s=SLOW_DISK_S if kill.when == "saving" else 0.0)
+    deadline = time.monotonic() + PATIENCE_S
+    while process.poll() is None and not come(printed) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    wake = time.monotonic() + kill.after_s
+    while process.poll() is None and time.monotonic() < wake:
+        time.sleep(0.002)
+    if process.poll() is None:
+        process.send_signal(kill.signal)
+    try:
+        return process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def judged(code: int | None, kill: Kill, box: Sandbox, campaign: Campaign) -> None:
+    """Count a kill, and note what should not be after it."""
+    stopped = [-kill.signal] if kill.signal == signal.SIGKILL else [-kill.signal, 128 + kill.signal]
+    if code in stopped:
+        campaign.count(kill)
+    elif code != 0:  # 0: finished before the signal came
+        campaign.problems.append(f"{kill}: exit code {code}: {box.output[-400:]}")
+    campaign.problems += [f"{kill}: left {left}" for left in box.leftovers()]
+    for path in box.tmp.iterdir():  # told once
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    box.end()
+
+
+def kill_again_and_again(box: Sandbox, words: list[str], folder: Path, kills: list[Kill]) -> Campaign:
+    """Kill a run as planned, then let it finish."""
+    campaign = Campaign()
+    for kill in kills:
+        done, _ = last_logged(folder)
+        if kill.when not in ("start", "opening"):
+            if done == ITERATIONS:
+                kill = Kill("opening", kill.at, kill.after_s, kill.signal)
+            elif kill.at <= done:  # the log still has lines from after the checkpoint
+                kill = Kill(kill.when, done + 1, kill.after_s, kill.signal)
+        code = end_at(kill, box, words, lambda printed, kill=kill: reached(kill, folder, box, printed))
+        judged(code, kill, box, campaign)
+    code = box.run(*words)
+    if code != 0:
+        campaign.problems.append(f"the last start: exit code {code}: {box.output[-400:]}")
+    campaign.problems += [f"the finished run: left {left}" for left in box.leftovers()]
+    return campaign
+
+
+def total(campaigns: list[Campaign]) -> Counter[str]:
+    return sum((campaign.kills for campaign in campaigns), Counter())
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> dict[str, Path]:
+    """The digits in both formats, as raw pixels and as JPEG files."""
+    folder = tmp_path_factory.mktemp("digits")
+    with sandbox(folder / "sandbox") as box:
+        for mode in ("raw", "jpg"):
+            words = ["digits", "--out", folder / mode, "--imbalance", 20, "--mode", mode, "--format", "both", "--quiet"]
+            assert box.run("convert", *words) == 0, box.output
+    return {mode: folder / mode for mode in ("raw", "jpg")}
+
+
+def test_a_run_that_is_killed_and_stopped_once_ends_as_if_it_had_been_left_alone(digits, tmp_path):
+    """The short one: the last start and the reference are trained in this process."""
+    words = words_of("resident", "difficulty, crt", digits, tmp_path / "runs")
+    folder = tmp_path / "runs" / "run"
+    kills = [Kill("iteration", 15, 0.0, signal.SIGKILL), Kill("iteration", 65, 0.0, signal.SIGTERM)]
+    with sandbox(tmp_path / "sandbox") as box:
+        for kill in kills:
+            code = end_at(kill, box, words, lambda printed, kill=kill: reached(kill, folder, box, printed))
+            assert code == (-kill.signal if kill.signal == signal.SIGKILL else 128 + kill.signal), box.output
+            assert box.leftovers() == []
+            assert ITERATIONS > last_logged(folder)[0] >= kill.at
+        assert "the same command goes on from there" in box.output
+    for runs in (tmp_path / "runs", tmp_path / "reference"):
+        train = words_of("resident", "difficulty, crt", digits, runs)
+        Trainer(prepare(load_recipe(RECIPE, train[2:]))).fit()
+    assert differences(folder, tmp_path / "reference" / "run") == []
+
+
+@pytest.mark.faults
+def test_killed_runs_end_as_if_they_had_been_left_alone(stored, tmp_path, rounds, fault_seed, report_figure):
+    """Every loader with both recipes, two runs at a time."""
+    cases = [(loader, recipe) for loader in BACKENDS for recipe in RECIPES]
+    each = max(1, -(-rounds(110) // len(cases)))
+    began = time.monotonic()
+
+    def work(number: int) -> Campaign:
+        loader, recipe = cases[number]
+        data = stored["jpg" if loader == "resident_jpeg" else "raw"]
+        folder = tmp_path / f"{number}"
+        with sandbox(folder / "sandbox") as box:
+            reference = words_of(loader, recipe, data, folder / "reference")
+            code = box.run(*reference)
+            assert code == 0, f"{loader}, {recipe}: {box.output}"
+            words = words_of(loader, recipe, data, folder / "runs")
+            kills = planned(each, random.Random(f"{fault_seed} {number}"))
+            campaign = kill_again_and_again(box, words, folder / "runs" / "run", kills)
+        if not campaign.problems:
+            campaign.problems = differences(folder / "runs" / "run", folder / "reference" / "run")
+        campaign.problems = [f"{loader}; {recipe}; {problem}" for problem in campaign.problems]
+        return campaign
+
+    with ThreadPoolExecutor(2) as pool:
+        campaigns = list(pool.map(work, range(len(cases))))
+    kills, problems = total(campaigns), [problem for campaign in campaigns for problem in campaign.problems]
+    report_figure(
+        f"{dict(kills)} over {len(cases)} runs ({', '.join(BACKENDS)}; {'; '.join(RECIPES)}), "
+        f"{len(problems)} problems, {(time.monotonic() - began) / 60:.0f} minutes"
+    )
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.faults
+def test_killed_conversions_can_be_started_again(tmp_path, rounds, fault_seed, report_figure):
+    """Of an image folder into both formats, as raw pixels and as JPEG files."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 150), ("test", 20)):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
+    each = max(1, -(-rounds(30) // 2))
+    began = time.monotonic()
+
+    def work(mode: str) -> Campaign:
+        folder = tmp_path / mode
+        moments = random.Random(f"{fault_seed} {mode}")
+        words = ["convert", "image_folder", "--root", tmp_path / "images", "--mode", mode, "--format", "both"]
+        words = [*map(str, words), "--meta-per-class", "5", "--workers", "2", "--quiet", "--out"]
+        campaign = Campaign()
+        with sandbox(folder / "sandbox") as box:
+            box.run(*words, str(folder / "reference"))
+            out, partial = folder / "out", folder / "out.partial"
+            for _ in range(each):
+                kill = Kill("converting", 0, moments.uniform(0, 3.0), moments.choice(SIGNALS))
+                code = end_at(kill, box, [*words, str(out)], lambda printed: any(partial.glob("*")))
+                judged(code, kill, box, campaign)
+                if out.exists():  # in time: begin anew
+                    out.rename(folder / f"finished_{time.monotonic_ns()}")
+            code = box.run(*words, str(out))
+            if code != 0 or box.leftovers() or partial.exists():
+                campaign.problems.append(f"the last start: exit code {code}, {box.leftovers()}, {box.output[-400:]}")
+            reference = ConvertedDataset.open(folder / "reference").manifest["files"]
+            for made in [out, *folder.glob("finished_*")]:
+                if ConvertedDataset.open(made).manifest["files"] != reference:
+                    campaign.problems.append(f"{made} is not the data set that was asked for")
+        return campaign
+
+    with ThreadPoolExecutor(2) as pool:
+        campaigns = list(pool.map(work, ("raw", "jpg")))
+    kills, problems = total(campaigns), [problem for campaign in campaigns for problem in campaign.problems]
+    report_figure(f"{dict(kills)}, {len(problems)} problems, {(time.monotonic() - began) / 60:.0f} minutes")
+    assert not problems, "\n".join(problems)
