@@ -14,11 +14,13 @@ from loaders.sources.split import SPLITS, Source
 from loaders.stored import FORMATS
 from loaders.stored.atomic_folder import MANIFEST, check_target, publish, work_folder, write_durably
 from loaders.stored.dali_format import check_dali_options, write_shards
-from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.dataset import ConvertedDataset, open_split, split_file
 from loaders.stored.ffcv_format import FfcvOptions, stored_sizes, write_beton
 from loaders.stored.forked_workers import STUCK_S
+from loaders.stored.identity import content_sha256
 from loaders.stored.image_check import BadImage, check_source, refuse_bad_images
 from loaders.stored.manifest import (
+    CONTENTS,
     LABELS,
     SCHEMA,
     SKIPPED,
@@ -108,6 +110,7 @@ def convert(
         bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
             write_skipped(work / SKIPPED, bad)
+        contents = {kind: {name: _content_sha256(work, name, kind) for name in SPLITS} for kind in formats}
         manifest = {
             "schema": SCHEMA,
             "source": source.name,
@@ -122,12 +125,18 @@ def convert(
             "request": as_json(request),
             "listing_sha256": source.listing_sha256(),
             "skipped": sum(len(images) for images in bad.values()),
+            CONTENTS: contents,
             "files": describe_files(work, progress),
             "versions": versions(),
         }
         write_durably(work / MANIFEST, sealed(manifest))
         publish(work, out, overwrite)
     return ConvertedDataset.open(out)
+
+
+def _content_sha256(work: Path, split: str, kind: str) -> str:
+    stored = open_split(split_file(work, split, kind))
+    return content_sha256(stored, stored.encoded)
 
 
 def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:

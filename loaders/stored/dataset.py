@@ -6,7 +6,7 @@ killed when.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,15 @@ from loaders.sources.split import SPLITS
 from loaders.stored.atomic_folder import MANIFEST
 from loaders.stored.beton import Beton
 from loaders.stored.damage import DamageError, read_arrays
-from loaders.stored.manifest import LABELS, MAKE, as_json, check_files, damaged, read_manifest
+from loaders.stored.identity import DatasetIdentity, content_sha256
+from loaders.stored.manifest import CONTENTS, LABELS, MAKE, as_json, check_files, damaged, read_manifest, stamp
+from loaders.stored.progress import progress_bar
 from loaders.stored.tar_shards import TarShards
 
 if TYPE_CHECKING:
     from fastlt.state import ClassCounts
+
+SMALL_BYTES = 1 << 28  # a data set of so many bytes is read in 0.2 s: its content is compared at every start
 
 
 @dataclass(frozen=True)
@@ -89,17 +93,17 @@ class ConvertedDataset:
         """The FFCV file of a split; sample i has label `labels(split)[i]`."""
         pick("split", split, self.manifest["splits"])
         self._require("ffcv", "FFCV")
-        return self.root / f"{split}.beton"
+        return split_file(self.root, split, "ffcv")
 
     def shards(self, split: str) -> Path:
         """The index of a split's shards, the DALI format; sample i has label `labels(split)[i]`."""
         pick("split", split, self.manifest["splits"])
         self._require("dali", "DALI's shards")
-        return self.root / "dali" / f"{split}.npz"
+        return split_file(self.root, split, "dali")
 
     def stored(self, split: str, kind: str) -> Beton | TarShards:
         """The images of a split in the format `kind`, one of FORMATS; ValueError when it lacks that."""
-        return TarShards.open(self.shards(split)) if kind == "dali" else Beton.open(self.beton(split))
+        return open_split(self.shards(split) if kind == "dali" else self.beton(split))
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -110,6 +114,63 @@ class ConvertedDataset:
         """(H, W) of a split's stored images when all have one size, else None."""
         size = pick("split", split, self.manifest["splits"])["image_size"]
         return tuple(size["min"]) if size["same"] else None
+
+    def stamps(self) -> dict[str, list[int]]:
+        """The `stamp` of every file, by its path in the folder."""
+        return {name: stamp(self.root / name) for name in self.manifest["files"]}
+
+    def identity(
+        self,
+        known: DatasetIdentity | None = None,
+        stamps: Mapping[str, Sequence[int]] | None = None,
+        *,
+        progress: bool = True,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> DatasetIdentity:
+        """Which images this is, with the content that the files hold now.
+
+        A large data set is not read when its files have the stamps with which they were written, or `stamps`, with
+        which they held what `known` says. `say` is told when it is read.
+        DamageError when the files hold other images than were converted.
+        """
+        contents = self._unread_contents(known, stamps)
+        if contents is None:
+            contents = self._read_contents(progress, say)
+            for kind, of_kind in self.manifest.get(CONTENTS, contents).items():
+                wrong = [split for split in SPLITS if contents[kind][split] != of_kind[split]]
+                if wrong:
+                    what = f"{' and '.join(wrong)} (format {kind})"
+                    raise damaged(self.root, f"the images or labels of {what} are not those that were converted")
+        return DatasetIdentity.of(self.class_names, self._labels, contents)
+
+    def _unread_contents(
+        self, known: DatasetIdentity | None, stamps: Mapping[str, Sequence[int]] | None
+    ) -> Mapping[str, Mapping[str, str]] | None:
+        """The content by the stamps of the files; None where it has to be read."""
+        files = self.manifest["files"]
+        if sum(file["bytes"] for file in files.values()) <= SMALL_BYTES:
+            return None
+        now = self.stamps()
+        if CONTENTS in self.manifest and now == {n: [f["bytes"], f.get("mtime_ns")] for n, f in files.items()}:
+            return self.manifest[CONTENTS]
+        if known is not None and stamps is not None and now == {name: list(of) for name, of in stamps.items()}:
+            return known.contents
+        return None
+
+    def _read_contents(self, progress: bool, say: Callable[[str], object]) -> dict[str, dict[str, str]]:
+        total = sum(file["bytes"] for file in self.manifest["files"].values())
+        large = total > SMALL_BYTES
+        if large:
+            say(f"{self.root}: {total / 2**30:.1f} GiB are read once, to know which images these are")
+        count = sum(self.manifest["splits"][split]["count"] for split in SPLITS) * len(self.formats)
+        with progress_bar("checksums", count, progress and large) as advance:
+            return {
+                kind: {split: self._content_sha256(split, kind, advance) for split in SPLITS} for kind in self.formats
+            }
+
+    def _content_sha256(self, split: str, kind: str, advance: Callable[[int], object]) -> str:
+        stored = self.stored(split, kind)
+        return content_sha256(stored, stored.encoded, advance)
 
     def matches(self, request: Mapping[str, Any]) -> bool:
         """Whether this is what `convert` would make of `request`."""
@@ -127,3 +188,13 @@ class ConvertedDataset:
         if kind not in self.formats:
             make = f"{MAKE.format(folder=self.root)} --format both --overwrite"
             raise ValueError(f"{self.root} was not converted to {what}: make it with `{make}`")
+
+
+def split_file(root: Path, split: str, kind: str) -> Path:
+    """The file by which a split in the format `kind` is opened."""
+    return root / "dali" / f"{split}.npz" if kind == "dali" else root / f"{split}.beton"
+
+
+def open_split(path: Path) -> Beton | TarShards:
+    """The stored images of a `split_file`; DamageError when it is not whole."""
+    return TarShards.open(path) if path.suffix == ".npz" else Beton.open(path)

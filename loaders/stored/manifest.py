@@ -28,6 +28,7 @@ SCHEMA = 1
 LABELS, SKIPPED = "labels.npz", "skipped.txt"
 SHOWN_FILES = 5  # how many damaged files a message names
 SEAL = "manifest_sha256"
+CONTENTS = "contents"  # by format and split, the `content_sha256` of its images; older data sets have none
 MANIFEST_KEYS = {
     "source": str,
     "class_names": list,
@@ -154,12 +155,20 @@ def describe_split(
 
 
 def describe_files(folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
-    """The length and checksum of every file in `folder`, by its path there."""
+    """The stamp and checksum of every file in `folder`, by its path there."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
-        for path, checksum in zip(paths, file_checksums(paths, progress), strict=True)
-    }
+    described = {}
+    for path, checksum in zip(paths, file_checksums(paths, progress), strict=True):
+        size, mtime_ns = stamp(path)
+        name = path.relative_to(folder).as_posix()
+        described[name] = {"bytes": size, "mtime_ns": mtime_ns, "sha256": checksum}
+    return described
+
+
+def stamp(path: Path) -> list[int]:
+    """[length, time of the last change in ns]: who writes to a file changes its stamp; who renames it does not."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def file_sha256(path: Path) -> str:

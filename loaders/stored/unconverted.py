@@ -7,16 +7,17 @@ damaged is known by path before the first batch, and how large each image is.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastlt.names import pick
-from loaders.sources.split import Source, Split
+from loaders.sources.split import SPLITS, FileSplit, Source, Split
 from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
+from loaders.stored.identity import Content, DatasetIdentity, content_sha256
 from loaders.stored.image_check import ImageCheck, check_source, refuse_bad_images
 
 if TYPE_CHECKING:
@@ -64,6 +65,15 @@ class SourceSplit:
             data = file.getvalue()
         return np.frombuffer(data, dtype=np.uint8)
 
+    def content(self, i: int) -> Content:
+        """What image `i` is made from: the bytes of its file, or its pixels where the source has no file for it."""
+        if not isinstance(self.split, FileSplit):
+            return np.ascontiguousarray(self.split.image(i)).reshape(-1)
+        try:
+            return (self.split.root / self.split.paths[i]).read_bytes()
+        except OSError as error:
+            raise DamageError(f"{self.split.name(i)} cannot be read: {error.strerror}") from None
+
 
 class UnconvertedDataset:
     """The splits of a source, ready for `make_loader` and the trainer.
@@ -101,6 +111,23 @@ class UnconvertedDataset:
 
         counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
         return ClassCounts(counts, self.class_names, shots)
+
+    def stamps(self) -> dict[str, list[int]]:
+        """None: whether a file is another one is seen by its content, which is read at every start."""
+        return {}
+
+    def identity(
+        self,
+        known: DatasetIdentity | None = None,
+        stamps: Mapping[str, Sequence[int]] | None = None,
+        *,
+        progress: bool = True,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> DatasetIdentity:
+        """Which images this is; every file is read, as it was when the source was opened. `known` is not needed."""
+        contents = {name: content_sha256(split, split.content) for name, split in self._splits.items()}
+        labels = {name: self._splits[name].labels for name in SPLITS}
+        return DatasetIdentity.of(self.class_names, labels, {SOURCE_FILES: contents})
 
     def stored(self, split: str, kind: str = SOURCE_FILES) -> SourceSplit:
         """The images of a split; `kind` is as in ConvertedDataset, where there are several."""
