@@ -87,11 +87,19 @@ def one_process(given: argparse.Namespace) -> None:
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     command, environment = prepare_simple_launcher_cmd_env(given)
-    # In a session of its own, so that Ctrl-C reaches it once, through us: a second one would stop it without saving.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process, early = None, []
+
+    def pass_on(number: int, frame: object) -> None:
+        early.append(number) if process is None else process.send_signal(number)
+
+    # Before it is started: a signal that ended this process alone would leave the training behind.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: process.send_signal(number))
+            signal.signal(number, pass_on)
+    # In a session of its own, so that Ctrl-C reaches it once, through us: a second one would stop it without saving.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in early:
+        process.send_signal(number)
     raise TrainingEnded(process.wait())
 
 

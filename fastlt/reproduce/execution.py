@@ -14,6 +14,7 @@ from fastlt.reproduce.plan import Run, plan_run
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
 from fastlt.run.folder import result_file
+from loaders.stored.forked_workers import signals_held
 
 
 def run_cells(cells: Sequence[Cell], runs: Path, seeds: int) -> int:
@@ -73,13 +74,16 @@ def complete(run: Run, label: str, failed: dict[str, str]) -> str | None:
 
 def train(words: list[str], output: IO[str]) -> int:
     """Run the trainer, output into a file; returns its exit code. When stopped, lets it save a checkpoint first."""
-    # In a session of its own, so that Ctrl-C reaches it once, through us.
-    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process = None
     try:
+        with signals_held():
+            # In a session of its own, so that Ctrl-C reaches it once, through us.
+            process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
+        if process is not None:
+            process.terminate()
+            process.wait()
         raise
 
 

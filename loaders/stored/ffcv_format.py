@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,7 +30,7 @@ import numpy as np
 
 from fastlt.names import unknown
 from loaders.sources.split import Split
-from loaders.stored.forked_workers import Advance, available_cores, counted
+from loaders.stored.forked_workers import Advance, available_cores, counted, end_with_parent, signals_held
 from loaders.stored.image_check import BadImage, ImageCheck, check_images
 
 MODES = ("raw", "jpg", "proportion")
@@ -213,14 +215,16 @@ def _run_writer(
     with tempfile.TemporaryFile() as errors:
         arguments = (path, samples, options, page_bytes, workers, sender, errors.fileno(), os.getpid())
         process = context.Process(target=_writer_process, args=arguments, name="ffcv-writer")
-        process.start()
-        sender.close()
         try:
+            with signals_held():
+                process.start()
+            sender.close()
             problem = _watch(process, receiver, samples, advance, timeout_s)
             if problem is None:
                 process.join(GRACE_S)
         finally:
-            _end(process, samples)
+            with signals_held():
+                _end(process, samples)
             receiver.close()
         if problem:
             errors.seek(0)
@@ -254,15 +258,17 @@ def _watch(
 
 def _end(process: BaseProcess, samples: _Samples) -> None:
     """End the writer's process and its workers, if they still run; they are one process group."""
+    if process.pid is None:  # never started
+        return
     if process.is_alive():
         samples.abort.set()
         process.join(GRACE_S)
-    if process.is_alive() and process.pid is not None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-        process.join()
+    # SIGTERM ends those that a killed writer has left, and spares Python's process that then frees their shared memory.
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+    process.kill()
+    process.join()
 
 
 def _writer_process(
@@ -276,8 +282,9 @@ def _writer_process(
     parent: int,
 ) -> None:
     """The child: FFCV's writer, with a thread that watches its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the parent does when it is terminated is not for this one
-    os.setpgrp()  # one group to kill, and Ctrl-C reaches the parent alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and what the parent does when it is terminated is not for this one
+    os.setpgrp()  # one group to kill
     os.dup2(errors, 2)  # the workers' tracebacks are the reason that is reported
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the parent's may not write to descriptor 2
     np.random.seed(0)  # FFCV draws from it in mode "proportion"
@@ -289,7 +296,12 @@ def _writer_process(
     progress_bar = ffcv.writer.tqdm
     ffcv.writer.tqdm = lambda total: progress_bar(total=total, disable=True)  # the parent shows the progress
     made: list[multiprocessing.Process] = []
-    ffcv.writer.Process = lambda **arguments: made.append(multiprocessing.Process(**arguments)) or made[-1]
+
+    def make(target: Callable, args: tuple) -> multiprocessing.Process:
+        made.append(multiprocessing.Process(target=_ffcv_worker, args=(target, args)))
+        return made[-1]
+
+    ffcv.writer.Process = make
     field = RGBImageField(write_mode=options.mode, jpeg_quality=options.jpeg_quality)
     fields = {"image": field, "label": IntField()}
     writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=workers)
@@ -300,6 +312,11 @@ def _writer_process(
         traceback.print_exc()
         _give_up(writer, made, sender, "FFCV's writer failed")
     sender.send(None)
+
+
+def _ffcv_worker(target: Callable, args: tuple) -> None:
+    end_with_parent()
+    target(*args)
 
 
 def _guard(

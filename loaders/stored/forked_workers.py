@@ -7,17 +7,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback  # pyright: ignore[reportAttributeAccessIssue]  not in stubs
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 CHUNK = 32  # images a task: few enough that the progress moves and the cores end together
+AHEAD = 2  # chunks a process is handed at a time: the one it works on, and the next
 STUCK_S = 300.0  # without an image from any process
 POLL_S = 0.2
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+GRACE_S = 5.0  # for a process that was killed to be gone
 Advance = Callable[[int], object]
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
@@ -49,59 +54,128 @@ def map_chunks(
     Raises ValueError when a process dies or none finishes an image for `timeout_s`, whatever `function` raises
     otherwise; no process outlives the call.
     """
-    workers = min(num_workers or available_cores(), len(chunks))
-    if not workers:
-        return
-    # Forked, so that the list of paths is shared and not copied to each process.
-    with _pool(workers, function, subject) as (pool, abort, done):
-        waiting = iter(chunks)
-        running = {}
-        seen, changed = 0, time.monotonic()
+    done = multiprocessing.get_context("fork").Value("q", 0)
+    workers = [_Worker(function, subject, done) for _ in range(min(num_workers or available_cores(), len(chunks)))]
+    waiting = iter(chunks)
+    seen, changed = 0, time.monotonic()
+    with _running(workers):
+        # The workers first: a chunk that finds none left is not taken.
+        for worker, chunk in zip(AHEAD * workers, waiting, strict=False):
+            worker.hand(chunk)
+        while busy := [worker for worker in workers if worker.chunks]:
+            ready = wait([worker.connection for worker in busy], timeout=min(POLL_S, timeout_s))
+            count = counted(done)
+            if ready or count != seen:
+                advance(count - seen)
+                seen, changed = count, time.monotonic()
+            elif time.monotonic() - changed > timeout_s:
+                first = min(worker.chunks[0].start for worker in busy)
+                raise ValueError(
+                    f"no image was finished for {timeout_s:g} s, from number {first} of the split on: is the disk "
+                    "that holds them reachable?"
+                )
+            for worker in (worker for worker in busy if worker.connection in ready):
+                answer = worker.answer()
+                for chunk in islice(waiting, 1):
+                    worker.hand(chunk)
+                yield answer
+
+
+class _Worker:
+    """A process that is forked by `start`, and the chunks that it was handed and has not answered."""
+
+    def __init__(self, *work: object) -> None:
+        """work: what `_work` takes after its connection."""
+        self.chunks: deque[range] = deque()
+        self.process: BaseProcess | None = None
+        self._work = work
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("fork")  # so that the list of paths is shared and not copied
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, *self._work), daemon=True)
+        self.process.start()
+        theirs.close()  # the connection ends with the process: no other one is forked with this end
+
+    def end(self) -> None:
+        if self.process is not None and self.process.pid is not None:  # else there was no room to fork it
+            self.process.kill()
+            self.connection.close()
+            self.process.join(GRACE_S)
+
+    def hand(self, chunk: range) -> None:
+        self.chunks.append(chunk)
         try:
-            while True:
-                # A few tasks ahead of the workers, not all: the queue of a million images would be memory for nothing.
-                for chunk in _take(waiting, 4 * workers - len(running)):
-                    running[pool.submit(_run, chunk)] = chunk
-                if not running:
-                    return
-                finished = wait(running, timeout=min(POLL_S, timeout_s), return_when=FIRST_COMPLETED).done
-                count = counted(done)
-                if finished or count != seen:
-                    advance(count - seen)
-                    seen, changed = count, time.monotonic()
-                elif time.monotonic() - changed > timeout_s:
-                    abort.set()
-                    first = min(chunk.start for chunk in running.values())
-                    raise ValueError(
-                        f"no image was finished for {timeout_s:g} s, from number {first} of the split on: is the disk "
-                        "that holds them reachable?"
-                    )
-                for future in finished:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process that decoded images was killed, most likely because memory ran out: use fewer processes "
-                "(--workers)"
-            ) from None
+            self.connection.send(chunk)
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def answer(self) -> tuple[range, Any]:
+        """The oldest chunk and its result; raises what the function raised, ValueError when the process is dead."""
+        try:
+            result, error = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._death() from None
+        if error is not None:
+            raise error
+        return self.chunks.popleft(), result
+
+    def _death(self) -> ValueError:
+        assert self.process is not None
+        self.process.join(GRACE_S)
+        code = self.process.exitcode
+        if code == -signal.SIGKILL:
+            how = "was killed, most likely because memory ran out: use fewer processes (--workers)"
+        else:
+            how = f"died ({describe_exit(code)})"
+        return ValueError(f"a process that decoded images {how}")
 
 
 @contextmanager
-def _pool(
-    workers: int, function: Callable, subject: object
-) -> Iterator[tuple[ProcessPoolExecutor, Event, Synchronized]]:
-    """The processes, the event that ends them at any point when it is set, and the number of images they have done."""
-    context = multiprocessing.get_context("fork")
-    abort, done = context.Event(), context.Value("q", 0)
-    arguments = (function, subject, os.getpid(), abort, done)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments)
+def _running(workers: list[_Worker]) -> Iterator[None]:
+    """Inside, the processes run; however it is left, they are killed."""
     try:
-        yield pool, abort, done
+        with signals_held():
+            for worker in workers:
+                worker.start()
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with signals_held():
+            for worker in workers:
+                worker.end()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGALRM wait; their handlers run afterwards.
+
+    A handler that raises between a fork and its record would lose a process: nobody would end it or wait for it.
+    """
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # handlers run in no other
+        of_python = {number: signal.getsignal(number) for number in HELD}
+        before = {number: handler for number, handler in of_python.items() if handler is not None}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended, from its exit code as multiprocessing tells it: -N after signal N."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    return f"signal {-code}, {name}"
 
 
 # Of a worker process, set once when it is forked.
-_task: tuple[Callable, object] | None = None
 _done: Synchronized | None = None
 
 
@@ -117,27 +191,29 @@ def counted(done: Synchronized) -> int:
     return done.get_obj().value
 
 
-def _start(function: Callable, subject: object, parent: int, abort: Event, done: Synchronized) -> None:
-    global _task, _done
-    _task, _done = (function, subject), done
+def _work(connection: Connection, function: Callable, subject: object, done: Synchronized) -> None:
+    """The process: answer each chunk with (result, None) or (None, the error), in order."""
+    global _done
+    _done = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and what the parent does when it is terminated is not for this one
-    threading.Thread(target=_end_with, args=(parent, abort), daemon=True).start()
+    end_with_parent()
+    while True:
+        chunk = connection.recv()
+        try:
+            answer = function(subject, chunk), None
+        except Exception as error:
+            answer = None, ExceptionWithTraceback(error, error.__traceback__)
+        connection.send(answer)
 
 
-def _end_with(parent: int, abort: Event) -> None:
-    """End this process when its parent says so or is gone; it would wait for ever, and keep the parent's lock."""
-    while os.getppid() == parent and not abort.wait(0.3):
-        pass
+def end_with_parent() -> None:
+    """End this process when the one that started it with `multiprocessing` is gone, however that ended."""
+    threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was not started by multiprocessing"
+    parent.join()
     os._exit(1)
-
-
-def _run(chunk: range) -> object:
-    assert _task is not None
-    function, subject = _task
-    return function(subject, chunk)
-
-
-def _take(items: Iterator[range], count: int) -> Iterable[range]:
-    for _, item in zip(range(count), items, strict=False):
-        yield item
