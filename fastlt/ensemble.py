@@ -54,7 +54,7 @@ class Member:
         model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
         for stage in recipe.stages.values():
             STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
-        best = checkpoint.load(best_checkpoint(self.folder, next(reversed(recipe.stages))), device)
+        _, best = checkpoint.load_newest(best_checkpoint(self.folder, next(reversed(recipe.stages))), device)
         model.load_state_dict(best["model"])
         return model
 

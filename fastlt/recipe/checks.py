@@ -202,6 +202,8 @@ def intervals(recipe: Recipe) -> Iterator[str]:
     for key in ("log_every", "checkpoint_every_s"):
         if getattr(recipe, key) <= 0:
             yield f"{key}: is {getattr(recipe, key)}; allowed: a number > 0"
+    if recipe.checkpoints_kept < 1:
+        yield f"checkpoints_kept: is {recipe.checkpoints_kept}; allowed: an integer >= 1"
 
 
 def machine(recipe: Recipe) -> Iterator[str]:

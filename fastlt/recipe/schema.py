@@ -237,6 +237,8 @@ class Recipe:
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     log_every: iterations between two lines of the log.
     checkpoint_every_s: seconds between checkpoints, besides the one at every evaluation.
+    checkpoints_kept: how many checkpoints of each kind are kept, the newest and those before it; an earlier one serves
+        when the newest is found damaged.
     num_threads: CPU threads of torch; null shares the usable cores among processes.
     trackers: experiment trackers of Accelerate that get the log too.
     """
@@ -254,6 +256,7 @@ class Recipe:
     resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
     log_every: int = field(default=20, metadata=HARMLESS)
     checkpoint_every_s: float = field(default=300.0, metadata=HARMLESS)
+    checkpoints_kept: int = field(default=2, metadata=HARMLESS)
     num_threads: int | None = field(default=None, metadata=HARMLESS)
     trackers: list[str] = field(default_factory=list, metadata=HARMLESS)
 

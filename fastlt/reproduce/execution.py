@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from fastlt import file_lock
 from fastlt.reproduce.plan import Run, plan_run
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
@@ -47,11 +47,9 @@ def complete(run: Run, label: str, failed: dict[str, str]) -> str | None:
     log = run.folder.with_name(f"{run.name}.log")
     with log.open("a", encoding="utf-8") as output:
         # The trainer inherits the lock with its output: a run that outlived the process that started it is waited for.
-        try:
-            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not file_lock.take(output.fileno(), log):
             print(f"waiting for {run.name}, which another process trains", file=sys.stderr, flush=True)
-            fcntl.flock(output, fcntl.LOCK_EX)
+            file_lock.take(output.fileno(), log, wait=True)
         if run.finished():
             return None
         for need in run.needs:

@@ -12,8 +12,9 @@ from typing import Any
 
 from fastlt.recipe import Recipe, differences, is_harmless, load_recipe
 from fastlt.reproduce.tables import Cell
-from fastlt.run.checkpoint import read_json
+from fastlt.run.checkpoint import atomic_file, read_json
 from fastlt.run.folder import is_finished, last_checkpoint, log_file, recipe_file, result_file
+from fastlt.run.lock import lock_folder, unlock_folder
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -52,16 +53,22 @@ class TrainingRun:
         return (self.first,)
 
     def prepare(self) -> None:
-        """Make the run folder stand where the first run ended: the trainer resumes there, bit for bit."""
+        """Make the run folder stand where the first run ended: the trainer resumes there, bit for bit.
+
+        ValueError when another process trains there.
+        """
         if self.first is None or not self.needs:
             return
-        part = self.folder.with_name(f"{self.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(self.first.folder / "checkpoints", part / "checkpoints")
-        shutil.copy2(log_file(self.first.folder), part)
-        if self.folder.exists():  # made by a run that was killed before its first checkpoint
-            shutil.rmtree(self.folder)
-        part.rename(self.folder)
+        last = last_checkpoint(self.first.folder)
+        # The last checkpoint comes last: with it the folder is ready, see `needs`.
+        files = [log_file(self.first.folder), *(p for p in last.parent.iterdir() if p != last), last]
+        lock_folder(self.folder)
+        try:
+            for file in files:
+                with file.open("rb") as old, atomic_file(self.folder / file.relative_to(self.first.folder)) as new:
+                    shutil.copyfileobj(old, new)
+        finally:
+            unlock_folder(self.folder)
 
     def finished(self) -> bool:
         """Whether the folder holds the result of this recipe; of another one, train.py refuses with the reason."""

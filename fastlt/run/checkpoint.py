@@ -1,24 +1,48 @@
-"""Saving and reading run state: a file is either the whole new state or the whole old one."""
+"""Writing and reading the files of a run: a file is whole, and a checkpoint that is not is noticed."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from fastlt.run.folder import part_file, version_file, versions
+from loaders.stored.damage import DamageError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def atomic_file(path: Path, *, keep: int = 1) -> Iterator[IO[bytes]]:
+    """A file to write in, which takes the place of `path` at the end of the context.
+
+    A kill at any moment leaves the old content or the new, never a part; an error leaves the old. The keep - 1 newest
+    files that were at `path` before stay, see `versions`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_file(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _keep_versions(path, keep)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    """Write a file, as `atomic_file` does."""
+    with atomic_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -34,24 +58,88 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it to measure the run again") from None
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """torch.save, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
+    """torch.save, as `atomic_file` does."""
+    with atomic_file(path, keep=keep) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+
+
+def _keep_versions(path: Path, keep: int) -> None:
+    """Make place for a new file at `path`: its versions move up by one, and those beyond `keep` go.
+
+    `path` itself stays where it is until it is replaced, so that a whole file is there at every moment.
+    """
+    older = {number: version for number, version in versions(path).items() if number > 0}
+    for number in sorted(older, reverse=True):
+        if number + 1 < keep:
+            older[number].replace(version_file(path, number + 1))
+        else:
+            older[number].unlink()
+    if keep > 1 and path.exists():
+        try:
+            os.link(path, version_file(path, 1))
+        except OSError:  # a file system without links: for a moment, the newest has the other name
+            path.replace(version_file(path, 1))
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; tensors and containers only, nothing in it is executed. ValueError when it is damaged."""
+    """Read a checkpoint; tensors and containers only, nothing in it is executed.
+
+    Raises DamageError when its content is not what was written, ValueError when it may not be read.
+    """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:
+            _check_content(file)
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}); "
-            "delete it to start this run again, or restore it from a copy"
-        ) from None
+        raise DamageError(f"{path} is damaged ({reason})") from None
+
+
+def _check_content(file: IO[bytes]) -> None:
+    """zipfile.BadZipFile unless every record has the checksum that torch.save gave it; torch.load does not look."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+
+
+def load_newest(
+    path: Path, device: torch.device | str = "cpu", *, set_aside: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """The newest version of `path` that is whole, and its content; a warning names those that are damaged.
+
+    set_aside: whether damaged ones are renamed, so that later versions do not push whole ones out. Raises DamageError
+    when none is whole, and leaves all where they are; ValueError when one may not be read.
+    """
+    damaged: dict[Path, str] = {}
+    for version in versions(path).values():
+        try:
+            state = load(version, device)
+        except DamageError as error:
+            damaged[version] = str(error)
+            continue
+        for bad, reason in damaged.items():
+            kept = f", kept as {_set_aside(bad).name}" if set_aside else ""
+            log.warning("%s%s; taking %s instead, which was saved before", reason, kept, version.name)
+        return version, state
+    if not damaged:
+        raise DamageError(f"{path} is not there")
+    raise DamageError(
+        f"{'; '.join(damaged.values())}; no other copy was kept. Nothing was changed: put a good copy there, or choose "
+        "another name=..., which trains anew"
+    )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged file; returns where it is."""
+    for number in range(1, 1000):
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+        if not aside.exists():
+            return path.rename(aside)
+    raise AssertionError(f"{path}: a thousand damaged files")

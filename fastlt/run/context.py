@@ -58,16 +58,20 @@ class RunContext:
             tqdm.write(text)
 
 
-def make_context(recipe: Recipe) -> RunContext:
-    """Set this process up for a recipe: threads, memory, seed, and its data set, converted where it is small.
-
-    ValueError as `prepare_dataset`.
-    """
-    accelerator = Accelerator(
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate's view of the processes of a run; connects them."""
+    return Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=[*recipe.trackers] or None,
         project_dir=str(recipe.folder),
     )
+
+
+def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
+    """Set this process up for a recipe: threads, memory, seed, and its data set, converted where it is small.
+
+    ValueError as `prepare_dataset`.
+    """
     # Accelerate numbers CPUs by process, and torch cannot read a checkpoint back to a device "cpu:1".
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     reducer = Reducer(accelerator.process_index, accelerator.num_processes)

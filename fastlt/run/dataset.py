@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from fastlt.recipe import LIST_KEYS, DataRecipe
+from fastlt.run.main_process import on_main
 from loaders.readers import BACKENDS, formats_for
 from loaders.sources import SOURCES, Source, open_source
 from loaders.stored.atomic_folder import MANIFEST
@@ -23,7 +22,6 @@ from loaders.stored.unconverted import UnconvertedDataset
 
 # Which images are chosen does not depend on the seed of a run: runs under several seeds share one data set.
 SPLIT_SEED = 0
-T = TypeVar("T")
 
 
 def request(data: DataRecipe) -> dict[str, Any]:
@@ -88,30 +86,10 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
     the source cannot be read.
     """
     if not data.convert:
-        return _on_main(accelerator, lambda: _read_source(data))
+        return on_main(accelerator, lambda: _read_source(data))
     folder = Path(data.converted) if data.converted else default_folder(data)
-    _on_main(accelerator, lambda: ensure_converted(data, folder))
+    on_main(accelerator, lambda: ensure_converted(data, folder))
     return ConvertedDataset.open(folder)
-
-
-def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Run `work` on the main process; every process returns its result, or raises its ValueError.
-
-    An OSError, as of a file that cannot be read or written, becomes a ValueError: it is a matter of the user's data.
-    """
-    outcome: list = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except ValueError as error:
-            outcome[1] = str(error)
-        except OSError as error:
-            outcome[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
 
 
 def _read_source(data: DataRecipe) -> UnconvertedDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -28,6 +29,35 @@ def last_checkpoint(folder: Path) -> Path:
 def best_checkpoint(folder: Path, stage: str) -> Path:
     """The model of a stage with the highest validation top-1."""
     return folder / "checkpoints" / f"best_{stage}.pt"
+
+
+def version_file(path: Path, number: int) -> Path:
+    """Where a checkpoint is that was saved as `path` and replaced so many times since; `path` itself for 0."""
+    return path if number == 0 else path.with_name(f"{path.name}.{number}")
+
+
+def versions(path: Path) -> dict[int, Path]:
+    """The files that were saved as `path` and kept, newest first, by the number of `version_file`."""
+    if not path.parent.is_dir():
+        return {}
+    numbers = {p.name.removeprefix(f"{path.name}."): p for p in path.parent.iterdir()}
+    older = {int(number): p for number, p in numbers.items() if number.isdecimal()}
+    return {**({0: path} if path.exists() else {}), **dict(sorted(older.items()))}
+
+
+def lock_file(folder: Path) -> Path:
+    """Locked by the process that trains here, which stands in it; removed when that process ends."""
+    return folder / ".lock"
+
+
+def part_file(path: Path) -> Path:
+    """The name under which this process writes a file before it takes its place."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def unfinished_files(folder: Path) -> list[Path]:
+    """Files of `part_file` that a killed process left."""
+    return [*folder.glob("*.part"), *(folder / "checkpoints").glob("*.part")]
 
 
 def is_finished(folder: Path) -> bool:

@@ -3,53 +3,82 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, check_padded_pooling
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
-from fastlt.run.context import RunContext, make_context
+from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.folder import is_finished, recipe_file
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
+from fastlt.run.lock import lock_folder, unlock_folder
+from fastlt.run.main_process import on_main
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
 
 
 def prepare(recipe: Recipe) -> RunContext:
-    """The context of a run, after all checks that do without the model. ValueError for what they refuse."""
-    check_folder(recipe)
-    context = make_context(recipe)
+    """The context of a run, after all checks that do without the model. ValueError for what they refuse.
+
+    The main process owns the run folder from here on, unless the run is finished: see `lock_folder`.
+    """
+    accelerator = make_accelerator(recipe)
+    on_main(accelerator, lambda: claim_folder(recipe))
+    context = make_context(recipe, accelerator)
     check_dataset(context)
     check_loaders(context)
     return context
 
 
+def claim_folder(recipe: Recipe) -> None:
+    """Lock the run folder for this process, unless it is only read. ValueError when it cannot be, or `check_folder`."""
+    if not is_finished(recipe.folder):
+        _lock(recipe)
+    check_folder(recipe)
+    if is_finished(recipe.folder):
+        unlock_folder(recipe.folder)  # another process has finished it meanwhile
+
+
+def _lock(recipe: Recipe) -> None:
+    try:
+        lock_folder(recipe.folder)
+    except OSError as error:
+        raise ValueError(
+            f"runs is {recipe.runs!r}, but {_obstacle(recipe.folder, error)}; "
+            "set runs=DIR to a folder that can be written to"
+        ) from None
+
+
+def _obstacle(folder: Path, error: OSError) -> str:
+    """Why a run folder could not be written to."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not place.exists():
+        return f"{place} is a link to {os.readlink(place)}, which is not there"
+    if not place.is_dir():
+        return f"{place} is a file"
+    if isinstance(error, PermissionError):
+        return f"{place} is read-only for you"
+    return f"{place} cannot be written to ({error.strerror})"
+
+
 def check_folder(recipe: Recipe) -> None:
     """ValueError for a run folder that holds a run of another recipe, or any run when `resume` is never."""
     recorded = recipe_file(recipe.folder)
-    if not is_finished(recipe.folder):
-        _check_writable(recipe)
     if not recorded.exists():
         return
     if recipe.resume == "never":
         raise ValueError(
             f"{recipe.folder} holds a run already and resume is never; "
-            "choose another name=..., delete the folder, or set resume=auto to go on with it"
+            "choose another name=..., or set resume=auto to go on with it"
         )
     changed = differences(load_recipe(recorded), recipe)
     if changed:
         raise ValueError(
             f"{recipe.folder} holds a run of another recipe; it differs in (there and here)\n  "
             + "\n  ".join(changed)
-            + "\nchoose another name=..., or delete the folder"
+            + "\nchoose another name=..."
         )
-
-
-def _check_writable(recipe: Recipe) -> None:
-    place = next(p for p in (recipe.folder, *recipe.folder.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is read-only for you" if place.is_dir() else "is a file"
-        raise ValueError(f"runs is {recipe.runs!r}, but {place} {why}; set runs=DIR to a folder that can be written to")
 
 
 def check_dataset(context: RunContext) -> None:

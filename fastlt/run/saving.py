@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -12,9 +14,13 @@ from torch import nn
 from fastlt.device.random_states import random_states, restore_random_states
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
-from fastlt.run.folder import best_checkpoint, last_checkpoint
+from fastlt.run.folder import best_checkpoint, last_checkpoint, versions
+from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
 from fastlt.steps import Step
+from loaders.stored.damage import DamageError
+
+log = logging.getLogger(__name__)
 
 # What a step holds that differs between processes: each has its own stream of augmentations and share of the meta set.
 PER_PROCESS = ("augment", "meta_augment", "class_accuracy", "second_augment")
@@ -54,6 +60,25 @@ class Checkpoints:
         """Whether it is time for another checkpoint, by this process's clock."""
         return time.monotonic() - self.last_saved > self.context.recipe.checkpoint_every_s
 
+    def _load(self, path: Path) -> dict[str, Any]:
+        """The newest whole version of a file; every process reads the one that the main process found.
+
+        ValueError, on every process, when there is none.
+        """
+        context, read = self.context, {}
+
+        def newest() -> Path:
+            found, read["state"] = checkpoint.load_newest(path, context.device, set_aside=True)
+            return found
+
+        found = on_main(context.accelerator, newest)
+        return read["state"] if read else checkpoint.load(found, context.device)
+
+    def _save(self, path: Path, state: dict[str, Any]) -> None:
+        """Write a file on the main process; the others wait, and learn of its ValueError."""
+        keep = self.context.recipe.checkpoints_kept
+        on_main(self.context.accelerator, lambda: checkpoint.save(path, state, keep=keep))
+
     def save_last(self, stage: str, step: Step, progress: Progress, backends: dict[str, str]) -> None:
         """Write `last.pt`, on the main process; all of them take part."""
         context, state = self.context, step.state_dict()
@@ -62,31 +87,30 @@ class Checkpoints:
         # BatchNorm's running statistics are those of each process's own batches.
         own["buffers"] = {k: b.cpu() for k, b in step.model.named_buffers()}
         processes = gather_object([own])
-        if context.main:
-            numbers = dict(vars(progress))
-            state = {
-                "step": state,
-                "processes": processes,
-                "class_weights": numbers.pop("class_weights"),
-                "progress": numbers,
-                "stage_name": stage,
-            }
-            checkpoint.save(last_checkpoint(context.folder), state)
-        context.accelerator.wait_for_everyone()
+        numbers = dict(vars(progress))
+        state = {
+            "step": state,
+            "processes": processes,
+            "class_weights": numbers.pop("class_weights"),
+            "progress": numbers,
+            "stage_name": stage,
+        }
+        self._save(last_checkpoint(context.folder), state)
         self.last_saved = time.monotonic()
 
     def load_last(self) -> SavedRun | None:
         """The run to resume, if there is one; ValueError when it is damaged or of another number of processes."""
         context, path = self.context, last_checkpoint(self.context.folder)
-        if not path.exists():
+        if not on_main(context.accelerator, lambda: bool(versions(path))):
             return None
-        state = checkpoint.load(path, context.device)
+        state = self._load(path)
         if len(state["processes"]) != context.reducer.world_size:
             raise ValueError(
                 f"{path} was saved by {len(state['processes'])} processes, this run has {context.reducer.world_size}: "
                 "launch as many as before, or choose another name=..."
             )
         progress = Progress(**state["progress"], class_weights=state["class_weights"])
+        self._check_best(state["stage_name"], progress)
         context.say(f"resuming {context.folder} at iteration {progress.iteration} of stage {state['stage_name']}")
         mine = state["processes"][context.reducer.rank]
         return SavedRun(
@@ -100,13 +124,23 @@ class Checkpoints:
 
     def save_best(self, stage: str, model: nn.Module, top1: float, iteration: int) -> None:
         """Write `best_<stage>.pt`, on the main process."""
-        if self.context.main:
-            state = {"model": model.state_dict(), "top1": top1, "iteration": iteration}
-            checkpoint.save(best_checkpoint(self.context.folder, stage), state)
+        state = {"model": model.state_dict(), "top1": top1, "iteration": iteration}
+        self._save(best_checkpoint(self.context.folder, stage), state)
 
     def load_best(self, stage: str, model: nn.Module) -> dict[str, Any]:
         """Put the best weights of a stage into `model`; returns the "top1" and the "iteration" of that checkpoint."""
-        self.context.accelerator.wait_for_everyone()
-        best = checkpoint.load(best_checkpoint(self.context.folder, stage), self.context.device)
+        best = self._load(best_checkpoint(self.context.folder, stage))
         model.load_state_dict(best.pop("model"))
         return best
+
+    def _check_best(self, stage: str, progress: Progress) -> None:
+        """When the best checkpoint of a stage that goes on is damaged, let an earlier one or the next be the best."""
+        if progress.best < 0:
+            return
+        best = best_checkpoint(self.context.folder, stage)
+        try:
+            top1 = self._load(best)["top1"]
+        except DamageError as error:
+            log.warning("%s", error)
+            top1 = -1.0
+        progress.best = min(progress.best, top1)

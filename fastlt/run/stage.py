@@ -18,7 +18,7 @@ from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.recipe import StageRecipe
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
-from fastlt.run.folder import best_checkpoint
+from fastlt.run.folder import best_checkpoint, versions
 from fastlt.run.loading import (
     StageLoaders,
     make_augment,
@@ -136,13 +136,13 @@ def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) ->
 def stage_model(context: RunContext, name: str) -> StageModel:
     """The model that an earlier stage left, read from its best checkpoint."""
     recipe, path = context.recipe, best_checkpoint(context.folder, name)
-    if not path.is_file():
+    if not versions(path):
         raise ValueError(f"{path} is not there, the best of stages.{name}, which is trained first: run all stages")
     with torch.random.fork_rng(devices=[]):
         model = new_model(context, weights=False)
     for before in recipe.lineage(recipe.stages[name]):
         STEPS[before.method].prepare_model(model, before.options, seed=recipe.seed)
-    model.load_state_dict(checkpoint.load(path, context.device)["model"])
+    model.load_state_dict(checkpoint.load_newest(path, context.device)[1]["model"])
     return StageModel(model.requires_grad_(False).eval(), stage_classes(context, recipe.stages[name]))
 
 

@@ -16,6 +16,7 @@ from fastlt.run.context import RunContext
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.folder import recipe_file, result_file
 from fastlt.run.loading import endless
+from fastlt.run.lock import unlock_folder
 from fastlt.run.log import make_log, percent, progress_bar, shot_means
 from fastlt.run.preflight import check_model, check_trackers
 from fastlt.run.progress import Progress, Stopwatch
@@ -55,8 +56,14 @@ class Trainer:
         """Train all stages, resuming where the run folder says, then measure the test split once.
 
         Returns the content of `result.json`. Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved;
-        FloatingPointError when the loss is no longer finite.
+        FloatingPointError when the loss is no longer finite. Afterwards the run folder has no owner any more.
         """
+        try:
+            return self._fit()
+        finally:
+            unlock_folder(self.folder)
+
+    def _fit(self) -> dict[str, Any]:
         context, recipe = self.context, self.context.recipe
         names = list(recipe.stages)
         if context.main:

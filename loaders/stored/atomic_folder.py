@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastlt import file_lock
+
 MANIFEST = "manifest.json"  # the last file written; a folder that has it is one of ours, and complete
 LOCK = ".lock"
-LOCK_PATIENCE_S = 3.0
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -46,16 +45,15 @@ def work_folder(out: Path) -> Iterator[Path]:
     """
     work = _partial(out)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / LOCK, os.O_CREAT | os.O_RDWR)
+        lock = file_lock.open_locked(work / LOCK)
     except OSError as error:
         raise ValueError(
             f"cannot write next to {out}: {error.strerror} ({error.filename}, where it is made first): give a folder "
             "in another one"
         ) from None
+    if lock is None:
+        raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder")
     try:
-        if not _lock(lock):
-            raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder")
         try:
             for entry in work.iterdir():
                 if entry.name != LOCK:
@@ -81,20 +79,6 @@ def disk_full(out: Path) -> str:
 
 def _partial(out: Path) -> Path:
     return _real(out).with_name(_real(out).name + ".partial")
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the lock, unless it is held for longer than the processes of a killed conversion need to end."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        else:
-            return True
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
-    {"fastlt.names", "fastlt.state", "fastlt.arguments", "fastlt.error_message", "fastlt"},
+    {"fastlt.names", "fastlt.state", "fastlt.file_lock", "fastlt.arguments", "fastlt.error_message", "fastlt"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "loaders.sources"},
     {"fastlt.steps", "loaders.stored"},
@@ -27,13 +27,14 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"checkpoint", "dataset", "folder", "metrics", "progress", "schedule"},
+    {"folder", "main_process", "metrics", "progress", "schedule"},
+    {"checkpoint", "dataset", "lock"},
     {"context"},
     {"loading", "log", "optimizers", "result", "saving", "stopping"},
     {"evaluation", "preflight", "stage"},
     {"trainer"},
 ]
-ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt"}
+ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt"}
 
 
 def package(module: str) -> str:

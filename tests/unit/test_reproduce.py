@@ -330,7 +330,7 @@ def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path,
             orphan.stdin.close()
         return lock(file, how)
 
-    monkeypatch.setattr(execution.fcntl, "flock", end_the_orphan_when_waited_for)
+    monkeypatch.setattr(fcntl, "flock", end_the_orphan_when_waited_for)
     assert cli.main(["reproduce", *words]) == 0
     assert "waiting for cifar10_lt_ce-" in capsys.readouterr().err
     assert orphan.wait(timeout=60) == 0

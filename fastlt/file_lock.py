@@ -1,0 +1,63 @@
+"""Exclusive locks on files, between processes.
+
+The kernel holds them (flock) and releases them when the process ends, however it ends. They hold between hosts too,
+where the shared file system takes part, as NFS from version 4 on does. On a file system without locks a warning says
+that nothing is locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+# Seconds that a lock is waited for: the processes of a killed owner may need them to end.
+PATIENCE_S = 3.0
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def take(descriptor: int, path: Path, *, wait: bool = False) -> bool:
+    """Lock an open file; False when another process has it locked and `wait` is not set.
+
+    path: of the file, for the warning on a file system without locks; True is returned there.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        log.warning("%s: its file system has no locks; do not let two processes write to %s", path, path.parent)
+    return True
+
+
+def open_locked(path: Path, patience_s: float = PATIENCE_S) -> int | None:
+    """The descriptor of a file that is locked, made with its folder where absent; None when another process keeps it.
+
+    Closing the descriptor releases the lock. The owner may remove the file while it is locked. OSError when the file
+    cannot be made.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        if take(descriptor, path) and _is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.1)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`: its owner may have removed it between opening and locking."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,229 @@
+"""The checkpoints of a run: damage is noticed, an earlier one serves, and a kill leaves a whole one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlt.recipe import load_recipe
+from fastlt.run import checkpoint
+from fastlt.run.folder import versions
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trainer import Trainer
+from fastlt.train import main
+from loaders.stored.damage import DamageError
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
+
+
+def flip(path, position, bit=0):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def damage(path):
+    """Flip a bit in the middle, which is in the weights."""
+    flip(path, path.stat().st_size // 2)
+
+
+def leaves(state, where=""):
+    """Every value of a checkpoint by its place, tensors as their bytes; the clock is left out."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, one in items for k, v in leaves(one, f"{where}.{key}").items()}
+    if where.endswith(("train_s", "wait_s")):
+        return {}
+    return {where: (state.dtype, state.numpy().tobytes()) if isinstance(state, torch.Tensor) else state}
+
+
+# Of one file
+
+
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
+    """Every 7th byte of a small checkpoint, headers and directory of the archive among them, a bit each."""
+    path = tmp_path / "last.pt"
+    state = {"weights": torch.arange(200.0), "n": 3, "nested": {"moments": torch.randn(5, 5)}}
+    checkpoint.save(path, state)
+    refused = 0
+    for position in range(0, path.stat().st_size, 7):
+        flip(path, position, position % 8)
+        try:
+            assert leaves(checkpoint.load(path)) == leaves(state), position
+        except DamageError:
+            refused += 1
+        flip(path, position, position % 8)
+    assert leaves(checkpoint.load(path)) == leaves(state)
+    assert refused > 100
+
+
+def test_torch_alone_does_not_notice(tmp_path):
+    """Why the checksums are compared here; without that bit of work this file would load as it is."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"weights": torch.zeros(1000)})
+    damage(path)
+    assert torch.load(path, weights_only=True)["weights"].count_nonzero() == 1
+    with pytest.raises(DamageError, match=r"last\.pt is damaged \(BadZipFile: the checksum of .*data/0 is wrong\)"):
+        checkpoint.load(path)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {})
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(ValueError, match=r"last\.pt cannot be read: Permission denied") as refusal:
+        checkpoint.load_newest(path)
+    assert not isinstance(refusal.value, DamageError)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep):
+    path = tmp_path / "last.pt"
+    for n in range(6):
+        checkpoint.save(path, {"n": n}, keep=keep)
+    assert [checkpoint.load(p)["n"] for p in versions(path).values()] == [5, 4, 3, 2][:keep]
+    checkpoint.save(path, {"n": 6}, keep=2)
+    assert [checkpoint.load(p)["n"] for p in versions(path).values()] == [6, 5]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing that follows is done."""
+
+
+class Steps:
+    """Counts the calls that change a folder, and lets a process make `allowed` of them."""
+
+    def __init__(self, monkeypatch, allowed):
+        self.done, self.allowed = 0, allowed
+        for name in ("rename", "replace", "link", "unlink", "remove"):
+            monkeypatch.setattr(os, name, partial(self.call, getattr(os, name)))
+
+    def call(self, function, *arguments, **options):
+        if self.done == self.allowed:
+            raise Killed
+        self.done += 1
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_kill_between_any_two_steps_of_a_save_leaves_the_newest_whole_one(tmp_path, monkeypatch, keep):
+    for allowed in range(20):
+        path = tmp_path / str(allowed) / "last.pt"
+        for n in range(4):
+            checkpoint.save(path, {"n": n}, keep=keep)
+        with monkeypatch.context() as patched:
+            steps = Steps(patched, allowed)
+            with contextlib.suppress(Killed):
+                checkpoint.save(path, {"n": 4}, keep=keep)
+        found, state = checkpoint.load_newest(path)
+        assert found == path
+        assert state["n"] in (3, 4)
+        if steps.done < allowed:
+            assert state["n"] == 4
+            return
+    raise AssertionError("a save has more steps than this test tries")
+
+
+def test_a_file_system_without_links_keeps_earlier_ones_too(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for n in range(3):
+        checkpoint.save(tmp_path / "last.pt", {"n": n}, keep=2)
+    assert [checkpoint.load(p)["n"] for p in versions(tmp_path / "last.pt").values()] == [2, 1]
+
+
+# Of a run
+
+
+def make(words, *more):
+    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
+
+
+def stopped_at(words, name, iteration):
+    """A run that saved its last checkpoint after so many iterations, and one before it."""
+    trainer = make(words, f"name={name}")
+    agreed = trainer.stopping.agreed
+    trainer.stopping.agreed = lambda *a, **k: (15, False) if trainer.progress.done == iteration else agreed(*a, **k)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    return trainer.folder / "checkpoints"
+
+
+def finished(words, name):
+    trainer = make(words, f"name={name}")
+    result = trainer.fit()
+    return result, leaves(checkpoint.load(trainer.folder / "checkpoints" / "last.pt"))
+
+
+CLOCK = ("name", "train_s", "img_s", "data_wait_share")
+
+
+def without_clock(result):
+    return {key: value for key, value in result.items() if key not in CLOCK}
+
+
+@pytest.mark.parametrize("damaged", ["last.pt", "best_end_to_end.pt"])
+def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_it_serves(digits_words, caplog, damaged):
+    """The best is newer than the checkpoint that training goes on from then, and is made again."""
+    words = [*digits_words, "stages.end_to_end.evaluate_every=3"]
+    result, state = finished(words, "whole")
+    checkpoints = stopped_at(words, "stopped", 8)
+    damage(checkpoints / damaged)
+    bad = (checkpoints / damaged).read_bytes()
+    again, state_again = finished(words, "stopped")
+    (warning,) = {record.getMessage() for record in caplog.records}
+    assert warning.startswith(f"{checkpoints / damaged} is damaged (BadZipFile: the checksum of ")
+    assert f"kept as {damaged}.damaged-1; taking {damaged}.1 instead, which was saved before" in warning
+    assert (checkpoints / f"{damaged}.damaged-1").read_bytes() == bad
+    if damaged == "last.pt":
+        assert state_again == state
+        assert without_clock(again) == without_clock(result)
+
+
+def test_a_best_that_is_not_made_again_is_an_earlier_one(digits_words, caplog):
+    checkpoints = stopped_at([*digits_words, "stages.end_to_end.evaluate_every=3"], "run", 12)
+    best = checkpoints / "best_end_to_end.pt"
+    checkpoint.save(best, {**checkpoint.load(best), "top1": 0.99, "iteration": 12}, keep=2)
+    earlier = checkpoint.load(checkpoints / "best_end_to_end.pt.1")
+    damage(best)
+    result, _ = finished([*digits_words, "stages.end_to_end.evaluate_every=3"], "run")
+    assert (result["best_iteration"], result["validation_top1"]) == (earlier["iteration"], earlier["top1"])
+    assert "taking best_end_to_end.pt.1 instead" in caplog.text
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_loses_nothing(digits_words, capsys):
+    checkpoints = stopped_at(digits_words, "run", 8)
+    for name in ("last.pt", "last.pt.1"):
+        (checkpoints / name).write_bytes((checkpoints / name).read_bytes()[:1000])
+    before = {p.name: p.read_bytes() for p in checkpoints.iterdir()}
+    assert main([str(RECIPE), *digits_words, "name=run"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlt: ")]
+    assert "last.pt is damaged" in error
+    assert "last.pt.1 is damaged" in error
+    assert "choose another name=..." in error
+    assert "delete" not in error
+    assert {p.name: p.read_bytes() for p in checkpoints.iterdir()} == before
+
+
+def test_a_lost_best_is_replaced_by_the_next_evaluation(digits_words, caplog):
+    checkpoints = stopped_at(digits_words, "run", 8)
+    for best in versions(checkpoints / "best_end_to_end.pt").values():
+        damage(best)
+    result, _ = finished(digits_words, "run")
+    assert result["best_iteration"] == 12
+    assert "best_end_to_end.pt is damaged" in caplog.text
+    assert json.loads((checkpoints.parent / "result.json").read_text()) == result
