@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+
+from fastlt.paths import expand
 
 
 def typed(prog: str) -> str:
@@ -37,6 +40,14 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="for example data.root=/images seed=1"
     )
+
+
+def path(word: str) -> Path:
+    """A reader of paths, for argparse: `~` is the home folder also where the shell leaves it, as in --out=~/data."""
+    try:
+        return Path(expand(word))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

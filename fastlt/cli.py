@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fastlt import __version__
 from fastlt.commands import run
+from fastlt.console import print_anything
 from fastlt.names import unknown
 
 
@@ -41,6 +42,7 @@ def main(words: list[str] | None = None, prog: str | None = None) -> int:
     prog: the name under which the subcommand speaks of itself, `fastlt NAME` by default; the scripts of tools/ have
     names of their own.
     """
+    print_anything()
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"):
         print(help_text())

@@ -17,7 +17,7 @@ def print_error(error: Exception) -> None:
     if path is None:
         print(message, end="", file=sys.stderr)
         return
-    with open(path, "a+", encoding="utf-8") as printed:
+    with open(path, "a+", encoding="utf-8", errors="backslashreplace") as printed:
         # The second waits until the first has printed: the launcher ends all processes when one has ended.
         fcntl.flock(printed, fcntl.LOCK_EX)
         printed.seek(0)

@@ -25,6 +25,6 @@ def unknown(kind: str, word: object, valid: Iterable[str]) -> str:
 
 def pick(kind: str, name: str, table: Mapping[str, T]) -> T:
     """`table[name]`, or a ValueError that lists the valid names and the nearest match."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(unknown(kind, name, table))
     return table[name]

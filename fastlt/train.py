@@ -15,6 +15,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastlt.arguments import add_recipe, make_parser
+from fastlt.console import print_anything
 from fastlt.error_message import print_error
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ SCRIPT = "accelerate launch fastlt/train.py"
 
 def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     """Recipe in, training, exit code out."""
+    print_anything()
     parser = make_parser(__doc__, NAME, prog)
     add_recipe(parser)
     parser.add_argument("--check", action="store_true", help="check the recipe, print it in full, and stop")

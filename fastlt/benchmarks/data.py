@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.arguments import make_parser, positive
+from fastlt.arguments import make_parser, path, positive
 from fastlt.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
@@ -51,10 +51,10 @@ TORCHVISION = "torchvision"
 def main(arguments: list[str], prog: str = NAME) -> int:
     """Convert, measure and print; returns the exit code. ValueError when there is no image or a split is too small."""
     parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
+    parser.add_argument("--images", type=path, metavar="DIR", help="folder with JPEGs, searched with its subfolders")
     parser.add_argument("--count", type=positive, default=1024, help="photographs (default: 1024)")
     parser.add_argument("--small-count", type=positive, default=20_000, help="small images (default: 20000)")
-    parser.add_argument("--cifar", type=Path, metavar="DIR", help="folder that holds CIFAR-10, for the small images")
+    parser.add_argument("--cifar", type=path, metavar="DIR", help="folder that holds CIFAR-10, for the small images")
     parser.add_argument("--size", type=positive, default=224, help="side of the crops (default: 224)")
     parser.add_argument(
         "--storage",

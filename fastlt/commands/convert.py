@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
-from fastlt.arguments import make_parser, whole
+from fastlt.arguments import make_parser, path, whole
 from fastlt.commands import verify
 from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
@@ -70,14 +69,16 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     usage = f"{prog} SOURCE --out DIR [options], or {prog} --verify DIR (see --help)"
     parser = make_parser(__doc__, NAME, prog, usage)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="read a converted data set back and check all of it")
+    parser.add_argument("--out", type=path, metavar="DIR", help="folder to make")
+    parser.add_argument("--verify", type=path, metavar="DIR", help="read a converted data set back and check all of it")
     parser.add_argument("--format", choices=FORMATS, default="ffcv", help="ffcv (default), dali's shards, or both")
 
     data = parser.add_argument_group("which images")
-    data.add_argument("--root", metavar="DIR", help="folder with the images (not needed for digits)")
+    data.add_argument("--root", type=path, metavar="DIR", help="folder with the images (not needed for digits)")
     for split in ("train", "meta", "test"):
-        data.add_argument(f"--{split}-list", metavar="FILE", help="list_file: lines of `relative/path label`")
+        data.add_argument(
+            f"--{split}-list", type=path, metavar="FILE", help="list_file: lines of `relative/path label`"
+        )
     data.add_argument("--num-classes", type=whole(1), metavar="C", help="what the data set must have")
     data.add_argument("--imbalance", type=imbalance, metavar="IF", help="cut a long tail, largest over smallest class")
     data.add_argument("--convention", choices=sorted(CONVENTIONS), help="how CIFAR is cut (default: paper)")
@@ -132,7 +133,7 @@ def imbalance(word: str) -> float:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert, unless what is asked for is already there."""
-    out = arguments.out.expanduser()
+    out = arguments.out
     quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
     options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
     chosen = {

@@ -12,9 +12,7 @@ Exit code: 0 done, 2 for runs that cannot be put together.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from fastlt.arguments import make_parser
+from fastlt.arguments import make_parser, path
 
 NAME = "fastlt ensemble"
 
@@ -22,8 +20,8 @@ NAME = "fastlt ensemble"
 def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code. ValueError for runs that cannot be put together."""
     parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a folder for result.json; by default none is written")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
+    parser.add_argument("--out", type=path, metavar="DIR", help="a folder for result.json; by default none is written")
     given = parser.parse_args(words)
 
     import torch

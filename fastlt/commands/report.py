@@ -9,9 +9,7 @@ Runs whose recipes differ in nothing but name and seed are one row: mean ± samp
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from fastlt.arguments import make_parser
+from fastlt.arguments import make_parser, path
 
 NAME = "fastlt report"
 
@@ -19,11 +17,11 @@ NAME = "fastlt report"
 def main(words: list[str], prog: str = NAME) -> int:
     """Print what was asked for; ValueError for a folder that holds no such thing."""
     parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders")
     parser.add_argument(
         "--weights", action="store_true", help="print the class weights of each run at every evaluation"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the class weights of one run")
+    parser.add_argument("--plot", type=path, metavar="FILE.png", help="draw the class weights of one run")
     arguments = parser.parse_args(words)
 
     from fastlt.report import group_runs, plot_weights, read_run, table, weight_text

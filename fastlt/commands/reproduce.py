@@ -20,7 +20,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fastlt.arguments import make_parser
+from fastlt.arguments import make_parser, path
 from fastlt.reproduce.availability import resolve
 from fastlt.reproduce.execution import run_cells, say_what_is_missing
 from fastlt.reproduce.output import listing, markdown, write_files
@@ -34,14 +34,14 @@ def main(words: list[str], prog: str = NAME) -> int:
     parser = make_parser(__doc__, NAME, prog)
     parser.add_argument("table", help=f"one of {', '.join(table_names())}")
     parser.add_argument("--list", action="store_true", help="say what could run, and run nothing")
-    parser.add_argument("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders to look for data in")
+    parser.add_argument("--data", nargs="+", type=path, default=[], metavar="DIR", help="folders to look for data in")
     parser.add_argument("--scale", choices=("short", "paper"), default="paper", help="short: one small budget for all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1")
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--columns", nargs="+", help="only these columns")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run")
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where the runs are kept")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where the tables are written")
+    parser.add_argument("--runs", type=path, default=Path("runs/reproduce"), help="where the runs are kept")
+    parser.add_argument("--out", type=path, default=Path("runs/reproduce"), help="where the tables are written")
     given = parser.parse_args(words)
     if given.seeds < 1:
         raise ValueError(f"--seeds is {given.seeds}: give at least 1")

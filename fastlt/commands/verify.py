@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastlt.arguments import make_parser, positive
+from fastlt.arguments import make_parser, path, positive
 
 NAME = "fastlt verify"
 
@@ -18,7 +18,7 @@ NAME = "fastlt verify"
 def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code."""
     parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a converted data set")
+    parser.add_argument("folder", type=path, metavar="DIR", help="a converted data set")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(words)
@@ -33,7 +33,7 @@ def check(folder: Path, workers: int | None, progress: bool, prog: str) -> int:
     from loaders.stored.verify import verify
 
     try:
-        dataset = ConvertedDataset.open(folder.expanduser())
+        dataset = ConvertedDataset.open(folder)
         problems = verify(dataset, num_workers=workers, progress=progress)
     except DamageError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -50,3 +50,10 @@ def check_number(option: str, value: object, low: float, high: float = float("in
         limit = f"a number of at least {low:g}" + ("" if high == float("inf") else f" and below {high:g}")
         raise ValueError(f"loss option {option} is {value!r}; it must be {limit}")
     return float(value)
+
+
+def check_integer(option: str, value: object, low: int) -> int:
+    """`value` as an integer >= low, or a ValueError that says what is allowed."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"loss option {option} is {value!r}; it must be an integer of at least {low}")
+    return value

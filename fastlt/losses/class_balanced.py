@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlt.losses.base import PerSampleLoss, at_least_float32, check_number
+from fastlt.losses.base import PerSampleLoss, at_least_float32, check_integer, check_number
 from fastlt.losses.cross_entropy import focal
 from fastlt.names import pick
 from fastlt.state import ClassCounts
@@ -40,7 +40,7 @@ class DeferredWeights(PerSampleLoss):
     def __init__(self, class_counts: ClassCounts, beta: float, from_epoch: int | None) -> None:
         super().__init__()
         weights = torch.from_numpy(effective_number_weights(class_counts.counts, beta)).float()
-        self.from_epoch = None if from_epoch is None else int(check_number("from_epoch", from_epoch, 0))
+        self.from_epoch = None if from_epoch is None else check_integer("from_epoch", from_epoch, 0)
         self.register_buffer("balanced_weights", weights, persistent=False)
         self.register_buffer("class_weights", torch.ones_like(weights), persistent=False)
         self.on_epoch(0)

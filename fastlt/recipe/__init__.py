@@ -13,7 +13,7 @@ from fastlt.recipe.schema import (
     differences,
     is_harmless,
 )
-from fastlt.recipe.typed_yaml import RecipeError
+from fastlt.recipe.yaml_text import RecipeError
 
 __all__ = [
     "LIST_KEYS",

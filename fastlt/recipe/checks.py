@@ -7,6 +7,7 @@ the data, the network or the machine can tell is refused when the run begins.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
 from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
+from fastlt.recipe.typed_yaml import shortened
 from fastlt.steps import STEPS, Step
 from loaders.order.crop import CropSpec
 from loaders.readers import AUTO, backends_that
 from loaders.readers.dali_augment import build_dali_augment
 from loaders.sources import SOURCES, sources_taking
+
+LONGEST_NAME = 200  # bytes; file systems have room for 255, and files of a run add to the name
+FILE_NAME = f"printable, no slash, not empty, at most {LONGEST_NAME} bytes"
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -51,17 +56,8 @@ def methods_that(accept: Callable[[type[Step]], bool]) -> str:
 # The data
 
 
-def sizes(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    for key in ("image_size", "meta_per_class"):
-        if getattr(data, key) < 1:
-            yield f"data.{key}: is {getattr(data, key)}; allowed: an integer >= 1"
-
-
 def long_tail(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
-    if data.imbalance_factor is not None and data.imbalance_factor < 1:
-        yield f"data.imbalance_factor: is {data.imbalance_factor}; allowed: a number >= 1, largest over smallest"
     if data.shots[0] < data.shots[1]:
         yield f"data.shots: is {list(data.shots)}; allowed: the upper threshold first, for example [100, 20]"
     able = sources_taking("convention")
@@ -84,8 +80,7 @@ def conversion(recipe: Recipe) -> Iterator[str]:
 
 
 def crops(recipe: Recipe) -> Iterator[str]:
-    data, size = recipe.data, max(recipe.data.image_size, 1)  # a size below is a mistake of its own
-    yield from refused("data.eval_ratio", lambda: CropSpec("center", size, ratio=data.eval_ratio))
+    data, size = recipe.data, recipe.data.image_size
     yield from refused("data.crop_scale", lambda: CropSpec("random_resized", size, scale=data.crop_scale))
     yield from refused("data.crop_aspect", lambda: CropSpec("random_resized", size, aspect=data.crop_aspect))
 
@@ -148,6 +143,11 @@ def files(recipe: Recipe) -> Iterator[str]:
     if foreign:
         able = " and ".join(sources_taking(foreign[0]))
         yield f"data.{foreign[0]}: is set, but data.source is {data.source!r}; list files go with {able}"
+    if not data.convert:
+        takes = SOURCES[data.source].takes
+        for key in ("root", "train_list", "test_list"):
+            if key in takes and getattr(data, key) is None:
+                yield f"data.{key}: is not set; data.source {data.source!r} without conversion reads the images by it"
     for key in lists:
         if not Path(getattr(data, key)).is_file():
             yield f"data.{key}: {getattr(data, key)} is not a file"
@@ -173,24 +173,25 @@ def backbone(recipe: Recipe) -> Iterator[str]:
 
 def head(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
-    if model.head_scale is not None and (model.head != "cosine" or model.head_scale <= 0):
-        yield f"model.head_scale: is {model.head_scale}; allowed: a number > 0, with model.head=cosine"
-
-
-def experts(recipe: Recipe) -> Iterator[str]:
-    model = recipe.model
-    if model.experts is not None and model.experts < 1:
-        yield f"model.experts: is {model.experts}; allowed: an integer >= 1, or null"
-    if not 0.5 <= model.expert_width <= 1:
-        yield f"model.expert_width: is {model.expert_width}; allowed: a number from 0.5 to 1"
+    if model.head_scale is not None and model.head != "cosine":
+        yield f"model.head_scale: is {model.head_scale}, which belongs to model.head cosine; leave one of the two out"
 
 
 # The run
 
 
-def name(recipe: Recipe) -> Iterator[str]:
-    if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
-        yield f"name: is {recipe.name!r}; it names a folder below {recipe.runs}: no slash, not empty"
+def names(recipe: Recipe) -> Iterator[str]:
+    if not _names_a_file(recipe.name):
+        yield f"name: is {shortened(recipe.name)}; it names a folder below {recipe.runs}: {FILE_NAME}"
+    for name in recipe.stages:
+        if not _names_a_file(name):
+            yield f"stages: one is called {shortened(name)}; it names the files of its checkpoints: {FILE_NAME}"
+
+
+def _names_a_file(name: str) -> bool:
+    fits = 0 < len(os.fsencode(name)) <= LONGEST_NAME
+    text = os.fsencode(name).decode(errors="replace")  # a name need not be text
+    return fits and "/" not in name and name not in (".", "..") and text.isprintable()
 
 
 def stages(recipe: Recipe) -> Iterator[str]:
@@ -198,19 +199,9 @@ def stages(recipe: Recipe) -> Iterator[str]:
         yield "stages: there is none; give at least one stage with method, lr and iterations or epochs"
 
 
-def intervals(recipe: Recipe) -> Iterator[str]:
-    for key in ("log_every", "checkpoint_every_s"):
-        if getattr(recipe, key) <= 0:
-            yield f"{key}: is {getattr(recipe, key)}; allowed: a number > 0"
-    if recipe.checkpoints_kept < 1:
-        yield f"checkpoints_kept: is {recipe.checkpoints_kept}; allowed: an integer >= 1"
-
-
 def machine(recipe: Recipe) -> Iterator[str]:
     if recipe.sync_batch_norm and recipe.compile in ("inductor", "cudagraph"):
         yield f"compile: is {recipe.compile!r} with sync_batch_norm, whose exchange cannot be; choose one"
-    if recipe.num_threads is not None and recipe.num_threads < 1:
-        yield f"num_threads: is {recipe.num_threads}; allowed: an integer >= 1"
 
 
 # A stage: the key in a line is one of the stage's, and `check` puts the name of the stage before it.
@@ -220,27 +211,9 @@ def length(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if not stage.has_length:
         both = "neither is" if stage.iterations is None else "both are"
         yield f": {both} given of iterations and epochs; give exactly one, it is the length of the stage"
-    elif stage.length <= 0:
-        yield f"length: is {stage.length}; allowed: a number > 0"
-
-
-def numbers(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
-    for key in ("batch_size", "evaluate_every", "lr", "gamma"):
-        if getattr(stage, key) <= 0:
-            yield f"{key}: is {getattr(stage, key)}; allowed: a number > 0"
-    for key in ("weight_decay", "warmup", "warmup_from"):
-        if getattr(stage, key) < 0:
-            yield f"{key}: is {getattr(stage, key)}; allowed: a number >= 0"
-    if stage.meta_batch_size is not None and stage.meta_batch_size < 1:
-        yield f"meta_batch_size: is {stage.meta_batch_size}; allowed: an integer >= 1"
-    for key in ("window", "batch_size"):
-        if getattr(stage.accuracy, key) < 1:
-            yield f"accuracy.{key}: is {getattr(stage.accuracy, key)}; allowed: an integer >= 1"
 
 
 def momentum(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
-    if not 0 <= stage.momentum < 1:
-        yield f"momentum: is {stage.momentum}; allowed: a number in [0, 1)"
     if stage.nesterov and stage.momentum == 0:
         yield "nesterov: is true, but momentum is 0; Nesterov's step needs momentum > 0"
 
@@ -321,20 +294,17 @@ def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
-    sizes,
     long_tail,
     conversion,
     dali_augmentation,
     crops,
     workers,
     files,
-    name,
+    names,
     stages,
-    intervals,
     machine,
     weights,
     head,
-    experts,
     backbone,
     normalisation,
     augmentations,
@@ -346,7 +316,6 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     allowed_by_method,
     needed_by_method,
     length,
-    numbers,
     momentum,
     sampling,
     schedule,

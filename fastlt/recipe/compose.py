@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastlt.recipe.checks import check
 from fastlt.recipe.locations import find_base, find_recipe
 from fastlt.recipe.schema import Recipe
-from fastlt.recipe.typed_yaml import RecipeError, build, describe
+from fastlt.recipe.typed_yaml import build, describe
+from fastlt.recipe.yaml_text import RecipeError, parse
+
+LARGEST = 1 << 20  # bytes of a recipe file
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -57,11 +58,21 @@ def compose(path: Path) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; RecipeError when it is absent, unreadable, or no mapping."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{path}: cannot be read ({why}); give the path of a recipe file") from None
+    if len(data) > LARGEST:
+        raise RecipeError(
+            f"{path}: is larger than {LARGEST >> 20} MiB; give the path of a recipe, which is a text file"
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}: line {line} is not UTF-8; save the recipe as text in UTF-8") from None
+    loaded = parse(text, str(path))
     if not isinstance(loaded, dict):
         raise RecipeError(f"{path}: holds {describe(loaded)}; a recipe is a mapping of keys to values")
     return loaded
@@ -81,10 +92,7 @@ def apply_override(tree: dict[str, Any], word: str) -> None:
     key, sep, text = word.partition("=")
     if not sep or not key or any(not part for part in key.split(".")):
         raise RecipeError(f"{word!r} is not an override: write key.sub=value, for example data.root=/images seed=1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{word!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    value = parse(text, f"the word {key}=…", key)
     *parents, last = key.split(".")
     node = tree
     for depth, part in enumerate(parents):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from fastlt.recipe.typed_yaml import RecipeError
+from fastlt.paths import expand
+from fastlt.recipe.yaml_text import RecipeError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Installed, the recipes are in the package; in a checkout they are beside it.
@@ -22,7 +23,7 @@ def find_recipe(word: str | Path) -> Path:
 
     A file that is there goes before a shipped one. RecipeError when there is neither.
     """
-    path = Path(word)
+    path = expanded(str(word))
     shipped = SHIPPED / f"{str(word).removesuffix('.yaml')}.yaml"
     if path.exists():
         return path
@@ -36,7 +37,7 @@ def find_recipe(word: str | Path) -> Path:
 
 def find_base(base: str, recipe: Path) -> Path:
     """The file of an entry of `base`: next to the recipe's own file, else among the shipped recipes."""
-    places = (recipe.parent / base, SHIPPED / base)
+    places = (recipe.parent / expanded(base), SHIPPED / base)
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         known = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.glob("base/*.yaml"))
@@ -44,6 +45,14 @@ def find_base(base: str, recipe: Path) -> Path:
             f"base: {base} is neither next to {recipe} nor among the recipes that fastlt ships{_nearest(base, known)}"
         )
     return found
+
+
+def expanded(word: str) -> Path:
+    """The path of a recipe file as `expand` gives it, with a RecipeError."""
+    try:
+        return Path(expand(word))
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _nearest(word: str, known: list[str]) -> str:

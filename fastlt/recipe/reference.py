@@ -12,10 +12,12 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Union
 
 from fastlt.augment import AUGMENTATIONS
 from fastlt.losses import LOSSES
+from fastlt.ranges import RANGE
 from fastlt.recipe.schema import (
     AccuracyRecipe,
     DataRecipe,
@@ -195,7 +197,7 @@ def _keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
         kind = hints[field.name]
         apart = kind in [section for _, section in SECTIONS] or (cls, field.name) in LINKS
         nested = isinstance(kind, type) and dataclasses.is_dataclass(kind) and not apart
-        allowed = LINKS.get((cls, field.name)) or ("mapping" if nested else allowed_values(kind))
+        allowed = LINKS.get((cls, field.name)) or ("mapping" if nested else allowed_values(kind, field.metadata))
         default = DEFAULTS.get((cls, field.name)) or _default(field)
         if dataclasses.is_dataclass(kind) and default != "required":
             default = ""  # the defaults of its keys
@@ -246,13 +248,19 @@ def _yaml(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def allowed_values(kind: Any) -> str:
-    """What a key of this type takes, in words."""
+def allowed_values(kind: Any, metadata: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """What a key of this type takes, in words; metadata: of its field, which may state a range."""
+    words = _words(kind)
+    number = metadata.get(RANGE)
+    return words if number is None else re.sub(r"integers?|numbers?", lambda kind: f"{kind[0]} {number}", words)
+
+
+def _words(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return ", ".join(f"`{argument}`" for argument in arguments)
     if origin in (Union, types.UnionType):
-        parts = [allowed_values(one) for one in arguments if one is not type(None)]
+        parts = [_words(one) for one in arguments if one is not type(None)]
         return " or ".join(parts) + (", or null" if type(None) in arguments else "")
     if origin is tuple:
         return f"list of {len(arguments)} {_plural(arguments[0])}"

@@ -9,15 +9,19 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from fastlt.paths import PATH
+from fastlt.ranges import above, at_least, within
 from fastlt.recipe.typed_yaml import one_of, to_tree, typed_by
+from fastlt.recipe.yaml_text import dump
 from fastlt.steps import STEPS, StepOptions
 from fastlt.steps.settings import StageSettings
 from loaders.readers import AUTO, BACKENDS
 from loaders.sources import SOURCES
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
+SIDE = within(1, 65535)  # pixels; JPEG has no larger images
+MOST_WORKERS = 1024
+LARGEST_SEED = 2**32 - 1  # of NumPy
 # Metadata of a key that changes neither the meaning of a run nor its result. A run that goes on may have another value
 # than before, and a finished run answers for every value.
 HARMLESS = {"harmless": True}
@@ -33,8 +37,8 @@ class StorageRecipe:
     """
 
     mode: Literal["raw", "jpg", "proportion"] = "raw"
-    max_resolution: int | None = None
-    jpeg_quality: int = 90
+    max_resolution: int | None = field(default=None, metadata=SIDE)
+    jpeg_quality: int = field(default=90, metadata=within(1, 100))
 
 
 @dataclass(frozen=True)
@@ -77,29 +81,29 @@ class DataRecipe:
     """
 
     source: str = field(metadata=one_of(SOURCES))
-    image_size: int
+    image_size: int = field(metadata=SIDE)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    root: str | None = field(default=None, metadata=HARMLESS)
-    converted: str | None = None
+    root: str | None = field(default=None, metadata=HARMLESS | PATH)
+    converted: str | None = field(default=None, metadata=PATH)
     convert: bool = True
     download: bool = field(default=True, metadata=HARMLESS)
-    train_list: str | None = None
-    meta_list: str | None = None
-    test_list: str | None = None
-    num_classes: int | None = None
-    imbalance_factor: float | None = None
+    train_list: str | None = field(default=None, metadata=PATH)
+    meta_list: str | None = field(default=None, metadata=PATH)
+    test_list: str | None = field(default=None, metadata=PATH)
+    num_classes: int | None = field(default=None, metadata=at_least(1))
+    imbalance_factor: float | None = field(default=None, metadata=at_least(1))
     convention: Literal["paper", "ldam"] = "paper"
-    meta_per_class: int = 10
-    shots: tuple[int, int] = (100, 20)
+    meta_per_class: int = field(default=10, metadata=at_least(1))
+    shots: tuple[int, int] = field(default=(100, 20), metadata=at_least(0))
     storage: StorageRecipe = field(default_factory=StorageRecipe)
     loader: str = field(default=AUTO, metadata=one_of((AUTO, *BACKENDS)))
-    num_workers: int | None = field(default=None, metadata=HARMLESS)
+    num_workers: int | None = field(default=None, metadata=HARMLESS | within(0, MOST_WORKERS))
     train_crop: Literal["none", "random_resized"] = "none"
     eval_crop: Literal["none", "center"] = "none"
-    eval_ratio: float = 224 / 256
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    eval_ratio: float = field(default=224 / 256, metadata=within(0, 1, above=True))
+    crop_scale: tuple[float, float] = field(default=(0.08, 1.0), metadata=within(0, 1, above=True))
+    crop_aspect: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=above(0))
     augment: list[str | dict[str, Any]] = field(default_factory=list)
     meta_augment: list[str | dict[str, Any]] | None = None
     second_augment: list[str | dict[str, Any]] | None = None
@@ -124,13 +128,13 @@ class ModelRecipe:
 
     name: str
     head: Literal["linear", "cosine"] = "linear"
-    head_scale: float | None = None
+    head_scale: float | None = field(default=None, metadata=above(0))
     pretrained: bool = False
-    checkpoint: str | None = None
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    experts: int | None = None
-    expert_width: float = 0.75
+    checkpoint: str | None = field(default=None, metadata=PATH)
+    drop_rate: float = field(default=0.0, metadata=within(0, 1, below=True))
+    drop_path_rate: float = field(default=0.0, metadata=within(0, 1, below=True))
+    experts: int | None = field(default=None, metadata=within(1, 64))
+    expert_width: float = field(default=0.75, metadata=within(0.5, 1))
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,8 @@ class AccuracyRecipe:
     """
 
     refresh: Literal["exact", "rolling", "epoch"] = "exact"
-    window: int = 10
-    batch_size: int = 1024
+    window: int = field(default=10, metadata=at_least(1))
+    batch_size: int = field(default=1024, metadata=at_least(1))
     precision: Literal["fp32", "bf16"] | None = None
 
 
@@ -181,10 +185,10 @@ class StageRecipe:
     """
 
     method: str
-    lr: float
-    batch_size: int = 128
-    iterations: int | None = None
-    epochs: int | None = None
+    lr: float = field(metadata=above(0))
+    batch_size: int = field(default=128, metadata=at_least(1))
+    iterations: int | None = field(default=None, metadata=at_least(1))
+    epochs: int | None = field(default=None, metadata=at_least(1))
     options: StepOptions = field(
         default_factory=StepOptions, metadata=typed_by("method", {name: step.Options for name, step in STEPS.items()})
     )
@@ -192,18 +196,18 @@ class StageRecipe:
     classes: Literal["all", "many", "medium", "few"] = "all"
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)
-    meta_batch_size: int | None = None
+    meta_batch_size: int | None = field(default=None, metadata=at_least(1))
     sampling: Literal["instance", "class_balanced", "effective_number", "class_aware_4"] = "instance"
     accuracy: AccuracyRecipe = field(default_factory=AccuracyRecipe)
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    warmup: float = 0.0
-    warmup_from: float = 0.0
-    milestones: list[float] = field(default_factory=list)
-    gamma: float = 0.1
-    momentum: float = 0.9
+    warmup: float = field(default=0.0, metadata=at_least(0))
+    warmup_from: float = field(default=0.0, metadata=at_least(0))
+    milestones: list[float] = field(default_factory=list, metadata=above(0))
+    gamma: float = field(default=0.1, metadata=above(0))
+    momentum: float = field(default=0.9, metadata=within(0, 1, below=True))
     nesterov: bool = False
-    weight_decay: float = 1e-4
-    evaluate_every: int = 1
+    weight_decay: float = field(default=1e-4, metadata=at_least(0))
+    evaluate_every: int = field(default=1, metadata=at_least(1))
 
     @property
     def has_length(self) -> bool:
@@ -247,17 +251,17 @@ class Recipe:
     data: DataRecipe
     model: ModelRecipe
     stages: dict[str, StageRecipe]
-    seed: int = 0
+    seed: int = field(default=0, metadata=within(0, LARGEST_SEED))
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: Literal["auto", "none", "inductor", "cudagraph"] = "auto"
     channels_last: bool = True
     sync_batch_norm: bool = False
-    runs: str = field(default="runs", metadata=HARMLESS)
+    runs: str = field(default="runs", metadata=HARMLESS | PATH)
     resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
-    log_every: int = field(default=20, metadata=HARMLESS)
-    checkpoint_every_s: float = field(default=300.0, metadata=HARMLESS)
-    checkpoints_kept: int = field(default=2, metadata=HARMLESS)
-    num_threads: int | None = field(default=None, metadata=HARMLESS)
+    log_every: int = field(default=20, metadata=HARMLESS | at_least(1))
+    checkpoint_every_s: float = field(default=300.0, metadata=HARMLESS | above(0))
+    checkpoints_kept: int = field(default=2, metadata=HARMLESS | at_least(1))
+    num_threads: int | None = field(default=None, metadata=HARMLESS | within(1, MOST_WORKERS))
     trackers: list[str] = field(default_factory=list, metadata=HARMLESS)
 
     @property
@@ -276,7 +280,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe with every default filled in; read back, it is the same recipe."""
-        return yaml.safe_dump(to_tree(self), sort_keys=False, allow_unicode=True)
+        return dump(to_tree(self))
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from fastlt.names import nearest, unknown
+from fastlt.paths import PATH, expand
+from fastlt.ranges import out_of_range
+from fastlt.recipe.yaml_text import RecipeError
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 TYPED_BY, ONE_OF = "typed_by", "one_of"
-
-
-class RecipeError(ValueError):
-    """What is wrong with a recipe: one line a mistake."""
+LONGEST = 200  # characters of a value in a message
 
 
 def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
@@ -67,7 +68,13 @@ def describe(value: Any) -> str:
         return "nothing"
     if isinstance(value, float) and not math.isfinite(value):
         return f"no finite number ({value!r})"
-    return f"{kinds.get(type(value), type(value).__name__)} ({value!r})"
+    return f"{kinds.get(type(value), type(value).__name__)} ({shortened(value)})"
+
+
+def shortened(value: Any) -> str:
+    """A value as it is written in Python, without its middle where that is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-20:]}"
 
 
 def _convert(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
@@ -125,13 +132,15 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
             guess = nearest(str(key), known)
             hint = f"; did you mean {prefix}{guess}?" if guess else ""
             allowed = ", ".join(known) if known else "none"
-            mistakes.append(f"{prefix}{key}: unknown key (value {value[key]!r}); allowed keys here: {allowed}{hint}")
+            mistakes.append(
+                f"{prefix}{key}: unknown key (value {shortened(value[key])}); allowed keys here: {allowed}{hint}"
+            )
     given: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
         if TYPED_BY in f.metadata:
             given[f.name] = _convert_typed_by(f, value, prefix, mistakes)
         elif f.name in value:
-            given[f.name] = _convert(hints[f.name], value[f.name], prefix + f.name, mistakes)
+            given[f.name] = _convert_field(f, hints[f.name], value[f.name], prefix + f.name, mistakes)
         elif f.default is MISSING and f.default_factory is MISSING:
             mistakes.append(f"{prefix}{f.name}: is missing; give {_name(hints[f.name])}")
     if len(mistakes) > before:
@@ -139,8 +148,30 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
     try:
         return cls(**given)
     except ValueError as error:
-        mistakes.append(f"{where or 'recipe'}: {error}")
+        # A message that begins with the name of a field goes on from the name of the dataclass.
+        begins = re.match(r"\w+", str(error))
+        joint = prefix if begins and begins[0] in known else f"{where or 'recipe'}: "
+        mistakes.append(f"{joint}{error}")
         return None
+
+
+def _convert_field(field: dataclasses.Field, kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
+    """A value by the type of its field, in the range and with the path that the metadata of the field state."""
+    before = len(mistakes)
+    converted = _convert(kind, value, where, mistakes)
+    if len(mistakes) > before:
+        return None
+    allowed = out_of_range(field.metadata, converted)
+    if allowed is not None:
+        number = "numbers" if isinstance(converted, (list, tuple)) else _name(kind)
+        mistakes.append(f"{where}: is {shortened(value)}; allowed: {number} {allowed}")
+        return None
+    if converted is not None and PATH.items() <= field.metadata.items():
+        try:
+            return expand(converted)
+        except ValueError as error:
+            mistakes.append(f"{where}: {error}")
+    return converted
 
 
 def _convert_typed_by(field: dataclasses.Field, value: Mapping, prefix: str, mistakes: list[str]) -> Any:

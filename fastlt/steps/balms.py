@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastlt.device.compiled import load_optimizer
 from fastlt.meta import gradient as meta_gradient
+from fastlt.ranges import at_least
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepOptions, StepParts, check_not_negative
+from fastlt.steps.base import StepOptions, StepParts
 from fastlt.steps.decoupled import CrtStep
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Needs
@@ -66,14 +67,9 @@ class BalmsOptions(StepOptions):
     pool_factor: images of a batch over those that are drawn from it, rounded down on each process.
     """
 
-    lr: float = 0.01
-    init_pow: float = 0.0
-    pool_factor: int = 4
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "lr", "init_pow")
-        if self.pool_factor < 1:
-            raise ValueError(f"pool_factor is {self.pool_factor}: give an integer >= 1")
+    lr: float = field(default=0.01, metadata=at_least(0))
+    init_pow: float = field(default=0.0, metadata=at_least(0))
+    pool_factor: int = field(default=4, metadata=at_least(1))
 
 
 class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):

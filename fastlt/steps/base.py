@@ -19,6 +19,7 @@ from fastlt.device.replay import Replayable
 from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier
+from fastlt.ranges import check_ranges
 from fastlt.state import Batch, ClassCounts, StepOutput
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
@@ -67,7 +68,13 @@ class StepParts:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Recipe options of a method: none, where it has none of its own."""
+    """Recipe options of a method: none, where it has none of its own.
+
+    ValueError for a number out of the range that its field states.
+    """
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 OptionsT = TypeVar("OptionsT", bound=StepOptions, default=StepOptions)
@@ -261,11 +268,3 @@ class Step(Replayable, Generic[OptionsT]):
     def descend(self, objective: Tensor) -> None:
         """One optimizer step down the gradient of `objective`, averaged over processes; frees its graph."""
         self.apply(self.gradients(objective, self.parameters))
-
-
-def check_not_negative(options: Any, *names: str) -> None:
-    """ValueError when one of these options is below 0."""
-    for name in names:
-        value = getattr(options, name)
-        if value < 0:
-            raise ValueError(f"{name} is {value}: give a number >= 0")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fastlt.losses import LOSSES
 from fastlt.losses.class_balanced import effective_number_weights
+from fastlt.ranges import at_least, within
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepOptions, StepParts, check_not_negative
+from fastlt.steps.base import StepOptions, StepParts
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Allows
 from fastlt.steps.settings import RecipeSettings, StageSettings
@@ -24,14 +25,9 @@ class CbDaOptions(StepOptions):
     eps_lr: length of the step on the corrections of single samples.
     """
 
-    from_epoch: int = 160
-    beta: float = 0.9999
-    eps_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta is {self.beta}: give a number in [0, 1)")
-        check_not_negative(self, "from_epoch", "eps_lr")
+    from_epoch: int = field(default=160, metadata=at_least(0))
+    beta: float = field(default=0.9999, metadata=within(0, 1, below=True))
+    eps_lr: float = field(default=0.01, metadata=at_least(0))
 
 
 class CbDaStep(MetaStep[CbDaOptions]):

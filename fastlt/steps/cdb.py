@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastlt.ranges import above
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Allows, Needs
@@ -32,11 +33,12 @@ class CdbOptions(StepOptions):
     tau: the focusing exponent, a positive number, or dynamic, which follows from the accuracies.
     """
 
-    tau: float | str = 1.0
+    tau: float | str = field(default=1.0, metadata=above(0))
 
     def __post_init__(self) -> None:
-        if self.tau != "dynamic" and not (isinstance(self.tau, (int, float)) and self.tau > 0):
-            raise ValueError(f'tau is {self.tau!r}: give a positive number, or "dynamic"')
+        super().__post_init__()
+        if isinstance(self.tau, str) and self.tau != "dynamic":
+            raise ValueError(f'tau is {self.tau!r}: give a number > 0, or "dynamic"')
 
 
 class CdbStep(Step[CdbOptions]):

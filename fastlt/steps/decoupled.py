@@ -6,7 +6,7 @@ supplement's Sec. 1.2 gives their length and learning rates for each data set.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fastlt.losses import LOSSES
 from fastlt.models import Classifier, head_of
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
+from fastlt.ranges import at_least
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts, check_not_negative
+from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -99,11 +100,8 @@ class LasOptions(StepOptions):
     shift_batch_norm: whether BatchNorm's running statistics follow the batches of this stage.
     """
 
-    head_lr_factor: float = 1.0
+    head_lr_factor: float = field(default=1.0, metadata=at_least(0))
     shift_batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "head_lr_factor")
 
 
 class LasStep(LwsStep[LasOptions]):
@@ -158,11 +156,12 @@ class TauNormOptions(StepOptions):
     taus: the exponents that are tried, in this order; null is 0, 0.1, ... 2 as in the authors' release.
     """
 
-    taus: list[float] | None = None
+    taus: list[float] | None = field(default=None, metadata=at_least(0))
 
     def __post_init__(self) -> None:
-        if self.taus is not None and (not self.taus or any(t < 0 for t in self.taus)):
-            raise ValueError(f"taus is {self.taus}: give numbers >= 0, at least one")
+        super().__post_init__()
+        if self.taus is not None and not self.taus:
+            raise ValueError("taus is []: give numbers >= 0, at least one")
 
     @property
     def grid(self) -> list[float]:

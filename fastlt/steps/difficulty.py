@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.difficulty import DRIVER_TARGETS, DifficultyNet, class_weights, difficulty_gradient_loss
 from fastlt.names import pick
+from fastlt.ranges import at_least
 from fastlt.state import Batch
-from fastlt.steps.base import check_not_negative
-from fastlt.steps.meta import LearnedWeightOptions, LearnedWeightStep, TrainingPass, check_hidden
+from fastlt.steps.meta import WIDTH, LearnedWeightOptions, LearnedWeightStep, TrainingPass
 from fastlt.steps.needs import Allows, Needs
 
 
@@ -26,15 +26,13 @@ class DifficultyOptions(LearnedWeightOptions):
         `fastlt.meta.difficulty.driver_target`.
     """
 
-    hidden: int | None = None
-    driver_weight: float = 0.3
+    hidden: int | None = field(default=None, metadata=WIDTH)
+    driver_weight: float = field(default=0.3, metadata=at_least(0))
     driver_target: str = "relative"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
-        check_not_negative(self, "driver_weight")
-        check_hidden(self.hidden)
 
 
 class DifficultyStep(LearnedWeightStep[DifficultyOptions]):

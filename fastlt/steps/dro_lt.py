@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from fastlt.losses.contrastive import robust_contrastive
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
 from fastlt.models.auxiliary import ClassRadii
+from fastlt.ranges import above, at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Needs
@@ -29,16 +30,13 @@ class DroLtOptions(StepOptions):
     radius_floor: the smallest radius that is allowed; null is no limit.
     """
 
-    temperature: float = 1.0
-    robust_weight: float = 1.0
-    radius: float = 1.0
-    radius_floor: float | None = None
+    temperature: float = field(default=1.0, metadata=above(0))
+    robust_weight: float = field(default=1.0, metadata=above(0))
+    radius: float = field(default=1.0, metadata=at_least(0))
+    radius_floor: float | None = field(default=None, metadata=at_least(0))
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}: give a number > 0; the authors take 1")
-        if self.robust_weight <= 0:
-            raise ValueError(f"robust_weight is {self.robust_weight}: give a number > 0, or use method plain")
+        super().__post_init__()
         if self.radius_floor is not None and self.radius < self.radius_floor:
             raise ValueError(f"radius is {self.radius}, below radius_floor {self.radius_floor}: start above it")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from torch import Tensor
 from fastlt.losses.base import at_least_float32
 from fastlt.models import Classifier, head_of
 from fastlt.models.restricted_head import RestrictedHead
+from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepOptions, StepParts, check_not_negative
+from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.settings import RecipeSettings, StageSettings
@@ -57,18 +58,14 @@ class LfmeOptions(StepOptions):
     """
 
     experts: list[str]
-    temperature: float = 2.0
-    distil_until: float = 0.3
-    curriculum_epochs: int = 45
+    temperature: float = field(default=2.0, metadata=above(0))
+    distil_until: float = field(default=0.3, metadata=within(0, 1, below=True))
+    curriculum_epochs: int = field(default=45, metadata=at_least(0))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.experts or len(set(self.experts)) < len(self.experts):
             raise ValueError(f"experts is {self.experts}: give names of earlier stages, at least one, each once")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}: give a number > 0")
-        if not 0 <= self.distil_until < 1:
-            raise ValueError(f"distil_until is {self.distil_until}: give a number in [0, 1)")
-        check_not_negative(self, "curriculum_epochs")
 
 
 class LfmeStep(Step[LfmeOptions]):

@@ -19,12 +19,14 @@ from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
 from fastlt.models import Classifier
 from fastlt.names import pick
+from fastlt.ranges import at_least, check_ranges, within
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts, check_not_negative
+from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 TANGENTS = ("fp32", "autocast")
+WIDTH = within(1, 65536)  # of a layer
 WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
 
 
@@ -196,14 +198,13 @@ class Approximation:
     """
 
     late_weights: bool = False
-    every: int = 1
+    every: int = field(default=1, metadata=at_least(1))
     lookahead_only: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"approximate.every is {self.every}: give a number of iterations >= 1; 1 is exact")
+        check_ranges(self)
         if self.lookahead_only is not None and not self.lookahead_only:
-            raise ValueError("approximate.lookahead_only is empty: name a submodule, such as head, or leave it out")
+            raise ValueError("lookahead_only is empty: name a submodule, such as head, or leave it out")
 
     def parameters_of(self, model: nn.Module) -> meta_gradient.Tensors:
         """The trainable parameters of `model` that the lookahead moves, by name; ValueError for a name without any."""
@@ -235,14 +236,14 @@ class LearnedWeightOptions(StepOptions):
         autocast from the training pass's activations and in their types, as differentiating twice would.
     """
 
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
+    lr: float = field(default=1e-3, metadata=at_least(0))
+    weight_decay: float = field(default=1e-4, metadata=at_least(0))
     approximate: Approximation = field(default_factory=Approximation)
     lean: bool = False
     tangent: str = "fp32"
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "lr", "weight_decay")
+        super().__post_init__()
         pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
 
 
@@ -385,9 +386,3 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         load_optimizer(self.net_optimizer, state["net_optimizer"])
         self.iteration = state["iteration"]
         self.metrics = {}
-
-
-def check_hidden(hidden: int | None) -> None:
-    """ValueError for a width that no layer has."""
-    if hidden is not None and hidden < 1:
-        raise ValueError(f"hidden is {hidden}: give a width >= 1, or leave it out")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fastlt.augment import cutmix, mixup
+from fastlt.ranges import above
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
 
@@ -21,13 +21,7 @@ class MixupOptions(StepOptions):
         images.
     """
 
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(
-                f"alpha is {self.alpha}: give a finite number > 0, or take method plain, which blends nothing"
-            )
+    alpha: float = field(default=1.0, metadata=above(0))
 
 
 class MixupStep(Step[MixupOptions]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastlt.models import Classifier, head_of
 from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, pooling_of, side_of_maps
+from fastlt.ranges import above, at_least
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepOptions, check_not_negative
+from fastlt.steps.base import Step, StepOptions
 from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -30,21 +31,13 @@ class OltrOptions(StepOptions):
     attention_side: side of the last feature maps, to put modulated attention before the pooling; 0 is none.
     """
 
-    centroid_loss_weight: float = 0.01
-    repel_weight: float = 0.01
-    margin: float = 10.0
-    backbone_lr_factor: float = 0.1
-    centroid_lr_factor: float = 0.1
+    centroid_loss_weight: float = field(default=0.01, metadata=at_least(0))
+    repel_weight: float = field(default=0.01, metadata=at_least(0))
+    margin: float = field(default=10.0, metadata=at_least(0))
+    backbone_lr_factor: float = field(default=0.1, metadata=above(0))
+    centroid_lr_factor: float = field(default=0.1, metadata=above(0))
     freeze_backbone: bool = False
-    attention_side: int = 0
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "centroid_loss_weight", "repel_weight", "margin", "attention_side")
-        for name in ("backbone_lr_factor", "centroid_lr_factor"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}: give a number > 0 (freeze_backbone is the way to 0)"
-                )
+    attention_side: int = field(default=0, metadata=at_least(0))
 
 
 class OltrStep(Step[OltrOptions]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fastlt.losses.contrastive import parametric_contrastive
 from fastlt.losses.cross_entropy import BalancedSoftmax
 from fastlt.models import Classifier
 from fastlt.models.auxiliary import attach_projection
+from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Needs
@@ -94,23 +95,11 @@ class PacoOptions(StepOptions):
     momentum: of the key encoder's moving average, in [0, 1].
     """
 
-    dim: int = 128
-    queue: int = 8192
-    alpha: float = 0.05
-    temperature: float = 0.2
-    momentum: float = 0.999
-
-    def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ValueError(f"dim is {self.dim}: give a width >= 1 (32 on CIFAR-LT, 128 on ImageNet-LT)")
-        if self.queue < 0:
-            raise ValueError(f"queue is {self.queue}: give a number of keys, or 0 for no queue")
-        if self.alpha < 0:
-            raise ValueError(f"alpha is {self.alpha}: give a number >= 0 (0.01 to 0.05 in the paper)")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}: give a number > 0 (0.05 or 0.2 in the paper)")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum is {self.momentum}: give a number in [0, 1]; 0.999 is usual")
+    dim: int = field(default=128, metadata=within(1, 65536))
+    queue: int = field(default=8192, metadata=at_least(0))
+    alpha: float = field(default=0.05, metadata=at_least(0))
+    temperature: float = field(default=0.2, metadata=above(0))
+    momentum: float = field(default=0.999, metadata=within(0, 1))
 
 
 class PacoStep(Step[PacoOptions]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,8 +14,10 @@ from fastlt.losses.class_balanced import DeferredWeights
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
 from fastlt.models import Classifier, ExpertClassifier
 from fastlt.models.experts import ExpertRouter
+from fastlt.paths import PATH
+from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import Step, StepOptions, StepParts, check_not_negative
+from fastlt.steps.base import Step, StepOptions, StepParts
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -48,23 +50,16 @@ class RideOptions(StepOptions):
     distillation_temperature: of the softmax in the teacher's term.
     """
 
-    diversity: float = 0.2
-    temperature: float = 1.0
-    spread: float = 0.02
-    spread_from_epoch: int | None = None
-    teacher: str | None = None
-    distillation: float = 1.0
-    distillation_temperature: float = 1.5
+    diversity: float = field(default=0.2, metadata=at_least(0))
+    temperature: float = field(default=1.0, metadata=above(0))
+    spread: float = field(default=0.02, metadata=within(0, 1, below=True))
+    spread_from_epoch: int | None = field(default=None, metadata=at_least(0))
+    teacher: str | None = field(default=None, metadata=PATH)
+    distillation: float = field(default=1.0, metadata=at_least(0))
+    distillation_temperature: float = field(default=1.5, metadata=above(0))
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "distillation_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a number > 0")
-        check_not_negative(self, "diversity", "distillation")
-        if not 0 <= self.spread < 1:
-            raise ValueError(f"spread is {self.spread}: give a number in [0, 1)")
-        if self.spread_from_epoch is not None and self.spread_from_epoch < 0:
-            raise ValueError(f"spread_from_epoch is {self.spread_from_epoch}: give an epoch >= 0")
+        super().__post_init__()
         if self.teacher is not None and not Path(self.teacher).is_file():
             raise ValueError(f"teacher: {self.teacher} is not a file; give best_STAGE.pt of a finished run")
 
@@ -161,14 +156,8 @@ class RideRouterOptions(StepOptions):
     positive_weight: weight of a decision in which a further expert helps.
     """
 
-    top: int = 30
-    positive_weight: float = 100.0
-
-    def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}: give an integer >= 1")
-        if self.positive_weight <= 0:
-            raise ValueError(f"positive_weight is {self.positive_weight}: give a number > 0")
+    top: int = field(default=30, metadata=at_least(1))
+    positive_weight: float = field(default=100.0, metadata=above(0))
 
 
 class RideRouterStep(Step[RideRouterOptions]):

@@ -5,7 +5,7 @@ Meta-Weight-Net (Shu et al. 2019), and the sample-level difficulty of Difficulty
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlt.meta.difficulty import driver_loss, hidden_width
 from fastlt.state import Batch
 from fastlt.steps.difficulty import DifficultyOptions
-from fastlt.steps.meta import LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass, check_hidden
+from fastlt.steps.meta import WIDTH, LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass
 from fastlt.steps.needs import Allows
 
 
@@ -88,11 +88,7 @@ class MetaWeightNetOptions(LearnedWeightOptions):
     hidden: width of the hidden layers of the network that weighs samples.
     """
 
-    hidden: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_hidden(self.hidden)
+    hidden: int = field(default=100, metadata=WIDTH)
 
 
 class MetaWeightNetStep(SampleWeightStep[MetaWeightNetOptions]):

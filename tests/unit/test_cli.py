@@ -113,6 +113,33 @@ def test_a_recipe_is_found_by_name_from_anywhere_and_printed_in_full(tmp_path, m
     assert load_recipe("cifar10_lt.yaml").seed == 4
 
 
+def test_a_console_without_the_characters_shows_their_escapes(tmp_path):
+    """± is not in ASCII, and in the C locale a file name of other letters is bytes."""
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+    }
+    recipe = tmp_path / "μ.yaml"
+    recipe.write_bytes((SHIPPED / "digits_lt.yaml").read_bytes())
+    for words, shown in ((["report", "--help"], "\\xb1"), (["check", str(recipe)], 'name: "\\uDCCE\\uDCBC"')):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastlt", *words], env=environment, capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+
+
+def test_a_tilde_in_an_argument_is_the_home_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["convert", "--verify=~/absent"]) == 2
+    assert f"{tmp_path}/absent" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["report", "~no_such_user/run"])
+    assert "there is no home folder ~no_such_user here" in capsys.readouterr().err
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for word in ("cifar10_tl", "recipes/cifar10_lt.yaml"):

@@ -246,7 +246,7 @@ REFUSED = {
     "first": (["stages.end_to_end=null", f"stages.second={STAGES['crt']}"], "'crt' without a stage before it"),
     "sampling": ([f"stages.second={STAGES['crt'].replace('class_balanced', 'instance')}"], "class_balanced"),
     "loss": ([f"stages.second={STAGES['las'].replace('label_aware_smoothing', 'cross_entropy')}"], "method lws"),
-    "factor": ([f"stages.second={STAGES['las'].replace('0.2', '-1')}"], "head_lr_factor is -1.0"),
+    "factor": ([f"stages.second={STAGES['las'].replace('0.2', '-1')}"], "head_lr_factor: is -1"),
     "taus": ([f"stages.second={STAGES['tau_norm'].replace('iterations: 6', 'iterations: 3')}"], "iterations: 6 and"),
     "cosine": (["model.head=cosine", f"stages.second={STAGES['tau_norm']}"], "plain linear head"),
     "scaled": ([f"stages.second={STAGES['lws']}", f"stages.third={STAGES['tau_norm']}"], "plain linear head"),

@@ -203,8 +203,8 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words):
 REFUSED = {
     "sampling": (ROBUST.replace("class_aware_4", "class_balanced"), "set sampling: class_aware_4"),
     "batch": (ROBUST.replace("32", "30"), "allowed: a multiple of 4"),
-    "temperature": (ROBUST.replace("radius: 0.5", "temperature: 0"), "temperature is 0.0"),
-    "weight": (ROBUST.replace("radius: 0.5", "robust_weight: 0"), "robust_weight is 0.0"),
+    "temperature": (ROBUST.replace("radius: 0.5", "temperature: 0"), "temperature: is 0"),
+    "weight": (ROBUST.replace("radius: 0.5", "robust_weight: 0"), "robust_weight: is 0"),
     "floor": (ROBUST.replace("radius: 0.5", "radius: 0.5, radius_floor: 1"), "radius is 0.5, below radius_floor 1.0"),
 }
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
-    {"fastlt.names", "fastlt.state", "fastlt.file_lock", "fastlt.arguments", "fastlt.error_message", "fastlt"},
+    {"fastlt.names", "fastlt.paths", "fastlt.ranges", "fastlt.state", "fastlt.file_lock", "fastlt"},
+    {"fastlt.arguments", "fastlt.console", "fastlt.error_message"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "loaders.sources"},
     {"fastlt.steps", "loaders.stored"},

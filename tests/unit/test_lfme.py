@@ -410,9 +410,9 @@ REFUSED = {
     "previous": (student("start: fresh", "start: previous"), "set start: fresh"),
     "experts-previous": (["stages.few.start=previous"], "experts are trained apart"),
     "plain-part": (["stages.many.method=plain"], "method 'plain' is for all classes at once"),
-    "until": (student("curriculum_epochs: 2", "distil_until: 1.0"), "distil_until is 1.0"),
-    "temperature": (student("curriculum_epochs: 2", "temperature: 0"), "temperature is 0"),
-    "curriculum": (student("curriculum_epochs: 2", "curriculum_epochs: -1"), "curriculum_epochs is -1"),
+    "until": (student("curriculum_epochs: 2", "distil_until: 1.0"), "distil_until: is 1.0"),
+    "temperature": (student("curriculum_epochs: 2", "temperature: 0"), "temperature: is 0"),
+    "curriculum": (student("curriculum_epochs: 2", "curriculum_epochs: -1"), "curriculum_epochs: is -1"),
 }
 
 

@@ -374,10 +374,10 @@ REFUSED = {
         [f"stages.memory={STAGES['attention'].replace('side: 2', 'side: 7')}"],
         "are 2 x 2; set attention_side: 2",
     ),
-    "margin": ([f"stages.memory={STAGES['trained'].replace('1000', '-1')}"], "margin is -1"),
+    "margin": ([f"stages.memory={STAGES['trained'].replace('1000', '-1')}"], "margin: is -1"),
     "factor": (
         [f"stages.memory={STAGES['trained'].replace('margin: 1000', 'backbone_lr_factor: 0')}"],
-        "freeze_backbone",
+        "backbone_lr_factor: is 0",
     ),
     "classes": (
         [f"stages.memory={STAGES['trained'].replace('method', 'classes: few, method')}"],

@@ -302,11 +302,11 @@ def test_random_resized_crops_of_a_cropping_loader_come_in_pairs(digits_words):
 REFUSED = {
     "loss": (["loss=focal"], "log pi is added"),
     "queue": (["options={queue: 16}"], "options.queue: is 16 with batch_size 64"),
-    "alpha": (["options={alpha: -1}"], "alpha is -1.0"),
-    "temperature": (["options={temperature: 0}"], "temperature is 0.0"),
-    "momentum": (["options={momentum: 1.5}"], "momentum is 1.5"),
-    "dim": (["options={dim: 0}"], "dim is 0"),
-    "negative": (["options={queue: -1}"], "queue is -1"),
+    "alpha": (["options={alpha: -1}"], "alpha: is -1"),
+    "temperature": (["options={temperature: 0}"], "temperature: is 0"),
+    "momentum": (["options={momentum: 1.5}"], "momentum: is 1.5"),
+    "dim": (["options={dim: 0}"], "dim: is 0"),
+    "negative": (["options={queue: -1}"], "queue: is -1"),
 }
 
 

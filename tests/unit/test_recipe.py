@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import yaml
 
-from fastlt.recipe import RecipeError, differences, load_recipe
+from fastlt.ranges import RANGE
+from fastlt.recipe import (
+    AccuracyRecipe,
+    DataRecipe,
+    ModelRecipe,
+    Recipe,
+    RecipeError,
+    StageRecipe,
+    StorageRecipe,
+    differences,
+    load_recipe,
+)
 from fastlt.recipe.compose import apply_override, merge
+from fastlt.steps import STEPS
 from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.meta import Approximation
 
 BASE = {
     "data": {"source": "digits", "image_size": 8, "mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4], "augment": ["flip"]},
@@ -54,6 +70,36 @@ def test_overrides_reach_every_depth_and_read_yaml(write):
     recipe = load_recipe(write(BASE), [*words, f"{STAGE}.options={{}}", "name=other"])
     stage = recipe.stages["end_to_end"]
     assert (recipe.seed, recipe.name, stage.lr, stage.milestones) == (3, "other", 0.01, [10.0, 20.0])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    for name in ("train.txt", "test.txt", "weights.pt"):
+        (tmp_path / name).touch()
+    write(BASE, "low.yaml")
+    images = {"source": "list_file", "root": "~/images", "converted": "~/x", "train_list": "~/train.txt"}
+    recipe = load_recipe(
+        write({"base": ["~/low.yaml"], "data": images, "runs": "~/runs"}, "mine.yaml").replace(tmp_path / "my.yaml"),
+        ["data.test_list=~/test.txt", "model.checkpoint=~/weights.pt"],
+    )
+    assert load_recipe("~/my.yaml", ["data.test_list=~/test.txt", "model.checkpoint=~/weights.pt"]) == recipe
+    data = recipe.data
+    paths = [data.root, data.converted, data.train_list, data.test_list, recipe.model.checkpoint, recipe.runs]
+    assert paths == [str(tmp_path / n) for n in ("images", "x", "train.txt", "test.txt", "weights.pt", "runs")]
+    assert load_recipe("~/my.yaml", ["data.converted=a//$HOME/~"]).data.converted == "a//$HOME/~"
+
+
+def test_every_number_has_a_range():
+    """But those whose checks say more, or whose limits lie in other keys."""
+    apart = {"DataRecipe.mean", "DataRecipe.std"}
+    options = [step.Options for step in STEPS.values()]
+    for cls in (Recipe, DataRecipe, StorageRecipe, ModelRecipe, StageRecipe, AccuracyRecipe, Approximation, *options):
+        for field in dataclasses.fields(cls):
+            number = re.search(r"\b(int|float)\b", str(field.type))
+            assert not number or RANGE in field.metadata or f"{cls.__name__}.{field.name}" in apart, (
+                f"{cls}.{field.name}"
+            )
 
 
 def test_the_resolved_recipe_is_the_same_recipe(write, tmp_path):
@@ -115,7 +161,7 @@ MISTAKES = [
     ("checkpoint_every_s=.nan", ["checkpoint_every_s", "no finite number"]),
     (f"{STAGE}.epochs=3", [STAGE, "iterations and epochs"]),
     (f"{STAGE}.iterations=null", [STAGE, "neither"]),
-    (f"{STAGE}.iterations=0", [f"{STAGE}.length", "> 0"]),
+    (f"{STAGE}.iterations=0", [f"{STAGE}.iterations", ">= 1"]),
     (f"{STAGE}.lr=0", [f"{STAGE}.lr", "> 0"]),
     (f"{STAGE}.momentum=1.0", [f"{STAGE}.momentum", "[0, 1)"]),
     (f"{STAGE}.warmup=100", [f"{STAGE}.warmup", "less than the length"]),
@@ -127,10 +173,34 @@ MISTAKES = [
     ("data.std=[60,60,60]", ["data.std", "divide by 255?"]),
     ("data.mean=[120,120,120]", ["data.mean", "divide by 255?"]),
     ("data.mean=[.nan,0,0]", ["data.mean", "nan"]),
-    ("data.eval_ratio=1.5", ["data.eval_ratio", "1.5", "above 0 up to 1"]),
-    ("data.crop_scale=[0.5,2]", ["data.crop_scale", "(0.5, 2.0)", "0 < low <= high <= 1"]),
-    ("data.crop_aspect=[0,2]", ["data.crop_aspect", "(0.0, 2.0)", "0 < low <= high"]),
-    ("data.num_workers=-1", ["data.num_workers", "-1", ">= 1"]),
+    ("data.eval_ratio=1.5", ["data.eval_ratio", "1.5", "in (0, 1]"]),
+    ("data.crop_scale=[0.5,2]", ["data.crop_scale", "[0.5, 2]", "numbers in (0, 1]"]),
+    ("data.crop_scale=[0.9,0.1]", ["data.crop_scale", "(0.9, 0.1)", "0 < low <= high <= 1"]),
+    ("data.crop_aspect=[0,2]", ["data.crop_aspect", "[0, 2]", "numbers > 0"]),
+    ("data.num_workers=-1", ["data.num_workers", "-1", "from 0 to 1024"]),
+    ("seed=-1", ["seed: is -1", "from 0 to 4294967295"]),
+    ("model.drop_rate=1", ["model.drop_rate: is 1", "in [0, 1)"]),
+    ("data.image_size=0", ["data.image_size: is 0", "from 1 to 65535"]),
+    (f"seed={'9' * 401}", ["seed", "an integer of 401 digits", "64 bits"]),
+    (f"{STAGE}.lr={'9' * 401}", [f"{STAGE}.lr", "an integer of 401 digits"]),
+    (f"seed={'9' * 5000}", ["seed", "an integer of 5000 digits"]),
+    (f"{STAGE}.lr=1e999", [f"{STAGE}.lr", "no finite number"]),
+    ("seed=2001-01-01", ["seed", "a string ('2001-01-01')", "an integer"]),
+    ("seed=!!int ''", ["seed", "line 1", "the tag of a number"]),
+    ("seed=1:30", ["seed", "a string ('1:30')"]),
+    ("name=!!binary aGk=", ["name", "tag", "binary"]),
+    ("data.augment=!!set {flip}", ["data.augment", "tag", "set"]),
+    ("name=!!python/object/apply:os.system [ls]", ["name", "tag", "python"]),
+    (f'name="{chr(92)}0"', ["name", "holds a character"]),
+    (f"name={'x' * 300}", ["name", "at most 200 bytes"]),
+    ("stages.a/b={method: plain, lr: 1, epochs: 1}", ["stages", "a/b", "no slash"]),
+    (f"data.augment={'[' * 100}{']' * 100}", ["data.augment", "nested more than 50 levels"]),
+    ("data.augment=&a [*a]", ["data.augment", "more than 50 levels"]),
+    (f"{STAGE}.loss=[focal]", [f"{STAGE}.loss", "a string"]),
+    (f"{STAGE}.loss_options.gamma=x", [f"{STAGE}.loss", "gamma"]),
+    (f"{STAGE}.loss=focal {STAGE}.loss_options.gamma=-1", [f"{STAGE}.loss", "gamma", "at least 0"]),
+    ("data.augment=[{auto_augment: {policy: [a]}}]", ["data.augment", "policy"]),
+    ("runs=~no_such_user/x", ["runs", "~no_such_user"]),
     ("data.num_workers=0", ["data.num_workers", "0 with data.loader torch"]),
     ("data.imbalance_factor=0.5", ["data.imbalance_factor", ">= 1"]),
     ("data.convention=ldam", ["data.convention", "cifar10"]),
@@ -144,10 +214,12 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("word", "expected"), MISTAKES, ids=[word for word, _ in MISTAKES])
 def test_every_mistake_is_named(write, word, expected):
+    words = word.split(" stages") if " stages" in word else [word]
     with pytest.raises(RecipeError) as error:
-        load_recipe(write(BASE), [word])
+        load_recipe(write(BASE), [words[0], *(f"stages{more}" for more in words[1:])])
     for part in expected:
         assert part in str(error.value)
+    assert len(str(error.value)) < 1500
 
 
 def test_lean_is_refused_where_nothing_is_recorded(write):
