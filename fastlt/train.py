@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlt.arguments import add_recipe, make_parser
 from fastlt.console import print_anything
+from fastlt.device.openmp import load_llvm_openmp
 from fastlt.error_message import print_error
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
 
     # Torch says so of its own code when it first takes a forward-mode derivative.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-    # Imported late: a mistake on the command line answers before torch has loaded.
-    from fastlt.recipe import load_recipe
-
     try:
+        load_llvm_openmp()
+        # Imported late: a mistake on the command line answers before torch has loaded.
+        from fastlt.recipe import load_recipe
+
         recipe = load_recipe(words.recipe, words.overrides)
         if words.check:
             print(recipe.to_yaml(), end="")

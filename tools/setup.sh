@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets fastlt up in ./.venv: the system packages FFCV is built against, then the project under constraints.txt.
-# Installs, where it may, an allocator that saves memory; see fastlt/device/host_memory.py.
+# Installs, where it may, an allocator that saves memory and LLVM's OpenMP; see fastlt/device/.
 # Idempotent: once it has succeeded and its inputs are unchanged it returns at once, without a network.
 #
 #   PYTHON=python3.12   the interpreter the environment is made with (default: python3, 3.10 or newer)
@@ -57,15 +57,19 @@ Install them (apt-get install $packages), then run this again."
         || fail "apt-get could not install: $packages"
 fi
 
-# Another malloc, of use for `options.lean` alone: nothing fails for its sake, and nobody is asked for a password.
-allocator=libtcmalloc_minimal.so.4 allocator_package=libtcmalloc-minimal4
-preloads() { ! LD_PRELOAD=$allocator env true 2>&1 | grep -q 'cannot be preloaded'; }
-if ! preloads && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-    echo "setup: installing $allocator_package"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        $allocator_package; } >/dev/null 2>&1 || true
-fi
-preloads || echo "setup: going on without $allocator (Debian's $allocator_package); only options.lean would gain from it"
+# Of use and not needed: another malloc (for `options.lean` alone), and an OpenMP that gives way to other programs on the
+# same cores. Nothing fails for their sake, and nobody is asked for a password.
+preloads() { ! LD_PRELOAD=$1 env true 2>&1 | grep -q 'cannot be preloaded'; }
+useful() {
+    if ! preloads "$1" && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+        echo "setup: installing $2"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            "$2"; } >/dev/null 2>&1 || true
+    fi
+    preloads "$1" || echo "setup: going on without $1 (Debian's $2); $3"
+}
+useful libtcmalloc_minimal.so.4 libtcmalloc-minimal4 "only options.lean would gain from it"
+useful libomp.so.5 libomp5 "two programs on the same cores will slow each other down more than by half"
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
     || fail "$("$python" --version) is too old: Python 3.10 or newer is needed; name one with PYTHON=python3.12 make setup"

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastlt.device.openmp import runtime
+
 Speeds = dict[str, list[float]]
 
 
@@ -66,7 +68,7 @@ def ratio(speeds: Speeds, name: str, other: str | None) -> float | None:
 
 def report(rows: list[Row], *, as_json: bool, settings: dict[str, Any]) -> None:
     """Print the rows as a table, or all of it as one JSON object."""
-    settings = {**settings, "torch": torch.__version__, "python": platform.python_version()}
+    settings = {**settings, "openmp": runtime(), "torch": torch.__version__, "python": platform.python_version()}
     if as_json:
         print(json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
         return

@@ -51,6 +51,7 @@ from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import wait_for
 from fastlt.device.compiled import MODES
 from fastlt.device.host_memory import allocator, keep_freed_memory
+from fastlt.device.openmp import runtime
 from fastlt.models.classifier import check_model
 
 NAME = "fastlt benchmark step"
@@ -95,6 +96,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     if words.device == "cpu":
         settings["malloc"] = allocator()
+        settings["openmp"] = runtime()
     if words.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
     else:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fastlt.device.openmp import load_llvm_openmp
+
 
 def run(module: str, words: list[str], prog: str) -> int:
     """Call a module's `main(words, prog)`; returns the exit code. A ValueError is one message and code 2."""
     try:
+        load_llvm_openmp()
         return importlib.import_module(module).main(words, prog)
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

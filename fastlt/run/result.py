@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastlt.device.openmp import runtime
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
 from fastlt.run.folder import is_finished, result_file
@@ -46,6 +47,7 @@ def make_result(
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "processes": context.reducer.world_size,
         "threads": torch.get_num_threads(),
+        "openmp": runtime(),
         "iterations": progress.done,
         "train_s": progress.train_s,
         "img_s": progress.img_s,
