@@ -122,7 +122,7 @@ def _convert(
     one = split.subset(np.arange(1))
     splits: dict[str, Split] = {"train": split, "meta": one, "test": one}
     source = Source("benchmark", ("one class",), splits)
-    return convert(source, folder, options=options, request={}, formats=formats, progress=False)
+    return convert(source, folder, options=options, request={}, formats=formats, allow_duplicates=True, progress=False)
 
 
 def _measure(

@@ -14,6 +14,7 @@ Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 or 143 interrup
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
 from loaders.order.longtail import CONVENTIONS
 from loaders.sources import SOURCES, Source, open_source, sources_taking
+from loaders.sources.duplicates import KINDS
 from loaders.stored.ffcv_format import MODES, FfcvOptions
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ ARGUMENT_OF = {
     "test_list": "test_list",
     "convention": "convention",
     "no_download": "download",
+    "allow_duplicates": "allow_duplicates",
 }
 WITH_VERIFY = ("verify", "workers", "quiet")
 
@@ -93,6 +96,11 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     run = parser.add_argument_group("the run")
     run.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: all cores)")
     run.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="images that cannot be decoded")
+    run.add_argument(
+        "--allow-duplicates",
+        action="store_true",
+        help="the same image may be in two splits or under two labels",
+    )
     run.add_argument("--overwrite", action="store_true", help="replace the converted data set at --out")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -164,6 +172,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{out} holds another data set: {differences}; give another folder, or --overwrite")
     check_target(out, overwrite=arguments.overwrite)
     source = open_chosen(arguments, chosen)
+    for note in source.notes:
+        print(note)
     dataset = convert(
         source,
         out,
@@ -171,6 +181,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         request=request,
         formats=formats,
         on_error=arguments.on_error,
+        allow_duplicates=arguments.allow_duplicates,
         progress=not arguments.quiet,
         overwrite=arguments.overwrite,
     )
@@ -185,6 +196,7 @@ def open_chosen(arguments: argparse.Namespace, chosen: dict) -> Source:
         root=arguments.root,
         download=not arguments.no_download,
         num_classes=arguments.num_classes,
+        allow_duplicates=arguments.allow_duplicates,
         **chosen,
     )
 
@@ -210,7 +222,9 @@ def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chos
 
 
 def report(dataset) -> None:
-    """Say what was made: images and bytes per split, the long tail, and what was left out."""
+    """Say what was made: images and bytes per split, the long tail, what was left out and what is there twice."""
+    from loaders.stored.manifest import DUPLICATES, SKIPPED
+
     counts = dataset.class_counts().counts
     for name, split in dataset.manifest["splits"].items():
         of_split = f"{name}.beton", f"dali/{name}"
@@ -220,4 +234,9 @@ def report(dataset) -> None:
         print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB; {split['provenance']}")
     print(f"{dataset.root}: {len(counts)} classes of {counts.max():,} to {counts.min():,} training images")
     if dataset.manifest["skipped"]:
-        print(f"{dataset.manifest['skipped']} images could not be decoded: {dataset.root / 'skipped.txt'}")
+        print(f"{dataset.manifest['skipped']} images could not be decoded: {dataset.root / SKIPPED}")
+    counts = [f"{count:,} {KINDS[kind]}" for kind, count in dataset.manifest["duplicates"].items() if count]
+    if counts:
+        print(f"files of equal contents: {', '.join(counts)}: {dataset.root / DUPLICATES} begins with")
+        with (dataset.root / DUPLICATES).open(encoding="utf-8", errors="backslashreplace") as lines:
+            print(*(f"  {' '.join(line.split(chr(9)))}" for line in itertools.islice(lines, 3)), sep="", end="")

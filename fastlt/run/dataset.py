@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from fastlt.recipe import LIST_KEYS, DataRecipe
 from fastlt.run.main_process import on_main
@@ -93,7 +94,10 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
 
 
 def _read_source(data: DataRecipe) -> UnconvertedDataset:
-    return UnconvertedDataset.open(_open_source(data), Path(data.root or data.source))
+    dataset = UnconvertedDataset.open(_open_source(data), Path(data.root or data.source))
+    for note in dataset.notes:
+        tqdm.write(note)
+    return dataset
 
 
 def _open_source(data: DataRecipe) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from loaders.sources.cifar import CIFAR10, CIFAR100, open_cifar
 from loaders.sources.digits import open_digits
 from loaders.sources.image_folder import open_image_folder
 from loaders.sources.list_file import open_list_files
+from loaders.sources.messages import printable
 from loaders.sources.split import ArraySplit, FileSplit, Source, Split
 
 __all__ = ["SOURCES", "ArraySplit", "FileSplit", "Source", "SourceKind", "Split", "open_source", "sources_taking"]
@@ -69,6 +71,7 @@ def open_source(
     convention: str = "paper",
     meta_per_class: int = 10,
     seed: int = 0,
+    allow_duplicates: bool = False,
 ) -> Source:
     """Find a data set and cut it into the splits "train", "meta" and "test"; nothing is decoded yet.
 
@@ -79,6 +82,7 @@ def open_source(
     imbalance_factor: largest over smallest class of the long tail to cut, None for the data set as it is.
     convention: "paper" or "ldam", how CIFAR is cut (`loaders.order.longtail`).
     seed: which digits are held out; the other sources are cut by file order.
+    allow_duplicates: whether one file may be in two splits or under two labels, for sources of files.
     Raises ValueError, saying what to do, when the data are missing or not what they should be.
     """
     kind = pick("source", name, SOURCES)
@@ -97,6 +101,7 @@ def open_source(
         "convention": convention,
         "meta_per_class": meta_per_class,
         "seed": seed,
+        "allow_duplicates": allow_duplicates,
     }
     if "root" in kind.takes:
         arguments["root"] = _root(kind, root, may_be_made=download and "download" in kind.takes)
@@ -110,7 +115,9 @@ def _root(kind: SourceKind, root: str | Path | None, *, may_be_made: bool) -> Pa
     """The folder as a Path; a missing one is an error, unless a download makes it."""
     if root is None:
         raise ValueError(f"{kind.name} needs a root: the folder that holds its images")
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     if not root.exists() and not may_be_made:
-        raise ValueError(f"root {root.absolute()} does not exist: {kind.name} needs the folder that holds its images")
+        raise ValueError(
+            f"root {printable(root.absolute())} does not exist: {kind.name} needs the folder that holds its images"
+        )
     return root

@@ -6,6 +6,7 @@ the inverted CMYK that Adobe writes into JPEGs, and goes by the file's content, 
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2", ".tga", ".jfif")
 )
 MAX_PIXELS = 178_956_970  # Pillow's own limit of what may be decoded: 0.5 GiB of RGB
+MAX_BYTES = 1 << 31  # of a file that is read
 ORIENTATION_TAG = 0x0112
 # How JPEG, PNG, GIF, TIFF and JPEG 2000 begin; BMP, PPM and TGA have too little that is theirs alone.
 SIGNATURES = (
@@ -33,33 +35,52 @@ SCAN, END_OF_IMAGE = 0xDA, b"\xff\xd9"  # JPEG: the marker before the compressed
 
 
 def decode_image(path: Path) -> np.ndarray:
-    """Read an image file as uint8 (H, W, 3) RGB, upright.
+    """Read an image file as uint8 (H, W, 3) RGB: `read_image_file` and `decode_bytes`."""
+    return decode_bytes(read_image_file(path))
 
-    Grayscale is repeated over the channels, 16-bit gray is scaled (65535 becomes 255), CMYK and palettes are converted,
-    an alpha channel is dropped (as torchvision's folder reader does, so that pixels agree with published pipelines),
-    the EXIF orientation is applied, and of an animation the first frame is taken.
-    Raises ValueError with the reason, without the path, when the file holds no whole image.
-    """
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file, at least one; ValueError with the reason, without the path, when there are none."""
     try:
         if not path.is_file() and path.exists():  # to open a pipe would wait for ever
             raise ValueError("not a file (a folder, a pipe or a device)")
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
-            with _open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-                image.load()
-                if image.format in ("JPEG", "MPO") and not _has_end(path.read_bytes()):
-                    raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
-                return _to_rgb(_upright(image))
-    except ValueError:
-        raise
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size / 2**30:.1f} GiB are more than the {MAX_BYTES >> 30} allowed for an image")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except PermissionError:
         raise ValueError("no permission to read it") from None
+    except MemoryError:
+        raise ValueError("not enough memory to read it") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if not data:
+        raise ValueError("the file is empty (0 bytes)")
+    return data
+
+
+def decode_bytes(data: bytes) -> np.ndarray:
+    """The image of a file's bytes as uint8 (H, W, 3) RGB, upright.
+
+    Grayscale is repeated over the channels, 16-bit gray is scaled (65535 becomes 255), CMYK and palettes are converted,
+    an alpha channel is dropped (as torchvision's folder reader does, so that pixels agree with published pipelines),
+    the EXIF orientation is applied, and of an animation the first frame is taken.
+    Raises ValueError with the reason when they are no whole image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
+            with _open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+                image.load()
+                if image.format in ("JPEG", "MPO") and not _has_end(data):
+                    raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
+                return _to_rgb(_upright(image))
+    except ValueError:
+        raise
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
@@ -80,7 +101,7 @@ def jpeg_bytes(path: Path) -> bytes | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _open(path) as image:
+        with _open(io.BytesIO(data)) as image:
             plain = image.mode in ("RGB", "L") and _orientation(image) == 1
     return data if plain else None
 
@@ -117,9 +138,9 @@ def _has_end(data: bytes) -> bool:
     return data.rfind(END_OF_IMAGE, place) >= 0
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: io.BytesIO) -> Image.Image:
     Image.init()  # Pillow registers the rarer formats late, and a list of formats must name registered ones
-    return Image.open(path, formats=FORMATS)
+    return Image.open(file, formats=FORMATS)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from loaders.sources.decode import decode_image, jpeg_bytes
+from loaders.order.longtail import holdout_per_class, longtail_subset, subsample
+from loaders.sources.decode import decode_bytes, jpeg_bytes, read_image_file
 
 SPLITS = ("train", "meta", "test")  # of every source
 
@@ -116,8 +117,12 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def contents(self, i: int) -> bytes:
+        """The file of image i; ValueError with the reason when it cannot be read."""
+        return read_image_file(self.root / self.paths[i])
+
     def image(self, i: int) -> np.ndarray:
-        return decode_image(self.root / self.paths[i])
+        return decode_bytes(self.contents(i))
 
     def encoded(self, i: int) -> bytes | None:
         return jpeg_bytes(self.root / self.paths[i])
@@ -129,13 +134,84 @@ class FileSplit:
         return replace(self, paths=[self.paths[i] for i in indices], labels=self.labels[indices])
 
 
+class Choice(NamedTuple):
+    """The images of a split: `rows`, int64 (K,), of the candidates `pool`."""
+
+    pool: str
+    rows: np.ndarray
+    provenance: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the splits of a data set of files are chosen from.
+
+    pools: "train" and "test", and "meta" where the data set has one; their provenance is the name of their place.
+    meta_per_class: of "meta" the first so many images of each class are the meta set; without one, the last so many of
+        each class of "train", which are held out.
+    imbalance_factor: of the long tail to cut out of "train" by taking the first images of each class; None for all.
+    """
+
+    pools: Mapping[str, FileSplit]
+    class_names: tuple[str, ...]
+    meta_per_class: int
+    imbalance_factor: float | None
+
+    def choose(self, usable: Mapping[str, np.ndarray] | None = None) -> dict[str, Choice]:
+        """The images of each split, among those that can be used.
+
+        usable: rows of each pool, int64 (K,) in order; None for all.
+        Raises ValueError when a class has too few.
+        """
+        rows = usable or {name: np.arange(len(pool)) for name, pool in self.pools.items()}
+        labels = {name: pool.labels[rows[name]] for name, pool in self.pools.items()}
+        where = {name: pool.provenance for name, pool in self.pools.items()}
+        count, num_classes = self.meta_per_class, len(self.class_names)
+        if "meta" in self.pools:
+            of_class = np.minimum(np.bincount(labels["meta"], minlength=num_classes), count)
+            first = longtail_subset(labels["meta"], of_class)
+            meta = Choice("meta", rows["meta"][first], f"first {count} of each class of {where['meta']}")
+            train, tail = rows["train"], "all"
+        else:
+            held, rest = holdout_per_class(labels["train"], count, num_classes)
+            meta = Choice("train", rows["train"][held], f"last {count} of each class of {where['train']}, held out")
+            train, tail = rows["train"][rest], "all that is not held out"
+        train = train[subsample(self.pools["train"].labels[train], self.imbalance_factor, num_classes)]
+        if self.imbalance_factor is not None:
+            tail = f"first n_c of each class of {tail}, imbalance factor {self.imbalance_factor:g},"
+        return {
+            "train": Choice("train", train, f"{tail} of {where['train']}"),
+            "meta": meta,
+            "test": Choice("test", rows["test"], f"all of {where['test']}"),
+        }
+
+    def splits(self, choices: Mapping[str, Choice]) -> dict[str, FileSplit]:
+        """The images of the choices."""
+        return {
+            name: replace(self.pools[choice.pool].subset(choice.rows), provenance=choice.provenance)
+            for name, choice in choices.items()
+        }
+
+
 @dataclass(frozen=True)
 class Source:
-    """A data set before conversion: class names in label order, and the images of each of SPLITS."""
+    """A data set before conversion: class names in label order, and the images of each of SPLITS.
+
+    candidates: what the splits were chosen from, where images may turn out to be damaged.
+    notes: what the user should know, such as folders that were not read, one line each.
+    """
 
     name: str
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
+    candidates: Candidates | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_files(cls, name: str, candidates: Candidates, notes: tuple[str, ...] = ()) -> Source:
+        """The data set whose splits are chosen among all candidates."""
+        splits = candidates.splits(candidates.choose())
+        return cls(name, candidates.class_names, splits, candidates, notes)
 
     @property
     def num_classes(self) -> int:

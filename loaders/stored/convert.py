@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlt.names import unknown
+from loaders.sources.duplicates import KINDS, Duplicates
 from loaders.sources.split import SPLITS, Source
 from loaders.stored import FORMATS
 from loaders.stored.atomic_folder import MANIFEST, check_target, publish, work_folder, write_durably
@@ -18,9 +20,18 @@ from loaders.stored.dataset import ConvertedDataset, open_split, split_file
 from loaders.stored.ffcv_format import FfcvOptions, stored_sizes, write_beton
 from loaders.stored.forked_workers import STUCK_S
 from loaders.stored.identity import content_sha256
-from loaders.stored.image_check import BadImage, check_source, refuse_bad_images
+from loaders.stored.image_check import (
+    BadImage,
+    ImageCheck,
+    check_splits,
+    refuse_bad_images,
+    refuse_empty_classes,
+    refuse_same_contents,
+    same_contents,
+)
 from loaders.stored.manifest import (
     CONTENTS,
+    DUPLICATES,
     LABELS,
     SCHEMA,
     SKIPPED,
@@ -64,6 +75,7 @@ def convert(
     request: Mapping[str, Any],
     formats: tuple[str, ...] = ("ffcv",),
     on_error: str = "stop",
+    allow_duplicates: bool = False,
     progress: bool = True,
     overwrite: bool = False,
     timeout_s: float = STUCK_S,
@@ -73,7 +85,9 @@ def convert(
     request: the arguments that `source` was opened with; they go into the manifest (`ConvertedDataset.matches`).
     formats: which of FORMATS to write; each holds all images.
     on_error: "stop" raises a ValueError that lists the images that cannot be decoded, before anything is written;
-        "skip" leaves them out and lists them in skipped.txt.
+        "skip" leaves them out, before the splits are chosen, and lists them in skipped.txt.
+    allow_duplicates: whether files of equal contents may be in two splits; within a split they may. All of them are
+        listed in duplicates.txt.
     overwrite: whether a converted data set that stands at `out` is replaced (after the new one is whole).
     timeout_s: processes that check or write images are ended when there is no progress for so long.
     Raises ValueError, too, when `out` is in the way, another conversion is writing to it, or the writer fails.
@@ -84,8 +98,11 @@ def convert(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
-        checks = check_source(source, num_workers=options.num_workers, progress=progress, timeout_s=timeout_s)
-        refuse_bad_images(source, checks, on_error)
+        listing_sha256 = source.listing_sha256()
+        source, checks, bad = _check_images(source, options, on_error, progress, timeout_s)
+        duplicates = same_contents(source.splits, checks)
+        if not allow_duplicates:
+            refuse_same_contents(source.splits, duplicates)
         sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
         labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
         if "ffcv" in formats:
@@ -107,10 +124,11 @@ def convert(
                         timeout_s=timeout_s,
                     )
         np.savez(work / LABELS, **labels)  # pyright: ignore[reportArgumentType]  taken for allow_pickle
-        bad = {name: check.bad for name, check in checks.items()}
         if any(bad.values()):
             write_skipped(work / SKIPPED, bad)
         contents = {kind: {name: _content_sha256(work, name, kind) for name in SPLITS} for kind in formats}
+        if any(duplicates.counts().values()):
+            write_duplicates(work / DUPLICATES, source, duplicates)
         manifest = {
             "schema": SCHEMA,
             "source": source.name,
@@ -123,9 +141,10 @@ def convert(
             },
             "formats": {kind: options.parameters() for kind in formats},
             "request": as_json(request),
-            "listing_sha256": source.listing_sha256(),
+            "listing_sha256": listing_sha256,
             "skipped": sum(len(images) for images in bad.values()),
             CONTENTS: contents,
+            "duplicates": duplicates.counts(),
             "files": describe_files(work, progress),
             "versions": versions(),
         }
@@ -139,16 +158,47 @@ def _content_sha256(work: Path, split: str, kind: str) -> str:
     return content_sha256(stored, stored.encoded)
 
 
+def _check_images(
+    source: Source, options: FfcvOptions, on_error: str, progress: bool, timeout_s: float
+) -> tuple[Source, dict[str, ImageCheck], dict[str, tuple[BadImage, ...]]]:
+    """The data set to write, its checks, and the images that are left out.
+
+    What cannot be decoded is left out before the splits are chosen: its place is taken by the next good image.
+    """
+    candidates = source.candidates if on_error == "skip" else None
+    pools = candidates.pools if candidates else source.splits
+    checks = check_splits(pools, num_workers=options.num_workers, progress=progress, timeout_s=timeout_s)
+    if on_error == "stop":
+        refuse_bad_images(pools, checks)
+    refuse_empty_classes(pools, checks, source.class_names)
+    bad = {name: check.bad for name, check in checks.items()}
+    if candidates:
+        choices = candidates.choose({name: check.good for name, check in checks.items()})
+        source = replace(source, splits=candidates.splits(choices))
+        checks = {name: checks[choice.pool].of(choice.rows) for name, choice in choices.items()}
+    return source, checks, {name: bad.get(name, ()) for name in SPLITS}
+
+
 def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:
-    """One line for each image that is left out: its split, path and reason, with tabs between them.
+    """One line for each image that is left out: its split, path and reason."""
+    write_table(path, [(split, image.name, image.reason) for split in SPLITS for image in bad[split]])
+
+
+def write_duplicates(path: Path, source: Source, found: Duplicates) -> None:
+    """One line for each group of files of equal contents: its kind, then split and path of each."""
+    names = {name: split.name for name, split in source.splits.items()}
+    rows = []
+    for kind, group in found:
+        rows.append([KINDS[kind], *(word for split, i in group for word in (split, names[split](i)))])
+    write_table(path, rows)
+
+
+def write_table(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Text with tabs between the fields of a line.
 
     Paths keep their bytes, whatever encoding these are of, but for tabs and line ends, which are spelled out.
     """
-    lines = []
-    for split in SPLITS:
-        for image in bad[split]:
-            fields = [text.replace("\t", "\\t").replace("\n", "\\n") for text in (image.name, image.reason)]
-            lines.append("\t".join([split, *fields]) + "\n")
+    lines = ["\t".join(text.replace("\t", "\\t").replace("\n", "\\n") for text in row) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.sources.split import SPLITS, ArraySplit, Source, Split
+from loaders.sources.decode import decode_bytes
+from loaders.sources.duplicates import KINDS, Duplicates, find_duplicates, refuse_shared
+from loaders.sources.messages import printable, shortened, some
+from loaders.sources.split import SPLITS, ArraySplit, FileSplit, Source, Split
 from loaders.stored.forked_workers import STUCK_S, Advance, chunks_of, image_done, map_chunks
 from loaders.stored.progress import progress_bar
 
@@ -32,15 +36,21 @@ class ImageCheck:
     """What decoding every image of a split has shown.
 
     sizes: int64 (N, 2), (height, width); (0, 0) where the image is bad.
+    digests: uint64 (N,), equal for files of equal contents, 0 where there is none; None for images in memory.
     """
 
     sizes: np.ndarray
     bad: tuple[BadImage, ...]
+    digests: np.ndarray | None = None
 
     @property
     def good(self) -> np.ndarray:
         """Indices of the images that can be converted, int64."""
         return np.setdiff1d(np.arange(len(self.sizes)), [image.index for image in self.bad])
+
+    def of(self, rows: np.ndarray) -> ImageCheck:
+        """The check of a subset of good images, rows int64 (K,)."""
+        return ImageCheck(self.sizes[rows], (), None if self.digests is None else self.digests[rows])
 
 
 def check_source(
@@ -48,32 +58,70 @@ def check_source(
 ) -> dict[str, ImageCheck]:
     """Decode every image of every split once (`check_images`)."""
     assert set(source.splits) == set(SPLITS), sorted(source.splits)
+    return check_splits(source.splits, num_workers=num_workers, progress=progress, timeout_s=timeout_s)
+
+
+def check_splits(
+    splits: Mapping[str, Split], *, num_workers: int | None, progress: bool, timeout_s: float = STUCK_S
+) -> dict[str, ImageCheck]:
+    """Decode every image once (`check_images`), with a progress bar for each split."""
     checks = {}
-    for name, split in source.splits.items():
+    for name, split in splits.items():
         shown = progress and not isinstance(split, ArraySplit)  # in memory, nothing is to be decoded
         with progress_bar(f"check {name}", len(split), shown) as advance:
             checks[name] = check_images(split, num_workers=num_workers, advance=advance, timeout_s=timeout_s)
     return checks
 
 
-def refuse_bad_images(source: Source, checks: Mapping[str, ImageCheck], on_error: str) -> None:
-    """Refuse bad images ("stop"), or a split that they leave without images of a class ("skip")."""
+def refuse_bad_images(splits: Mapping[str, Split], checks: Mapping[str, ImageCheck]) -> None:
+    """ValueError that lists the images that cannot be converted."""
     bad: list[BadImage] = [image for check in checks.values() for image in check.bad]
-    if bad and on_error == "stop":
+    if bad:
         more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         listed = "".join(f"\n  {image}" for image in bad[:SHOWN])
         raise ValueError(
-            f"{len(bad)} of {sum(len(split) for split in source.splits.values())} images cannot be converted; "
+            f"{len(bad)} of {sum(len(split) for split in splits.values())} images cannot be converted; "
             f"replace them, or leave them out with --on-error skip:{listed}{more}"
         )
+
+
+def refuse_empty_classes(
+    splits: Mapping[str, Split], checks: Mapping[str, ImageCheck], class_names: Sequence[str]
+) -> None:
+    """ValueError for a split that bad images leave without images of a class."""
     for name, check in checks.items():
-        counts = np.bincount(source.splits[name].labels[check.good], minlength=source.num_classes)
-        empty = [source.class_names[c] for c in np.flatnonzero(counts == 0)]
+        counts = np.bincount(splits[name].labels[check.good], minlength=len(class_names))
+        empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
         if empty:
             raise ValueError(
-                f"split {name!r} has no image of {len(empty)} of {source.num_classes} classes that can be decoded: "
+                f"split {name!r} has no image of {len(empty)} of {len(class_names)} classes that can be decoded: "
                 f"{', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}"
             )
+
+
+def same_contents(splits: Mapping[str, Split], checks: Mapping[str, ImageCheck]) -> Duplicates:
+    """The good images that are files of equal contents; none for images in memory."""
+    keys, labels = {}, {}
+    for name, check in checks.items():
+        if check.digests is not None:
+            keys[name], labels[name] = check.digests, splits[name].labels
+    return find_duplicates(keys, labels)
+
+
+def refuse_same_contents(splits: Mapping[str, Split], found: Duplicates) -> None:
+    """ValueError when files of equal contents are in two splits."""
+    where = {name: f"the {name} split" for name in splits}
+    refuse_shared(found, where, lambda split, i: shortened(printable(splits[split].name(i))), "files of equal contents")
+
+
+def duplicate_notes(splits: Mapping[str, Split], found: Duplicates) -> tuple[str, ...]:
+    """One line with the number of groups of each kind, and some names, when there are any."""
+    names: dict[str, list[str]] = {}
+    for kind, group in found:
+        alike = " and ".join(shortened(printable(splits[split].name(i))) for split, i in group[:2])
+        names.setdefault(kind, []).append(alike)
+    said = [f"{len(of_kind):,} {KINDS[kind]} ({some(of_kind[:10])})" for kind, of_kind in names.items()]
+    return (f"files of equal contents: {', '.join(said)}",) if said else ()
 
 
 def check_images(
@@ -94,18 +142,20 @@ def check_images(
         advance(len(split))
         return ImageCheck(np.tile(np.array(split.image_size, dtype=np.int64), (len(split), 1)), ())
     sizes = np.zeros((len(split), 2), dtype=np.int64)
+    digests = np.zeros(len(split), dtype=np.uint64)
     bad: list[BadImage] = []
     chunks = chunks_of(len(split))
     checked = map_chunks(_check_chunk, split, chunks, num_workers=num_workers, advance=advance, timeout_s=timeout_s)
     for chunk, results in checked:
-        for i, (size, reason) in zip(chunk, results, strict=True):
-            sizes[i] = size
+        for i, (size, digest, reason) in zip(chunk, results, strict=True):
+            sizes[i], digests[i] = size, digest
             if reason is not None:
                 bad.append(BadImage(i, split.name(i), reason))
-    return ImageCheck(sizes, tuple(sorted(bad, key=lambda image: image.index)))
+    bad.sort(key=lambda image: image.index)
+    return ImageCheck(sizes, tuple(bad), digests if isinstance(split, FileSplit) else None)
 
 
-def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], str | None]]:
+def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], int, str | None]]:
     results = []
     for i in chunk:
         results.append(_check(split, i))
@@ -113,12 +163,25 @@ def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], str 
     return results
 
 
-def _check(split: Split, i: int) -> tuple[tuple[int, int], str | None]:
-    """((height, width), None), or ((0, 0), why it cannot be converted)."""
+def _check(split: Split, i: int) -> tuple[tuple[int, int], int, str | None]:
+    """((height, width), digest, None), or ((0, 0), 0, why it cannot be converted)."""
     try:
-        height, width = split.image(i).shape[:2]
+        image, digest = _decode(split, i)
     except ValueError as error:
-        return (0, 0), str(error)
+        return (0, 0), 0, str(error)
+    height, width = image.shape[:2]
     if max(height, width) > MAX_SIDE:
-        return (0, 0), f"{width}x{height}: no side may be longer than {MAX_SIDE}"
-    return (height, width), None
+        return (0, 0), 0, f"{width}x{height}: no side may be longer than {MAX_SIDE}"
+    return (height, width), digest, None
+
+
+def _decode(split: Split, i: int) -> tuple[np.ndarray, int]:
+    """Image i, and a number that follows from the contents of its file; 0 where it has no file. The file is read once.
+
+    64 bits: among a million images two different ones have the same with a probability of 3e-8.
+    """
+    if not isinstance(split, FileSplit):
+        return split.image(i), 0
+    data = split.contents(i)
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return decode_bytes(data), int.from_bytes(digest, "little") or 1

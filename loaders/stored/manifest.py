@@ -25,7 +25,7 @@ from loaders.stored.forked_workers import available_cores
 from loaders.stored.progress import progress_bar
 
 SCHEMA = 1
-LABELS, SKIPPED = "labels.npz", "skipped.txt"
+LABELS, SKIPPED, DUPLICATES = "labels.npz", "skipped.txt", "duplicates.txt"
 SHOWN_FILES = 5  # how many damaged files a message names
 SEAL = "manifest_sha256"
 CONTENTS = "contents"  # by format and split, the `content_sha256` of its images; older data sets have none

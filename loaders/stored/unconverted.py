@@ -18,7 +18,15 @@ from loaders.sources.split import SPLITS, FileSplit, Source, Split
 from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
 from loaders.stored.identity import Content, DatasetIdentity, content_sha256
-from loaders.stored.image_check import ImageCheck, check_source, refuse_bad_images
+from loaders.stored.image_check import (
+    ImageCheck,
+    check_source,
+    duplicate_notes,
+    refuse_bad_images,
+    refuse_empty_classes,
+    refuse_same_contents,
+    same_contents,
+)
 
 if TYPE_CHECKING:
     from fastlt.state import ClassCounts
@@ -80,13 +88,18 @@ class UnconvertedDataset:
 
     root: where the data are, for messages.
     checks: what `image_check.check_source` found for each split.
-    Raises ValueError that lists the images that cannot be decoded.
+    notes: what the user should know, one line each.
+    Raises ValueError that lists the images that cannot be decoded, or files of equal contents in two splits.
     """
 
     formats = (SOURCE_FILES,)
 
     def __init__(self, source: Source, root: Path, checks: Mapping[str, ImageCheck]) -> None:
-        refuse_bad_images(source, checks, on_error="stop")
+        refuse_bad_images(source.splits, checks)
+        refuse_empty_classes(source.splits, checks, source.class_names)
+        duplicates = same_contents(source.splits, checks)
+        refuse_same_contents(source.splits, duplicates)
+        self.notes = (*source.notes, *duplicate_notes(source.splits, duplicates))
         self.root, self.class_names = root, source.class_names
         self._splits = {name: SourceSplit(root, split, checks[name].sizes) for name, split in source.splits.items()}
 

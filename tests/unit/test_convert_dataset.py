@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,8 +76,6 @@ def test_another_data_set_is_not_overwritten_unasked(digits, capsys):
 
 
 def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
-    import shutil
-
     run("--verify", digits, "--quiet")
     assert "every checksum holds, and all 931 images decode" in capsys.readouterr().out
     copy = Path(shutil.copytree(digits, tmp_path / "copy"))
@@ -136,6 +136,89 @@ def test_bad_images_stop_or_are_skipped(folder, tmp_path, capsys):
     assert ConvertedDataset.open(tmp_path / "out").class_counts().counts.tolist() == [8, 7, 8]
 
 
+def test_what_is_damaged_is_left_out_before_the_splits_are_chosen(folder, tmp_path):
+    """The meta set has its three images a class, and the tail its length, as long as there are good images."""
+    shutil.copytree(folder / "test", folder / "val")
+    for path in sorted((folder / "val").glob("*/*.jpg")):
+        path.write_bytes(path.read_bytes() + b"of val")  # behind the end of a JPEG nothing is read
+        (path.parent / f"{path.stem}-first.jpg").write_bytes(b"damaged")
+    for path in sorted((folder / "train" / "cow").iterdir())[:2]:
+        path.write_bytes(b"damaged")
+    words = ["image_folder", "--root", folder, "--meta-per-class", 3, "--on-error", "skip", "--quiet", "--workers", 2]
+    run(*words, "--out", tmp_path / "out", "--imbalance", 5)
+    made = ConvertedDataset.open(tmp_path / "out")
+    assert made.class_counts().counts.tolist() == [12, 5, 2]
+    assert np.bincount(made.labels("meta")).tolist() == [3, 3, 3]
+    assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 11
+    assert (made.manifest["skipped"], made.manifest["splits"]["meta"]["skipped"]) == (11, 9)
+    run(*words, "--out", tmp_path / "out", "--imbalance", 5)  # the same command again: nothing to do
+    shutil.rmtree(folder / "val")
+    run(*words, "--out", tmp_path / "held")
+    held = ConvertedDataset.open(tmp_path / "held")
+    assert held.class_counts().counts.tolist() == [9, 9, 7]
+    assert np.bincount(held.labels("meta")).tolist() == [3, 3, 3]
+    for path in sorted((folder / "train" / "bee").iterdir()):
+        path.write_bytes(b"damaged")
+    run(*words, "--out", tmp_path / "none", code=2)
+
+
+def test_skipping_changes_nothing_where_nothing_is_damaged(folder, tmp_path):
+    words = ["image_folder", "--root", folder, "--meta-per-class", 3, "--imbalance", 3, "--quiet", "--workers", 2]
+    run(*words, "--out", tmp_path / "stop")
+    run(*words, "--out", tmp_path / "skip", "--on-error", "skip")
+    stop, skip = (ConvertedDataset.open(tmp_path / name).manifest for name in ("stop", "skip"))
+    assert {**stop, "manifest_sha256": ""} == {**skip, "manifest_sha256": ""}
+
+
+def test_copies_in_two_splits_are_refused_and_those_in_one_are_named(folder, tmp_path, capsys):
+    shutil.copy(folder / "train" / "ant" / "03.jpg", folder / "train" / "ant" / "03 again.jpg")
+    shutil.copy(folder / "train" / "bee" / "04.jpg", folder / "train" / "cow" / "04 of bee.jpg")
+    words = ["image_folder", "--root", folder, "--out", tmp_path / "out", "--meta-per-class", 2, "--quiet"]
+    run(*words)
+    out = capsys.readouterr().out
+    assert "files of equal contents: 1 under two labels, 1 under one label: " in out
+    assert f"under two labels train {folder / 'train' / 'bee' / '04.jpg'} train" in out
+    made = ConvertedDataset.open(tmp_path / "out")
+    assert made.manifest["duplicates"] == {"two_splits": 0, "two_labels": 1, "one_label": 1}
+    assert made.class_counts().counts.tolist() == [11, 10, 11]
+
+    shutil.copy(folder / "test" / "cow" / "01.jpg", folder / "train" / "cow" / "00 copy.jpg")
+    words[4] = tmp_path / "other"
+    run(*words, code=2)
+    assert (
+        f"1 files of equal contents are in both the train split and the test split, so accuracies would be too high: "
+        f"{folder}/train/cow/00 copy.jpg and {folder}/test/cow/01.jpg. Take them out"
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    run(*words, "--allow-duplicates")
+    assert "files of equal contents: 1 in two splits, 1 under two labels, 1 under one label" in capsys.readouterr().out
+    lines = (tmp_path / "other" / "duplicates.txt").read_text().splitlines()
+    assert lines[0].split("\t") == [
+        "in two splits",
+        *("train", str(folder / "train" / "cow" / "00 copy.jpg")),
+        *("test", str(folder / "test" / "cow" / "01.jpg")),
+    ]
+    assert len(lines) == 3
+
+
+def test_names_that_are_not_utf8_are_converted_and_written(folder, tmp_path, capfd):
+    for split in ("train", "test"):
+        os.rename(folder / split / "bee", os.fsencode(folder / split) + b"/caf\xe9")
+    bad = os.fsencode(folder) + b"/train/caf\xe9/b\xe4d.jpg"
+    Path(os.fsdecode(bad)).write_bytes(b"damaged")
+    odd = os.fsencode(folder.parent) + b"/im\xe4ges"
+    os.rename(folder, odd)
+    words = ["image_folder", "--root", os.fsdecode(odd), "--out", tmp_path / "out", "--meta-per-class", 2, "--quiet"]
+    run(*words, code=2)
+    run(*words, "--on-error", "skip", "--format", "both")
+    assert r"all that is not held out of" in capfd.readouterr().out
+    made = ConvertedDataset.open(tmp_path / "out")
+    assert made.class_names == ("ant", r"caf\xe9", "cow")
+    assert r"im\xe4ges/train" in made.manifest["splits"]["train"]["provenance"]
+    assert os.fsencode(odd) + b"/train/caf\xe9/b\xe4d.jpg" in (tmp_path / "out" / "skipped.txt").read_bytes()
+    run("--verify", tmp_path / "out", "--quiet")
+
+
 def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
     run("image_folder", "--root", folder, "--out", tmp_path / "out", "--meta-per-class", 4)
     error = capsys.readouterr().err
@@ -170,6 +253,7 @@ def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
         (["digits", "--out", "x", "--root", "y"], "--root is for cifar10 and cifar100 and image_folder and list_file"),
         (["image_folder", "--out", "x", "--no-download"], "--no-download is for cifar10 and cifar100 only"),
         (["cifar10", "--out", "x"], "cifar10 needs --root DIR: the folder that holds its images"),
+        (["digits", "--out", "x", "--allow-duplicates"], "--allow-duplicates is for image_folder and list_file only"),
         (["--verify", "x", "--imbalance", "3"], "--imbalance has no meaning with --verify: leave it out"),
         (["digits", "--out", "x", "--mode", "smart"], "argument --mode: invalid choice: 'smart'"),
         (["digits", "--out", "x", "--format", "tar"], "argument --format: invalid choice"),
@@ -232,6 +316,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarte
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
+                pixels[0, 0] = i, ord(name), len(split)  # no two are equal
                 Image.fromarray(pixels).save(folder / f"{i}.bmp")
     words = ["image_folder", "--root", tmp_path / "images", "--out", tmp_path / "out", "--meta-per-class", 2]
     words = [str(word) for word in [*words, "--workers", 2, "--quiet"]]

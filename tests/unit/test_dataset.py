@@ -47,10 +47,10 @@ def files(tmp_path) -> Source:
     folder = tmp_path / "images"
     folder.mkdir()
     splits = {}
-    for name, count in (("train", 6), ("meta", 2), ("test", 2)):
+    for gray, (name, count) in zip((0, 100, 200), {"train": 6, "meta": 2, "test": 2}.items(), strict=True):
         paths = [f"{name}{i}.png" for i in range(count)]
         for i, path in enumerate(paths):
-            Image.fromarray(np.full((6 + i, 9, 3), i, dtype=np.uint8)).save(folder / path)
+            Image.fromarray(np.full((6 + i, 9, 3), gray + i, dtype=np.uint8)).save(folder / path)
         splits[name] = FileSplit(folder, paths, np.arange(count) % 2, f"{name} of the test")
     (folder / "train2.png").write_bytes(b"")
     (folder / "train5.png").write_bytes(b"no image")

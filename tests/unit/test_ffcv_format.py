@@ -231,24 +231,24 @@ def test_a_stuck_decoder_ends_the_check_with_the_reason(tmp_path):
 class StuckSplit(FileSplit):
     """Files behind a disk that stops to answer."""
 
-    def image(self, i: int) -> np.ndarray:
+    def contents(self, i: int) -> bytes:
         if i >= 40:
             time.sleep(600)
-        return super().image(i)
+        return super().contents(i)
 
 
 class SlowSplit(FileSplit):
     """Files that take a while."""
 
-    def image(self, i: int) -> np.ndarray:
+    def contents(self, i: int) -> bytes:
         time.sleep(0.2)
-        return super().image(i)
+        return super().contents(i)
 
 
 class KillerSplit(FileSplit):
     """Files whose decoding kills the process."""
 
-    def image(self, i: int) -> np.ndarray:
+    def contents(self, i: int) -> bytes:
         os.kill(os.getpid(), 9)
         raise AssertionError("unreachable")
 

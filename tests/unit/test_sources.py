@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import struct
 import tarfile
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders.sources import open_source
+from loaders.sources import duplicates, open_source
 from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, jpeg_bytes
-from loaders.sources.image_folder import _images
+from loaders.sources.image_folder import _images, _Unread
 from loaders.sources.list_file import read_list
 from loaders.stored.image_check import check_images
 
@@ -450,7 +452,84 @@ def test_linked_folders_are_walked_once_and_unreadable_ones_are_refused(tmp_path
 
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(ValueError, match=r"a cannot be read \(Permission denied\): its images would be left out"):
-        _images(root / "train" / "a")
+        _images(root / "train" / "a", _Unread(root))
+
+
+def test_hidden_and_system_files_are_passed_over_at_every_depth(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}})
+    plain = open_source("image_folder", root=root, meta_per_class=1)
+    assert plain.notes == (f"{root}: not read are 4 files that are no images of a class (4 .txt)",)
+    hidden = (".ipynb_checkpoints", ".thumbnails", "@eaDir/000.png", "deep/__MACOSX", "#recycle", "lost+found")
+    for folder in hidden:
+        (root / "train" / "a" / folder).mkdir(parents=True)
+        save(root / "train" / "a" / folder / "x.png", COLOUR)
+    for folder in ("train/.class", "train/__MACOSX", "test/.ipynb_checkpoints", "__MACOSX", ".git"):
+        (root / folder).mkdir()
+        save(root / folder / "x.png", COLOUR)
+    for name in ("._000.png", ".x.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        (root / "train" / "b" / name).write_bytes(b"\0\5\x16\7")
+    source = open_source("image_folder", root=root, meta_per_class=1)
+    assert source.class_names == plain.class_names == ("a", "b")
+    assert source.listing_sha256() == plain.listing_sha256()
+    assert "11 hidden or system files and folders (train/.class, train/__MACOSX, " in source.notes[0]
+
+
+def test_folders_and_kinds_of_files_that_are_not_read_are_named(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}, "extra": {"a": 1}, "Val": {}})
+    (root / "Val").mkdir()
+    (root / "labels.csv").touch()
+    save(root / "train" / "loose.png", COLOUR)
+    (root / "train" / "a" / "film.mp4").write_bytes(b"film")
+    assert open_source("image_folder", root=root, meta_per_class=1).notes == (
+        f"{root}: not read are 2 folders beside the splits (Val, extra); 7 files that are no images of a class "
+        f"(4 .txt, 1 directly in {root.name}, 1 directly in train, 1 .mp4)",
+    )
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "meta"])
+def test_each_usual_name_of_the_validation_folder_is_taken(tmp_path, name):
+    root = make_folder(tmp_path, {"train": {"a": 4, "b": 4}, "test": {"a": 1, "b": 1}, name: {"a": 3, "b": 3}})
+    source = open_source("image_folder", root=root, meta_per_class=2)
+    assert [len(source.splits[split]) for split in ("train", "meta", "test")] == [8, 4, 2]
+    assert source.splits["meta"].paths[0] == f"{name}/a/000.png"
+    (root / ("val" if name != "val" else "valid")).mkdir()
+    with pytest.raises(ValueError, match=r"has '\w+' and '\w+', and one folder can be the validation set: put"):
+        open_source("image_folder", root=root, meta_per_class=2)
+
+
+def test_a_file_in_two_folders_by_links_is_refused(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}})
+    os.link(root / "train" / "a" / "002.png", root / "train" / "a" / "again.png")  # in its class: an image twice
+    assert len(open_source("image_folder", root=root, meta_per_class=1).splits["train"]) == 5
+    (root / "val").symlink_to(root / "test")
+    with pytest.raises(ValueError, match=r"2 images are in both .*val and .*test|2 images are in both .*test and"):
+        open_source("image_folder", root=root, meta_per_class=1)
+    assert len(open_source("image_folder", root=root, meta_per_class=1, allow_duplicates=True).splits["meta"]) == 2
+    (root / "val").unlink()
+    (root / "train" / "b" / "x.png").symlink_to(root / "train" / "a" / "000.png")
+    with pytest.raises(ValueError, match=r"1 images are one file in two classes, by links: train/a/000.png and"):
+        open_source("image_folder", root=root, meta_per_class=1)
+
+
+def test_names_that_are_not_utf8_are_spelled_with_backslashes(tmp_path):
+    root = make_folder(tmp_path, {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}})
+    for split in ("train", "test"):
+        os.rename(os.fsencode(root / split / "b"), os.fsencode(root / split) + b"/caf\xe9")
+    source = open_source("image_folder", root=root, meta_per_class=1)
+    assert source.class_names == ("a", r"caf\xe9")
+    assert source.splits["test"].image(1).shape == (4, 5, 3)
+    for split in ("train", "test"):
+        (root / split / r"caf\xe9").mkdir()
+        save(root / split / r"caf\xe9" / "x.png", COLOUR)
+    with pytest.raises(ValueError, match=r"1 names of class folders are spelled alike: caf\\xe9. Rename one"):
+        open_source("image_folder", root=root, meta_per_class=1)
+
+
+def test_classes_of_another_unicode_form_are_named_as_such(tmp_path):
+    names = {form: unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")}
+    root = make_folder(tmp_path, {"train": {names["NFC"]: 3, "b": 3}, "test": {names["NFD"]: 1, "b": 1}})
+    with pytest.raises(ValueError, match="but are of another Unicode form"):
+        open_source("image_folder", root=root, meta_per_class=1)
 
 
 def test_folders_that_do_not_fit_together_are_refused(tmp_path):
@@ -522,9 +601,11 @@ def test_a_higher_imbalance_takes_prefixes_of_each_class(lists):
 def test_malformed_lists_are_refused_with_line_numbers(lists):
     path = lists / "train.txt"
     for content, message in (
-        ("a.png 0\nb.png\n\nc.png -1\n", r"2 lines are not .*: line 2: 'b.png'; line 4: 'c.png -1'"),
-        ("a b.png 0\nc.png 1\na b.png 0\n", r"1 images are listed more than once: lines 1 and 3: a b.png"),
+        ("a.png 0\nb.png\n\nc.png -1\n", r"2 lines are not .*: line 2: 'b.png'; line 4: 'c.png -1'$"),
         ("\n", "lists no images"),
+        (f"{'x' * 5000} zero\n", r"line 1: 'x{80} … \(5,005 letters\) … x{35} zero'"),
+        (f"a.jpg {'9' * 5000}\n", r"line 1: 'a.jpg 9{74} … \(5,006 letters\) … 9{40}'"),
+        ("a.jpg 99999999999999999999\nb.jpg 3\n", r"1 lines are not `relative/path label` .*: line 1: 'a.jpg 9999"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -532,19 +613,21 @@ def test_malformed_lists_are_refused_with_line_numbers(lists):
     with pytest.raises(ValueError, match="does not exist"):
         read_list(lists / "absent.txt")
     path.write_bytes(b"\xef\xbb\xbfa.png\t0\r\nb.png   1\r\n")
-    assert read_list(path).paths == ["a.png", "b.png"]
+    assert (read_list(path).paths, read_list(path).lines.tolist()) == (["a.png", "b.png"], [1, 2])
 
 
-def test_lists_that_are_no_text_or_hold_no_class_numbers_are_refused(tmp_path):
+def test_lists_of_other_encodings_name_the_bytes_of_a_file(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("caf\u00e9/1.jpg 0\n".encode("latin1"))
-    with pytest.raises(ValueError, match=r"list.txt is not UTF-8 text .*: save it as UTF-8"):
+    assert os.fsencode(read_list(path).paths[0]) == b"caf\xe9/1.jpg"
+    path.write_text("caf\u00e9/1.jpg 0\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"list.txt is UTF-16 text: save it as UTF-8"):
         read_list(path)
-    with pytest.raises(ValueError, match="is a folder, not a list"):
+    path.write_bytes(b"\x89PNG\0\0 0\n")
+    with pytest.raises(ValueError, match=r"list.txt is no text: give a file of"):
+        read_list(path)
+    with pytest.raises(ValueError, match="is a folder: give a file of"):
         read_list(tmp_path)
-    path.write_text("a.jpg 99999999999999999999\nb.jpg 3\n")
-    with pytest.raises(ValueError, match=r"1 lines are not `relative/path label` .*: line 1: 'a.jpg 9999"):
-        read_list(path)
     path.write_bytes("a\u2028b.jpg 0\r\nc.jpg 1\r\n".encode())
     assert read_list(path).paths == ["a\u2028b.jpg", "c.jpg"]
 
@@ -561,28 +644,195 @@ def test_labels_that_do_not_fit_are_refused(lists):
         open_source("list_file", root=lists)
 
 
+def test_labels_from_one_are_told_from_gaps(lists):
+    for split in ("train", "meta", "test"):
+        path = lists / f"{split}.txt"
+        path.write_text(path.read_text().replace(".png 1", ".png 2").replace(".png 0", ".png 1"))
+    with pytest.raises(ValueError, match=r"train.txt has no image of 1 of 3 classes .*: subtract 1 from each label$"):
+        open_lists(lists)
+    with pytest.raises(ValueError, match=r"has label 2, but num_classes is 2.*: subtract 1 from each label$"):
+        open_lists(lists, num_classes=2)
+    (lists / "train.txt").write_text((lists / "train.txt").read_text().replace(".png 2", ".png 3"))
+    with pytest.raises(ValueError, match=r"has no image of 2 of 4 classes .*: 0; 2$"):
+        open_lists(lists)
+
+
 def test_an_image_in_two_lists_is_refused(lists):
     (lists / "test.txt").write_text((lists / "meta.txt").read_text())
     with pytest.raises(ValueError, match=r"6 images are in both .*meta.txt and .*test.txt"):
         open_lists(lists)
 
 
+OTHER_SPELLINGS = {
+    "the same": lambda path: path,
+    "a dot": lambda path: f"./{path}",
+    "two slashes": lambda path: path.replace("/", "//", 1),
+    "a way back": lambda path: f"train/../{path}",
+    "absolute": lambda path: f"{{images}}/{path}",
+    "a link": lambda path: "link.png",
+    "a linked folder": lambda path: f"linked/{path}",
+    "a hard link": lambda path: "hard.png",
+}
+
+
+@pytest.mark.parametrize("spelling", OTHER_SPELLINGS)
+@pytest.mark.parametrize("what", ["two splits", "two labels", "one label"])
+def test_one_file_is_listed_once_however_it_is_spelled(lists, spelling, what):
+    images = lists / "images"
+    path = f"{'test' if what == 'two splits' else 'train'}/class 0/0 of it.png"
+    (images / "link.png").symlink_to(images / path)
+    (images / "linked").symlink_to(images)
+    os.link(images / path, images / "hard.png")
+    line = f"{OTHER_SPELLINGS[spelling](path).format(images=images)} {1 if what == 'two labels' else 0}\n"
+    before = open_lists(lists).class_names
+    with (lists / "train.txt").open("a") as file:
+        file.write(line)
+    message = {
+        "two splits": r"1 images are in both .*train.txt and .*test.txt, .*: line 12: .*and line 1: test/class 0/0 of",
+        "two labels": r"1 images of .*train.txt are listed under two labels: line 1: train/class 0/0 of it.png and",
+        "one label": r"1 images of .*train.txt are listed more than once: line 1: train/class 0/0 of it.png and l",
+    }[what]
+    with pytest.raises(ValueError, match=message):
+        open_lists(lists)
+    source = open_lists(lists, allow_duplicates=True)
+    assert source.class_names == before == ("class 0", "class 1")
+    assert len(source.splits["train"]) == 11
+
+
+def test_files_that_a_file_system_cannot_tell_apart_are_not_taken_for_one(lists, monkeypatch):
+    """Some file systems give all files of a folder one number when it is listed."""
+    monkeypatch.setattr(duplicates, "_number", lambda entry, device: 7)
+    assert len(open_lists(lists).splits["train"]) == 10
+
+
+def test_other_spellings_of_a_folder_are_the_same_class(lists):
+    path = lists / "train.txt"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([f"./{lines[0]}", lines[1].replace("/", "//"), *lines[2:]]))
+    assert open_lists(lists).class_names == ("class 0", "class 1")
+
+
 def test_missing_files_are_counted_and_the_right_root_is_suggested(lists):
     (lists / "images" / "train" / "class 1" / "2 of it.png").unlink()
     with pytest.raises(
-        ValueError, match=r"1 of 10 files of .*train.txt do not exist under .*train/class 1/2 of it.png"
+        ValueError, match=r"1 of 10 files of .*train.txt do not exist under .*: line 9: train/class 1/2 of it.png"
     ):
         open_lists(lists)
-    with pytest.raises(ValueError, match=r"10 of 10 .* They are under .*images: give that as root"):
+    with pytest.raises(ValueError, match=r"10 of 10 .*17 of 18 .* are found if you give .*/images as root"):
         open_lists(lists, root=".")
     text = (lists / "train.txt").read_text()
-    (lists / "train.txt").write_text(
-        text.replace("train/", "data_256/a/train/").replace("train/class 1/2 of", "train/class 1/3 of", 0)
-    )
-    with pytest.raises(ValueError, match=r"Without 'data_256/a/' they are under .*images: remove 'data_256/a/'"):
+    (lists / "train.txt").write_text(text.replace("train/", "data_256/a/train/"))
+    with pytest.raises(ValueError, match=r"9 of 10 that were tried are found if you remove 'data_256/a/' from"):
         open_lists(lists)
     (lists / "train.txt").write_text(text.replace("of it", "of them"))
     with pytest.raises(ValueError, match="Is root the folder"):
+        open_lists(lists)
+
+
+MENDS = {
+    "a slash": (lambda line: f"/{line}", "remove the '/' that the lines begin with"),
+    "a prefix": (lambda line: f"./data/a/{line}", "remove 'data/a/' from the front of the lines"),
+    "an absolute prefix": (lambda line: f"/data/a/{line}", "remove '/data/a/' from the front of the lines"),
+    "backslashes": (lambda line: line.replace("/", "\\"), r"write '/' for '\' in the paths"),
+    "a drive": (
+        lambda line: "C:\\a\\" + line.replace("/", "\\"),
+        r"write '/' for '\' in the paths and remove 'C:/a/' from the front of the lines",
+    ),
+    "comma and space": (lambda line: line.replace("png ", "png, "), "remove the ',' before the label"),
+    "comma": (lambda line: line.replace("png ", "png,"), "put a space for the ',' before the label"),
+    "semicolon": (lambda line: line.replace("png ", "png;"), "put a space for the ';' before the label"),
+    "tab and comma": (lambda line: line.replace("png ", "png,\t"), "remove the ',' before the label"),
+    "quotes": (lambda line: f'"{line}'.replace("png ", 'png" '), "remove the quotes around the paths"),
+    "csv": (
+        lambda line: f'"{line}'.replace("png ", 'png",'),
+        "put a space for the ',' before the label and remove the quotes around the paths",
+    ),
+    "label first": (lambda line: f"{line[-1]} {line[:-2]}", "put the label behind the path"),
+    "label first, comma": (
+        lambda line: f"{line[-1]},{line[:-2]}",
+        "put the label behind the path, with a space for the ','",
+    ),
+    "another ending": (lambda line: line.replace(".png", ".PNG"), "write the ending '.png', as the files have it"),
+    "no ending": (lambda line: line.replace(".png", ""), "write the ending '.png', as the files have it"),
+}
+
+
+@pytest.mark.parametrize("kind", MENDS)
+def test_advice_for_a_list_fits_its_cause(lists, kind):
+    change, advice = MENDS[kind]
+    for split in ("train", "meta", "test"):
+        path = lists / f"{split}.txt"
+        path.write_text("".join(f"{change(line)}\n" for line in path.read_text().split("\n") if line))
+    with pytest.raises(ValueError, match=r"\. They are found if you (.*)$") as refused:
+        open_lists(lists)
+    assert str(refused.value).endswith(f". They are found if you {advice}")
+    shutil.rmtree(lists / "images")  # no advice that was not tried
+    (lists / "images").mkdir()
+    with pytest.raises(ValueError, match=r"lines are not|Is root the folder") as refused:
+        open_lists(lists)
+    assert "found if" not in str(refused.value)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_unicode_forms_are_told_apart_and_not_changed(lists, forms):
+    listed, on_disk = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
+    (lists / "images" / "train" / "class 0").rename(lists / "images" / "train" / on_disk)
+    text = (lists / "train.txt").read_text()
+    (lists / "train.txt").write_text(text.replace("train/class 0", f"train/{listed}"))
+    with pytest.raises(ValueError, match=rf"if you write the names in Unicode form {forms[1]}, as the files"):
+        open_lists(lists)
+    (lists / "train.txt").write_text(text.replace("train/class 0", f"train/{on_disk}"))
+    assert open_lists(lists).class_names[0] == on_disk
+
+
+def test_a_header_is_named(lists):
+    path = lists / "train.txt"
+    path.write_text("path label\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"line 1: 'path label'\. They are found if you remove line 1, a header$"):
+        open_lists(lists)
+    path.write_text(path.read_text().replace("path label", "path,label").replace(".png ", ".png,"))
+    with pytest.raises(ValueError, match=r"found if you remove line 1, a header and put a space for the ',' before"):
+        open_lists(lists)
+
+
+def test_a_root_one_folder_too_deep_is_named_and_no_advice_leads_astray(lists):
+    with pytest.raises(ValueError, match=r"They are found if you give .*/images as root$"):
+        open_lists(lists, root="images/train")
+    path = lists / "train.txt"
+    path.write_text(path.read_text().replace("train/", ""))
+    with pytest.raises(ValueError, match=r"They are under .*/images, and other lines are under .*/images/train: let"):
+        open_lists(lists, root="images/train")
+
+
+def test_a_list_of_another_encoding_whose_files_are_utf8(lists):
+    (lists / "images" / "train" / "class 0").rename(lists / "images" / "train" / "caf\u00e9")
+    path = lists / "train.txt"
+    path.write_bytes(path.read_text().replace("class 0", "caf\u00e9").encode("latin1"))
+    with pytest.raises(ValueError, match=r"line 1: train/caf\\xe9/0 of it.png.* found if you save the list as UTF-8"):
+        open_lists(lists)
+
+
+def test_a_path_of_5000_letters_is_shortened_and_its_line_named(lists):
+    for path, where in (("x" * 5000 + "/1.png", "line 11: x"), ("y/" * 2500 + "1.png", "line 11: y/y")):
+        text = (lists / "train.txt").read_text()
+        (lists / "train.txt").write_text(text.strip() + f"\n{path} 0\n")
+        with pytest.raises(ValueError, match=rf"1 of 11 files of .*train.txt do not exist.*: {where}") as refused:
+            open_lists(lists)
+        assert "letters" in str(refused.value)
+        assert len(str(refused.value)) < 1000
+        (lists / "train.txt").write_text(text)
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_missing(lists, monkeypatch):
+    scan = os.scandir
+
+    def denied(folder):
+        if str(folder).endswith("class 1"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match=r"class 1 cannot be read \(Permission denied\)"):
         open_lists(lists)
 
 

@@ -1,0 +1,26 @@
+"""Names of files in messages and reports: printable, and of a length that can be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+SHOWN = 5  # how many names a message has
+LONGEST = 160  # letters of a name that is shown whole
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    r"""The name of a file as text; a byte that is not UTF-8 becomes a backslash escape, as in `caf\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def shortened(name: str) -> str:
+    """The name, without its middle when it is long."""
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST // 2]} … ({len(name):,} letters) … {name[-LONGEST // 4 :]}"
+
+
+def some(names: Sequence[str], separator: str = "; ") -> str:
+    """The first names, and a sign that there are more."""
+    return separator.join(names[:SHOWN]) + (f"{separator}…" if len(names) > SHOWN else "")
