@@ -16,7 +16,6 @@ w std      for comparison: the standard deviation of the exact weights over clas
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from fastlt import strict_json
 from fastlt.arguments import positive
 from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta import gradient as meta_gradient
@@ -193,7 +193,7 @@ def follow(loop: DifficultyLoop, shadows: list[Shadow]) -> Tensor:
 def report(rows: list[Row], settings: dict, *, as_json: bool) -> None:
     """The rows as a table, or all of it as one JSON object."""
     if as_json:
-        print(json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
+        print(strict_json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
         return
     width = max(len(one.name) for one in rows)
     print(f"{'':{width}}  {'mean |dw|':>9}  {'second':>9}  {'max |dw|':>8}  {'gradient':>8}  {'w std':>6}")

@@ -15,7 +15,6 @@ w std     for comparison: the standard deviation of the exact weights over class
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fastlt import strict_json
 from fastlt.arguments import positive
 from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta.class_accuracy import ClassAccuracy
@@ -141,7 +141,7 @@ def row(window: int, exact: Course, rolling: Course) -> Row:
 def report(rows: list[Row], settings: dict, *, as_json: bool) -> None:
     """The rows as a table, or all of it as one JSON object."""
     if as_json:
-        print(json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
+        print(strict_json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
         return
     titles = f"{'mean |dA|':>9}  {'second':>7}  {'max |dA|':>8}  {'mean |dw|':>9}  {'max |dw|':>8}  {'w std':>6}"
     print(f"{'window':>6}  {titles}")

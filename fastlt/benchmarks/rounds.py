@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastlt import strict_json
 from fastlt.device.openmp import runtime
 
 Speeds = dict[str, list[float]]
@@ -70,7 +70,7 @@ def report(rows: list[Row], *, as_json: bool, settings: dict[str, Any]) -> None:
     """Print the rows as a table, or all of it as one JSON object."""
     settings = {**settings, "openmp": runtime(), "torch": torch.__version__, "python": platform.python_version()}
     if as_json:
-        print(json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
+        print(strict_json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
         return
     width = max(len(one.name) for one in rows)
     print(f"{'':{width}}  {'img/s':>10}  {'x bare':>8}  {'x torchvision':>13}")

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import statistics
 import subprocess
@@ -45,6 +44,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastlt import strict_json
 from fastlt.arguments import make_parser, positive
 from fastlt.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from fastlt.benchmarks.options import usable_device
@@ -98,7 +98,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         settings["malloc"] = allocator()
         settings["openmp"] = runtime()
     if words.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
+        print(strict_json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
     else:
         print_table(rows)
         print(", ".join(f"{key} {value}" for key, value in settings.items()))

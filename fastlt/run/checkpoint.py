@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from fastlt import strict_json
 from fastlt.run.folder import part_file, version_file, versions
 from loaders.stored.damage import DamageError
 
@@ -47,7 +48,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON that a person can read, written atomically."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (strict_json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

@@ -21,6 +21,11 @@ def result_file(folder: Path) -> Path:
     return folder / "result.json"
 
 
+def divergence_file(folder: Path) -> Path:
+    """What became infinite or NaN after the last checkpoint; the next checkpoint removes it."""
+    return folder / "diverged.json"
+
+
 def last_checkpoint(folder: Path) -> Path:
     """All that a run needs to go on from."""
     return folder / "checkpoints" / "last.pt"

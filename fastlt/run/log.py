@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastlt import strict_json
 from fastlt.run.checkpoint import write_atomically
 from fastlt.run.context import RunContext
 from fastlt.run.folder import log_file
@@ -35,14 +36,14 @@ class RunLog:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if line["iteration"] <= upto_iteration]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(self.path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
         self.file = self.path.open("a", encoding="utf-8")
 
     def write(self, kind: str, iteration: int, **values: Any) -> None:
-        """One line: `kind` is "train" or "evaluation"; values are JSON-ready."""
+        """One line: `kind` is "train" or "evaluation"; values are JSON-ready, null where not finite."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
+        self.file.write(strict_json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
         self.file.flush()
         if self.track is not None:
             self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, iteration)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ class Metrics:
         """The metrics as fractions in [0, 1]; this is where the device is waited for.
 
         top1, top5 (top min(5, C)): over images. ece: expected calibration error, 15 equal-width bins (Guo et al. 2017).
+            None when a confidence was not finite.
         many, medium, few: mean accuracy of the group's classes by training-set size. On the balanced test sets of the
         field this equals the mean over their images; on others every class counts the same. None for an empty group.
         macro_f1: mean F1 of the classes. A class without an evaluated image is left out of the group means and of
@@ -73,13 +76,14 @@ class Metrics:
         present = total > 0
         accuracy = np.divide(correct, total, out=np.full_like(correct, np.nan), where=present)
         f1 = 2 * correct[present] / (total[present] + predicted[present])
+        ece = float((state.bin_confidence - state.bin_correct).abs().sum().item() / images)
         groups = {name: _mean(accuracy[mask & present]) for name, mask in class_counts.shot_masks().items()}
         return {
             "top1": float(correct.sum() / images),
             "top5": float(state.top5.item() / images),
             **groups,
             "macro_f1": float(f1.mean()),
-            "ece": float((state.bin_confidence - state.bin_correct).abs().sum().item() / images),
+            "ece": ece if math.isfinite(ece) else None,
             "per_class_accuracy": [None if np.isnan(a) else float(a) for a in accuracy],
         }
 

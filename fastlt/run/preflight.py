@@ -10,6 +10,7 @@ from fastlt.losses import build_loss
 from fastlt.models import Classifier, check_padded_pooling
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
 from fastlt.run.context import RunContext, make_accelerator, make_context
+from fastlt.run.divergence import recorded_divergence
 from fastlt.run.folder import is_finished, recipe_file
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
@@ -72,13 +73,24 @@ def check_folder(recipe: Recipe) -> None:
             f"{recipe.folder} holds a run already and resume is never; "
             "choose another name=..., or set resume=auto to go on with it"
         )
-    changed = differences(load_recipe(recorded), recipe)
+    before = load_recipe(recorded)
+    lower = _lowered(before, recipe)
+    changed = [line for line in differences(before, recipe) if line.split(":")[0] != lower]
     if changed:
         raise ValueError(
             f"{recipe.folder} holds a run of another recipe; it differs in (there and here)\n  "
             + "\n  ".join(changed)
             + "\nchoose another name=..."
         )
+
+
+def _lowered(before: Recipe, now: Recipe) -> str | None:
+    """The learning rate that may be another: a lower one, in the stage that diverged after the last checkpoint."""
+    divergence = recorded_divergence(now.folder)
+    if divergence is None or not {divergence.stage} <= before.stages.keys() & now.stages.keys():
+        return None
+    lower = now.stages[divergence.stage].lr < before.stages[divergence.stage].lr
+    return f"stages.{divergence.stage}.lr" if lower else None
 
 
 def check_dataset(context: RunContext) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from fastlt.device.random_states import random_states, restore_random_states
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
-from fastlt.run.folder import best_checkpoint, last_checkpoint, versions
+from fastlt.run.folder import best_checkpoint, divergence_file, last_checkpoint, versions
 from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
 from fastlt.steps import Step
@@ -55,6 +55,14 @@ class Checkpoints:
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.last_saved = time.monotonic()
+        self.saved: tuple[str, int] | None = None
+
+    def standing(self) -> str:
+        """Where the last checkpoint is, in words."""
+        if self.saved is None:
+            return f"No checkpoint was saved in {self.context.folder} before"
+        stage, iteration = self.saved
+        return f"The last checkpoint in {self.context.folder} is of iteration {iteration} of stage {stage}, from before"
 
     def due(self) -> bool:
         """Whether it is time for another checkpoint, by this process's clock."""
@@ -96,7 +104,9 @@ class Checkpoints:
             "stage_name": stage,
         }
         self._save(last_checkpoint(context.folder), state)
-        self.last_saved = time.monotonic()
+        self.last_saved, self.saved = time.monotonic(), (stage, progress.iteration)
+        if context.main:
+            divergence_file(context.folder).unlink(missing_ok=True)
 
     def load_last(self) -> SavedRun | None:
         """The run to resume, if there is one; ValueError when it is damaged or of another number of processes."""
@@ -110,6 +120,7 @@ class Checkpoints:
                 "launch as many as before, or choose another name=..."
             )
         progress = Progress(**state["progress"], class_weights=state["class_weights"])
+        self.saved = state["stage_name"], progress.iteration
         self._check_best(state["stage_name"], progress)
         context.say(f"resuming {context.folder} at iteration {progress.iteration} of stage {state['stage_name']}")
         mine = state["processes"][context.reducer.rank]

@@ -13,11 +13,14 @@ from tqdm import tqdm
 from fastlt.device.compiled import ready
 from fastlt.run.checkpoint import write_atomically, write_json
 from fastlt.run.context import RunContext
+from fastlt.run.divergence import Divergence
 from fastlt.run.evaluation import Evaluation
+from fastlt.run.finite import not_finite
 from fastlt.run.folder import recipe_file, result_file
 from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import make_log, percent, progress_bar, shot_means
+from fastlt.run.main_process import on_main
 from fastlt.run.preflight import check_model, check_trackers
 from fastlt.run.progress import Progress, Stopwatch
 from fastlt.run.result import make_result
@@ -56,11 +59,12 @@ class Trainer:
         """Train all stages, resuming where the run folder says, then measure the test split once.
 
         Returns the content of `result.json`. Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved;
-        FloatingPointError when the loss is no longer finite. Afterwards the run folder has no owner any more.
+        FloatingPointError when the loss or the state is no longer finite. Afterwards the run folder has no owner.
         """
         try:
             return self._fit()
         finally:
+            self.log.close()
             unlock_folder(self.folder)
 
     def _fit(self) -> dict[str, Any]:
@@ -150,11 +154,13 @@ class Trainer:
             bar.update()
             # Asked once: between two questions a signal could come that ends the run without a checkpoint.
             stop, save_is_due = self.stopping.agreed(self.checkpoints.due(), log_now=log_now)
-            if at_end or progress.iteration % stage.evaluate_every == 0:
+            evaluate = at_end or progress.iteration % stage.evaluate_every == 0
+            if evaluate or stop or save_is_due:
+                self._check_finite(stage, output)
+            if evaluate:
                 self._validate(stage, output)
-                self._save(stage, output)
-            elif stop or save_is_due:
-                self._save(stage, output)
+            if evaluate or stop or save_is_due:
+                self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
             if stop:
                 raise Interrupted(stop, progress.iteration, stage.name)
             stopwatch.start()
@@ -175,7 +181,7 @@ class Trainer:
 
     def _log_training(self, stage: Stage, output: StepOutput, bar: tqdm) -> None:
         """The one place in the loop that waits for the device."""
-        loss, lr = self._finite_loss(output), float(stage.step.lr)
+        loss, lr = self._finite_loss(stage, output), float(stage.step.lr)
         self.stopwatch.lap()
         progress = self.progress
         metrics = {k: v.item() for k, v in output.metrics.items()}
@@ -192,6 +198,8 @@ class Trainer:
         """Measure the validation split, and keep the model when none of the stage was better."""
         progress, values = self.progress, self.evaluation.evaluate(self.model, "meta")
         per_class = {k: v.tolist() for k, v in output.per_class.items()}
+        if values["ece"] is None:
+            raise self._diverged(stage, ["outputs of the network for the validation split"])
         self.log.write("evaluation", progress.done, stage=stage.name, split="meta", **values, **per_class)
         # Small validation sets tie often; of equals the later is kept, it has trained longer.
         if values["top1"] >= progress.best:
@@ -200,12 +208,15 @@ class Trainer:
         groups = "  ".join(f"{k} {percent(values[k])}" for k in ("top1", "many", "medium", "few"))
         self.context.say(f"{stage.name} {progress.iteration}: validation {groups}")
 
-    def _save(self, stage: Stage, output: StepOutput) -> None:
-        self._finite_loss(output)
-        self.checkpoints.save_last(stage.name, stage.step, self.progress, stage.loaders.backends)
+    def _check_finite(self, stage: Stage, output: StepOutput) -> None:
+        """FloatingPointError, on every process, unless the loss and all that a checkpoint would hold are finite."""
+        self._finite_loss(stage, output)
+        places = not_finite(stage.step.state_dict(), self.context.reducer, self.context.device)
+        if places:
+            raise self._diverged(stage, places)
 
-    def _finite_loss(self, output: StepOutput) -> float:
-        """The loss as a number; FloatingPointError when it is not finite, so that no checkpoint holds such a state.
+    def _finite_loss(self, stage: Stage, output: StepOutput) -> float:
+        """The loss as a number; FloatingPointError when it is not finite.
 
         It is the mean over processes: if one of them gave up alone, the others would wait for it.
         """
@@ -213,8 +224,17 @@ class Trainer:
         self.context.reducer.mean_([mean])
         loss = mean.item()
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at iteration {self.progress.iteration}; the last checkpoint in "
-                f"{self.folder} is from before. Lower the stage's lr or lengthen its warmup"
-            )
+            raise self._diverged(stage, [f"loss ({loss})"])
         return loss
+
+    def _diverged(self, stage: Stage, places: list[str]) -> FloatingPointError:
+        """The error for a run whose numbers are not finite any more; recorded for whoever goes on with it."""
+        divergence = Divergence(stage.name, self.progress.iteration, places[:3])
+        on_main(self.context.accelerator, lambda: divergence.write(self.folder))
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        lower = f"stages.{stage.name}.lr={stage.recipe.lr / 4:g}"
+        return FloatingPointError(
+            f"not finite after iteration {divergence.iteration} of stage {stage.name}: "
+            f"{', '.join(divergence.places)}{more}. {self.checkpoints.standing()}. "
+            f"Go on by the same command with a lower learning rate, such as {lower}"
+        )

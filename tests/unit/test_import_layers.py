@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
-    {"fastlt.names", "fastlt.paths", "fastlt.ranges", "fastlt.state", "fastlt.file_lock", "fastlt"},
+    {"fastlt.file_lock", "fastlt.names", "fastlt.paths", "fastlt.ranges", "fastlt.state", "fastlt.strict_json"}
+    | {"fastlt"},
     {"fastlt.arguments", "fastlt.console", "fastlt.error_message"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "loaders.sources"},
@@ -28,8 +29,9 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"folder", "main_process", "metrics", "progress", "schedule"},
+    {"finite", "folder", "main_process", "metrics", "progress", "schedule"},
     {"checkpoint", "dataset", "lock"},
+    {"divergence"},
     {"context"},
     {"loading", "log", "optimizers", "result", "saving", "stopping"},
     {"evaluation", "preflight", "stage"},
