@@ -11,6 +11,7 @@ from torch import Tensor, nn
 class PerSampleLoss(nn.Module):
     """Logits float (N, C) and labels int64 (N,) to losses (N,): float32, or float64 for float64 logits.
 
+    Buffers made from class counts are float64; a loss takes them in the precision of its logits.
     Between epochs and iterations a loss is told two things; most losses do nothing with them.
 
     corrects_prior: whether the loss makes up for class frequencies, and so needs batches that have them.

@@ -31,7 +31,7 @@ class DeferredWeights(PerSampleLoss):
     The deferred re-weighting (DRW) of LDAM.
 
     from_epoch: counted from 0 in each stage; None for never.
-    class_weights: float32 (C,), the weights of the current epoch. balanced_weights: those from `from_epoch` on.
+    class_weights: float64 (C,), the weights of the current epoch. balanced_weights: those from `from_epoch` on.
     """
 
     class_weights: Tensor
@@ -39,7 +39,7 @@ class DeferredWeights(PerSampleLoss):
 
     def __init__(self, class_counts: ClassCounts, beta: float, from_epoch: int | None) -> None:
         super().__init__()
-        weights = torch.from_numpy(effective_number_weights(class_counts.counts, beta)).float()
+        weights = torch.from_numpy(effective_number_weights(class_counts.counts, beta))
         self.from_epoch = None if from_epoch is None else check_integer("from_epoch", from_epoch, 0)
         self.register_buffer("balanced_weights", weights, persistent=False)
         self.register_buffer("class_weights", torch.ones_like(weights), persistent=False)
@@ -104,4 +104,5 @@ class ClassBalanced(DeferredWeights):
         self.gamma = check_number("gamma", gamma, 0)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.class_weights[labels] * self.terms(at_least_float32(logits), labels, self.gamma)
+        losses = self.terms(at_least_float32(logits), labels, self.gamma)
+        return self.class_weights[labels].to(losses.dtype) * losses

@@ -23,7 +23,7 @@ class CrossEntropy(PerSampleLoss):
 class BalancedSoftmax(PerSampleLoss):
     """Cross-entropy of z + log n (Ren et al. 2020, Eq. 4); evaluation takes z as it is.
 
-    log_prior: log(n / sum n), float32 (C,).
+    log_prior: log(n / sum n), float64 (C,).
     """
 
     corrects_prior = True
@@ -34,10 +34,11 @@ class BalancedSoftmax(PerSampleLoss):
         super().__init__()
         # log(n / sum n): the common shift does not change the loss and keeps the logits near zero.
         counts = torch.from_numpy(class_counts.counts).double()
-        self.register_buffer("log_prior", torch.log(counts / counts.sum()).float(), persistent=False)
+        self.register_buffer("log_prior", torch.log(counts / counts.sum()), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(at_least_float32(logits) + self.log_prior, labels, reduction="none")
+        logits = at_least_float32(logits)
+        return F.cross_entropy(logits + self.log_prior.to(logits.dtype), labels, reduction="none")
 
 
 class Focal(PerSampleLoss):

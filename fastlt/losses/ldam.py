@@ -28,7 +28,7 @@ class LDAM(DeferredWeights):
     scale: s, the same as the head's.
     reweight_from_epoch: first epoch with weights by effective number, 160 of 200 on CIFAR-LT; null is never.
     beta: of the effective number, in [0, 1).
-    shifts: s * m, float32 (C,).
+    shifts: s * m, float64 (C,).
     """
 
     without_imbalance = "every class gets the same margin"
@@ -45,7 +45,7 @@ class LDAM(DeferredWeights):
         super().__init__(class_counts, beta, reweight_from_epoch)
         self.scale = check_number("scale", scale, 0)
         shifts = self.scale * margins(class_counts.counts, check_number("max_margin", max_margin, 0))
-        self.register_buffer("shifts", torch.from_numpy(shifts).float(), persistent=False)
+        self.register_buffer("shifts", torch.from_numpy(shifts), persistent=False)
 
     def mean_weight(self, labels: Tensor) -> Tensor:
         """LDAM's code averages by the weights' sum over the batch. By its size, the losses of a long-tailed batch, most
@@ -56,4 +56,5 @@ class LDAM(DeferredWeights):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = at_least_float32(logits)
         shift = torch.zeros_like(logits).scatter_(1, labels[:, None], self.shifts[labels].to(logits.dtype)[:, None])
-        return self.class_weights[labels] * F.cross_entropy(logits - shift, labels, reduction="none")
+        losses = F.cross_entropy(logits - shift, labels, reduction="none")
+        return self.class_weights[labels].to(losses.dtype) * losses

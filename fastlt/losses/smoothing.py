@@ -24,7 +24,7 @@ class LabelAwareSmoothing(PerSampleLoss):
 
     head: eps of the largest class: 0.4 on CIFAR-100-LT with imbalance factor 100 and on Places-LT, 0.3 on ImageNet-LT.
     tail: eps of the smallest class, 0 <= tail <= head < 1: 0.1 on CIFAR-100-LT and Places-LT, 0 on ImageNet-LT.
-    smoothing: eps, float32 (C,).
+    smoothing: eps, float64 (C,).
     """
 
     without_imbalance = "there is no head and no tail to smooth between"
@@ -35,10 +35,10 @@ class LabelAwareSmoothing(PerSampleLoss):
         tail = check_number("tail", tail, 0, 1)
         head = check_number("head", head, tail, 1)
         smoothing = smoothing_by_class(class_counts.counts, head, tail)
-        self.register_buffer("smoothing", torch.from_numpy(smoothing).float(), persistent=False)
+        self.register_buffer("smoothing", torch.from_numpy(smoothing), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         log_p = torch.log_softmax(at_least_float32(logits), dim=1)
-        smoothing = self.smoothing[labels]
+        smoothing = self.smoothing[labels].to(log_p.dtype)
         own = log_p.gather(1, labels[:, None]).squeeze(1)
         return -(1 - smoothing) * own - smoothing * log_p.mean(1)

@@ -248,7 +248,7 @@ class Step(Replayable, Generic[OptionsT]):
         if weight is None:
             return losses.mean()
         self.reducer.mean_([weight])
-        return losses.mean() / weight
+        return losses.mean() / weight.to(losses.dtype)
 
     def gradients(self, objective: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""

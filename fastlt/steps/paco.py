@@ -163,7 +163,7 @@ class PacoStep(Step[PacoOptions]):
             queries = self.model.auxiliary(features)
         class_logits = class_logits.to(queries.dtype)
         if self.log_prior is not None:
-            class_logits = class_logits + self.log_prior
+            class_logits = class_logits + self.log_prior.to(class_logits.dtype)
 
         labels = reducer.gather(batch.labels)
         all_keys = reducer.gather(keys)

@@ -105,7 +105,7 @@ class RideStep(Step[RideOptions]):
             logits = at_least_float32(experts_of(self.model).expert_logits(images))
             experts = len(logits)
             self.loss.draw(experts * len(labels))
-            own = self.loss(logits.flatten(0, 1), labels.repeat(experts)).mean() * (experts / self._mean_weight(labels))
+            own = self.loss(logits.flatten(0, 1), labels.repeat(experts)).mean() * (experts / self._mean_weight(labels, logits.dtype))
             divergence = expert_divergence(logits, self.temperature).mean()
         objective = own - options.diversity * divergence
         metrics = {"expert_loss": own.detach() / experts, "divergence": divergence.detach()}
@@ -116,13 +116,13 @@ class RideStep(Step[RideOptions]):
         self.descend(objective)
         return StepOutput(objective.detach(), metrics=metrics)
 
-    def _mean_weight(self, labels: Tensor) -> Tensor | float:
+    def _mean_weight(self, labels: Tensor, dtype: torch.dtype) -> Tensor | float:
         """The mean class weight in the batches of all processes (0-d); 1 for a loss without class weights."""
         if not isinstance(self.loss, DeferredWeights):
             return 1.0
         weight = self.loss.class_weights[labels].mean()
         self.reducer.mean_([weight])
-        return weight
+        return weight.to(dtype)
 
     def _learned(self, teacher: ExpertClassifier, images: Tensor, logits: Tensor) -> Tensor:
         """How far the mean of the experts is from the teacher's on the same images (0-d)."""

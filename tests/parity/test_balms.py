@@ -40,8 +40,7 @@ def make(**options):
     optimizer = torch.optim.SGD(
         BalmsStep.parameter_groups(model, options), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True
     )
-    loss = build_loss("balanced_softmax", COUNTS).double()
-    loss.log_prior.copy_(torch.from_numpy(COUNTS.counts / COUNTS.counts.sum()).log())
+    loss = build_loss("balanced_softmax", COUNTS)
     step = BalmsStep(StepParts(model, loss, optimizer, Scaled(), Scaled(), COUNTS), options)
     step.train_mode()
     return step

@@ -197,8 +197,7 @@ def balms_step(reducer: Reducer):
         momentum=balms_reference.MOMENTUM,
         weight_decay=balms_reference.DECAY,
     )
-    loss = build_loss("balanced_softmax", COUNTS).double()
-    loss.log_prior.copy_(torch.from_numpy(COUNTS.counts / COUNTS.counts.sum()).log())
+    loss = build_loss("balanced_softmax", COUNTS)
     step = kind(StepParts(model, loss, optimizer, Scaled(), Scaled(), COUNTS, reducer=reducer), options)
     step.train_mode()
     return step

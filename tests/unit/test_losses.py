@@ -118,8 +118,9 @@ def test_equals_the_reference(case):
     logits, labels = batch()
     loss = build_loss(name, class_counts(), **options)
     expected = [reference(z, y) for z, y in zip(logits.numpy(), labels.tolist(), strict=True)]
-    # Class constants are float32 buffers: that is the precision of the comparison.
-    torch.testing.assert_close(loss(logits, labels), torch.tensor(expected, dtype=torch.float64), rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(
+        loss(logits, labels), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_equalization_equals_the_reference_for_its_draws():
