@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlt.augment.constants import kept, number
+from fastlt.augment.constants import as_divisor, kept, number
 
 
 def gather_pixels(images: Tensor, source: Tensor) -> Tensor:
@@ -90,20 +90,53 @@ def _matrices(
 def affine_sources(matrices: Tensor, height: int, width: int) -> Tensor:
     """Where inverse maps take each pixel from: the nearest one, as torchvision's affine does by default.
 
-    matrices: (M, 6), see `_matrices`, on the host. Returns flat positions int64 (M, H * W), H * W for what lies outside
+    matrices: (M, 6), see `_matrices`. Returns flat positions int64 (M, H * W), H * W for what lies outside
     of the image. The arithmetic is float32 in torchvision's order (coordinates in -1..1, then back to pixels), because
     whole rows lie on ties between two pixels at some magnitudes: another order of rounding would move them. torch's
     matrix product, which torchvision takes, fuses its rounding for images above some 64 pixels a side; there the two
     differ in pixels that lie within 1e-4 of such a tie: up to 1.2 % of an image at some shears, 0.01 % at rotations,
     none at translations.
     """
-    half_width, half_height = 0.5 * width, 0.5 * height
     a, b, tx, c, d, ty = matrices.to(torch.float32).unsqueeze(2).unsqueeze(3).unbind(1)
-    x, y = _centred(width).view(1, 1, -1), _centred(height).view(1, -1, 1)
+    half_width, half_height = as_divisor(0.5 * width, a), as_divisor(0.5 * height, a)
+    x, y = _centred(width, a.device).view(1, 1, -1), _centred(height, a.device).view(1, -1, 1)
     column = _to_pixels(x * (a / half_width) + y * (b / half_width) + tx / half_width, width)
     row = _to_pixels(x * (c / half_height) + y * (d / half_height) + ty / half_height, height)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return torch.where(inside, row.long() * width + column.long(), height * width).flatten(1)
+
+
+def rotate_nearest(images: Tensor, matrices: Tensor) -> Tensor:
+    """Each pixel from the nearest one of the turned image; 0 from outside.
+
+    images: uint8 (N, C, H, W). matrices: float32 (N, 6), of `rotate`. Returns a contiguous one.
+    """
+    return move(images, affine_sources(matrices, *images.shape[2:]))
+
+
+def rotate_bilinear(images: Tensor, matrices: Tensor) -> Tensor:
+    """As `rotate_nearest`, from the four nearest pixels by their distances, rounded to uint8."""
+    n, _, height, width = images.shape
+    half = _half_sizes(height, width, images.device)
+    # In torchvision's order of operations, so that pixels equal its own.
+    grid = _pixel_centres(height, width, images.device).expand(n, -1, -1)
+    grid = grid.bmm(matrices.view(n, 2, 3).transpose(1, 2) / half).view(n, height, width, 2)
+    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+    turned = F.grid_sample(floats, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return turned.round_().to(torch.uint8)
+
+
+@kept
+def _half_sizes(height: int, width: int, device: torch.device) -> Tensor:
+    """float32 (2,): half the width and half the height."""
+    return torch.tensor([0.5 * width, 0.5 * height], device=device)
+
+
+@kept
+def _pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """float32 (1, H * W, 3): x and y of every pixel from the centre, and 1."""
+    y, x = torch.meshgrid(_centred(height, device), _centred(width, device), indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)], dim=2).view(1, height * width, 3)
 
 
 def move(images: Tensor, sources: Tensor) -> Tensor:
@@ -116,9 +149,10 @@ def move(images: Tensor, sources: Tensor) -> Tensor:
     return pixels.gather(2, sources.unsqueeze(1).expand(-1, images.shape[1], -1)).view(images.shape)
 
 
-def _centred(length: int) -> Tensor:
+@kept
+def _centred(length: int, device: torch.device) -> Tensor:
     """Pixel centres measured from the middle: float32 (length,)."""
-    return torch.arange(length, dtype=torch.float32) - (length - 1) / 2
+    return torch.arange(length, dtype=torch.float32, device=device) - (length - 1) / 2
 
 
 def _to_pixels(position: Tensor, length: int) -> Tensor:
@@ -150,3 +184,7 @@ def _resize_weights(start: Tensor, length: Tensor, size: int, full: int) -> Tens
     inside = (position >= 0) & (position < length.view(-1, 1, 1))
     weights = (1 - ((position + 0.5 - centre) / scale.clamp(min=1)).abs()).clamp_(min=0) * inside
     return weights / weights.sum(2, keepdim=True)
+
+
+# How a rotated image is read, by the name that a recipe gives.
+ROTATIONS = {"nearest": rotate_nearest, "bilinear": rotate_bilinear}

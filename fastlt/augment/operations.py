@@ -108,6 +108,28 @@ class Flip(Operation[Rows]):
 
 
 @dataclass(frozen=True)
+class RandomRotation(Operation[Tensor]):
+    """Rotate each image about its centre by an angle uniform in -degrees..degrees; corners from outside are 0.
+
+    interpolation: nearest or bilinear, each with the pixels of torchvision's rotation of that image.
+    """
+
+    degrees: float
+    interpolation: str = "nearest"
+
+    def __post_init__(self) -> None:
+        require_number("random_rotation", "degrees", self.degrees, 0, 180)
+        pick("augment.random_rotation.interpolation", self.interpolation, geometry.ROTATIONS)
+
+    def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
+        """Inverse maps, float32 (N, 6), see `geometry.rotate`."""
+        return geometry.rotate(uniform(shape.count, -self.degrees, self.degrees, generator)).float()
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        return geometry.ROTATIONS[self.interpolation](images, draws)
+
+
+@dataclass(frozen=True)
 class Cutout(Operation[Tensor]):
     """Hide a square of side `size` in each image with probability `p`; runs after normalisation (see `cutout`)."""
 
@@ -354,23 +376,37 @@ class AutoAugment(Policy):
 
 @dataclass(frozen=True)
 class RandAugment(Policy):
-    """RandAugment: `num_ops` operations, each uniform over fourteen, all at the place `magnitude` of the bins."""
+    """RandAugment: `num_ops` operations, each uniform over fourteen, all at the place `magnitude` of the bins.
+
+    num_magnitude_bins: places from no change to full strength (rotation by 30 degrees); torchvision has 31.
+    levels: in place of bins, as the releases of Difficulty-Net and PaCo count: magnitude / levels of full strength.
+    probability: of each operation to be applied; torchvision's is 1, those releases' 0.5.
+    """
 
     num_ops: int = 2
     magnitude: int = 9
     num_magnitude_bins: int = 31
+    levels: int | None = None
+    probability: float = 1.0
 
     def __post_init__(self) -> None:
         require_integer("rand_augment", "num_ops", self.num_ops, 1, 16)
         require_integer("rand_augment", "num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
-        require_integer("rand_augment", "magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
+        if self.levels is not None:
+            require_integer("rand_augment", "levels", self.levels, 1, 1000)
+        require_integer("rand_augment", "magnitude", self.magnitude, 0, self.bins - 1)
+        require_number("rand_augment", "probability", self.probability, 0, 1)
+
+    @property
+    def bins(self) -> int:
+        """Places of the magnitude, from no change to full strength."""
+        return self.num_magnitude_bins if self.levels is None else self.levels + 1
 
     def menus(self, height: int, width: int) -> tuple[policies.Menu, ...]:
-        menu = policies.rand_augment_menu(self.magnitude, self.num_magnitude_bins, height, width)
-        return (menu,) * self.num_ops
+        return (policies.rand_augment_menu(self.magnitude, self.bins, height, width),) * self.num_ops
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        return policies.draw_rand_augment(self.num_ops, count, generator)
+        return policies.draw_rand_augment(self.num_ops, count, generator, self.probability)
 
 
 def require_number(name: str, option: str, value: object, low: float, high: float) -> None:

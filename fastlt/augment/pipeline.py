@@ -22,6 +22,7 @@ from fastlt.augment.operations import (
     RandAugment,
     RandomCrop,
     RandomResizedCrop,
+    RandomRotation,
     Shape,
 )
 from fastlt.names import pick, unknown
@@ -30,6 +31,7 @@ from fastlt.names import pick, unknown
 AUGMENTATIONS: dict[str, type[Operation[Any]]] = {
     "random_crop": RandomCrop,
     "random_resized_crop": RandomResizedCrop,
+    "random_rotation": RandomRotation,
     "flip": Flip,
     "color_jitter": ColorJitter,
     "grayscale": Grayscale,

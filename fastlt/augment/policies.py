@@ -300,10 +300,17 @@ def rand_augment_menu(magnitude: int, bins: int, height: int, width: int) -> Men
     return Menu([(name, sign * float(strength[NUMBER[name]])) for name, sign in signs], height, width)
 
 
-def draw_rand_augment(num_ops: int, count: int, generator: torch.Generator) -> Tensor:
-    """int64 (count, num_ops): what each image gets, as places in the menu."""
+def draw_rand_augment(num_ops: int, count: int, generator: torch.Generator, probability: float = 1.0) -> Tensor:
+    """int64 (count, num_ops): what each image gets, as places in the menu.
+
+    probability: of each operation to be applied; the others are Identity.
+    """
     operation = torch.randint(len(RAND_AUGMENT), (count, num_ops), generator=generator)
-    return 2 * operation + torch.randint(2, (count, num_ops), generator=generator)
+    choice = 2 * operation + torch.randint(2, (count, num_ops), generator=generator)
+    if probability == 1:
+        return choice
+    happens = torch.rand(count, num_ops, generator=generator, dtype=torch.float64) < probability
+    return torch.where(happens, choice, 2 * RAND_AUGMENT.index("Identity"))
 
 
 def plan_rounds(menus: Sequence[Menu], choice: Tensor, static: bool) -> Plan:

@@ -105,7 +105,9 @@ class RideStep(Step[RideOptions]):
             logits = at_least_float32(experts_of(self.model).expert_logits(images))
             experts = len(logits)
             self.loss.draw(experts * len(labels))
-            own = self.loss(logits.flatten(0, 1), labels.repeat(experts)).mean() * (experts / self._mean_weight(labels, logits.dtype))
+            own = self.loss(logits.flatten(0, 1), labels.repeat(experts)).mean() * (
+                experts / self._mean_weight(labels, logits.dtype)
+            )
             divergence = expert_divergence(logits, self.temperature).mean()
         objective = own - options.diversity * divergence
         metrics = {"expert_loss": own.detach() / experts, "divergence": divergence.detach()}

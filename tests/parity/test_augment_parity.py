@@ -14,7 +14,16 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 
 from fastlt.augment import build_augment, colour, constants, geometry, normalise, policies
-from fastlt.augment.operations import ColorJitter, GaussianBlur, Grayscale, RandomResizedCrop, Shape, draw_boxes
+from fastlt.augment.operations import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    RandAugment,
+    RandomResizedCrop,
+    RandomRotation,
+    Shape,
+    draw_boxes,
+)
 
 SIZES = [(32, 32), (8, 8), (33, 47), (2, 3)]
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -531,3 +540,36 @@ def test_random_resized_crop_uses_the_recipes_size():
     draws = operation.draw(Shape(8, 32, 40), torch.Generator().manual_seed(0))
     assert operation.apply(images, draws).shape == (8, 3, 24, 24)
     assert operation.output_size(32, 40) == (24, 24)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_rotation_equals_torchvision_at_each_angle(interpolation, height, width):
+    images = images_of_many_kinds(height, width)
+    degrees = [-15.0, -7.3, 0.0, 1e-3, 4.9, 15.0, 90.0, 133.7]
+    draws = geometry.rotate(torch.tensor(degrees, dtype=torch.float64)).float()
+    out = RandomRotation(180, interpolation).apply(images, draws)
+    for image, angle, got in zip(images, degrees, out, strict=True):
+        want = TF.rotate(image, angle, interpolation=TF.InterpolationMode(interpolation))
+        assert torch.equal(got, want), angle
+
+
+def test_rotation_angles_are_uniform_in_their_range():
+    draws = RandomRotation(15).draw(Shape(20_000, 32, 32), torch.Generator().manual_seed(0))
+    degrees = torch.rad2deg(torch.atan2(draws[:, 3], draws[:, 0]))
+    assert degrees.abs().max() <= 15.001
+    assert torch.histc(degrees, 10, -15, 15).sub(2000).abs().max() < 4 * 2000**0.5
+
+
+def test_rand_augment_by_levels_has_the_releases_strength_and_probability():
+    """Magnitude 10 of 10 levels is full strength, and each operation happens with probability 0.5."""
+    operation = RandAugment(num_ops=2, magnitude=10, levels=10, probability=0.5)
+    menu = operation.menus(32, 32)[0]
+    strength = {
+        policies.NAMES[n]: m for n, m in zip(menu.operation.tolist(), menu.magnitude.tolist(), strict=True) if m > 0
+    }
+    assert strength["Rotate"] == pytest.approx(30)
+    assert strength["ShearX"] == pytest.approx(0.3)
+    choice = operation.choose(40_000, torch.Generator().manual_seed(0))
+    identity = (menu.operation[choice] == policies.NUMBER["Identity"]).double().mean().item()
+    assert identity == pytest.approx(0.5 + 0.5 / len(policies.RAND_AUGMENT), abs=0.01)

@@ -19,6 +19,7 @@ from fastlt.augment import (
     colour,
     constants,
     cutmix,
+    geometry,
     mixup,
     normalise,
     output_size,
@@ -44,6 +45,9 @@ CHAINS = {
         {"gaussian_blur": {"p": 0.5}},
     ],
     "svhn": [{"auto_augment": {"policy": "svhn"}}],
+    "ride": [{"random_crop": {"padding": 4}}, "flip", {"random_rotation": {"degrees": 15}}],
+    "rotation": [{"random_rotation": {"degrees": 180, "interpolation": "bilinear"}}],
+    "release": [{"rand_augment": {"magnitude": 10, "levels": 10, "probability": 0.5}}],
 }
 # Operations whose result the host reads, or whose output's shape depends on values: each one waits for a GPU.
 SYNCHRONISING = {
@@ -335,7 +339,7 @@ class NoDivisionByNumber(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["contrast_table", "equalized", "shift_hue"])
+@pytest.mark.parametrize("name", ["contrast_table", "equalized", "shift_hue", "rotate_nearest", "rotate_bilinear"])
 def test_operations_whose_rounding_matters_divide_by_tensors(name):
     images, factor = batch(4, 9).contiguous(), torch.full((4,), 0.3, dtype=torch.float64)
     one = torch.ones(4, 1, dtype=torch.int64)
@@ -343,6 +347,8 @@ def test_operations_whose_rounding_matters_divide_by_tensors(name):
         "contrast_table": lambda: colour.contrast_table(images, factor),
         "equalized": lambda: colour.equalized(colour.pixel_values(images), images.flatten(2).amax(2), one),
         "shift_hue": lambda: colour.shift_hue(images, factor),
+        "rotate_nearest": lambda: geometry.rotate_nearest(images, geometry.rotate(factor).float()),
+        "rotate_bilinear": lambda: geometry.rotate_bilinear(images, geometry.rotate(factor).float()),
     }
     with NoDivisionByNumber():
         work[name]()
