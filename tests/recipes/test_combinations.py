@@ -134,7 +134,7 @@ REFUSED = {
     "balms looks ahead": ([stage("plain"), stage("balms", nesterov=True)], [], "set it to false"),
     "tau after scales": ([stage("plain"), stage("lws"), stage("tau_norm")], [], "rebuild it"),
     "mixup is no augmentation": ([stage("difficulty")], ["data.augment=[flip, mixup]"], "method: mixup with options"),
-    "mixup of nothing": ([stage("mixup", options={"alpha": 0})], [], "alpha is 0"),
+    "mixup of nothing": ([stage("mixup", options={"alpha": 0})], [], "alpha: is 0"),
     "two lookaheads": ([stage("mixup", options={"driver_weight": 1})], [], "options of method 'mixup'"),
     **{f"{method} has no model": ([stage(method)], [], "without a stage before it") for method in SECOND},
 }
