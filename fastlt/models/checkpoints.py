@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastlt.models.weight_files import Tensors, first_few, read_weights
 
 log = logging.getLogger(__name__)
 
-# Wrappers whose names precede every parameter's, and the entries under which training scripts keep their weights.
-PREFIXES = ("module.", "_orig_mod.")
-CONTAINERS = ("state_dict", "model", "model_state_dict")
-Tensors = dict[str, Tensor]
-
-
-def read_weights(path: str | Path) -> Tensors:
-    """The tensors by name in a .safetensors file or a file of torch.save, without wrapper prefixes, on the CPU.
-
-    torch files are read with weights_only=True: nothing in them is executed. Raises ValueError when the file is not
-    there or holds no weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist: give the path of a .safetensors or torch.save file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"checkpoint {path} cannot be read as weights: {error}") from error
-    for name in CONTAINERS:
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"checkpoint {path} holds no weights: expected tensors by name, or those under {CONTAINERS}")
-    return {_strip(name): tensor for name, tensor in state.items()}
+OURS = "backbone."
+COUNTER = "num_batches_tracked"  # of BatchNorm; older files lack it, and nothing here reads it
 
 
 def load_weights(classifier: nn.Module, path: str | Path) -> bool:
     """Load a file into a `Classifier`: one of ours (backbone.*, head.*) or a plain backbone's (timm, torchvision).
 
-    auxiliary.* of ours is passed over. A head that does not fit (another number of classes, another kind) is left out
-    and a warning says so; the head then stays as initialised. Everything else has to match: raises ValueError with the
-    names that are missing, unexpected or of another shape, and leaves `classifier` as it was. Returns whether the head
-    was loaded too.
+    One prefix before all names of the network, as wrappers and training frameworks put there, is taken off, and a
+    warning says so. auxiliary.* of ours is passed over. A head that does not fit (another number of classes, another
+    kind) is left out and a warning says so; the head then stays as initialised. Everything else has to match: raises
+    ValueError with the first names that are missing, unexpected, of another shape or type, or not finite, and leaves
+    `classifier` as it was. Returns whether the head was loaded too.
     """
-    # What a method trained beside the network (`Classifier.auxiliary`) is of no use to another run.
-    state = {name: t for name, t in read_weights(path).items() if not name.startswith("auxiliary.")}
-    if not any(name.startswith("backbone.") for name in state):
-        state = _from_backbone(state, classifier.get_submodule("backbone"))
     own = classifier.state_dict()
+    state = named_as_ours(read_weights(path), classifier, path)
     given_head = {name for name in state if name.startswith("head.")}
     own_head = {name for name in own if name.startswith("head.")}
     fits = given_head == own_head and all(state[name].shape == own[name].shape for name in own_head)
@@ -69,24 +40,61 @@ def load_weights(classifier: nn.Module, path: str | Path) -> bool:
         state = {name: t for name, t in state.items() if name not in given_head}
         state.update({name: own[name] for name in own_head})
     _check_match(state, own, path)
+    _check_values(state, own, path)
     classifier.load_state_dict(state, strict=False)
     return fits
 
 
-def _strip(name: str) -> str:
-    while name.startswith(PREFIXES):
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-    return name
+def named_as_ours(state: Tensors, classifier: nn.Module, path: str | Path) -> Tensors:
+    """The weights of a file under our names: backbone.*, and head.* for a plain backbone's classifier.
+
+    ValueError when the weights of the network stand in the file more than once.
+    """
+    backbone = classifier.get_submodule("backbone")
+    names = [name for name in backbone.state_dict() if not name.endswith(COUNTER)]
+    prefixes = prefixes_of(names, state)
+    if not prefixes:
+        return state if _counted(state, OURS) else _renamed(state, backbone)
+    if "" not in prefixes and len(prefixes) > 1:
+        raise ValueError(
+            f"checkpoint {path} holds the weights of this network {len(prefixes)} times, under "
+            f"{first_few(map(repr, prefixes))}; write those of one prefix into a file of their own with torch.save"
+        )
+    prefix = "" if "" in prefixes else prefixes[0]
+    if prefix.endswith(OURS):
+        outer = prefix.removesuffix(OURS)
+        ours = {name.removeprefix(outer): t for name, t in state.items() if name.startswith((prefix, f"{outer}head."))}
+        rest = [n for n in state if n.removeprefix(outer) not in ours and not n.startswith(f"{outer}auxiliary.")]
+    else:
+        outer = prefix
+        ours = _renamed({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}, backbone)
+        rest = [n for n in state if not n.startswith(prefix)]
+    if outer:
+        log.warning("%s: the weights are those whose names begin with %r", path, outer)
+    if rest:
+        log.warning("%s: passing over what is not of this network: %s", path, first_few(rest))
+    return ours
 
 
-def _from_backbone(state: Tensors, backbone: nn.Module) -> Tensors:
+def prefixes_of(names: list[str], state: Iterable[str]) -> list[str]:
+    """What stands before `names` in a file of weights: each prefix under which all of them are."""
+    there = set(state)
+    found = [name.removesuffix(names[0]) for name in there if name == names[0] or name.endswith(f".{names[0]}")]
+    return sorted(prefix for prefix in found if all(prefix + name in there for name in names))
+
+
+def _counted(state: Tensors, prefix: str) -> int:
+    return sum(name.startswith(prefix) for name in state)
+
+
+def _renamed(state: Tensors, backbone: nn.Module) -> Tensors:
     """Rename a plain backbone's weights to ours: its classifier becomes head.*, the rest backbone.*."""
     names = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     renamed = {}
     for name, tensor in state.items():
-        layer, _, leaf = name.rpartition(".")
-        renamed[f"head.{leaf}" if layer in names else f"backbone.{name}"] = tensor
+        layer = next((layer for layer in names if name.startswith(f"{layer}.")), None)
+        renamed[f"{OURS}{name}" if layer is None else f"head.{name.removeprefix(f'{layer}.')}"] = tensor
     return renamed
 
 
@@ -98,15 +106,31 @@ def _shapes(state: Tensors, own: Tensors) -> str:
 
 
 def _check_match(state: Tensors, own: Tensors, path: str | Path) -> None:
-    # Files older than BatchNorm's batch counter lack it, and nothing here reads it.
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in state if n not in own]
-    reshaped = [
-        f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}"
-        for n in state
-        if n in own and state[n].shape != own[n].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    if any(problems.values()):
-        lines = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-        raise ValueError(f"checkpoint {path} is not of this model; " + "; ".join(lines))
+    """ValueError, a line of a few names, unless names and shapes are those of the network."""
+    problems = {
+        "missing": [n for n in own if n not in state and not n.endswith(COUNTER)],
+        "unexpected": [n for n in state if n not in own],
+        "of another shape": [
+            f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}"
+            for n in state
+            if n in own and state[n].shape != own[n].shape
+        ],
+    }
+    found = [f"{len(names)} {kind}: {first_few(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"checkpoint {path} is not of this model, which has {len(own)} weights; {'; '.join(found)}. Set model.name "
+            "and its options to those of the file, or give another file"
+        )
+
+
+def _check_values(state: Tensors, own: Tensors, path: str | Path) -> None:
+    """ValueError for numbers that the network cannot take as they are: quantised or not finite."""
+    for name, tensor in state.items():
+        if own[name].is_floating_point() and (not tensor.is_floating_point() or tensor.element_size() == 1):
+            raise ValueError(
+                f"checkpoint {path} holds {name} as {tensor.dtype}, where the network has {own[name].dtype}; "
+                "give the weights from before they were quantised"
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"checkpoint {path} holds numbers in {name} that are not finite; give an earlier one")

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from fastlt.models.checkpoints import load_weights, read_weights
+from fastlt.models.checkpoints import load_weights
 from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family, width_of
 from fastlt.models.heads import HEADS, Head
+from fastlt.models.pretrained import check_reachable
+from fastlt.models.weight_files import read_weights
 from fastlt.names import pick
 
 OURS = ("cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "resnet10")
@@ -166,7 +168,8 @@ def build_model(
     drop_rate: dropout before the head. drop_path_rate: stochastic depth, for backbones that have it.
     image_size: for backbones that are built for one input size (ViT, Swin, ...); others take any size and ignore it.
     experts: an `ExpertClassifier` of so many, each of `expert_width` times the backbone's width, for ResNets.
-    Raises ValueError for an unknown name, a name without pretrained weights, or an option the backbone does not take.
+    Raises ValueError for an unknown name, a name without pretrained weights or with such as cannot be fetched, or an
+    option the backbone does not take.
     """
     check_model(name, pretrained, experts)
     if pretrained and checkpoint is not None:
@@ -178,6 +181,8 @@ def build_model(
     if head_scale is not None and head != "cosine":
         raise ValueError(f"head_scale belongs to head: cosine; the {head} head has no scale")
     head_options = {} if head_scale is None else {"scale": head_scale}
+    if pretrained:
+        options |= check_reachable(name)
     create = partial(_create_backbone, name, drop_path_rate, options)
     if experts is None:
         backbone = create()

@@ -228,7 +228,7 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match="holds no weights"):
             build_model("cifar_resnet8", num_classes=3, checkpoint=tmp_path / "w.pth")
         (tmp_path / "t.pth").write_text("no checkpoint")
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match="is no file of weights"):
             build_model("cifar_resnet8", num_classes=3, checkpoint=tmp_path / "t.pth")
 
 
