@@ -129,7 +129,7 @@ class _Unread:
                 f"{len(self.folders)} folders beside the splits ({some([*map(printable, self.folders)], ', ')})"
             )
         if self.hidden:
-            said.append(f"{len(self.hidden)} hidden or system files and folders ({some(self.hidden, ', ')})")
+            said.append(f"{len(self.hidden)} hidden or system files and folders ({some(sorted(self.hidden), ', ')})")
         if self.kinds:
             kinds = [f"{count:,} {kind}" for kind, count in self.kinds.most_common()]
             said.append(f"{self.kinds.total():,} files that are no images of a class ({some(kinds, ', ')})")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from loaders.order.longtail import holdout_per_class, longtail_subset, subsample
 from loaders.sources.decode import decode_bytes, jpeg_bytes, read_image_file
 
 SPLITS = ("train", "meta", "test")  # of every source
+T = TypeVar("T")
 
 
 class Split(Protocol):
@@ -173,10 +174,11 @@ class Candidates:
             meta = Choice("meta", rows["meta"][first], f"first {count} of each class of {where['meta']}")
             train, tail = rows["train"], "all"
         else:
-            held, rest = holdout_per_class(labels["train"], count, num_classes)
+            held, rest = self._of_train(lambda: holdout_per_class(labels["train"], count, num_classes))
             meta = Choice("train", rows["train"][held], f"last {count} of each class of {where['train']}, held out")
             train, tail = rows["train"][rest], "all that is not held out"
-        train = train[subsample(self.pools["train"].labels[train], self.imbalance_factor, num_classes)]
+        left = self.pools["train"].labels[train]
+        train = train[self._of_train(lambda: subsample(left, self.imbalance_factor, num_classes))]
         if self.imbalance_factor is not None:
             tail = f"first n_c of each class of {tail}, imbalance factor {self.imbalance_factor:g},"
         return {
@@ -184,6 +186,13 @@ class Candidates:
             "meta": meta,
             "test": Choice("test", rows["test"], f"all of {where['test']}"),
         }
+
+    def _of_train(self, choose: Callable[[], T]) -> T:
+        """What `choose` gives; its ValueError with the name of the place in front."""
+        try:
+            return choose()
+        except ValueError as error:
+            raise ValueError(f"{self.pools['train'].provenance}: {error}") from None
 
     def splits(self, choices: Mapping[str, Choice]) -> dict[str, FileSplit]:
         """The images of the choices."""
