@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastlt.names import pick
+from loaders.sources.messages import printable
 from loaders.sources.split import SPLITS
 from loaders.stored.atomic_folder import MANIFEST
 from loaders.stored.beton import Beton
@@ -56,7 +57,7 @@ class ConvertedDataset:
             check_files(root, manifest)
         except OSError as error:
             raise DamageError(f"{root} cannot be read: {error.strerror} ({error.filename})") from None
-        return cls(root, tuple(manifest["class_names"]), manifest)
+        return cls(root, tuple(map(printable, manifest["class_names"])), manifest)
 
     @property
     def num_classes(self) -> int:

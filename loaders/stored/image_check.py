@@ -183,5 +183,7 @@ def _decode(split: Split, i: int) -> tuple[np.ndarray, int]:
     if not isinstance(split, FileSplit):
         return split.image(i), 0
     data = split.contents(i)
-    digest = hashlib.sha1(data, usedforsecurity=False).digest()  # half the time of blake2b, 2 % of decoding a photograph
+    digest = hashlib.sha1(
+        data, usedforsecurity=False
+    ).digest()  # half the time of blake2b, 2 % of decoding a photograph
     return decode_bytes(data), int.from_bytes(digest[:8], "little") or 1

@@ -99,6 +99,12 @@ def test_the_manifest_says_what_is_inside(converted):
     assert sorted(path.name for path in converted.root.iterdir()) == sorted([*manifest["files"], "manifest.json"])
 
 
+def test_class_names_of_other_bytes_are_text(copy):
+    """As an earlier version wrote them: no report could be written with them."""
+    edit(copy, class_names=["caf\udce9", *"123456789"])
+    assert ConvertedDataset.open(copy).class_names[:2] == (r"caf\xe9", "1")
+
+
 def test_a_request_is_recognised(converted):
     assert converted.matches(REQUEST)
     assert converted.matches(conversion_request("digits", imbalance_factor=20.0, options=FfcvOptions(num_workers=7)))
