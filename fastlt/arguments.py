@@ -67,3 +67,6 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 positive = whole(1)
+# More threads than this crash torch, and more processes the machine.
+MOST_WORKERS = 1024
+worker_count = whole(1, MOST_WORKERS)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from fastlt.arguments import make_parser, positive
+from fastlt.arguments import make_parser, positive, worker_count
 from fastlt.augment import Augment, build_augment
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
@@ -31,7 +31,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     parser.add_argument("--size", type=positive, default=32, metavar="PIXELS", help="side of the images (default: 32)")
     parser.add_argument("--policy", choices=("cifar10", "imagenet", "svhn"), default="cifar10", help="of AutoAugment")
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
+    parser.add_argument("--threads", type=worker_count, metavar="N", help="CPU threads of torch (default: all)")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)

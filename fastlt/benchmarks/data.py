@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.arguments import make_parser, path, positive
+from fastlt.arguments import make_parser, path, positive, worker_count
 from fastlt.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
@@ -64,7 +64,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         help="the JPEGs as they are (and DALI's loaders), or .beton files of longer sides of 256 (default: all)",
     )
     parser.add_argument("--batch", type=positive, default=128, help="batch size (default: 128)")
-    parser.add_argument("--workers", type=positive, default=available_cores(), help="default: all cores")
+    parser.add_argument("--workers", type=worker_count, default=available_cores(), help="default: all cores")
     parser.add_argument("--rounds", type=positive, default=5, help="measured epochs of each (default: 5)")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")

@@ -45,7 +45,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlt import strict_json
-from fastlt.arguments import make_parser, positive
+from fastlt.arguments import make_parser, positive, worker_count
 from fastlt.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import wait_for
@@ -115,7 +115,7 @@ def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     parser.add_argument("--meta-batch", type=positive, default=128, metavar="N", help="meta batch (default: 128)")
     parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS", help="default: 32")
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of torch (default: all)")
+    parser.add_argument("--threads", type=worker_count, metavar="N", help="CPU threads of torch (default: all)")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", choices=MODES, default="none", help="as in a recipe (default: none)")

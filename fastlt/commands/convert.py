@@ -20,7 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
-from fastlt.arguments import make_parser, path, whole
+from fastlt.arguments import make_parser, path, whole, worker_count
 from fastlt.commands import verify
 from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
@@ -94,7 +94,7 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     storage.add_argument("--jpeg-quality", type=whole(1, 100), metavar="Q", help="1 to 100 (default: 90), not for raw")
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: all cores)")
+    run.add_argument("--workers", type=worker_count, metavar="N", help="processes (default: all cores)")
     run.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="images that cannot be decoded")
     run.add_argument(
         "--allow-duplicates",

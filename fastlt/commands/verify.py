@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastlt.arguments import make_parser, path, positive
+from fastlt.arguments import make_parser, path, worker_count
 
 NAME = "fastlt verify"
 
@@ -19,7 +19,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code."""
     parser = make_parser(__doc__, NAME, prog)
     parser.add_argument("folder", type=path, metavar="DIR", help="a converted data set")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--workers", type=worker_count, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args(words)
     return check(arguments.folder, arguments.workers, not arguments.quiet, prog)

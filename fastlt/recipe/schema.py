@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastlt.arguments import MOST_WORKERS
 from fastlt.paths import PATH
 from fastlt.ranges import above, at_least, within
 from fastlt.recipe.typed_yaml import one_of, to_tree, typed_by
@@ -20,7 +21,6 @@ from loaders.sources import SOURCES
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
 SIDE = within(1, 65535)  # pixels; JPEG has no larger images
-MOST_WORKERS = 1024
 LARGEST_SEED = 2**32 - 1  # of NumPy
 # Metadata of a key that changes neither the meaning of a run nor its result. A run that goes on may have another value
 # than before, and a finished run answers for every value.

@@ -23,6 +23,7 @@ from loaders.readers.dali_augment import DaliAugment
 from loaders.readers.host_loader import HostLoader, upload_ahead
 from loaders.stored.damage import DamageError
 from loaders.stored.ffcv_kernels import resize_crop
+from loaders.stored.image_header import encoded_size
 
 try:
     from nvidia import dali
@@ -192,14 +193,26 @@ class _EncodedTensors:
         tensors, places = self._tensors, index.tolist()
         if not self.stored.in_memory:
             with ThreadPoolExecutor(self._threads) as pool:
-                return [TensorCPU(data) for data in pool.map(self.stored.encoded, places)]
+                return [TensorCPU(data) for data in pool.map(self._checked, places)]
         found = [tensors[i] for i in places]
         if None in found:
             for k, i in enumerate(places):
                 if tensors[i] is None:
-                    tensors[i] = TensorCPU(self.stored.encoded(i))
+                    tensors[i] = TensorCPU(self._checked(i))
                 found[k] = tensors[i]
         return found
+
+    def _checked(self, i: int) -> np.ndarray:
+        """The bytes of image `i`; DamageError when it is not of the size for which its rectangle was drawn."""
+        stored = self.stored
+        data, expected = stored.encoded(i), (stored.heights[i], stored.widths[i])
+        found = encoded_size(data.data)
+        if found != expected:
+            raise DamageError(
+                f"{stored.path}, image {i}: damaged (its header says {found[0]}x{found[1]}, it should be "
+                f"{expected[0]}x{expected[1]})"
+            )
+        return data
 
 
 def _listed(tensors: list[TensorCPU]) -> TensorListCPU:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.beton import Beton
 from loaders.stored.damage import DamageError
 from loaders.stored.ffcv_kernels import keep_torch_threads
+from loaders.stored.image_header import jpeg_size
 
 BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
 PIECE_BYTES = 1 << 20  # what a thread decodes at a time, at most, and at least one image
@@ -42,16 +43,17 @@ def _compiled_loop() -> Callable[..., int]:
     storage: uint8 (n,), the file.  offsets, sizes, heights, widths: int64 (N,).  is_jpeg: bool (N,).
     index: int64 (K,).  boxes: int32 (K, 4).  images: uint8 (K, h, w, 3), overwritten.  scratch: uint8, overwritten,
         long enough for any stored image of the split.
-    Returns the place in `index` of the first image whose JPEG is damaged, else -1.
+    Returns the place in `index` of the first image whose JPEG is damaged or of another size, else -1.
     """
     with keep_torch_threads():
         from ffcv.libffcv import imdecode, memcpy, resize_crop
         from numba import njit
 
-    def compiled(function: Callable) -> Callable[..., int]:
-        return cast("Callable[..., int]", njit(function, nogil=True, error_model="numpy"))  # numba's stubs deny that
+    def compiled(function: Callable) -> Callable[..., Any]:
+        return cast("Callable[..., Any]", njit(function, nogil=True, error_model="numpy"))  # numba's stubs deny that
 
     decode_c, resize_c, copy_c = compiled(imdecode), compiled(resize_crop), compiled(memcpy)
+    size_of = compiled(jpeg_size)
 
     @compiled
     def loop(storage, offsets, sizes, is_jpeg, heights, widths, index, boxes, images, scratch):
@@ -63,6 +65,9 @@ def _compiled_loop() -> Callable[..., int]:
             whole = crop_height == height and crop_width == width
             as_stored = whole and height == images.shape[1] and width == images.shape[2]
             if is_jpeg[i]:
+                found = size_of(data)
+                if found[0] != height or found[1] != width:
+                    return k
                 image = images[k] if as_stored else scratch[: 3 * height * width].reshape(height, width, 3)
                 if decode_c(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                     return k

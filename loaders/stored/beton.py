@@ -14,6 +14,7 @@ import numpy as np
 from loaders.order.crop import common_shape
 from loaders.stored.damage import DamageError
 from loaders.stored.ffcv_kernels import decode_jpeg
+from loaders.stored.mapped_file import map_file
 
 VERSION = 2
 JPEG, RAW = 0, 1
@@ -57,17 +58,16 @@ class Beton:
         # FFCV writes the table's address last: zero means that the writer never finished.
         if header["allocation_table"] == 0:
             raise self._unusable("its writer did not finish")
-        samples = self._table(SAMPLE, HEADER.itemsize + fields.nbytes, int(header["num_samples"]))
-        self.offsets = samples["image"]["data_ptr"].astype(np.int64)
+        first = HEADER.itemsize + fields.nbytes
+        samples = self._table(SAMPLE, first, int(header["num_samples"]))
         table = int(header["allocation_table"])
+        self.offsets = samples["image"]["data_ptr"].astype(np.int64)
         self.sizes = self._stored_sizes(table)
         self.is_jpeg = samples["image"]["mode"] == JPEG
         self.heights = samples["image"]["height"].astype(np.int64)
         self.widths = samples["image"]["width"].astype(np.int64)
         self.labels = samples["label"].astype(np.int64)
-        raw_sizes = 3 * self.heights * self.widths
-        if (self.sizes != raw_sizes)[~self.is_jpeg].any() or (self.offsets + self.sizes > table).any():
-            raise self._unusable("its sample sizes do not add up")
+        self._check_records(samples["image"]["mode"], first + samples.nbytes, table)
 
     @classmethod
     def open(cls, path: Path | str) -> Beton:
@@ -104,7 +104,7 @@ class Beton:
             raise DamageError(f"{self.path} does not exist: convert the data set first")
         if self.path.stat().st_size < HEADER.itemsize:
             raise self._unusable("it is shorter than a header")
-        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+        return map_file(self.path)
 
     def _table(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         end = offset + count * dtype.itemsize
@@ -113,14 +113,36 @@ class Beton:
         return self.storage[offset:end].view(dtype)
 
     def _stored_sizes(self, table: int) -> np.ndarray:
+        """The bytes of each image; the allocation table has them in the order in which they were written."""
         count = max(self.storage.size - table, 0) // ALLOCATION.itemsize
         allocations = self._table(ALLOCATION, table, count)
-        order = np.argsort(allocations["data_ptr"], kind="stable")
-        addresses = allocations["data_ptr"][order].astype(np.int64)
-        place = np.searchsorted(addresses, self.offsets)
-        if count == 0 or (place == count).any() or (addresses[place] != self.offsets).any():
+        order = np.argsort(allocations["sample"], kind="stable")
+        numbers, addresses = allocations["sample"][order], allocations["data_ptr"][order].astype(np.int64)
+        if count != len(self.offsets) or (numbers != np.arange(count)).any() or (addresses != self.offsets).any():
             raise self._unusable("its allocation table misses images")
-        return allocations["size"][order][place].astype(np.int64)
+        return allocations["size"][order].astype(np.int64)
+
+    def _check_records(self, modes: np.ndarray, first: int, table: int) -> None:
+        """DamageError naming an image whose record cannot be right; the data lie between `first` and `table`.
+
+        What is damaged in an image's own bytes shows when it is decoded.
+        """
+        by_place = np.argsort(self.offsets, kind="stable")
+        overlaps = np.zeros(len(self.offsets), dtype=bool)
+        overlaps[by_place[1:]] = np.diff(self.offsets[by_place]) < self.sizes[by_place[:-1]]
+        wrong = {
+            "is neither a JPEG nor raw pixels": (modes != JPEG) & (modes != RAW),
+            "has a side of 0 pixels": (self.heights == 0) | (self.widths == 0),
+            "lies outside of the file's data": (self.offsets < first)
+            | (self.sizes < 1)
+            | (self.offsets > table - self.sizes),
+            "has more or fewer bytes than pixels": ~self.is_jpeg & (self.sizes != 3 * self.heights * self.widths),
+            "begins inside of another one": overlaps,
+            "has a negative label": self.labels < 0,
+        }
+        for what, where in wrong.items():
+            if where.any():
+                raise self._unusable(f"image {int(where.argmax())} {what}")
 
     def _unusable(self, why: str) -> DamageError:
         return DamageError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")

@@ -1,4 +1,4 @@
-"""The error for data that cannot be read any more, and reading arrays that may be damaged."""
+"""The errors of reading: data that were damaged, readers that failed; and reading arrays that may be damaged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class DamageError(ValueError, RuntimeError):
 
     A ValueError, because the user's data are wrong; a RuntimeError, because readers' threads raise it.
     """
+
+
+class ReaderError(RuntimeError):
+    """A loader's process or thread failed, and not because of the data; the message says why, and what to do."""
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

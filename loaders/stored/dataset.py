@@ -103,8 +103,23 @@ class ConvertedDataset:
         return split_file(self.root, split, "dali")
 
     def stored(self, split: str, kind: str) -> Beton | TarShards:
-        """The images of a split in the format `kind`, one of FORMATS; ValueError when it lacks that."""
-        return open_split(self.shards(split) if kind == "dali" else self.beton(split))
+        """The images of a split in the format `kind`, one of FORMATS; ValueError when it lacks that.
+
+        DamageError when the file is not whole, or says something else of its images than the manifest.
+        """
+        opened, described = (
+            open_split(self.shards(split) if kind == "dali" else self.beton(split)),
+            self.manifest["splits"][split],
+        )
+        if len(opened) != described["count"]:
+            raise damaged(self.root, f"{opened.path.name} holds {len(opened):,} images, not {described['count']:,}")
+        sizes = np.stack([opened.heights, opened.widths], axis=1)
+        if [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()] != [
+            described["image_size"]["min"],
+            described["image_size"]["max"],
+        ]:
+            raise damaged(self.root, f"the image sizes in {opened.path.name} and the manifest disagree")
+        return opened
 
     @property
     def formats(self) -> tuple[str, ...]:

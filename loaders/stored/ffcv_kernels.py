@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from loaders.stored.image_header import jpeg_size
+
 
 @contextlib.contextmanager
 def keep_torch_threads() -> Iterator[None]:
@@ -34,9 +36,12 @@ def kernels():
 def decode_jpeg(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     """RGB pixels uint8 (H, W, 3) of JPEG bytes uint8 (n,).
 
-    Raises ValueError when the bytes are damaged or cut short. libjpeg-turbo with its fast DCT, as FFCV decodes; the
-    accurate DCT of other decoders differs by about 1 level on average.
+    Raises ValueError when the bytes are damaged, cut short or of another size. libjpeg-turbo with its fast DCT, as FFCV
+    decodes; the accurate DCT of other decoders differs by about 1 level on average.
     """
+    found = jpeg_size(encoded.data)
+    if found != (height, width):  # the decoder would leave pixels unwritten, or write past the end of them
+        raise ValueError(f"damaged JPEG data (its header says {found[0]}x{found[1]}, it should be {height}x{width})")
     image = np.empty((height, width, 3), dtype=np.uint8)
     if kernels().imdecode(encoded, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
         raise ValueError(f"damaged JPEG data ({encoded.size} bytes that should give {height}x{width})")

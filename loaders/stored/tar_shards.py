@@ -15,6 +15,7 @@ import numpy as np
 
 from loaders.order.crop import common_shape
 from loaders.stored.damage import DamageError, read_arrays
+from loaders.stored.mapped_file import map_file
 
 JPEG_START = b"\xff\xd8"
 BLOCK = 512  # tar's unit: headers are one, data are padded to it
@@ -36,12 +37,11 @@ class TarShards:
         index = self._read_index()
         self._first, self._offsets, self.sizes = index["first"], index["offset"], index["size"]
         self.heights, self.widths, self.labels = index["height"], index["width"], index["label"]
-        if not len(self.labels):
-            raise self._unusable("it holds no images")
+        self._check_index(index)
         self._shards = [self._map(number) for number in range(len(self._first))]
         self._shard_of = np.searchsorted(self._first, np.arange(len(self)), side="right") - 1
         ends = np.array([shard.size for shard in self._shards])[self._shard_of]
-        if (self._offsets + self.sizes > ends).any():
+        if (self._offsets > ends - self.sizes).any():
             raise self._unusable("a shard is cut short")
 
     @classmethod
@@ -111,11 +111,31 @@ class TarShards:
         except DamageError as error:
             raise self._unusable(f"its index cannot be read ({error})") from None
 
+    def _check_index(self, index: dict[str, np.ndarray]) -> None:
+        """DamageError for an index that cannot be right; what is damaged in a file shows when it is decoded."""
+        if any(column.dtype != np.int64 or column.ndim != 1 for column in index.values()):
+            raise self._unusable("its index does not hold whole numbers")
+        if not len(self.labels):
+            raise self._unusable("it holds no images")
+        if any(len(index[name]) != len(self) for name in COLUMNS[1:]):
+            raise self._unusable("the columns of its index are not equally long")
+        first = self._first
+        if not len(first) or first[0] != 0 or (np.diff(first) < 1).any() or first[-1] >= len(self):
+            raise self._unusable("its index does not say which shard holds an image")
+        wrong = {
+            "has a side of 0 pixels": (self.heights < 1) | (self.widths < 1),
+            "lies outside of its shard": (self._offsets < BLOCK) | (self.sizes < 1),
+            "has a negative label": self.labels < 0,
+        }
+        for what, where in wrong.items():
+            if where.any():
+                raise self._unusable(f"image {int(where.argmax())} {what}")
+
     def _map(self, number: int) -> np.ndarray:
         tar = shard_path(self.path, number)
         if not tar.is_file() or tar.stat().st_size == 0:
             raise self._unusable(f"{tar.name} is missing or empty")
-        return np.asarray(np.memmap(tar, dtype=np.uint8, mode="r"))
+        return map_file(tar)
 
     def _unusable(self, why: str) -> DamageError:
         return DamageError(f"{self.path} cannot be read as a converted split: {why}. Convert the data set again")

@@ -39,7 +39,6 @@ def verify(dataset: ConvertedDataset, *, num_workers: int | None = None, progres
 def _verify_split(
     dataset: ConvertedDataset, split: str, kind: str, num_workers: int | None, progress: bool
 ) -> list[str]:
-    described = dataset.manifest["splits"][split]
     try:
         labels = dataset.labels(split)
         stored = dataset.stored(split, kind)
@@ -48,12 +47,6 @@ def _verify_split(
     problems = []
     if not np.array_equal(stored.labels, labels):
         problems.append(f"{split}: the labels in {stored.path.name} and labels.npz disagree")
-    sizes = np.stack([stored.heights, stored.widths], axis=1)
-    if [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()] != [
-        described["image_size"]["min"],
-        described["image_size"]["max"],
-    ]:
-        problems.append(f"{split}: the image sizes in {stored.path.name} and the manifest disagree")
     if isinstance(stored, TarShards):
         for shard in range(len(stored.tars)):
             problems += stored.problems(shard)

@@ -239,7 +239,7 @@ def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
         (["digits", "--out", "x", "--imbalance", "ten"], "--imbalance: 'ten' is not a number from 1 (balanced) on"),
         (["digits", "--out", "x", "--imbalance", "0.5"], "--imbalance: '0.5' is not a number from 1 (balanced) on"),
         (["digits", "--out", "x", "--imbalance", "nan"], "--imbalance: 'nan' is not"),
-        (["digits", "--out", "x", "--workers", "0"], "--workers: '0' is not a whole number from 1 on"),
+        (["digits", "--out", "x", "--workers", "0"], "--workers: '0' is not a whole number from 1 to 1024"),
         (["digits", "--out", "x", "--meta-per-class", "2.5"], "--meta-per-class: '2.5' is not a whole number from 1"),
         (
             ["digits", "--out", "x", "--jpeg-quality", "101"],

@@ -1,0 +1,61 @@
+"""Files that are read through memory, and a sentence when one of them cannot be read any more.
+
+The system tells of that by SIGBUS, in the middle of whichever loop reads the memory: a file was cut short, or its disk
+is gone. Left alone, the process would die without a word.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+
+_bytes_of: dict[Path, int] = {}  # every file that was mapped, and how long it was
+_telling = threading.Lock()
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file, uint8 (n,), read-only; pages are read when they are touched.
+
+    If one cannot be read then, the process says why and ends with exit code 2.
+    """
+    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    _bytes_of[path.absolute()] = data.size
+    _say_why_on_sigbus()
+    return data
+
+
+def cut_short() -> str | None:
+    """The first of the mapped files that is shorter now than it was, as a sentence; None when none is."""
+    for path, before in _bytes_of.items():
+        try:
+            now = path.stat().st_size
+        except OSError:  # renamed or deleted: what was mapped is still there
+            continue
+        if now < before:
+            return (
+                f"{path} was cut short while it was read: it has {now:,} bytes and had {before:,}. Put the file back, "
+                "or convert the data set again"
+            )
+    return None
+
+
+@functools.cache
+def _say_why_on_sigbus() -> None:
+    # A handler of Python's `signal` would run after the loop, which never ends. This one is called inside of the loop.
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    library.signal(signal.SIGBUS, ctypes.cast(_on_sigbus, ctypes.c_void_p))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_sigbus(number: int) -> None:
+    _telling.acquire()  # and never released: several threads may come here at once, and one tells
+    why = cut_short() or f"one of {', '.join(map(str, _bytes_of))} cannot be read any more: is its disk reachable?"
+    os.write(2, f"\nfastlt: {why}\n".encode(errors="surrogateescape"))
+    os._exit(2)
