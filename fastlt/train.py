@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
         print_error(error)
         return 2
 
-    from loaders.stored.damage import DamageError
+    from loaders.stored.damage import DamageError, ReaderError
 
     try:
         result = trainer.fit()
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     except DamageError as error:
         print_error(error)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, ReaderError) as error:
         print_error(error)
         return 1
     report(context, result)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
 from loaders.readers.host_loader import STALL_S, HostLoader
-from loaders.stored.damage import DamageError
+from loaders.readers.worker_watch import WorkerWatch, shared_memory_error
+from loaders.stored.damage import DamageError, ReaderError
 from loaders.stored.ffcv_kernels import resize_crop
+from loaders.stored.forked_workers import end_with_parent
 
 # What the workers' common ancestor imports, so that none of them has to.
 PRELOADED = ["loaders.readers.torch_loader", "ffcv.libffcv"]
@@ -32,21 +36,36 @@ def _clean_ancestor() -> BaseContext:
     return context
 
 
+def _begin(number: int) -> None:
+    """Make worker `number` end with the process that it works for, not before it, and leave its faults to that one."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the run still needs a batch
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # told by `WorkerWatch`
+
+
 class _CroppedBatches(Dataset):
     """Asked with (index int64 (N,), boxes int32 (N, 4)), it answers with that batch's pixels."""
 
     def __init__(self, stored: StoredSplit, shape: tuple[int, int]) -> None:
         self.stored, self.shape = stored, shape
 
-    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor | DamageError:
+    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor | DamageError | ReaderError:
+        """Errors are answers: raised, they would reach the user with the worker's traceback for a message."""
         index, boxes = asked
-        images = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
+        pixels = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
         try:
-            for i, box, out in zip(index, boxes, images, strict=True):
+            for i, box, out in zip(index, boxes, pixels, strict=True):
                 resize_crop(self.stored.image(i), box, out)
         except DamageError as damage:
-            return damage  # raised, it would reach the user with the worker's traceback for a message
-        return torch.from_numpy(images)
+            return damage
+        images, worker = torch.from_numpy(pixels), get_worker_info()
+        if worker is None:
+            return images
+        try:
+            # Here and not by the thread that sends it, whose error nobody would hear of.
+            return images.share_memory_()
+        except RuntimeError:
+            return shared_memory_error(self.stored.path, worker.num_workers)
 
 
 class _PlannedSampler(Sampler):
@@ -70,7 +89,8 @@ class TorchLoader(HostLoader):
 
     num_workers: processes, which import the main module: a script needs its `if __name__ == "__main__"`. 0 reads in
         this process; None takes the cores of this job over its processes.
-    A damaged image raises DamageError naming it; a worker silent for ten minutes raises RuntimeError.
+    A damaged image raises DamageError naming it. A worker that died, was stopped, found no room in shared memory or was
+    silent for ten minutes raises ReaderError, the first three within ten seconds. Workers end with this process.
     """
 
     backend = "torch"
@@ -80,6 +100,8 @@ class TorchLoader(HostLoader):
         self, stored: StoredSplit, plan: EpochPlan, device: torch.device | str, num_workers: int | None = None
     ) -> None:
         super().__init__(plan, device, num_workers)
+        self._path = stored.path
+        self._watch: WorkerWatch | None = None
         self._sampler = _PlannedSampler(plan.batch_size)
         self._loader: DataLoader | None = DataLoader(
             _CroppedBatches(stored, plan.output_shape),
@@ -88,7 +110,7 @@ class TorchLoader(HostLoader):
             num_workers=self.workers,
             multiprocessing_context=_clean_ancestor() if self.workers else None,
             persistent_workers=self.workers > 0,
-            timeout=STALL_S if self.workers else 0,
+            worker_init_fn=_begin,
             pin_memory=self.device.type == "cuda",  # by a thread, which the copy to the GPU then need not wait for
             # Its own generator: by default each epoch draws a worker seed from, and so advances, torch's global one.
             generator=torch.Generator(),
@@ -97,12 +119,27 @@ class TorchLoader(HostLoader):
     def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
         assert self._loader is not None, "the loader is closed"
         self._sampler.index, self._sampler.boxes = index, boxes
-        for images in self._loader:
-            if isinstance(images, DamageError):
+        with self._waiting():
+            batches = iter(self._loader)
+        if self._watch is None and self.workers:
+            processes = batches._workers  # pyright: ignore[reportAttributeAccessIssue]  of the iterator with workers
+            self._watch = WorkerWatch(self._path, processes, STALL_S)
+        while True:
+            with self._waiting():
+                images = next(batches, None)
+            if images is None:
+                return
+            if isinstance(images, Exception):
                 raise images
             yield images
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._watch is None else self._watch.waiting()
 
     def close(self) -> None:
         """Ends the running epoch and the worker processes."""
         super().close()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self._loader = None  # the DataLoader joins its workers when its last reference goes

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +23,11 @@ from loaders.factory import check_loader, choose_backend, make_loader
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
 from loaders.order.sampling import epoch_order
-from loaders.readers import base_loader, free_memory
+from loaders.readers import base_loader, free_memory, torch_loader, worker_watch
 from loaders.readers.resident_loader import resident_bytes
 from loaders.readers.two_views import TwoViewLoader
 from loaders.stored.beton import Beton
+from loaders.stored.damage import ReaderError
 
 COUNT = 53
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND)
@@ -427,3 +433,126 @@ def test_what_goes_to_a_gpu_is_pinned_and_nobody_waits_for_it(monkeypatch):
     assert calls == ["pinned", ("cuda", {"non_blocking": True})]
     monkeypatch.undo()
     assert upload(torch.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def torch_worker(small, make):
+    """A loader with one worker, of which the reader has had a batch, and that worker's process."""
+    loader = make(small, "torch", num_workers=1, batch_size=2)
+    epoch = loader.epoch(0)
+    next(epoch)
+    (worker,) = loader._watch._processes
+    return epoch, worker
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, r"ended \(signal 9, SIGKILL; most likely memory ran out\). Use fewer workers than 1"),
+        (signal.SIGSTOP, r"worker process \d+ is stopped \(SIGSTOP\). Start again"),
+        (signal.SIGBUS, r"shared memory, /dev/shm, has no room .* make it larger \(docker run --shm-size"),
+    ],
+    ids=["killed", "stopped", "bus error"],
+)
+def test_a_torch_worker_that_is_lost_is_noticed_soon(torch_worker, number, message):
+    epoch, worker = torch_worker
+    os.kill(worker.pid, number)
+    start = time.monotonic()
+    with pytest.raises(ReaderError, match=message):
+        list(epoch)
+    assert time.monotonic() - start < 20  # 10 and the time that a busy machine needs
+    worker.join(10)
+    assert worker.exitcode == (-signal.SIGBUS if number == signal.SIGBUS else -signal.SIGKILL)
+
+
+def test_a_slow_worker_is_told_of_and_waited_for(small, make, capfd, monkeypatch):
+    monkeypatch.setattr(worker_watch, "SLOW_S", 0.6)
+    processes = [SimpleNamespace(pid=os.getpid(), sentinel=0, exitcode=None, kill=None)]
+    watch = worker_watch.WorkerWatch(Path("there"), processes, patience_s=100)
+    for _ in range(2):
+        with watch.waiting():
+            time.sleep(1.8)
+    watch.close()
+    told = [line for line in capfd.readouterr().err.splitlines() if "still waiting for images of there" in line]
+    assert len(told) == 1, told
+    assert f"worker {os.getpid()} " in told[0]
+
+
+def test_no_room_in_shared_memory_is_said_by_the_worker(small, monkeypatch):
+    def full(images):
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch_loader, "get_worker_info", lambda: SimpleNamespace(num_workers=3))
+    batches = torch_loader._CroppedBatches(Beton.open(small.path), (16, 16))
+    answer = batches[np.arange(2), np.array([[0, 0, 16, 16]] * 2, dtype=np.int32)]
+    assert isinstance(answer, ReaderError)
+    assert "for the batches of 3 workers" in str(answer)
+
+
+ENDLESS = """
+import sys
+from loaders.factory import make_loader
+from loaders.order.crop import CropSpec
+from small_betons import SmallDataset
+from loaders.stored.beton import Beton
+
+if __name__ == "__main__":
+    backend, path = sys.argv[1:]
+    labels = Beton.open(path).labels
+    dataset = SmallDataset(Beton.open(path).path, [], labels, formats=("ffcv",))
+    arguments = {"batch_size": 8, "device": "cpu", "train": True, "crop": CropSpec("none"), "num_workers": 2}
+    loader = make_loader(dataset, "train", backend=backend, **arguments)
+    for epoch in range(10**9):
+        for batch in loader.epoch(epoch):
+            print(batch.index[0].item(), flush=True)
+"""
+
+
+@pytest.fixture
+def endless(small, tmp_path):
+    """Starts a process that reads a copy of `small` for ever; returns it and the copy when it has had a batch."""
+    started = []
+
+    def start(backend: str) -> tuple[subprocess.Popen, Path]:
+        path = Path(shutil.copy(small.path, tmp_path / "copy.beton"))
+        (tmp_path / "endless.py").write_text(ENDLESS)
+        root = Path(__file__).resolve().parents[2]
+        where = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests' / 'parity'}"}
+        words = [sys.executable, str(tmp_path / "endless.py"), backend, str(path)]
+        process = subprocess.Popen(words, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline(), process.stderr.read()
+        return process, path
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_file_that_is_cut_short_under_its_reader_ends_in_a_sentence(endless):
+    process, path = endless("ffcv")
+    os.truncate(path, 3000)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = error.strip().splitlines()
+    assert line.startswith(f"fastlt: {path} was cut short while it was read: it has 3,000 bytes and had ")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are found in /proc")
+def test_torchs_workers_end_with_a_killed_main_process(endless):
+    process, _ = endless("torch")
+    family = descendants(process.pid)
+    assert len(family) >= 4  # two workers, the server that forked them, and multiprocessing's tracker of resources
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in family):
+        time.sleep(0.1)
+    assert [pid for pid in family if Path(f"/proc/{pid}").exists()] == []
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
