@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastlt.recipe import load_recipe
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from loaders.readers import BACKENDS
+from loaders.sources.split import SPLITS
 from loaders.stored.dataset import ConvertedDataset
 
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
@@ -95,10 +97,11 @@ def planned(number: int, draw: random.Random) -> list[Kill]:
 
 
 def words_of(loader: str, recipe: str, data: Path, runs: Path) -> list[str]:
-    stages = {"end_to_end": None, **RECIPES[recipe]}
+    stages, mode = {"end_to_end": None, **RECIPES[recipe]}, "jpg" if loader == "resident_jpeg" else "raw"
     return [
         *("train", str(RECIPE), f"stages={json.dumps(stages)}", f"data.converted={data}", f"data.loader={loader}"),
-        *(f"runs={runs}", "name=run", "log_every=1", "checkpoint_every_s=0.2", "num_threads=1", "data.num_workers=1"),
+        *(f"data.storage.mode={mode}", "data.num_workers=1", "num_threads=1"),
+        *(f"runs={runs}", "name=run", "log_every=1", "checkpoint_every_s=0.2"),
     ]
 
 
@@ -221,17 +224,6 @@ def kill_again_and_again(box: Sandbox, words: list[str], folder: Path, kills: li
     return campaign
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory) -> dict[str, Path]:
-    """The digits in both formats, as raw pixels and as JPEG files."""
-    folder = tmp_path_factory.mktemp("digits")
-    with sandbox(folder / "sandbox") as box:
-        for mode in ("raw", "jpg"):
-            words = ["digits", "--out", folder / mode, "--imbalance", 20, "--mode", mode, "--format", "both", "--quiet"]
-            assert box.run("convert", *words) == 0, box.output
-    return {mode: folder / mode for mode in ("raw", "jpg")}
-
-
 def test_a_run_that_is_killed_and_stopped_once_ends_as_if_it_had_been_left_alone(digits, tmp_path):
     """The short one: the last start and the reference are trained in this process."""
     words = words_of("resident", "difficulty, crt", digits, tmp_path / "runs")
@@ -252,18 +244,17 @@ def test_a_run_that_is_killed_and_stopped_once_ends_as_if_it_had_been_left_alone
 
 @pytest.mark.faults
 @pytest.mark.parametrize("loader", BACKENDS)
-def test_killed_runs_end_as_if_they_had_been_left_alone(loader, stored, tmp_path, rounds, fault_seed, report_figure):
-    """Both recipes at once, each killed every few iterations."""
+def test_killed_runs_end_as_if_they_had_been_left_alone(loader, tmp_path, rounds, fault_seed, report_figure):
+    """Both recipes at once, each killed every few iterations; the first start converts the digits."""
     each, began = -(-rounds(22) // len(RECIPES)), time.monotonic()
 
     def work(recipe: str) -> Campaign:
-        data, folder = stored["jpg" if loader == "resident_jpeg" else "raw"], tmp_path / recipe.replace(", ", "_")
+        folder = tmp_path / recipe.replace(", ", "_")
+        words = {runs: words_of(loader, recipe, folder / "data", folder / runs) for runs in ("runs", "reference")}
         with sandbox(folder / "sandbox") as box:
-            code = box.run(*words_of(loader, recipe, data, folder / "reference"))
-            assert code == 0, box.output
-            words = words_of(loader, recipe, data, folder / "runs")
             kills = planned(each, random.Random(f"{fault_seed} {loader} {recipe}"))
-            campaign = kill_again_and_again(box, words, folder / "runs" / "run", kills)
+            campaign = kill_again_and_again(box, words["runs"], folder / "runs" / "run", kills)
+            assert box.run(*words["reference"]) == 0, box.output
         if (folder / "runs" / "run" / "result.json").exists():
             campaign.problems += differences(folder / "runs" / "run", folder / "reference" / "run")
         campaign.problems = [f"{recipe}: {problem}" for problem in campaign.problems]
@@ -274,12 +265,39 @@ def test_killed_runs_end_as_if_they_had_been_left_alone(loader, stored, tmp_path
     tell(campaigns, began, report_figure)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_does_not_outlive_a_killed_launcher(processes, digits, tmp_path):
+    """Nor do the workers of its loader; the same command then goes on."""
+    devices = ["--num_processes", "1"] if processes == 1 else ["--multi_gpu", "--num_processes", "2"]
+    words = ["launch", *devices, *words_of("torch", "difficulty, crt", digits, tmp_path / "runs")[1:]]
+    folder = tmp_path / "runs" / "run"
+    kill = Kill("iteration", 15, 0.0, signal.SIGKILL)
+    with sandbox(tmp_path / "sandbox") as box:
+        code = end_at(kill, box, words, lambda printed: reached(kill, folder, box, printed))
+        assert code == -signal.SIGKILL, box.output
+        assert [left for left in box.leftovers() if not left.startswith("TMPDIR/fastlt-")] == []
+        assert box.run(*words) == 0, box.output
+    assert (folder / "result.json").exists()
+
+
 def tell(campaigns: list[Campaign], began: float, report_figure: Callable[[str], None]) -> None:
     """Report the counts; fail when there is any problem."""
     kills, problems = sum((c.kills for c in campaigns), Counter()), [p for c in campaigns for p in c.problems]
     counts = ", ".join(f"{count} {name}" for name, count in sorted(kills.items(), key=lambda item: -item[1]))
     report_figure(f"{counts}; {len(problems)} problems; {(time.monotonic() - began) / 60:.1f} minutes")
     assert not problems, "\n".join(problems)
+
+
+def same_images(one: ConvertedDataset, other: ConvertedDataset) -> bool:
+    """Whether two data sets hold the same files under the same labels, in whatever place of a .beton file."""
+    for split, kind in product(SPLITS, one.formats):
+        mine, theirs = one.stored(split, kind), other.stored(split, kind)
+        if not np.array_equal(mine.labels, theirs.labels):
+            return False
+        if not all(np.array_equal(mine.encoded(i), theirs.encoded(i)) for i in range(len(mine))):
+            return False
+    return True
 
 
 @pytest.mark.faults
@@ -314,10 +332,9 @@ def test_killed_conversions_can_be_started_again(tmp_path, rounds, fault_seed, r
             code = box.run(*words, str(out))
             if code != 0 or box.leftovers() or partial.exists():
                 campaign.problems.append(f"the last start: exit code {code}, {box.leftovers()}, {box.output[-400:]}")
-            reference = ConvertedDataset.open(folder / "reference").manifest["files"]
             for made in [out, *folder.glob("finished_*")]:
-                if ConvertedDataset.open(made).manifest["files"] != reference:
-                    campaign.problems.append(f"{made} is not the data set that was asked for")
+                if not same_images(ConvertedDataset.open(made), ConvertedDataset.open(folder / "reference")):
+                    campaign.problems.append(f"{made} does not hold the images that were asked for")
         return campaign
 
     with ThreadPoolExecutor(2) as pool:
