@@ -10,6 +10,8 @@ command), 1 for anything else.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from fastlt.arguments import add_recipe, make_parser
 from fastlt.console import print_anything
 from fastlt.device.openmp import load_llvm_openmp
 from fastlt.error_message import print_error
+from fastlt.parent_process import LAUNCHER, end_with_parent
 
 if TYPE_CHECKING:
     from fastlt.run.context import RunContext
@@ -36,6 +39,8 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     # Options may stand between the recipe and its overrides.
     words = parser.parse_intermixed_args(arguments)
 
+    if LAUNCHER in os.environ:
+        end_with_parent(int(os.environ[LAUNCHER]), signal.SIGTERM)
     # Torch says so of its own code when it first takes a forward-mode derivative.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     try:

@@ -6,7 +6,8 @@
 The options before the recipe are those of `accelerate launch`, which lists them with --help. `accelerate launch
 fastlt/train.py` trains just the same, but ends with a traceback of its own and code 1 when a recipe is refused or the
 run is stopped; its --quiet hides that traceback, of one process alone. `fastlt launch` adds nothing to the messages of
-the training. Ctrl-C and SIGTERM reach the training once, and it saves a checkpoint.
+the training. Ctrl-C and SIGTERM reach the training once, and it saves a checkpoint, as it does when the launcher is
+killed.
 Exit code: that of the training (see `fastlt train --help`), 2 for options that cannot be launched.
 """
 
@@ -18,10 +19,10 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from fastlt.arguments import show
 from fastlt.error_message import PRINTED
+from fastlt.parent_process import LAUNCHER
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 NAME = "fastlt launch"
@@ -54,9 +55,10 @@ def main(words: list[str], prog: str = NAME) -> int:
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with NamedTemporaryFile(prefix="fastlt-") as printed:
-            os.environ[PRINTED] = printed.name
-            launch.launch_command(given)
+        # In memory and under this process's number: nothing is left when it is killed.
+        os.environ[PRINTED] = f"/proc/{os.getpid()}/fd/{os.memfd_create('printed')}"
+        os.environ[LAUNCHER] = str(os.getpid())
+        launch.launch_command(given)
     except TrainingEnded as ended:
         return exit_code(ended.code)
     except ChildFailedError as error:

@@ -60,12 +60,19 @@ class RunContext:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's view of the processes of a run; connects them."""
-    return Accelerator(
+    """Accelerate's view of the processes of a run; connects them. ValueError when it has not connected all."""
+    accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=[*recipe.trackers] or None,
         project_dir=str(recipe.folder),
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, but torch sees no GPU here and each would train by itself: launch one "
+            "process, or set ACCELERATE_USE_CPU=true to train with several on the CPU"
+        )
+    return accelerator
 
 
 def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:

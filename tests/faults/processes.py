@@ -93,12 +93,12 @@ class Sandbox:
         """The sandbox's processes, each with its command line."""
         return {pid: _command(pid) for pid in _marked(self.mark) if self.holder is None or pid != self.holder.pid}
 
-    def leftovers(self) -> list[str]:
-        """What the ended commands have left after GONE_S: processes, shared memory, temporary files.
+    def leftovers(self, patience_s: float = GONE_S) -> list[str]:
+        """What the ended commands have left after a while: processes, shared memory, temporary files.
 
         Where /dev/shm is the machine's, other programs' segments come and go in it; one that was leaked stays.
         """
-        deadline = time.monotonic() + GONE_S
+        deadline = time.monotonic() + patience_s
         while (left := self._left()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return left

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
     {"fastlt.file_lock", "fastlt.names", "fastlt.paths", "fastlt.ranges", "fastlt.state", "fastlt.strict_json"}
-    | {"fastlt"},
+    | {"fastlt.parent_process", "fastlt"},
     {"fastlt.arguments", "fastlt.console", "fastlt.error_message"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "loaders.sources"},
@@ -37,7 +37,7 @@ RUN_LAYERS = [
     {"evaluation", "preflight", "stage"},
     {"trainer"},
 ]
-ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt"}
+ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt.parent_process", "fastlt"}
 
 
 def package(module: str) -> str:

@@ -153,3 +153,14 @@ def test_runs_that_are_read_only_are_refused_before_any_data(tmp_path, monkeypat
     monkeypatch.setattr(os, "mkdir", denied)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} {why}; set runs=DIR")):
         prepare(recipe)
+
+
+def test_processes_that_nothing_connects_do_not_each_train_the_run(
+    digits_words, tmp_path, monkeypatch, capsys
+):
+    """As two that `--multi_gpu` starts on a machine without a GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main([str(RECIPE), *digits_words]) == 2
+    assert "2 processes were started, but torch sees no GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
