@@ -7,6 +7,7 @@ slices of the scheduler. LLVM's offer their core at every turn of the wait. docs
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -27,14 +28,30 @@ def load_llvm_openmp() -> None:
     asked = os.environ.get(VARIABLE)
     if asked == GNU or "torch" in sys.modules or runtime() != GNU:
         return
+    why: Exception | None = None
     for library in LIBRARIES if asked is None else (asked,):
         try:
-            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-            return
-        except OSError as error:
+            ctypes.CDLL(library, ctypes.RTLD_GLOBAL).omp_get_max_threads()
+        except (OSError, AttributeError) as error:
             why = error
+        else:
+            _remove_registration()
+            os.register_at_fork(after_in_child=_remove_registration)
+            return
     if asked is not None:
         raise ValueError(f"{VARIABLE} is {asked!r}, which cannot be loaded ({why}); name LLVM's libomp.so, or {GNU}")
+
+
+def _remove_registration() -> None:
+    """Remove the file by which LLVM's runtime would notice a second copy of itself in this process.
+
+    It makes one when it starts and one in every fork. Killed processes and forks that end by `os._exit` leave theirs.
+    """
+    name = f"__KMP_REGISTERED_LIB_{os.getpid()}"
+    for folder in ("/dev/shm", "/tmp"):
+        for path in (f"{folder}/{name}_{os.getuid()}", f"{folder}/{name}"):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def runtime() -> str:

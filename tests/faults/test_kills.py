@@ -278,7 +278,8 @@ def test_training_does_not_outlive_a_killed_launcher(processes, digits, tmp_path
     with sandbox(tmp_path / "sandbox") as box:
         code = end_at(kill, box, words, lambda printed: reached(kill, folder, box, printed))
         assert code == -signal.SIGKILL, box.output
-        assert box.leftovers(SAVED_S) == []
+        # Torch's launcher keeps a folder for logs, which nothing removes when it is killed.
+        assert [left for left in box.leftovers(SAVED_S) if "/torchelastic_" not in left] == []
         assert "stopped by signal 15" in box.output
         assert box.run(*words) == 0, box.output
     assert (folder / "result.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,22 @@ def test_torch_computes_by_the_runtime_that_was_loaded(llvm):
         check=True,
     )
     assert "KMP_BLOCKTIME" in run.stdout + run.stderr
+
+
+def test_neither_the_process_nor_a_fork_leaves_a_file(llvm):
+    """Also where they are killed, or end without cleaning up."""
+    code = (
+        "import os, signal; from fastlt.device.openmp import load_llvm_openmp as load; load(); import torch\n"
+        "torch.ones(1 << 20).sum(); print(os.getpid())\n"
+        "if not (child := os.fork()): torch.ones(1 << 20).sum(); os._exit(0)\n"
+        "os.waitpid(child, 0); print(child, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    processes = run.stdout.split()
+    assert len(processes) == 2
+    left = [path.name for folder in ("/dev/shm", "/tmp") for path in Path(folder).glob("__KMP_REGISTERED_LIB_*")]
+    assert not [name for name in left if name.split("_")[5] in processes]
 
 
 def test_a_library_that_is_not_there_is_refused_before_work():

@@ -155,9 +155,7 @@ def test_runs_that_are_read_only_are_refused_before_any_data(tmp_path, monkeypat
         prepare(recipe)
 
 
-def test_processes_that_nothing_connects_do_not_each_train_the_run(
-    digits_words, tmp_path, monkeypatch, capsys
-):
+def test_processes_that_nothing_connects_do_not_each_train_the_run(digits_words, tmp_path, monkeypatch, capsys):
     """As two that `--multi_gpu` starts on a machine without a GPU."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
