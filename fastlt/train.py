@@ -4,8 +4,8 @@
     fastlt train recipes/mine.yaml data.root=DIR seed=1
 
 `--check` stops after the recipe has been read and checked, and prints it with every default filled in.
-Exit code: 0 done, 2 for a mistake in the recipe or the data, 130 or 143 when stopped by a signal (resume by the same
-command), 1 for anything else.
+Exit code: 0 done, 2 for a mistake in the recipe or the data and for a full disk, 130 or 143 when stopped by a signal,
+1 for anything else. The same command goes on after a signal, a kill or a full disk.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
         print_error(error)
         return 2
 
+    from fastlt.run.checkpoint import RunFileError
     from loaders.stored.damage import DamageError, ReaderError
 
     try:
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     except Interrupted as stopped:
         context.say(f"{stopped}; the same command goes on from there")
         return 128 + stopped.signal
-    except DamageError as error:
+    except (DamageError, RunFileError) as error:
         print_error(error)
         return 2
     except (FloatingPointError, ReaderError) as error:

@@ -12,12 +12,18 @@ from fastlt.device.openmp import load_llvm_openmp
 
 
 def run(module: str, words: list[str], prog: str) -> int:
-    """Call a module's `main(words, prog)`; returns the exit code. A ValueError is one message and code 2."""
+    """Call a module's `main(words, prog)`; returns the exit code.
+
+    A ValueError is one message and code 2, and so is a file that may not be read or written.
+    """
     try:
         load_llvm_openmp()
         return importlib.import_module(module).main(words, prog)
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"{prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -20,29 +23,64 @@ from loaders.stored.damage import DamageError
 log = logging.getLogger(__name__)
 
 
+class RunFileError(ValueError):
+    """A file of a run could not be written or read, for want of space or permission; nothing was lost."""
+
+
 @contextmanager
-def atomic_file(path: Path, *, keep: int = 1) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, keep: int = 1, needed: Callable[[], int] | None = None) -> Iterator[IO[bytes]]:
     """A file to write in, which takes the place of `path` at the end of the context.
 
     A kill at any moment leaves the old content or the new, never a part; an error leaves the old. The keep - 1 newest
-    files that were at `path` before stay, see `versions`.
+    files that were at `path` before stay, see `versions`. Raises RunFileError where the file cannot be written.
+
+    needed: tells the bytes that will be written, for the error.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = part_file(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         _keep_versions(path, keep)
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        part.unlink(missing_ok=True)
+        raise RunFileError(not_written(path, cause, needed)) from None
     finally:
         part.unlink(missing_ok=True)
 
 
+def _system_error(error: BaseException) -> OSError | None:
+    """The OSError behind an error: torch.save hides it behind one of its own."""
+    if isinstance(error, OSError) or error.__context__ is None:
+        return error if isinstance(error, OSError) else None
+    return _system_error(error.__context__)
+
+
+def not_written(path: Path, error: OSError, needed: Callable[[], int] | None = None) -> str:
+    """The message for a file that could not be written. needed: as in `atomic_file`."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} cannot be written: {error.strerror}. What was saved before is whole"
+    wanted = "" if needed is None else f"{_megabytes(needed())} needed, "
+    room = f"{wanted}{_megabytes(shutil.disk_usage(path.parent).free)} free"
+    return (
+        f"{path} cannot be written: {error.strerror} ({room}). What was saved before is whole: make room, and the same "
+        "command goes on from there"
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, as `atomic_file` does."""
-    with atomic_file(path) as file:
+    with atomic_file(path, needed=lambda: len(content)) as file:
         file.write(content)
 
 
@@ -52,17 +90,35 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError when it is damaged."""
+    """The content of a JSON file; ValueError when it is damaged or may not be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it to measure the run again") from None
+        raise ValueError(f"{path} is not valid JSON ({error}); move it away to measure the run again") from None
+    except OSError as error:
+        raise RunFileError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
     """torch.save, as `atomic_file` does."""
-    with atomic_file(path, keep=keep) as file:
+    with atomic_file(path, keep=keep, needed=lambda: _saved_size(state)) as file:
         torch.save(state, file)
+
+
+class _Length(io.RawIOBase):
+    """A file that keeps nothing but its length."""
+
+    length = 0
+
+    def write(self, data: Any) -> int:
+        self.length += len(data)
+        return len(data)
+
+
+def _saved_size(state: dict[str, Any]) -> int:
+    file = _Length()
+    torch.save(state, cast("IO[bytes]", file))
+    return file.length
 
 
 def _keep_versions(path: Path, keep: int) -> None:
@@ -86,7 +142,7 @@ def _keep_versions(path: Path, keep: int) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint; tensors and containers only, nothing in it is executed.
 
-    Raises DamageError when its content is not what was written, ValueError when it may not be read.
+    Raises DamageError when its content is not what was written, RunFileError when it may not be read.
     """
     try:
         with path.open("rb") as file:
@@ -96,7 +152,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise RunFileError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise DamageError(f"{path} is damaged ({reason})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlt import strict_json
-from fastlt.run.checkpoint import write_atomically
+from fastlt.run.checkpoint import RunFileError, not_written, write_atomically
 from fastlt.run.context import RunContext
 from fastlt.run.folder import log_file
 from fastlt.state import ClassCounts
@@ -40,25 +41,33 @@ class RunLog:
         self.file = self.path.open("a", encoding="utf-8")
 
     def write(self, kind: str, iteration: int, **values: Any) -> None:
-        """One line: `kind` is "train" or "evaluation"; values are JSON-ready, null where not finite."""
+        """One line: `kind` is "train" or "evaluation"; values are JSON-ready, null where not finite. RunFileError."""
         if self.file is None:
             return
-        self.file.write(strict_json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(strict_json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise RunFileError(not_written(self.path, error)) from None
         if self.track is not None:
             self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, iteration)
 
     def close(self) -> None:
         """Close the file; writing again needs `open`."""
         if self.file is not None:
-            self.file.close()
-            self.file = None
+            file, self.file = self.file, None
+            with contextlib.suppress(OSError):  # of what could not be written; `write` has said so
+                file.close()
 
     def _lines(self) -> list[dict]:
         if not self.path.exists():
             return []
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        try:
+            texts = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise RunFileError(f"{self.path} cannot be read: {error.strerror}") from None
+        for text in texts:
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:

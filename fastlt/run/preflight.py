@@ -9,6 +9,7 @@ from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, check_padded_pooling
 from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
+from fastlt.recipe.typed_yaml import shortened
 from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.divergence import recorded_divergence
 from fastlt.run.folder import is_finished, recipe_file
@@ -34,21 +35,17 @@ def prepare(recipe: Recipe) -> RunContext:
 
 def claim_folder(recipe: Recipe) -> None:
     """Lock the run folder for this process, unless it is only read. ValueError when it cannot be, or `check_folder`."""
-    if not is_finished(recipe.folder):
-        _lock(recipe)
+    try:
+        if not is_finished(recipe.folder):
+            lock_folder(recipe.folder)
+    except OSError as error:
+        raise ValueError(
+            f"runs is {shortened(recipe.runs)}, but {_obstacle(recipe.folder, error)}; "
+            "set runs=DIR to a folder that can be written to"
+        ) from None
     check_folder(recipe)
     if is_finished(recipe.folder):
         unlock_folder(recipe.folder)  # another process has finished it meanwhile
-
-
-def _lock(recipe: Recipe) -> None:
-    try:
-        lock_folder(recipe.folder)
-    except OSError as error:
-        raise ValueError(
-            f"runs is {recipe.runs!r}, but {_obstacle(recipe.folder, error)}; "
-            "set runs=DIR to a folder that can be written to"
-        ) from None
 
 
 def _obstacle(folder: Path, error: OSError) -> str:
@@ -59,7 +56,7 @@ def _obstacle(folder: Path, error: OSError) -> str:
     if not place.is_dir():
         return f"{place} is a file"
     if isinstance(error, PermissionError):
-        return f"{place} is read-only for you"
+        return f"{place} may not be written to"
     return f"{place} cannot be written to ({error.strerror})"
 
 

@@ -59,7 +59,8 @@ class Trainer:
         """Train all stages, resuming where the run folder says, then measure the test split once.
 
         Returns the content of `result.json`. Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved;
-        FloatingPointError when the loss or the state is no longer finite. Afterwards the run folder has no owner.
+        FloatingPointError when the loss or the state is no longer finite; RunFileError, with all that was saved before
+        whole. Afterwards the run folder has no owner.
         """
         try:
             return self._fit()
@@ -70,9 +71,8 @@ class Trainer:
     def _fit(self) -> dict[str, Any]:
         context, recipe = self.context, self.context.recipe
         names = list(recipe.stages)
-        if context.main:
-            write_atomically(recipe_file(context.folder), recipe.to_yaml().encode())
-        self.log.open(self.progress.done)
+        on_main(context.accelerator, lambda: write_atomically(recipe_file(context.folder), recipe.to_yaml().encode()))
+        on_main(context.accelerator, lambda: self.log.open(self.progress.done))
         for done in recipe.lineage(recipe.stages[names[self.progress.stage]])[:-1]:
             self.model = prepare_model(context, self.model, done)
         with self.stopping.on_signals():
@@ -85,8 +85,7 @@ class Trainer:
         best = self.checkpoints.load_best(names[-1], self.model)
         result = make_result(context, self.progress, self.evaluation.evaluate(self.model, "test"), best)
         self.evaluation.close()
-        if context.main:
-            write_json(result_file(context.folder), result)
+        on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
         self.log.close()
         context.accelerator.end_training()
         return result

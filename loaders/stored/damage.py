@@ -20,9 +20,14 @@ class ReaderError(RuntimeError):
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays `names` of an .npz file; DamageError, with the reason only, when it is not what `np.savez` wrote."""
+    """The arrays `names` of an .npz file; DamageError, with the reason only, when it is not what `np.savez` wrote.
+
+    ValueError when it may not be read.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names}
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, NotImplementedError, KeyError, …
         raise DamageError(f"{type(error).__name__}: {error}") from None

@@ -22,9 +22,13 @@ _telling = threading.Lock()
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file, uint8 (n,), read-only; pages are read when they are touched.
 
-    If one cannot be read then, the process says why and ends with exit code 2.
+    If one cannot be read then, the process says why and ends with exit code 2. ValueError for a file that may not be
+    read at all.
     """
-    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    try:
+        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     _bytes_of[path.absolute()] = data.size
     _say_why_on_sigbus()
     return data

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import resource
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import torch
 from fastlt.recipe import load_recipe
 from fastlt.run import checkpoint
 from fastlt.run.folder import versions
+from fastlt.run.log import RunLog
 from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
 from fastlt.run.trainer import Trainer
@@ -146,6 +150,60 @@ def test_a_file_system_without_links_keeps_earlier_ones_too(tmp_path, monkeypatc
     assert [checkpoint.load(p)["n"] for p in versions(tmp_path / "last.pt").values()] == [2, 1]
 
 
+# On a full disk
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file can be longer: writing then fails in the kernel, in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 100, 20_000, 41_000])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, room):
+    path = tmp_path / "last.pt"
+    for n in range(2):
+        checkpoint.save(path, {"n": n}, keep=2)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with files_up_to(room), pytest.raises(checkpoint.RunFileError, match=r"last\.pt cannot be written: File too large"):
+        checkpoint.save(path, {"weights": torch.zeros(10_000)}, keep=2)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=123_456))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(checkpoint.RunFileError) as error:
+        checkpoint.save(tmp_path / "last.pt", {"weights": torch.zeros(1_000_000)})
+    message = str(error.value)
+    assert "last.pt cannot be written: No space left on device (4.0 MB needed, 0.1 MB free). What was saved" in message
+    assert message.endswith("before is whole: make room, and the same command goes on from there")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_log_that_cannot_be_written_says_so_and_closes(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl", enabled=True)
+    log.open(0)
+    log.write("train", 1, loss=1.0)
+    with files_up_to(100), pytest.raises(checkpoint.RunFileError, match=r"log\.jsonl cannot be written"):
+        log.write("train", 2, loss="x" * 500)
+    with files_up_to(100):
+        log.close()
+    log.open(1)
+    log.write("train", 2, loss=2.0)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [1.0, 2.0]
+
+
 # Of a run
 
 
@@ -227,3 +285,23 @@ def test_a_lost_best_is_replaced_by_the_next_evaluation(digits_words, caplog):
     assert result["best_iteration"] == 12
     assert "best_end_to_end.pt is damaged" in caplog.text
     assert json.loads((checkpoints.parent / "result.json").read_text()) == result
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "last.pt", "result.json"])
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(digits_words, monkeypatch, capsys, name):
+    result, state = finished(digits_words, "whole")
+    fsync = os.fsync
+
+    def full_for_the_file(descriptor):
+        full() if f"/{name}." in os.readlink(f"/proc/self/fd/{descriptor}") else fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full_for_the_file)
+        assert main([str(RECIPE), *digits_words, "name=full"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlt: ")]
+    assert f"{name} cannot be written: No space left on device" in error
+    folder = load_recipe(RECIPE, [*digits_words, "name=full"]).folder
+    assert not list(folder.rglob("*.part"))
+    again, state_again = finished(digits_words, "full")
+    assert state_again == state
+    assert without_clock(again) == without_clock(result)

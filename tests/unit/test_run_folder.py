@@ -13,14 +13,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastlt import file_lock
 from fastlt.recipe import load_recipe
+from fastlt.run.checkpoint import read_json
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.train import main
+from loaders.stored.damage import DamageError
+from loaders.stored.dataset import ConvertedDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
@@ -143,7 +147,7 @@ def test_runs_that_are_no_folder_are_refused_before_any_data(tmp_path, make_odd)
 
 @pytest.mark.parametrize(
     ("number", "why"),
-    [(errno.EACCES, "is read-only for you"), (errno.EROFS, "cannot be written to (Read-only file system)")],
+    [(errno.EACCES, "may not be written to"), (errno.EROFS, "cannot be written to (Read-only file system)")],
 )
 def test_runs_that_are_read_only_are_refused_before_any_data(tmp_path, monkeypatch, number, why):
     def denied(path, *_):
@@ -162,3 +166,35 @@ def test_processes_that_nothing_connects_do_not_each_train_the_run(digits_words,
     assert main([str(RECIPE), *digits_words]) == 2
     assert "2 processes were started, but torch sees no GPU here" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_with_a_name_that_is_too_long_are_refused_by_the_key(tmp_path):
+    runs = tmp_path / ("a" * 300)
+    with pytest.raises(ValueError, match=r"^runs is .*, but .* cannot be written to \(File name too long\); set runs="):
+        prepare(load_recipe(RECIPE, [f"runs={runs}", f"data.converted={tmp_path / 'data'}"]))
+
+
+def test_a_result_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def denied(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ValueError, match=r"result\.json cannot be read: Permission denied"):
+        read_json(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize("name", ["labels.npz", "train.beton"])
+def test_data_that_may_not_be_read_are_not_called_damaged(digits, monkeypatch, name):
+    def denied(path, *_, **__):
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return call(path, *_, **__)
+
+    target = "load" if name == "labels.npz" else "memmap"
+    call = getattr(np, target)
+    monkeypatch.setattr(np, target, denied)
+    dataset = ConvertedDataset.open(digits)
+    read = {"labels.npz": lambda: dataset.labels("train"), "train.beton": lambda: dataset.stored("train", "ffcv")}
+    with pytest.raises(ValueError, match=f"{name} cannot be read: Permission denied") as refusal:
+        read[name]()
+    assert not isinstance(refusal.value, DamageError)
