@@ -167,7 +167,9 @@ def test_skipping_changes_nothing_where_nothing_is_damaged(folder, tmp_path):
     run(*words, "--out", tmp_path / "stop")
     run(*words, "--out", tmp_path / "skip", "--on-error", "skip")
     stop, skip = (ConvertedDataset.open(tmp_path / name).manifest for name in ("stop", "skip"))
-    assert {**stop, "manifest_sha256": ""} == {**skip, "manifest_sha256": ""}
+    for manifest in (stop, skip):  # FFCV's processes lay the images out in any order; `contents` is of the images
+        del manifest["manifest_sha256"], manifest["files"]
+    assert stop == skip
 
 
 def test_copies_in_two_splits_are_refused_and_those_in_one_are_named(folder, tmp_path, capsys):
