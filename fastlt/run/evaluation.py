@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +21,12 @@ class Evaluation:
     """Passes over this process's share of a split, in order and cropped as for evaluation.
 
     Loaders are kept for the whole run: opening one again at every evaluation would cost more than the images do.
+
+    waited: what to do around the wait for each batch, see `Stopping.waited`.
     """
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    def __init__(self, context: RunContext, waited: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> None:
+        self.context, self.waited = context, waited
         self.normalise = normaliser(context.recipe.data)
         self.loaders: dict[str, BatchLoader] = {}
 
@@ -67,4 +69,4 @@ class Evaluation:
     def _batches(self, split: str) -> Iterator[Batch]:
         if split not in self.loaders:
             self.loaders[split] = open_evaluation_loader(self.context, split)
-        return self.loaders[split].epoch(0)
+        return self.waited(self.loaders[split].epoch(0))

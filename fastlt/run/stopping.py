@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from fastlt.run.context import RunContext
+from fastlt.state import Batch
+
+WAIT_S = 5.0  # after a signal, for a batch that does not come
+POLL_S = 0.5
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
@@ -19,29 +26,68 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
         self.signal = signal
 
 
+class WaitedInVain(BaseException):
+    """A signal was received while the run waited for a batch, and the batch did not come."""
+
+
 class Stopping:
-    """Remembers a signal until the loop asks for it."""
+    """Remembers a signal until the loop asks for it; only a wait for images is ended before."""
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.received = 0
+        self._waits_since: float | None = None
+        self._in_vain = False
+        self._left = threading.Event()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM let the iteration finish; a second one stops at once."""
 
         def stop(number, frame):
+            if self._in_vain:  # sent by `_end_waits`
+                self._in_vain = False
+                if self._waits_since is not None:
+                    raise WaitedInVain
+                return
             if self.received:
                 raise KeyboardInterrupt
             self.received = number
             self.context.say("stopping after this iteration; a checkpoint will be saved")
+            threading.Thread(target=self._end_waits, daemon=True, name="end-waits").start()
 
         previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            self._left.set()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; a wait for one that lasts for `WAIT_S` after a signal ends in WaitedInVain."""
+        while True:
+            self._waits_since = time.monotonic()
+            try:
+                batch = next(batches, None)
+            finally:
+                self._waits_since = None
+            if batch is None:
+                return
+            yield batch
+
+    def _end_waits(self) -> None:
+        """The thread that looks for a wait without end after a signal."""
+        while not self._left.wait(POLL_S):
+            since = self._waits_since
+            if since is None or time.monotonic() - since < WAIT_S:
+                continue
+            self._in_vain = True
+            os.kill(os.getpid(), self.received)  # wakes the main thread up, which raises, if it still waits
+            if not self._left.wait(WAIT_S) and self._in_vain:
+                # It is in a library's call, which no signal ends.
+                self.context.say("stopped while waiting for images; the same command goes on from the last checkpoint")
+                os._exit(128 + self.received)
 
     def agreed(self, save_is_due: bool, *, log_now: bool) -> tuple[int, bool]:
         """The signal that any process got (0: none), and whether one finds that a checkpoint is due.

@@ -26,8 +26,9 @@ from fastlt.run.progress import Progress, Stopwatch
 from fastlt.run.result import make_result
 from fastlt.run.saving import Checkpoints
 from fastlt.run.stage import Stage, build_stage, new_model, prepare_model
-from fastlt.run.stopping import Interrupted, Stopping
+from fastlt.run.stopping import Interrupted, Stopping, WaitedInVain
 from fastlt.state import Batch, StepOutput
+from loaders.stored.damage import ReaderError
 
 
 class Trainer:
@@ -43,9 +44,9 @@ class Trainer:
         check_model(context, self.model)
         check_trackers(context)
         self.log = make_log(context)
-        self.evaluation = Evaluation(context)
-        self.checkpoints = Checkpoints(context)
         self.stopping = Stopping(context)
+        self.evaluation = Evaluation(context, self.stopping.waited)
+        self.checkpoints = Checkpoints(context)
         self.saved = self.checkpoints.load_last()
         self.progress = Progress() if self.saved is None else self.saved.progress
         self.stopwatch = Stopwatch(self.progress)
@@ -105,13 +106,18 @@ class Trainer:
         )
 
     def _run_stage(self, name: str) -> None:
-        stage = self._start_stage(name)
-        bar = progress_bar(stage.iterations, self.progress.iteration, name, enabled=self.context.main)
         try:
-            self._iterate(stage, bar)
-        finally:
-            bar.close()
-            stage.loaders.close()
+            stage = self._start_stage(name)
+            bar = progress_bar(stage.iterations, self.progress.iteration, name, enabled=self.context.main)
+            try:
+                self._iterate(stage, bar)
+            finally:
+                bar.close()
+                stage.loaders.close()
+        except (WaitedInVain, ReaderError):
+            if not self.stopping.received:
+                raise
+            raise Interrupted(self.stopping.received, self.progress.iteration, name) from None
 
     def _start_stage(self, name: str) -> Stage:
         """A stage before its first iteration, or where it was saved."""
@@ -133,14 +139,21 @@ class Trainer:
     def _iterate(self, stage: Stage, bar: tqdm) -> None:
         """The iterations of a stage that are left."""
         progress, stopwatch, train, meta = self.progress, self.stopwatch, stage.loaders.train, stage.loaders.meta
-        batches = stopwatch.timed(endless(train, progress.iteration))
-        meta_batches = None if meta is None else endless(meta, progress.iteration)
-        iterate = None
+        batches = self.stopping.waited(stopwatch.timed(endless(train, progress.iteration)))
+        meta_batches = None if meta is None else self.stopping.waited(endless(meta, progress.iteration))
+        iterate = output = None
         stopwatch.start()
         while progress.iteration < stage.iterations:
+            try:
+                batch = next(batches)
+                meta_batch = None if meta_batches is None else next(meta_batches)
+            except (WaitedInVain, ReaderError):
+                # Several processes would have to agree first.
+                if self.stopping.received and output is not None and self.context.reducer.world_size == 1:
+                    self._check_finite(stage, output)
+                    self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
+                raise
             stage.begin(progress.iteration)
-            batch = next(batches)
-            meta_batch = None if meta_batches is None else next(meta_batches)
             if iterate is None:
                 iterate = self.compiled(stage, batch, meta_batch)
             output = iterate(batch, meta_batch)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +322,31 @@ def test_processes_agree_on_stopping_and_saving_at_log_intervals_only(digits_wor
     assert stopping.agreed(checkpoints.due(), log_now=False) == (0, False)
     assert reducer.asked == 0
     assert stopping.agreed(checkpoints.due(), log_now=True) == (15, True)
+
+
+def test_a_signal_ends_the_wait_for_a_batch_that_never_comes_and_nothing_is_lost(digits_words, monkeypatch):
+    """The source of images stops to answer in the eighth iteration; later the same run goes on to the same result."""
+    monkeypatch.setattr("fastlt.run.stopping.WAIT_S", 0.5)
+
+    def stuck(loader, start):
+        yield from itertools.islice(endless(loader, start), 7)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("the wait was not ended")
+
+    start = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlt.run.trainer.endless", stuck)
+        with pytest.raises(Interrupted) as stopped:
+            make(digits_words, "name=stuck").fit()
+    assert stopped.value.signal == signal.SIGTERM
+    assert time.monotonic() - start < 30
+    resumed = make(digits_words, "name=stuck")
+    assert resumed.progress.iteration == 7, "saved where it waited"
+    resumed.fit()
+    whole = make(digits_words, "name=whole")
+    whole.fit()
+    assert_same(comparable(resumed.folder), comparable(whole.folder))
 
 
 @pytest.mark.parametrize(
