@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlt.augment import normalise
+from fastlt.device.openmp import runtime
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import build_model
 from fastlt.recipe import Recipe, load_recipe
+from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run import checkpoint
 from fastlt.run.dataset import default_folder
 from fastlt.run.folder import best_checkpoint, recipe_file, result_file
@@ -115,8 +117,8 @@ def check_members(members: Sequence[Member]) -> None:
                 raise ValueError(f"{both} ({one.root}, {two.root}): their classes or labels differ")
         if first.recipe.data.shots != other.recipe.data.shots:
             raise ValueError(
-                f"{first.folder} and {other.folder} have different data.shots, {list(first.recipe.data.shots)} and "
-                f"{list(other.recipe.data.shots)}: many-, medium- and few-shot would have no one meaning"
+                f"{first.folder} and {other.folder} have different data.shots, {to_tree(first.recipe.data.shots)} and "
+                f"{to_tree(other.recipe.data.shots)}: many-, medium- and few-shot would have no one meaning"
             )
 
 
@@ -166,13 +168,14 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
         "class_names": list(counts.names),
         "class_counts": counts.counts.tolist(),
         "class_weights": None,
-        "shots": list(counts.shots),
+        "shots": to_tree(counts.shots),
         "imbalance_factor": counts.imbalance_factor,
         "seed": common("seed"),
         "precision": common("precision"),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "processes": 1,
         "threads": torch.get_num_threads(),
+        "openmp": runtime(),
         "iterations": sum(r["iterations"] for r in results),
         "train_s": train_s,
         **{k: sum(r[k] * r["train_s"] for r in results) / train_s for k in ("img_s", "data_wait_share")},

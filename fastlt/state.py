@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlt.ranges import at_least
+
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on `device`, without a wait for what the device is doing.
@@ -42,18 +44,28 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ShotRanks:
+    """Many-, medium- and few-shot groups by rank, where no thresholds on the counts give the groups of a publication.
+
+    ranks: how many classes are many-, medium- and few-shot, the largest classes first; of equal ones the lower label.
+    """
+
+    ranks: tuple[int, int, int] = field(metadata=at_least(0))
+
+
+@dataclass(frozen=True)
 class ClassCounts:
-    """Training images per class, the many/medium/few thresholds, and the class names.
+    """Training images per class, the many/medium/few groups, and the class names.
 
     counts: int64 (C,), each >= 1.
     shots: (upper, lower); a class is many-shot with more than `upper` images, few-shot with fewer than `lower`,
-        medium-shot otherwise (the convention of the Difficulty-Net paper is (100, 20)).
+        medium-shot otherwise (the convention of the Difficulty-Net paper is (100, 20)). Or groups by rank, C in all.
     names: C class names, in label order.
     """
 
     counts: np.ndarray
     names: tuple[str, ...]
-    shots: tuple[int, int] = (100, 20)
+    shots: tuple[int, int] | ShotRanks = (100, 20)
 
     def __post_init__(self) -> None:
         assert self.counts.ndim == 1, self.counts.shape
@@ -65,12 +77,23 @@ class ClassCounts:
         return len(self.counts)
 
     @property
+    def shots_text(self) -> str:
+        """The groups as a recipe writes them."""
+        return f"{{ranks: {list(self.shots.ranks)}}}" if isinstance(self.shots, ShotRanks) else str(list(self.shots))
+
+    @property
     def imbalance_factor(self) -> float:
         """Largest over smallest class."""
         return float(self.counts.max() / self.counts.min())
 
     def shot_masks(self) -> dict[str, np.ndarray]:
         """bool (C,) masks by the name of the group; together they cover every class exactly once."""
+        if isinstance(self.shots, ShotRanks):
+            many, few = (np.zeros(self.num_classes, dtype=bool) for _ in range(2))
+            by_rank = np.argsort(-self.counts, kind="stable")
+            many[by_rank[: self.shots.ranks[0]]] = True
+            few[by_rank[sum(self.shots.ranks[:2]) :]] = True
+            return {"many": many, "medium": ~(many | few), "few": few}
         upper, lower = self.shots
         many, few = self.counts > upper, self.counts < lower
         return {"many": many, "medium": ~(many | few), "few": few}

@@ -16,6 +16,7 @@ from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
 from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
 from fastlt.recipe.typed_yaml import shortened
+from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, Step
 from loaders.order.crop import CropSpec
 from loaders.readers import AUTO, backends_that
@@ -58,7 +59,7 @@ def methods_that(accept: Callable[[type[Step]], bool]) -> str:
 
 def long_tail(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
-    if data.shots[0] < data.shots[1]:
+    if not isinstance(data.shots, ShotRanks) and data.shots[0] < data.shots[1]:
         yield f"data.shots: is {list(data.shots)}; allowed: the upper threshold first, for example [100, 20]"
     able = sources_taking("convention")
     if data.convention == "ldam" and data.source not in able:

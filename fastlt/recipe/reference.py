@@ -267,7 +267,9 @@ def _words(kind: Any) -> str:
     if origin is list:
         return f"list of {_plural(arguments[0])}"
     if dataclasses.is_dataclass(kind):
-        return "mapping, [below](#" + _anchor(next(title for title, cls in SECTIONS if cls is kind)) + ")"
+        title = next((title for title, cls in SECTIONS if cls is kind), None)
+        keys = ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind))
+        return f"mapping with {keys}" if title is None else f"mapping, [below](#{_anchor(title)})"
     if origin is dict and dataclasses.is_dataclass(arguments[1]):
         return "mapping of names to [stages](#stagesname)"
     return {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}.get(kind, "mapping")

@@ -14,6 +14,7 @@ from fastlt.paths import PATH
 from fastlt.ranges import above, at_least, within
 from fastlt.recipe.typed_yaml import one_of, to_tree, typed_by
 from fastlt.recipe.yaml_text import dump
+from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, StepOptions
 from fastlt.steps.settings import StageSettings
 from loaders.readers import AUTO, BACKENDS
@@ -62,7 +63,8 @@ class DataRecipe:
     convention: how the long tail of CIFAR is cut: paper holds the meta set out first, ldam is the subset of the LDAM
         release.
     meta_per_class: images of each class in a meta set that is held out.
-    shots: more training images than the first number make a class many-shot, fewer than the second few-shot.
+    shots: more training images than the first number make a class many-shot, fewer than the second few-shot; or
+        {ranks: [M, N, K]} for groups of so many classes by rank, the largest first.
     storage: how images are stored in the converted data set.
     loader: the reader of the images; auto takes one that the machine has memory for.
     num_workers: threads or processes that decode; null takes all cores, 0 reads in the main process, with a
@@ -95,7 +97,7 @@ class DataRecipe:
     imbalance_factor: float | None = field(default=None, metadata=at_least(1))
     convention: Literal["paper", "ldam"] = "paper"
     meta_per_class: int = field(default=10, metadata=at_least(1))
-    shots: tuple[int, int] = field(default=(100, 20), metadata=at_least(0))
+    shots: tuple[int, int] | ShotRanks = field(default=(100, 20), metadata=at_least(0))
     storage: StorageRecipe = field(default_factory=StorageRecipe)
     loader: str = field(default=AUTO, metadata=one_of((AUTO, *BACKENDS)))
     num_workers: int | None = field(default=None, metadata=HARMLESS | within(0, MOST_WORKERS))

@@ -114,10 +114,19 @@ def _convert_union(options: tuple, value: Any, where: str, mistakes: list[str]) 
         if not tried:
             return converted
         attempts.append(tried)
-    if len(options) == 1:
-        mistakes.extend(attempts[0])
+    # Where one option alone has the value's form, its mistakes say more than the list of options.
+    alike = [tried for option, tried in zip(options, attempts, strict=True) if _has_form(option, value)]
+    if len(options) == 1 or len(alike) == 1:
+        mistakes.extend(alike[0] if alike else attempts[0])
         return None
     return _wrong(mistakes, where, value, " or ".join(_name(o) for o in options))
+
+
+def _has_form(kind: Any, value: Any) -> bool:
+    """Whether a list is given for a list, or a mapping for a mapping."""
+    if isinstance(value, Mapping):
+        return dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict
+    return isinstance(value, (list, tuple)) and typing.get_origin(kind) in (list, tuple)
 
 
 def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -> Any:

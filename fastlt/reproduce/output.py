@@ -23,6 +23,8 @@ def markdown(title: str, cells: Sequence[Cell], scale: str, seeds: int) -> str:
         if row["ours"] is None:
             continue
         spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        if row["ours_by_recipe_shots"] is not None and abs(row["ours_by_recipe_shots"] - row["ours"]) >= 0.005:
+            spread += f" ({row['ours_by_recipe_shots']:.2f} by the recipe's groups)"
         difference = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
         lines.append(
             f"| {cell.row} | {cell.column} | {number(cell.paper, '.2f')} | {row['ours']:.2f}{spread} | {row['seeds']} "

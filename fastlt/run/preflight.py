@@ -16,6 +16,7 @@ from fastlt.run.folder import is_finished, recipe_file
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main
+from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
 
@@ -98,13 +99,18 @@ def check_dataset(context: RunContext) -> None:
             f"data.num_classes is {data.num_classes}, but {context.dataset.root} has {counts.num_classes} "
             "classes; leave the key out to take what is there, or convert the data set that is meant"
         )
+    if isinstance(data.shots, ShotRanks) and sum(data.shots.ranks) != counts.num_classes:
+        raise ValueError(
+            f"data.shots is {counts.shots_text}, {sum(data.shots.ranks)} classes, but {context.dataset.root} has "
+            f"{counts.num_classes}; give groups that add up to them"
+        )
     for name, stage in context.recipe.stages.items():
         # Built again when its turn comes; here so that the last stage's mistake does not cost the first stage.
         build_loss(stage.loss, counts, **stage.loss_options)
         if not stage_classes(context, stage).any():
             raise ValueError(
                 f"stages.{name}.classes is {stage.classes!r}, but {context.dataset.root} has no such class with "
-                f"data.shots {list(counts.shots)}; leave out the stage and the keys that name it, or set other shots"
+                f"data.shots {counts.shots_text}; leave out the stage and the keys that name it, or set other shots"
             )
         _check_batches(context, name, stage)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastlt.device.openmp import runtime
+from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
 from fastlt.run.folder import is_finished, result_file
@@ -40,7 +41,7 @@ def make_result(
         "class_names": list(counts.names),
         "class_counts": counts.counts.tolist(),
         "class_weights": None if progress.class_weights is None else progress.class_weights.tolist(),
-        "shots": list(counts.shots),
+        "shots": to_tree(counts.shots),
         "imbalance_factor": counts.imbalance_factor,
         "seed": recipe.seed,
         "precision": recipe.precision,

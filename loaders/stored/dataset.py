@@ -26,7 +26,7 @@ from loaders.stored.progress import progress_bar
 from loaders.stored.tar_shards import TarShards
 
 if TYPE_CHECKING:
-    from fastlt.state import ClassCounts
+    from fastlt.state import ClassCounts, ShotRanks
 
 SMALL_BYTES = 1 << 28  # a data set of so many bytes is read in 0.2 s: its content is compared at every start
 
@@ -81,8 +81,8 @@ class ConvertedDataset:
         """The labels of a split, int64 (N,)."""
         return pick("split", split, self._labels)
 
-    def class_counts(self, shots: tuple[int, int] = (100, 20)) -> ClassCounts:
-        """Training images per class; `shots` are the many and few thresholds (`fastlt.state.ClassCounts`)."""
+    def class_counts(self, shots: tuple[int, int] | ShotRanks = (100, 20)) -> ClassCounts:
+        """Training images per class; `shots` say which are many- and few-shot (`fastlt.state.ClassCounts`)."""
         from fastlt.state import (
             ClassCounts,
         )  # lazily: it imports torch, which a conversion's usage error must not wait for

@@ -29,7 +29,7 @@ from loaders.stored.image_check import (
 )
 
 if TYPE_CHECKING:
-    from fastlt.state import ClassCounts
+    from fastlt.state import ClassCounts, ShotRanks
 
 
 class SourceSplit:
@@ -118,7 +118,7 @@ class UnconvertedDataset:
         """The labels of a split, int64 (N,)."""
         return self.stored(split).labels
 
-    def class_counts(self, shots: tuple[int, int] = (100, 20)) -> ClassCounts:
+    def class_counts(self, shots: tuple[int, int] | ShotRanks = (100, 20)) -> ClassCounts:
         """Training images per class, as `ConvertedDataset.class_counts`."""
         from fastlt.state import ClassCounts
 

@@ -138,7 +138,7 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
     shots = tmp_path / "shots" / "checkpoints" / "best_end_to_end.pt"
     (tmp_path / "shots" / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
     shots.write_bytes(b"nothing")
-    assert "cannot be read as a checkpoint" in told(folder, tmp_path / "shots")
+    assert "no other copy was kept" in told(folder, tmp_path / "shots")
 
 
 def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(digits, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
 from fastlt.run.metrics import Metrics, confidence_bin
-from fastlt.state import ClassCounts
+from fastlt.state import ClassCounts, ShotRanks
 
 
 def counts(values) -> ClassCounts:
@@ -147,3 +147,9 @@ def test_update_does_not_wait_for_the_device():
     # The same batch twice changes no fraction.
     expected = evaluate(logits.cpu(), labels.cpu(), 20).summary(class_counts)
     assert_same(metrics.summary(class_counts), expected)
+
+
+def test_groups_by_rank_take_the_largest_classes_first_and_of_equal_ones_the_lower_label():
+    counts = ClassCounts(np.array([5, 9, 9, 1, 9, 5]), tuple("abcdef"), ShotRanks((2, 3, 1)))
+    groups = {name: np.flatnonzero(mask).tolist() for name, mask in counts.shot_masks().items()}
+    assert groups == {"many": [1, 2], "medium": [0, 4, 5], "few": [3]}

@@ -21,6 +21,7 @@ from fastlt.recipe import (
     load_recipe,
 )
 from fastlt.recipe.compose import apply_override, merge
+from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from fastlt.steps.difficulty import DifficultyStep
 from fastlt.steps.meta import Approximation
@@ -320,3 +321,10 @@ def test_a_harmless_key_is_no_difference(write, word):
 def test_a_key_that_changes_the_result_is_a_difference(write, word):
     one, other = load_recipe(write(BASE)), load_recipe(write(BASE), [word])
     assert [line.split(":")[0] for line in differences(one, other)] == [word.split("=")[0]]
+
+
+def test_shots_are_thresholds_or_ranks():
+    recipe = load_recipe("digits_lt", ["data.shots={ranks: [3, 4, 3]}"])
+    assert recipe.data.shots == ShotRanks((3, 4, 3))
+    with pytest.raises(RecipeError, match=r"data\.shots"):
+        load_recipe("digits_lt", ["data.shots={ranks: [3, 4]}"])

@@ -19,11 +19,12 @@ import fastlt.train
 from fastlt import cli
 from fastlt.commands import reproduce
 from fastlt.recipe import load_recipe
-from fastlt.reproduce import availability, execution, tables
+from fastlt.reproduce import availability, execution, output, tables
 from fastlt.reproduce.plan import plan_run
 from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint
 from fastlt.run.stopping import Stopping
+from fastlt.state import ShotRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -392,3 +393,29 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys,
     (tmp_path / "runs" / rows["Focal Loss"]["runs"].split()[1] / "result.json").write_text("{")
     assert cli.main(["reproduce", *words]) == 1
     assert "result.json is not valid JSON" in capsys.readouterr().out
+
+
+def test_groups_by_rank_are_measured_from_the_accuracies_of_a_run():
+    counts, accuracy = [9, 9, 9, 5, 5, 1], [0.9, 0.8, 0.7, 0.5, None, 0.1]
+    result = {"many": 0.8, "class_counts": counts, "class_names": list("abcdef"), "per_class_accuracy": accuracy}
+    result |= {"train_s": 1.0, "device": "cpu", "name": "x"}
+    cell = tables.Cell("row", "column", 84.0, "imagenet_lt", [], "many", shots=ShotRanks((2, 2, 2)), results=[result])
+    assert cell.as_row()["ours"] == pytest.approx(85)  # of the tied largest, the first two
+    assert cell.as_row()["ours_by_recipe_shots"] == pytest.approx(80)
+    assert "85.00 (80.00 by the recipe's groups)" in output.markdown("title", [cell], "paper", 1)
+    assert tables.group_accuracy(result, "few", ShotRanks((2, 2, 2))) == pytest.approx(0.1), (
+        "a class without images is left out"
+    )
+
+
+def test_the_published_groups_of_table_9_add_up_to_its_overall_numbers():
+    """390, 445 and 165 classes by rank for the rows that say so, and not the thresholds of the recipes."""
+    cells = tables.load_table("table9")[1]
+    for row in {c.row for c in cells if c.shots is not None}:
+        for network in ("ResNet-10", "ResNet-50"):
+            value = {c.column.split()[1]: c.paper for c in cells if c.row == row and c.column.startswith(network)}
+            if len(value) == 4:
+                total = sum(
+                    n * value[group] for n, group in zip((390, 445, 165), ("Many", "Medium", "Few"), strict=True)
+                )
+                assert total / 1000 == pytest.approx(value["Overall"], abs=0.13), (row, network)
