@@ -30,10 +30,12 @@ from fastlt.run.dataset import default_folder
 from fastlt.run.folder import best_checkpoint, recipe_file, result_file
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
+from fastlt.run.recorded import readable_result, written_inputs
 from fastlt.run.result import versions
 from fastlt.steps import STEPS
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.identity import DatasetIdentity
 
 SPLITS = ("train", "meta", "test")
 ROWS = 4096  # images whose predictions are averaged at a time
@@ -41,12 +43,16 @@ ROWS = 4096  # images whose predictions are averaged at a time
 
 @dataclass(frozen=True)
 class Member:
-    """A finished run: where it is, what it was made from, what it measured, and its data set."""
+    """A finished run: where it is, what it was made from, what it measured, and its data set.
+
+    data: which images it was trained on; None for a run of a version that kept no record of them.
+    """
 
     folder: Path
     recipe: Recipe
     result: dict[str, Any]
     dataset: ConvertedDataset
+    data: DatasetIdentity | None = None
 
     def model(self, device: torch.device) -> nn.Module:
         """The network that the run ended with, its best checkpoint of the last stage."""
@@ -94,7 +100,15 @@ def open_member(folder: Path) -> Member:
             raise ValueError(f"{folder} holds no finished run: {file.name} is missing; give folders below runs/")
     recipe = load_recipe(recipe_file(folder))
     converted = Path(recipe.data.converted) if recipe.data.converted else default_folder(recipe.data)
-    return Member(folder, recipe, checkpoint.read_json(result_file(folder)), ConvertedDataset.open(converted))
+    result = readable_result(folder)
+    if result is None:
+        raise ValueError(f"{result_file(folder)} is damaged; the command that trained the run measures it again")
+    dataset, record = ConvertedDataset.open(converted), written_inputs(folder)
+    if record is not None:
+        wrong = dataset.identity(record.inputs.data, record.stamps, say=print).differences(record.inputs.data)
+        if wrong:
+            raise ValueError(f"{folder} was trained on other data than {converted} has now: {'; '.join(wrong)}")
+    return Member(folder, recipe, result, dataset, None if record is None else record.inputs.data)
 
 
 def check_members(members: Sequence[Member]) -> None:
@@ -115,6 +129,8 @@ def check_members(members: Sequence[Member]) -> None:
             )
             if not same:
                 raise ValueError(f"{both} ({one.root}, {two.root}): their classes or labels differ")
+        if first.data is not None and other.data is not None and (wrong := other.data.differences(first.data)):
+            raise ValueError(f"{both}: {'; '.join(wrong)}")
         if first.recipe.data.shots != other.recipe.data.shots:
             raise ValueError(
                 f"{first.folder} and {other.folder} have different data.shots, {to_tree(first.recipe.data.shots)} and "
@@ -176,6 +192,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
         "processes": 1,
         "threads": torch.get_num_threads(),
         "openmp": runtime(),
+        "parts": [],
         "iterations": sum(r["iterations"] for r in results),
         "train_s": train_s,
         **{k: sum(r[k] * r["train_s"] for r in results) / train_s for k in ("img_s", "data_wait_share")},

@@ -2,43 +2,78 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlt.recipe import Recipe, differences, load_recipe
-from fastlt.run.checkpoint import read_json
-from fastlt.run.folder import log_file, result_file
+from fastlt.recipe import Recipe, Standing, changes, load_recipe
+from fastlt.run.folder import log_file, recipe_file, result_file
+from fastlt.run.log import read_log
+from fastlt.run.recorded import readable_result, written_inputs
+from loaders.stored.identity import DatasetIdentity
+
+log = logging.getLogger(__name__)
 
 METRICS = ("top1", "many", "medium", "few", "macro_f1")
 
 
-def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and result of a finished run; ValueError when there is none."""
-    result = result_file(folder)
-    if not result.is_file():
+@dataclass(frozen=True)
+class FinishedRun:
+    """data: which images it was trained on; None for a run of a version that kept no record of them."""
+
+    folder: Path
+    recipe: Recipe
+    result: dict[str, Any]
+    data: DatasetIdentity | None
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """A finished run; ValueError when there is none, or its files cannot be read."""
+    path, result = result_file(folder), readable_result(folder)
+    if result is None:
+        if path.exists():
+            raise ValueError(f"{path} is damaged; the command that trained the run measures it again")
         raise ValueError(f"{folder} holds no finished run: result.json is missing; give folders below runs/")
-    return load_recipe(folder / "recipe.yaml"), read_json(result)
+    record = written_inputs(folder)
+    try:
+        recipe = load_recipe(recipe_file(folder))
+    except ValueError as error:
+        raise ValueError(f"{recipe_file(folder)}: {error}") from None
+    return FinishedRun(folder, recipe, result, None if record is None else record.inputs.data)
 
 
-def group_runs(folders: list[Path]) -> list[list[tuple[Recipe, dict[str, Any]]]]:
-    """Runs that differ only in name and seed together, groups in the order in which they first appear."""
-    groups: list[list[tuple[Recipe, dict[str, Any]]]] = []
-    for folder in folders:
-        recipe, result = read_run(folder)
+def group_runs(runs: list[FinishedRun]) -> list[list[FinishedRun]]:
+    """Runs that differ only in name and seed together, groups in the order in which they first appear.
+
+    A warning names two runs of one recipe that were trained on different data; they are not in one group.
+    """
+    groups: list[list[FinishedRun]] = []
+    for run in runs:
         for group in groups:
-            if all(d.split(":")[0] in ("name", "seed") for d in differences(group[0][0], recipe)):
-                group.append((recipe, result))
-                break
+            if _same_recipe(group[0], run):
+                wrong = [] if run.data is None or group[0].data is None else run.data.differences(group[0].data)
+                if not wrong:
+                    group.append(run)
+                    break
+                log.warning("%s was trained on other data than %s: %s", run.folder, group[0].folder, "; ".join(wrong))
         else:
-            groups.append([(recipe, result)])
+            groups.append([run])
     return groups
 
 
-def label(group: list[tuple[Recipe, dict[str, Any]]]) -> str:
+def _same_recipe(one: FinishedRun, other: FinishedRun) -> bool:
+    """Whether two recipes give the same but for the seed; where both data are known, paths do not count."""
+    known = one.data is not None and other.data is not None
+    allowed = {"harmless", "rounding", "same_content"} if known else {"harmless", "rounding"}
+    found = changes(one.recipe, other.recipe, Standing(len(one.recipe.stages)))
+    return all(change.rule in allowed or change.line.startswith("seed: ") for change in found)
+
+
+def label(group: list[FinishedRun]) -> str:
     """The runs' common name without its seed."""
-    recipe = group[0][0]
+    recipe = group[0].recipe
     return recipe.name.removesuffix(f"-{recipe.seed}")
 
 
@@ -51,12 +86,12 @@ def spread(values: list[float | None], scale: float = 100.0) -> str:
     return mean if len(scaled) == 1 else f"{mean} ± {statistics.stdev(scaled):.2f}"
 
 
-def table(groups: list[list[tuple[Recipe, dict[str, Any]]]]) -> str:
+def table(groups: list[list[FinishedRun]]) -> str:
     """One Markdown row a group: percentages, seconds of training, and the range of the final class weights."""
     header = ["run", "seeds", "top-1", "many", "medium", "few", "macro-F1", "training s", "weights at the end"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for group in groups:
-        results = [result for _, result in group]
+        results = [run.result for run in group]
         cells = [label(group), str(len(group))]
         cells += [spread([r[metric] for r in results]) for metric in METRICS]
         cells.append(spread([r["train_s"] for r in results], scale=1.0))
@@ -68,10 +103,12 @@ def table(groups: list[list[tuple[Recipe, dict[str, Any]]]]) -> str:
 
 def weight_history(folder: Path) -> list[tuple[int, list[float]]]:
     """(iteration, class weights) at every evaluation of a run; ValueError when its method has no class weights."""
-    log = log_file(folder)
-    if not log.is_file():
+    path = log_file(folder)
+    if not path.is_file():
         raise ValueError(f"{folder} holds no log.jsonl; give a folder below runs/")
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines, broken = read_log(path)
+    if broken:
+        log.warning("%s: %s", path, broken)
     history = [
         (line["iteration"], line["weight"]) for line in lines if line["kind"] == "evaluation" and "weight" in line
     ]

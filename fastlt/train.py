@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
             return 0
         from fastlt.run.preflight import prepare
         from fastlt.run.result import recorded_result
-        from fastlt.run.stopping import Interrupted
+        from fastlt.run.stopping import Interrupted, StoppedAtOnce
         from fastlt.run.trainer import Trainer
 
         context = prepare(recipe)
@@ -66,12 +66,18 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     except ValueError as error:
         print_error(error)
         return 2
+    except KeyboardInterrupt:
+        print_error(ValueError("stopped before the training began"))
+        return 128 + signal.SIGINT
 
     from fastlt.run.checkpoint import RunFileError
     from loaders.stored.damage import DamageError, ReaderError
 
     try:
         result = trainer.fit()
+    except StoppedAtOnce as stopped:
+        print_error(stopped)
+        return 128 + stopped.signal
     except Interrupted as stopped:
         context.say(f"{stopped}; the same command goes on from there")
         return 128 + stopped.signal

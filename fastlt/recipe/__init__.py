@@ -2,6 +2,7 @@
 
 from fastlt.recipe.checks import check
 from fastlt.recipe.compose import load_recipe
+from fastlt.recipe.resuming import Change, Standing, changes
 from fastlt.recipe.schema import (
     LIST_KEYS,
     AccuracyRecipe,
@@ -12,20 +13,25 @@ from fastlt.recipe.schema import (
     StorageRecipe,
     differences,
     is_harmless,
+    recipe_from_tree,
 )
 from fastlt.recipe.yaml_text import RecipeError
 
 __all__ = [
     "LIST_KEYS",
     "AccuracyRecipe",
+    "Change",
     "DataRecipe",
     "ModelRecipe",
     "Recipe",
     "RecipeError",
     "StageRecipe",
+    "Standing",
     "StorageRecipe",
+    "changes",
     "check",
     "differences",
     "is_harmless",
     "load_recipe",
+    "recipe_from_tree",
 ]

@@ -47,7 +47,8 @@ file's own keys on top of other files; mappings merge key by key, and lists repl
 impossible combinations are refused before any data is read. The run folder keeps the recipe with every default filled
 in.
 
-A key with an asterisk changes no result: a run that goes on may have another value than before.
+A key with an asterisk changes no result: a run that goes on may have another value than before. The rules of the other
+keys are in [reliability](reliability.md#resuming).
 """
 SECTIONS: tuple[tuple[str, type], ...] = (
     ("The run", Recipe),

@@ -5,6 +5,7 @@ Every key has its sentence in the docstring of its class, one key a line: docs/r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from fastlt.arguments import MOST_WORKERS
 from fastlt.paths import PATH
 from fastlt.ranges import above, at_least, within
-from fastlt.recipe.typed_yaml import one_of, to_tree, typed_by
+from fastlt.recipe.typed_yaml import build, one_of, to_tree, typed_by
 from fastlt.recipe.yaml_text import dump
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, StepOptions
@@ -23,9 +24,12 @@ from loaders.sources import SOURCES
 LIST_KEYS = ("train_list", "meta_list", "test_list")
 SIDE = within(1, 65535)  # pixels; JPEG has no larger images
 LARGEST_SEED = 2**32 - 1  # of NumPy
-# Metadata of a key that changes neither the meaning of a run nor its result. A run that goes on may have another value
-# than before, and a finished run answers for every value.
-HARMLESS = {"harmless": True}
+# Metadata of a key whose value a run that goes on may change: the name of its rule in `fastlt.recipe.resuming`. A key
+# without it keeps its value. Harmless keys change neither the meaning of a run nor its result, and a finished run
+# answers for every value; with another number of threads sums are only rounded otherwise.
+ON_RESUME = "on_resume"
+HARMLESS, ROUNDING = {ON_RESUME: "harmless"}, {ON_RESUME: "rounding"}
+SAME_CONTENT, LONGER, LOWER = {ON_RESUME: "same_content"}, {ON_RESUME: "longer"}, {ON_RESUME: "lower"}
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,13 @@ class DataRecipe:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     root: str | None = field(default=None, metadata=HARMLESS | PATH)
-    converted: str | None = field(default=None, metadata=PATH)
+    converted: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
     convert: bool = True
     download: bool = field(default=True, metadata=HARMLESS)
-    train_list: str | None = field(default=None, metadata=PATH)
-    meta_list: str | None = field(default=None, metadata=PATH)
-    test_list: str | None = field(default=None, metadata=PATH)
-    num_classes: int | None = field(default=None, metadata=at_least(1))
+    train_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
+    meta_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
+    test_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
+    num_classes: int | None = field(default=None, metadata=SAME_CONTENT | at_least(1))
     imbalance_factor: float | None = field(default=None, metadata=at_least(1))
     convention: Literal["paper", "ldam"] = "paper"
     meta_per_class: int = field(default=10, metadata=at_least(1))
@@ -132,7 +136,7 @@ class ModelRecipe:
     head: Literal["linear", "cosine"] = "linear"
     head_scale: float | None = field(default=None, metadata=above(0))
     pretrained: bool = False
-    checkpoint: str | None = field(default=None, metadata=PATH)
+    checkpoint: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
     drop_rate: float = field(default=0.0, metadata=within(0, 1, below=True))
     drop_path_rate: float = field(default=0.0, metadata=within(0, 1, below=True))
     experts: int | None = field(default=None, metadata=within(1, 64))
@@ -187,10 +191,10 @@ class StageRecipe:
     """
 
     method: str
-    lr: float = field(metadata=above(0))
+    lr: float = field(metadata=LOWER | above(0))
     batch_size: int = field(default=128, metadata=at_least(1))
-    iterations: int | None = field(default=None, metadata=at_least(1))
-    epochs: int | None = field(default=None, metadata=at_least(1))
+    iterations: int | None = field(default=None, metadata=LONGER | at_least(1))
+    epochs: int | None = field(default=None, metadata=LONGER | at_least(1))
     options: StepOptions = field(
         default_factory=StepOptions, metadata=typed_by("method", {name: step.Options for name, step in STEPS.items()})
     )
@@ -249,7 +253,7 @@ class Recipe:
     trackers: experiment trackers of Accelerate that get the log too.
     """
 
-    name: str
+    name: str = field(metadata=HARMLESS)
     data: DataRecipe
     model: ModelRecipe
     stages: dict[str, StageRecipe]
@@ -263,7 +267,7 @@ class Recipe:
     log_every: int = field(default=20, metadata=HARMLESS | at_least(1))
     checkpoint_every_s: float = field(default=300.0, metadata=HARMLESS | above(0))
     checkpoints_kept: int = field(default=2, metadata=HARMLESS | at_least(1))
-    num_threads: int | None = field(default=None, metadata=HARMLESS | within(1, MOST_WORKERS))
+    num_threads: int | None = field(default=None, metadata=ROUNDING | within(1, MOST_WORKERS))
     trackers: list[str] = field(default_factory=list, metadata=HARMLESS)
 
     @property
@@ -280,31 +284,63 @@ class Recipe:
                 break
         return line
 
+    def to_tree(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain containers."""
+        return to_tree(self)
+
     def to_yaml(self) -> str:
         """The recipe with every default filled in; read back, it is the same recipe."""
-        return dump(to_tree(self))
+        return dump(self.to_tree())
+
+
+def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe whose `to_tree` this is; RecipeError when this version of fastlt does not know a key."""
+    return build(Recipe, tree)
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """The keys in which two recipes differ, each with both values; harmless keys are left out."""
-    a, b = _values(one), _values(other)
-    return [f"{k}: {a.get(k)!r} and {b.get(k)!r}" for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+    a, b = values(one), values(other)
+    keys = [key for key in dict.fromkeys([*a, *b]) if not is_harmless((a.get(key) or b[key]).field)]
+    return [difference(key, a, b) for key in keys if value_of(a, key) != value_of(b, key)]
 
 
-def is_harmless(key: Field[Any]) -> bool:
+def is_harmless(key: Field[Any] | None) -> bool:
     """Whether the key of a recipe changes neither the meaning of a run nor its result."""
-    return key.metadata.get("harmless", False)
+    return key is not None and key.metadata.get(ON_RESUME) in ("harmless", "rounding")
 
 
-def _values(part: Any, key: str = "") -> dict[str, Any]:
-    """The values of `key` and of all keys below it, by their dotted names, without the harmless ones."""
+@dataclass(frozen=True)
+class Value:
+    """The value of a key, as plain containers; field: where the key is defined, None in a mapping of free names."""
+
+    value: Any
+    field: Field[Any] | None
+
+
+Values = Mapping[tuple[str, ...], Value]
+
+
+def values(part: Any, path: tuple[str, ...] = (), own: Field[Any] | None = None) -> dict[tuple[str, ...], Value]:
+    """The values of a recipe, or of a part of it that is at `path`, by the names that lead to them."""
+    below: dict[str, tuple[Any, Field[Any] | None]]
     if is_dataclass(part):
-        below = {f.name: getattr(part, f.name) for f in fields(part) if not is_harmless(f)}
+        below = {f.name: (getattr(part, f.name), f) for f in fields(part)}
     elif isinstance(part, dict) and part:
-        below = part
+        below = {name: (value, None) for name, value in part.items()}
     else:
-        return {key: to_tree(part)}
-    found: dict[str, Any] = {}
-    for name, value in below.items():
-        found |= _values(value, f"{key}.{name}" if key else name)
+        return {path: Value(to_tree(part), own)}
+    found: dict[tuple[str, ...], Value] = {}
+    for name, (value, definition) in below.items():
+        found |= values(value, (*path, name), definition)
     return found
+
+
+def value_of(all_values: Values, path: tuple[str, ...]) -> Any:
+    """The value at a path of `values`; None where there is none."""
+    return all_values[path].value if path in all_values else None
+
+
+def difference(path: tuple[str, ...], one: Values, other: Values) -> str:
+    """The line of a key in which two recipes differ, with both values."""
+    return f"{'.'.join(path)}: {value_of(one, path)!r} and {value_of(other, path)!r}"

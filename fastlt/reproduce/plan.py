@@ -10,16 +10,17 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastlt.recipe import Recipe, differences, is_harmless, load_recipe
+from fastlt.recipe import Recipe, is_harmless, load_recipe
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import atomic_file, read_json
-from fastlt.run.folder import is_finished, last_checkpoint, log_file, recipe_file, result_file
+from fastlt.run.folder import last_checkpoint, log_file, result_file
 from fastlt.run.lock import lock_folder, unlock_folder
+from fastlt.run.recorded import is_complete, readable_result
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 # Keys that are left out of the digest that names a run, besides the harmless ones.
-NOT_IN_NAME = ("name", "seed", "data.converted")
+NOT_IN_NAME = ("seed", "data.converted")
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ class TrainingRun:
 
     def finished(self) -> bool:
         """Whether the folder holds the result of this recipe; of another one, train.py refuses with the reason."""
-        if not is_finished(self.folder):
-            return False
-        return not differences(load_recipe(recipe_file(self.folder)), replace(self.recipe, name=self.name))
+        return is_complete(replace(self.recipe, name=self.name))
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,10 @@ class EnsembleRun:
 
     def finished(self) -> bool:
         """Whether the folder holds the ensemble of the members' results as they are now."""
-        result = result_file(self.folder)
-        if not result.is_file() or not all(member.finished() for member in self.members):
+        result = readable_result(self.folder)
+        if result is None or not all(member.finished() for member in self.members):
             return False
-        recorded = [(m["run"], m["top1"]) for m in read_json(result)["members"]]
+        recorded = [(m["run"], m["top1"]) for m in result.get("members", [])]
         return recorded == [(m.name, read_json(result_file(m.folder))["top1"]) for m in self.members]
 
 

@@ -18,6 +18,9 @@ from fastlt.device.host_memory import keep_freed_memory
 from fastlt.device.openmp import why_neighbours_slow
 from fastlt.recipe import Recipe
 from fastlt.run.dataset import prepare_dataset
+from fastlt.run.inputs import InputsRecord, read_inputs
+from fastlt.run.main_process import on_main
+from fastlt.run.recorded import recorded_inputs
 from fastlt.state import ClassCounts
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.unconverted import UnconvertedDataset
@@ -29,6 +32,7 @@ class RunContext:
 
     compile: the recipe's `compile` on this device: "none", "inductor" or "cudagraph".
     counts: of the training split, with the recipe's shots.
+    inputs: which images and weights these are.
     """
 
     recipe: Recipe
@@ -38,6 +42,7 @@ class RunContext:
     compile: str
     dataset: ConvertedDataset | UnconvertedDataset
     counts: ClassCounts
+    inputs: InputsRecord
 
     @property
     def folder(self) -> Path:
@@ -93,6 +98,7 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
         torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolutions are found once
     set_seed(recipe.seed)
     dataset = prepare_dataset(recipe.data, accelerator)
+    inputs = on_main(accelerator, lambda: read_inputs(recipe, dataset, recorded_inputs(recipe.folder), tqdm.write))
     return RunContext(
         recipe=recipe,
         accelerator=accelerator,
@@ -101,6 +107,7 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
         compile=mode_for(recipe.compile, device, reducer.world_size),
         dataset=dataset,
         counts=dataset.class_counts(recipe.data.shots),
+        inputs=inputs,
     )
 
 

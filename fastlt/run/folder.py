@@ -11,14 +11,29 @@ def recipe_file(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
+def inputs_file(folder: Path) -> Path:
+    """Which data a run reads, written with the recipe."""
+    return folder / "inputs.json"
+
+
 def log_file(folder: Path) -> Path:
     """One JSON object a line."""
     return folder / "log.jsonl"
 
 
+def damaged_log_file(folder: Path) -> Path:
+    """A log as it was found, with lines that cannot be read."""
+    return folder / "log-damaged.jsonl"
+
+
 def result_file(folder: Path) -> Path:
     """Written once, at the end."""
     return folder / "result.json"
+
+
+def earlier_result_file(folder: Path, which: str) -> Path:
+    """The result of a run that went on after it was finished; which: its number of iterations, or "damaged"."""
+    return folder / f"result-{which}.json"
 
 
 def divergence_file(folder: Path) -> Path:

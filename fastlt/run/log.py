@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,12 @@ from tqdm import tqdm
 from fastlt import strict_json
 from fastlt.run.checkpoint import RunFileError, not_written, write_atomically
 from fastlt.run.context import RunContext
-from fastlt.run.folder import log_file
+from fastlt.run.folder import damaged_log_file, log_file
 from fastlt.state import ClassCounts
+
+log = logging.getLogger(__name__)
+
+SHOWN = 5  # broken lines that a message names
 
 
 class RunLog:
@@ -36,7 +42,11 @@ class RunLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if line["iteration"] <= upto_iteration]
+        lines, broken = read_log(self.path)
+        if broken:
+            kept_as = shutil.copy2(self.path, damaged_log_file(self.path.parent))
+            log.warning("%s: %s; the other lines are kept, and the file as it was is %s", self.path, broken, kept_as)
+        kept = [line for line in lines if line["iteration"] <= upto_iteration]
         write_atomically(self.path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
         self.file = self.path.open("a", encoding="utf-8")
 
@@ -59,21 +69,28 @@ class RunLog:
             with contextlib.suppress(OSError):  # of what could not be written; `write` has said so
                 file.close()
 
-    def _lines(self) -> list[dict]:
-        if not self.path.exists():
-            return []
-        lines = []
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines of a `log.jsonl`, and which of them are broken, in words; "" when none is, or the file is absent.
+
+    A kill in the middle of a write leaves the last line without an end: it is no damage.
+    """
+    lines, broken = [], []
+    try:
+        *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    except OSError as error:
+        raise RunFileError(f"{path} cannot be read: {error.strerror}") from None
+    for number, text in enumerate(whole, start=1):
         try:
-            texts = self.path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise RunFileError(f"{self.path} cannot be read: {error.strerror}") from None
-        for text in texts:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                # A kill in the middle of a write leaves one broken line, the last.
-                break
-        return lines
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("iteration"), int) and isinstance(line.get("kind"), str):
+            lines.append(line)
+        else:
+            broken.append(str(number))
+    more = ", …" if len(broken) > SHOWN else ""
+    return lines, f"line {', '.join(broken[:SHOWN])}{more} cannot be read" if broken else ""
 
 
 def make_log(context: RunContext) -> RunLog:

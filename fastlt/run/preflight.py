@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, check_padded_pooling
-from fastlt.recipe import Recipe, StageRecipe, differences, load_recipe
+from fastlt.recipe import Recipe, StageRecipe
 from fastlt.recipe.typed_yaml import shortened
 from fastlt.run.context import RunContext, make_accelerator, make_context
-from fastlt.run.divergence import recorded_divergence
-from fastlt.run.folder import is_finished, recipe_file
+from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main
+from fastlt.run.recorded import changed, is_complete, readable_result, recorded_inputs, recorded_recipe
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
+
+log = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe) -> RunContext:
@@ -29,6 +32,7 @@ def prepare(recipe: Recipe) -> RunContext:
     accelerator = make_accelerator(recipe)
     on_main(accelerator, lambda: claim_folder(recipe))
     context = make_context(recipe, accelerator)
+    on_main(accelerator, lambda: check_inputs(context))
     check_dataset(context)
     check_loaders(context)
     return context
@@ -37,7 +41,7 @@ def prepare(recipe: Recipe) -> RunContext:
 def claim_folder(recipe: Recipe) -> None:
     """Lock the run folder for this process, unless it is only read. ValueError when it cannot be, or `check_folder`."""
     try:
-        if not is_finished(recipe.folder):
+        if not is_complete(recipe):
             lock_folder(recipe.folder)
     except OSError as error:
         raise ValueError(
@@ -45,7 +49,7 @@ def claim_folder(recipe: Recipe) -> None:
             "set runs=DIR to a folder that can be written to"
         ) from None
     check_folder(recipe)
-    if is_finished(recipe.folder):
+    if is_complete(recipe):
         unlock_folder(recipe.folder)  # another process has finished it meanwhile
 
 
@@ -63,32 +67,45 @@ def _obstacle(folder: Path, error: OSError) -> str:
 
 def check_folder(recipe: Recipe) -> None:
     """ValueError for a run folder that holds a run of another recipe, or any run when `resume` is never."""
-    recorded = recipe_file(recipe.folder)
-    if not recorded.exists():
+    before = recorded_recipe(recipe.folder)
+    if before is None:
         return
     if recipe.resume == "never":
         raise ValueError(
             f"{recipe.folder} holds a run already and resume is never; "
             "choose another name=..., or set resume=auto to go on with it"
         )
-    before = load_recipe(recorded)
-    lower = _lowered(before, recipe)
-    changed = [line for line in differences(before, recipe) if line.split(":")[0] != lower]
-    if changed:
+    refused = [change.line for change in changed(recipe, before) if change.refused]
+    if refused:
         raise ValueError(
             f"{recipe.folder} holds a run of another recipe; it differs in (there and here)\n  "
-            + "\n  ".join(changed)
-            + "\nchoose another name=..."
+            + "\n  ".join(refused)
+            + "\nset the value of there to go on with that run, or choose another name=... for a run of its own"
         )
+    if is_finished(recipe.folder) and readable_result(recipe.folder) is None:
+        if not versions(last_checkpoint(recipe.folder)):
+            raise ValueError(
+                f"{result_file(recipe.folder)} is damaged, and there is no checkpoint to measure it again from; put a "
+                "good copy there, or choose another name=..."
+            )
+        log.warning("%s is damaged: the test split is measured again", result_file(recipe.folder))
 
 
-def _lowered(before: Recipe, now: Recipe) -> str | None:
-    """The learning rate that may be another: a lower one, in the stage that diverged after the last checkpoint."""
-    divergence = recorded_divergence(now.folder)
-    if divergence is None or not {divergence.stage} <= before.stages.keys() & now.stages.keys():
-        return None
-    lower = now.stages[divergence.stage].lr < before.stages[divergence.stage].lr
-    return f"stages.{divergence.stage}.lr" if lower else None
+def check_inputs(context: RunContext) -> None:
+    """ValueError when the run in the folder was begun with other data than are there now, or other weights."""
+    folder = context.folder
+    before = recorded_inputs(folder)
+    if before is None:
+        if is_finished(folder) or versions(last_checkpoint(folder)):
+            context.say(f"{folder} was made by a version that kept no record of its data: they cannot be compared")
+        return
+    wrong = context.inputs.inputs.differences(before.inputs)
+    if wrong:
+        raise ValueError(
+            f"{folder} holds a run that began with other data than {context.dataset.root} has now:\n  "
+            + "\n  ".join(wrong)
+            + "\nbring the data back as they were, or choose another name=... for a run on these"
+        )
 
 
 def check_dataset(context: RunContext) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ class Progress:
     images: trained on, by all processes.
     best: validation top-1 of the stage's best checkpoint.
     class_weights: (C,), the last that were logged; None before, and with methods that have none.
+    parts: where the run went on under other circumstances, and which: see `begin_part`.
     """
 
     stage: int = 0
@@ -30,6 +32,18 @@ class Progress:
     images: int = 0
     best: float = -1.0
     class_weights: Tensor | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin_part(self, circumstances: dict[str, Any], changes: list[str]) -> list[str]:
+        """The run begins, or goes on, under these circumstances; returns in which of them they are others than before.
+
+        changes: of the recipe, that the result has to tell of. A part is noted only when something is another.
+        """
+        before = self.parts[-1] if self.parts else circumstances
+        others = [f"{k}: {before.get(k)!r} and {v!r}" for k, v in circumstances.items() if v != before.get(k)]
+        if not self.parts or others or changes:
+            self.parts.append({"from_iteration": self.done, **circumstances, "changes": changes})
+        return others
 
     def count(self, images: int) -> None:
         """One more iteration is done, with so many images over all processes."""

@@ -12,17 +12,42 @@ from fastlt.device.openmp import runtime
 from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
-from fastlt.run.folder import is_finished, result_file
+from fastlt.run.folder import earlier_result_file, result_file
 from fastlt.run.progress import Progress
+from fastlt.run.recorded import is_complete, readable_result
 
 
 def recorded_result(context: RunContext) -> dict[str, Any] | None:
-    """The result of a run that is finished, None while there is work left. ValueError when the file is damaged."""
-    if not is_finished(context.folder):
+    """The result of a run that is finished; None while there is something to train or to measure."""
+    if not is_complete(context.recipe):
         return None
     result = read_json(result_file(context.folder))
     context.say(f"{context.folder} is finished; nothing is left to do")
     return result
+
+
+def set_aside_result(context: RunContext) -> None:
+    """Rename the result of a run that goes on: it was finished with fewer iterations, or the file is damaged."""
+    path, result = result_file(context.folder), readable_result(context.folder)
+    if path.exists():
+        which = "damaged" if result is None else str(result.get("iterations"))
+        context.say(f"the result that was there is kept as {path.rename(earlier_result_file(context.folder, which))}")
+
+
+def circumstances(context: RunContext) -> dict[str, Any]:
+    """On what a part of a run is trained, as far as last bits may depend on it."""
+    return {
+        "device": device_name(context.device),
+        "processes": context.reducer.world_size,
+        "threads": torch.get_num_threads(),
+        "fastlt": version("fastlt"),
+        "torch": version("torch"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a result calls a device."""
+    return str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def make_result(
@@ -32,7 +57,7 @@ def make_result(
 
     best: what the last stage's best checkpoint holds beside the model.
     """
-    recipe, counts, device = context.recipe, context.counts, context.device
+    recipe, counts = context.recipe, context.counts
     return {
         "name": recipe.name,
         **metrics,
@@ -45,10 +70,11 @@ def make_result(
         "imbalance_factor": counts.imbalance_factor,
         "seed": recipe.seed,
         "precision": recipe.precision,
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": device_name(context.device),
         "processes": context.reducer.world_size,
         "threads": torch.get_num_threads(),
         "openmp": runtime(),
+        "parts": progress.parts,
         "iterations": progress.done,
         "train_s": progress.train_s,
         "img_s": progress.img_s,

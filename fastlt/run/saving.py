@@ -12,9 +12,11 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from fastlt.device.random_states import random_states, restore_random_states
+from fastlt.recipe import Standing, changes, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
-from fastlt.run.folder import best_checkpoint, divergence_file, last_checkpoint, versions
+from fastlt.run.folder import best_checkpoint, divergence_file, last_checkpoint, recipe_file, versions
+from fastlt.run.inputs import RunInputs
 from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
 from fastlt.steps import Step
@@ -32,6 +34,7 @@ class SavedRun:
 
     shared, own: the parts of `Step.state_dict` that all processes have in common, and those of this one.
     backends: see `StageLoaders`. buffers: of the model, by name. random: of `random_states`.
+    changes: in what the recipe is another one than when it was saved, a line each; those that a result has to tell of.
     """
 
     progress: Progress
@@ -40,6 +43,7 @@ class SavedRun:
     backends: dict[str, str]
     buffers: dict[str, Any]
     random: dict[str, Any]
+    changes: list[str]
 
     def restore(self, step: Step) -> None:
         """Put the step, its model and the default random generators where they were. Changes them in place."""
@@ -56,6 +60,8 @@ class Checkpoints:
         self.context = context
         self.last_saved = time.monotonic()
         self.saved: tuple[str, int] | None = None
+        # Whose checkpoints these are.
+        self.origin = {"recipe": context.recipe.to_tree(), "inputs": context.inputs.inputs.to_tree()}
 
     def standing(self) -> str:
         """Where the last checkpoint is, in words."""
@@ -102,6 +108,7 @@ class Checkpoints:
             "class_weights": numbers.pop("class_weights"),
             "progress": numbers,
             "stage_name": stage,
+            **self.origin,
         }
         self._save(last_checkpoint(context.folder), state)
         self.last_saved, self.saved = time.monotonic(), (stage, progress.iteration)
@@ -119,6 +126,7 @@ class Checkpoints:
                 f"{path} was saved by {len(state['processes'])} processes, this run has {context.reducer.world_size}: "
                 "launch as many as before, or choose another name=..."
             )
+        told = self._check_origin(path, state)
         progress = Progress(**state["progress"], class_weights=state["class_weights"])
         self.saved = state["stage_name"], progress.iteration
         self._check_best(state["stage_name"], progress)
@@ -131,11 +139,37 @@ class Checkpoints:
             backends=mine.get("backends", {}),
             buffers=mine["buffers"],
             random=mine["random"],
+            changes=told,
         )
+
+    def _check_origin(self, path: Path, state: dict[str, Any]) -> list[str]:
+        """ValueError for the checkpoint of another run; returns the changes of the recipe that a result has to tell of.
+
+        What an earlier version saved says nothing of its origin, and is taken.
+        """
+        context = self.context
+        if "inputs" in state:
+            wrong = context.inputs.inputs.differences(RunInputs.from_tree(state["inputs"]))
+            if wrong:
+                raise ValueError(f"{path} is of a run on other data: {'; '.join(wrong)}; choose another name=...")
+        if "recipe" not in state:
+            return []
+        # Whether the rate may be lower was asked when the run folder was looked at.
+        standing = Standing(state["progress"]["stage"], diverged=state["stage_name"])
+        found = changes(recipe_from_tree(state["recipe"]), context.recipe, standing)
+        refused = [change.line for change in found if change.refused]
+        if refused:
+            raise ValueError(
+                f"{path} is of another run than {recipe_file(context.folder).name} beside it; it differs in "
+                "(there and here)\n  "
+                + "\n  ".join(refused)
+                + "\nput the recipe and the checkpoints of one run there, or choose another name=..."
+            )
+        return [change.line for change in found if change.told]
 
     def save_best(self, stage: str, model: nn.Module, top1: float, iteration: int) -> None:
         """Write `best_<stage>.pt`, on the main process."""
-        state = {"model": model.state_dict(), "top1": top1, "iteration": iteration}
+        state = {"model": model.state_dict(), "top1": top1, "iteration": iteration, **self.origin}
         self._save(best_checkpoint(self.context.folder, stage), state)
 
     def load_best(self, stage: str, model: nn.Module) -> dict[str, Any]:

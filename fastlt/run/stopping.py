@@ -30,6 +30,14 @@ class WaitedInVain(BaseException):
     """A signal was received while the run waited for a batch, and the batch did not come."""
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """The run was asked a second time to stop: it ends where it is, and its last checkpoint is from before."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped at once by signal {signal}; the same command goes on from the last checkpoint")
+        self.signal = signal
+
+
 class Stopping:
     """Remembers a signal until the loop asks for it; only a wait for images is ended before."""
 
@@ -51,7 +59,7 @@ class Stopping:
                     raise WaitedInVain
                 return
             if self.received:
-                raise KeyboardInterrupt
+                raise StoppedAtOnce(number)
             self.received = number
             self.context.say("stopping after this iteration; a checkpoint will be saved")
             threading.Thread(target=self._end_waits, daemon=True, name="end-waits").start()

@@ -16,14 +16,14 @@ from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.finite import not_finite
-from fastlt.run.folder import recipe_file, result_file
+from fastlt.run.folder import inputs_file, recipe_file, result_file
 from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import make_log, percent, progress_bar, shot_means
 from fastlt.run.main_process import on_main
 from fastlt.run.preflight import check_model, check_trackers
 from fastlt.run.progress import Progress, Stopwatch
-from fastlt.run.result import make_result
+from fastlt.run.result import circumstances, make_result, set_aside_result
 from fastlt.run.saving import Checkpoints
 from fastlt.run.stage import Stage, build_stage, new_model, prepare_model
 from fastlt.run.stopping import Interrupted, Stopping, WaitedInVain
@@ -49,6 +49,9 @@ class Trainer:
         self.checkpoints = Checkpoints(context)
         self.saved = self.checkpoints.load_last()
         self.progress = Progress() if self.saved is None else self.saved.progress
+        others = self.progress.begin_part(circumstances(context), [] if self.saved is None else self.saved.changes)
+        if others:
+            context.say(f"last bits may differ from a run without a stop (before and now): {'; '.join(others)}")
         self.stopwatch = Stopwatch(self.progress)
 
     @property
@@ -72,7 +75,7 @@ class Trainer:
     def _fit(self) -> dict[str, Any]:
         context, recipe = self.context, self.context.recipe
         names = list(recipe.stages)
-        on_main(context.accelerator, lambda: write_atomically(recipe_file(context.folder), recipe.to_yaml().encode()))
+        on_main(context.accelerator, self._write_begin)
         on_main(context.accelerator, lambda: self.log.open(self.progress.done))
         for done in recipe.lineage(recipe.stages[names[self.progress.stage]])[:-1]:
             self.model = prepare_model(context, self.model, done)
@@ -90,6 +93,13 @@ class Trainer:
         self.log.close()
         context.accelerator.end_training()
         return result
+
+    def _write_begin(self) -> None:
+        """What a run folder says before the first iteration, and whenever the run goes on."""
+        context = self.context
+        set_aside_result(context)
+        write_atomically(recipe_file(context.folder), context.recipe.to_yaml().encode())
+        write_json(inputs_file(context.folder), context.inputs.to_tree())
 
     def build_stage(self, name: str, backends: Mapping[str, str] | None = None) -> Stage:
         """Give the model the form that a stage trains, and make what trains it. The caller closes the loaders.

@@ -29,9 +29,10 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"finite", "folder", "main_process", "metrics", "progress", "schedule"},
+    {"finite", "folder", "inputs", "main_process", "metrics", "progress", "schedule"},
     {"checkpoint", "dataset", "lock"},
     {"divergence"},
+    {"recorded"},
     {"context"},
     {"loading", "log", "optimizers", "result", "saving", "stopping"},
     {"evaluation", "preflight", "stage"},

@@ -298,6 +298,7 @@ def test_differences_name_the_key_and_both_values(write):
 
 
 HARMLESS = [
+    "name=b",
     "runs=elsewhere",
     "resume=never",
     "log_every=1",
@@ -317,7 +318,7 @@ def test_a_harmless_key_is_no_difference(write, word):
     assert differences(one, other) == []
 
 
-@pytest.mark.parametrize("word", ["name=b", "seed=1", "precision=bf16", "data.converted=x", "data.augment=[]"])
+@pytest.mark.parametrize("word", ["seed=1", "precision=bf16", "data.converted=x", "data.augment=[]"])
 def test_a_key_that_changes_the_result_is_a_difference(write, word):
     one, other = load_recipe(write(BASE)), load_recipe(write(BASE), [word])
     assert [line.split(":")[0] for line in differences(one, other)] == [word.split("=")[0]]

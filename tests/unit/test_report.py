@@ -37,7 +37,7 @@ def test_a_damaged_result_is_named(run, capsys):
     folder = Path(run("one", 0, 0.5))
     (folder / "result.json").write_text("{")
     assert cli.main(["report", str(folder)]) == 2
-    assert f"fastlt report: error: {folder / 'result.json'} is not valid JSON" in capsys.readouterr().err
+    assert f"fastlt report: error: {folder / 'result.json'} is damaged" in capsys.readouterr().err
 
 
 def test_runs_that_differ_in_seed_only_are_one_row(run, capsys):

@@ -1,0 +1,77 @@
+"""What a run reads: whether its data, and the weights that it starts from, are those with which it began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlt.recipe import Recipe
+from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.identity import DatasetIdentity
+from loaders.stored.manifest import file_sha256
+from loaders.stored.unconverted import UnconvertedDataset
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Equal for inputs with which a recipe gives the same result.
+
+    pretrained: checksum of the file `model.checkpoint`; None without one.
+    """
+
+    data: DatasetIdentity
+    pretrained: str | None
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain containers, for JSON and checkpoints."""
+        return {"data": self.data.to_tree(), "pretrained": self.pretrained}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> RunInputs:
+        """The inputs that `to_tree` gave; KeyError or TypeError for something else."""
+        return cls(DatasetIdentity.from_tree(tree["data"]), tree["pretrained"])
+
+    def differences(self, before: RunInputs) -> list[str]:
+        """In what they are not the inputs of `before`, a few words each."""
+        weights = ["model.checkpoint has another content"] if self.pretrained != before.pretrained else []
+        return [*self.data.differences(before.data), *weights]
+
+
+@dataclass(frozen=True)
+class InputsRecord:
+    """Inputs, and by which files they are known.
+
+    stamps: of the data set's files while they held these inputs, see `loaders.stored.manifest.stamp`.
+    """
+
+    inputs: RunInputs
+    stamps: Mapping[str, Sequence[int]]
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain containers, for JSON."""
+        return {**self.inputs.to_tree(), "stamps": {name: list(of) for name, of in self.stamps.items()}}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> InputsRecord:
+        """The record that `to_tree` gave; KeyError or TypeError for something else."""
+        return cls(RunInputs.from_tree(tree), dict(tree["stamps"]))
+
+
+def read_inputs(
+    recipe: Recipe,
+    dataset: ConvertedDataset | UnconvertedDataset,
+    known: InputsRecord | None,
+    say: Callable[[str], object],
+) -> InputsRecord:
+    """The inputs as they are now; a large data set is read only where its files are not `known`.
+
+    DamageError when a converted data set does not hold what was converted.
+    """
+    before = (None, None) if known is None else (known.inputs.data, known.stamps)
+    data = dataset.identity(*before, say=say)
+    weights = recipe.model.checkpoint
+    # A file that is not there is refused with the model.
+    pretrained = file_sha256(Path(weights)) if weights is not None and Path(weights).is_file() else None
+    return InputsRecord(RunInputs(data, pretrained), dataset.stamps())
