@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,11 +172,11 @@ def stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def file_sha256(path: Path) -> str:
-    """The checksum of a file, as in the manifest."""
+def file_sha256(path: Path, ended: threading.Event | None = None) -> str:
+    """The checksum of a file, as in the manifest; of its beginning only when `ended` is set meanwhile."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while (ended is None or not ended.is_set()) and (block := file.read(1 << 22)):
             digest.update(block)
     return digest.hexdigest()
 
@@ -184,11 +185,15 @@ def file_checksums(paths: list[Path], progress: bool) -> list[str]:
     """`file_sha256` of each, several at a time (hashing leaves the interpreter's lock alone), with a progress bar."""
     sizes = [path.stat().st_size for path in paths]
     bar = progress_bar("checksums", sum(sizes), progress, unit="B")
+    ended = threading.Event()
     with bar as advance, ThreadPoolExecutor(available_cores()) as pool:
         checksums = []
-        for size, checksum in zip(sizes, pool.map(file_sha256, paths), strict=True):
-            checksums.append(checksum)
-            advance(size)
+        try:
+            for size, checksum in zip(sizes, pool.map(lambda path: file_sha256(path, ended), paths), strict=True):
+                checksums.append(checksum)
+                advance(size)
+        finally:
+            ended.set()  # else a command that is interrupted would wait for the end of a large file
     return checksums
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastlt.commands import signals
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.manifest import file_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_dataset.py"
@@ -361,6 +363,17 @@ def test_a_signal_in_a_finaliser_is_not_lost(capsys, number, expected):
     assert capsys.readouterr().err == ""
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGALRM)] == handlers
     time.sleep(2 * signals.AGAIN_S)  # nothing comes after it
+
+
+def test_an_interrupted_checksum_does_not_wait_for_the_end_of_a_large_file(tmp_path):
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 34)  # without blocks on the disk; half a minute of hashing
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    start = time.monotonic()
+    with pytest.raises(signals.Terminated), signals.ended_by_signals():
+        file_checksums([large, large], progress=False)
+    assert time.monotonic() - start < 10
 
 
 def test_real_cifar10_by_both_conventions(real_data, tmp_path):
