@@ -7,6 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+LONGEST = 200  # characters of a value in a message
+
+
+def shortened(value: object) -> str:
+    """A value as it is written in Python, without its middle where that is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-20:]}"
 
 
 def nearest(word: str, valid: Iterable[str]) -> str | None:
@@ -20,7 +27,7 @@ def unknown(kind: str, word: object, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     guess = nearest(str(word), valid)
     hint = f"; did you mean {guess!r}?" if guess else ""
-    return f"unknown {kind} {word!r}: allowed are {', '.join(valid)}{hint}"
+    return f"unknown {kind} {shortened(word)}: allowed are {', '.join(valid)}{hint}"
 
 
 def pick(kind: str, name: str, table: Mapping[str, T]) -> T:

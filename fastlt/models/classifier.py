@@ -18,7 +18,7 @@ from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expe
 from fastlt.models.heads import HEADS, Head
 from fastlt.models.pretrained import check_reachable
 from fastlt.models.weight_files import read_weights
-from fastlt.names import pick
+from fastlt.names import pick, shortened
 
 OURS = ("cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56", "resnet10")
 
@@ -236,7 +236,8 @@ def check_model(name: str, pretrained: bool = False, experts: int | None = None)
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(
-            f"unknown model {name!r}{hint} Ours are {', '.join(OURS)}; every name of timm.list_models() can be used"
+            f"unknown model {shortened(name)}{hint} Ours are {', '.join(OURS)}; every name of timm.list_models() can be "
+            "used"
         )
     cfg = timm.get_pretrained_cfg(name)
     if pretrained and not (cfg and cfg.has_weights):

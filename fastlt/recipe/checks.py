@@ -14,8 +14,8 @@ from pathlib import Path
 from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
+from fastlt.names import shortened
 from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
-from fastlt.recipe.typed_yaml import shortened
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, Step
 from loaders.order.crop import CropSpec

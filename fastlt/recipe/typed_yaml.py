@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from fastlt.names import nearest, unknown
+from fastlt.names import nearest, shortened, unknown
 from fastlt.paths import PATH, expand
 from fastlt.ranges import out_of_range
 from fastlt.recipe.yaml_text import RecipeError
@@ -21,7 +21,6 @@ from fastlt.recipe.yaml_text import RecipeError
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 TYPED_BY, ONE_OF = "typed_by", "one_of"
-LONGEST = 200  # characters of a value in a message
 
 
 def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
@@ -69,12 +68,6 @@ def describe(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"no finite number ({value!r})"
     return f"{kinds.get(type(value), type(value).__name__)} ({shortened(value)})"
-
-
-def shortened(value: Any) -> str:
-    """A value as it is written in Python, without its middle where that is long."""
-    text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-20:]}"
 
 
 def _convert(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
