@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
 
         recipe = load_recipe(words.recipe, words.overrides)
         if words.check:
+            from fastlt.run.preflight import check_without_data
+
+            check_without_data(recipe)
             print(recipe.to_yaml(), end="")
             return 0
         from fastlt.run.preflight import prepare

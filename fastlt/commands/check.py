@@ -20,6 +20,9 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     # Imported late: a mistake on the command line answers before torch has loaded.
     from fastlt.recipe import load_recipe
+    from fastlt.run.preflight import check_without_data
 
-    print(load_recipe(arguments.recipe, arguments.overrides).to_yaml(), end="")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_without_data(recipe)
+    print(recipe.to_yaml(), end="")
     return 0

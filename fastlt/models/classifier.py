@@ -215,6 +215,10 @@ def _create_backbone(name: str, drop_path_rate: float, options: dict[str, Any], 
     # The rate is given even when it is 0: some networks of timm (Swin) have another default.
     try:
         return timm.create_model(name, drop_path_rate=drop_path_rate, **options)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        of_size = f" for images of {options['img_size']}" if "img_size" in options else ""
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name} cannot be built{of_size}: {reason}; set data.image_size or model.name") from error
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
@@ -236,8 +240,7 @@ def check_model(name: str, pretrained: bool = False, experts: int | None = None)
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(
-            f"unknown model {shortened(name)}{hint} Ours are {', '.join(OURS)}; every name of timm.list_models() can be "
-            "used"
+            f"unknown model {shortened(name)}{hint} Ours are {', '.join(OURS)}; all of timm.list_models() can be used"
         )
     cfg = timm.get_pretrained_cfg(name)
     if pretrained and not (cfg and cfg.has_weights):

@@ -5,21 +5,29 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
-from fastlt.models import Classifier, check_padded_pooling
+from fastlt.models import Classifier, build_model, check_padded_pooling
+from fastlt.models.pretrained import check_reachable
+from fastlt.names import pick, shortened
 from fastlt.recipe import Recipe, StageRecipe
-from fastlt.recipe.typed_yaml import shortened
 from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main
+from fastlt.run.network import check_network
 from fastlt.run.recorded import changed, is_complete, readable_result, recorded_inputs, recorded_recipe
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
+from loaders.readers import BACKENDS
+
+SOME_CLASSES = 10  # of a network that is built before the data set is known
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +37,7 @@ def prepare(recipe: Recipe) -> RunContext:
 
     The main process owns the run folder from here on, unless the run is finished: see `lock_folder`.
     """
+    check_trackers(recipe)
     accelerator = make_accelerator(recipe)
     on_main(accelerator, lambda: claim_folder(recipe))
     context = make_context(recipe, accelerator)
@@ -203,12 +212,9 @@ def check_model(context: RunContext, model: Classifier) -> None:
     recipe = context.recipe
     if recipe.channels_last:
         check_padded_pooling(model, context.device)
+    check_network(recipe, model, context.reducer.world_size)
     for name, stage in recipe.stages.items():
         kind = STEPS[stage.method]
-        try:
-            kind.check_model(model, stage.options)
-        except ValueError as error:
-            raise ValueError(f"stages.{name}.options: {error}") from None
         first = len(recipe.lineage(stage)) == 1
         if first and kind.needs.trained_head and not model.head_is_trained:
             raise ValueError(
@@ -218,11 +224,28 @@ def check_model(context: RunContext, model: Classifier) -> None:
             )
 
 
-def check_trackers(context: RunContext) -> None:
-    """ValueError for trackers whose package is absent; Accelerate would ignore them."""
-    there = {str(getattr(t, "value", t)) for t in context.accelerator.log_with}
-    absent = set(context.recipe.trackers) - there
+def check_trackers(recipe: Recipe) -> None:
+    """ValueError for trackers that Accelerate does not know, or whose package is absent; it would ignore those."""
+    for name in recipe.trackers:
+        pick("tracker", name, LOGGER_TYPE_TO_CLASS)
+    absent = set(recipe.trackers) - {str(one.value) for one in get_available_trackers()}
     if absent:
         raise ValueError(
             f"trackers: the packages of {sorted(absent)} are not installed; pip install them, or leave them out"
         )
+
+
+def check_without_data(recipe: Recipe) -> None:
+    """ValueError for all that a run of the recipe on this machine refuses before it looks at its data.
+
+    Builds the network and reads its weights from a file. Writes nothing, and fetches nothing.
+    """
+    check_folder(recipe)
+    check_trackers(recipe)
+    if recipe.data.loader in BACKENDS:
+        BACKENDS[recipe.data.loader].load()
+    if recipe.model.pretrained:
+        check_reachable(recipe.model.name)
+    asked: dict[str, Any] = vars(recipe.model) | {"pretrained": False}
+    classes = recipe.data.num_classes or SOME_CLASSES
+    check_network(recipe, build_model(**asked, num_classes=classes, image_size=recipe.data.image_size))

@@ -85,7 +85,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     Subclasses implement `__call__`, name the class of their recipe options twice, as `Step[…]` for the type checker and
     as `Options` for the recipe, and say what they need. A method that trains a part of the model only, or changes it
-    first, overrides `prepare_model`, `parameter_groups` and `train_mode`; the run calls them in this order.
+    first, overrides `prepare_model`, `parameter_groups` and `set_train_mode`; the run calls them in this order.
 
     needs, allows: what a recipe and the trainer have to know of a method before they make a step.
     """
@@ -130,6 +130,11 @@ class Step(Replayable, Generic[OptionsT]):
         model.requires_grad_(True)
 
     @classmethod
+    def set_train_mode(cls, model: Classifier, options: OptionsT) -> None:
+        """Put each module of a prepared `model` into the mode it is trained in."""
+        model.train()
+
+    @classmethod
     def parameter_groups(cls, model: Classifier, options: OptionsT) -> list[dict[str, Any]]:
         """The optimizer's groups. A group may hold a "lr_factor", by which the stage's learning rate is multiplied."""
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
@@ -154,7 +159,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     def train_mode(self) -> None:
         """Put each module into the mode it is trained in; called once, before the first iteration."""
-        self.model.train()
+        self.set_train_mode(self.model, self.options)
 
     def advice(self) -> Sequence[str]:
         """What the user is told at the start of the stage: things that cost something and can be changed."""

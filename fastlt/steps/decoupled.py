@@ -51,9 +51,10 @@ class DecoupledStep(Step[OptionsT]):
         """Change `model.head` as the method wants it, and mark what of it is trained."""
         raise NotImplementedError
 
-    def train_mode(self) -> None:
-        self.model.train()
-        self.model.backbone.eval()
+    @classmethod
+    def set_train_mode(cls, model: Classifier, options: OptionsT) -> None:
+        model.train()
+        model.backbone.eval()
 
     def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
         self.loss.draw(len(labels))
@@ -141,10 +142,11 @@ class LasStep(LwsStep[LasOptions]):
             groups.append({"params": list(head.inner.parameters()), "lr_factor": options.head_lr_factor})
         return groups
 
-    def train_mode(self) -> None:
-        super().train_mode()
-        if self.options.shift_batch_norm:
-            for module in self.model.backbone.modules():
+    @classmethod
+    def set_train_mode(cls, model: Classifier, options: LasOptions) -> None:
+        super().set_train_mode(model, options)
+        if options.shift_batch_norm:
+            for module in model.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train()
 

@@ -77,9 +77,10 @@ class DroLtStep(Step[DroLtOptions]):
         model.requires_grad_(True)
         model.head.requires_grad_(False)
 
-    def train_mode(self) -> None:
-        self.model.train()
-        self.model.head.eval()
+    @classmethod
+    def set_train_mode(cls, model: Classifier, options: DroLtOptions) -> None:
+        model.train()
+        model.head.eval()
 
     def __init__(self, parts: StepParts, options: DroLtOptions | None = None) -> None:
         super().__init__(parts, options)

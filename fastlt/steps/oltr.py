@@ -105,10 +105,11 @@ class OltrStep(Step[OltrOptions]):
             groups.append({"params": backbone, "lr_factor": options.backbone_lr_factor})
         return groups
 
-    def train_mode(self) -> None:
-        self.model.train()
-        if self.options.freeze_backbone:
-            self.model.backbone.eval()
+    @classmethod
+    def set_train_mode(cls, model: Classifier, options: OltrOptions) -> None:
+        model.train()
+        if options.freeze_backbone:
+            model.backbone.eval()
 
     @torch.no_grad()
     def first_pass(self, batches: Iterator[Batch], prepare: Callable[[Tensor], Tensor]) -> None:

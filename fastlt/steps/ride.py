@@ -199,9 +199,10 @@ class RideRouterStep(Step[RideRouterOptions]):
         model.requires_grad_(False)
         experts_of(model).add_router(options.top, seed)
 
-    def train_mode(self) -> None:
-        self.model.eval()
-        router_of(self.model).train()
+    @classmethod
+    def set_train_mode(cls, model: Classifier, options: RideRouterOptions) -> None:
+        model.eval()
+        router_of(model).train()
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         images = self.parts.augment(batch.images)

@@ -109,18 +109,18 @@ def keys_of(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def mutations(random_: random.Random, folder: Path) -> Iterator[tuple[str, str | None, Path, list[str]]]:
     """Endless: what was done, the key or None where it is the text, the recipe's file and the override words."""
     names = shipped_names()
-    trees = {name: compose(SHIPPED / f"{name}.yaml") for name in names}
-    everything = sorted({key for tree in trees.values() for key in keys_of(tree)} | set(reference_keys()))
+    everything = reference_keys()
     while True:
         name = random_.choice(names)
-        keys = [*keys_of(trees[name])] if random_.random() < 0.6 else everything
+        tree = compose(SHIPPED / f"{name}.yaml")
+        keys = [*keys_of(tree)] if random_.random() < 0.6 else everything
         key, value = random_.choice(keys), random_.choice(VALUES)
         kind = random_.choice(["word", "word", "value", "left out", "misspelt", "twice", "text", "bytes"])
         what = f"{name} {kind} {key} {value[:80]!a}"
         if kind == "word":
             yield what, key, SHIPPED / f"{name}.yaml", [f"{key}={value}"]
             continue
-        text = yaml.safe_dump(trees[name], sort_keys=False)
+        text = yaml.safe_dump(tree, sort_keys=False)
         data = changed_text(text, kind, key.split(".")[-1], value, random_)
         if data is not None:
             (folder / "mine.yaml").write_bytes(data)
@@ -184,7 +184,7 @@ def wrong(message: str | None, key: str | None, before: set[str]) -> str | None:
     *above, last = key.split(".")
     # A word for a stage that the recipe has not makes one, which is not whole.
     of_stage = ".".join(above[:2]) if above[:1] == ["stages"] else None
-    told = last in new or (of_stage is not None and f"{of_stage}." in new)
+    told = last in new or (".".join(above) or last) + ":" in new or (of_stage is not None and f"{of_stage}." in new)
     return None if told else "the key is not named"
 
 
@@ -210,9 +210,9 @@ def campaign(seed: int, count: int, folder: Path) -> tuple[Counter, list[str]]:
 
 def test_some_mutations_are_valid_or_refused_by_key(tmp_path, monkeypatch, fault_seed):
     monkeypatch.chdir(tmp_path)
-    counts, failures = campaign(fault_seed, 100, tmp_path)
+    counts, failures = campaign(fault_seed, 40, tmp_path)
     assert not failures, "\n".join(failures)
-    assert counts["refused"] > 40
+    assert counts["refused"] > 20
 
 
 @pytest.mark.faults

@@ -29,7 +29,7 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"finite", "folder", "inputs", "main_process", "metrics", "progress", "schedule"},
+    {"finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"},
     {"checkpoint", "dataset", "lock"},
     {"divergence"},
     {"recorded"},

@@ -1,0 +1,84 @@
+"""What the network of a recipe refuses: found by trying it, before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from fastlt.models import Classifier
+from fastlt.recipe import Recipe, StageRecipe
+from fastlt.steps import STEPS
+
+
+def check_network(recipe: Recipe, model: Classifier, processes: int = 1) -> None:
+    """ValueError for images, options and batches of a recipe that its network cannot take. Leaves `model` as it was.
+
+    processes: among which batches are divided.
+    """
+    _check_image_size(recipe, model)
+    for name, stage in recipe.stages.items():
+        try:
+            STEPS[stage.method].check_model(model, stage.options)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.options: {error}") from None
+        _check_single_images(recipe, name, stage, model, processes)
+
+
+def _check_image_size(recipe: Recipe, model: Classifier) -> None:
+    """One pass of a blank image in eval mode, which changes nothing in the network."""
+    try:
+        _pass(model, model.training, recipe.data.image_size)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"data.image_size: is {recipe.data.image_size}, which {recipe.model.name} cannot take ({reason}); "
+            "give the size that it is made for, or another model.name"
+        ) from None
+
+
+def _pass(model: Classifier, back_to: bool, size: int) -> None:
+    like = next(model.parameters())
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+    finally:
+        model.train(back_to)
+
+
+def _check_single_images(recipe: Recipe, name: str, stage: StageRecipe, model: Classifier, processes: int) -> None:
+    """ValueError for batches of one image a process where BatchNorm would have to take the variance of one value."""
+    sizes = {"batch_size": stage.batch_size}
+    if STEPS[stage.method].needs.meta_batch:
+        sizes["meta_batch_size"] = stage.meta_batch_size or stage.batch_size
+    single = [key for key, size in sizes.items() if size // processes == 1]
+    if not single or (recipe.sync_batch_norm and processes > 1):
+        return
+    tried = copy.deepcopy(model)
+    for before in recipe.lineage(stage):
+        STEPS[before.method].prepare_model(tried, before.options, seed=recipe.seed)
+    STEPS[stage.method].set_train_mode(tried, stage.options)
+    tried = tried.to("meta")  # shapes without values: as fast for a large network
+    try:
+        image = torch.empty(1, 3, recipe.data.image_size, recipe.data.image_size, device="meta")
+        features = tried.features(image)
+        if isinstance(getattr(tried, "auxiliary", None), nn.Module) and _normalises(tried.auxiliary):
+            tried.auxiliary(features)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            return  # no matter of BatchNorm: whatever it is, the first iteration says so
+        share = "one image" if processes == 1 else "one image a process"
+        raise ValueError(
+            f"stages.{name}.{single[0]}: is {sizes[single[0]]}, {share}, of which BatchNorm cannot take the variance "
+            f"in {recipe.model.name} with data.image_size {recipe.data.image_size}; give {2 * processes} or more"
+        ) from None
+    except (RuntimeError, NotImplementedError):
+        return  # an operation that needs values
+
+
+def _normalises(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.BatchNorm1d) for part in module.modules())
