@@ -14,7 +14,8 @@ from fastlt.device.openmp import load_llvm_openmp
 def run(module: str, words: list[str], prog: str) -> int:
     """Call a module's `main(words, prog)`; returns the exit code.
 
-    A ValueError is one message and code 2, and so is a file that may not be read or written.
+    A ValueError is one message and code 2, and so is a file that may not be read or written. A reader that failed is
+    one message and code 1.
     """
     try:
         load_llvm_openmp()
@@ -25,6 +26,13 @@ def run(module: str, words: list[str], prog: str) -> int:
     except PermissionError as error:
         print(f"{prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from loaders.stored.damage import ReaderError
+
+        if not isinstance(error, ReaderError):
+            raise
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130

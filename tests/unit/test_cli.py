@@ -18,6 +18,7 @@ from fastlt.commands.benchmark import BENCHMARKS
 from fastlt.recipe import load_recipe
 from fastlt.recipe.locations import SHIPPED, find_recipe, shipped_names
 from fastlt.run.folder import last_checkpoint, log_file
+from loaders.stored.damage import ReaderError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
@@ -129,6 +130,29 @@ def test_a_console_without_the_characters_shows_their_escapes(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("wrong"), 2),
+        (PermissionError(13, "may not", "file"), 2),
+        (ReaderError("worker process 7 ended"), 1),
+        (RuntimeError("ours"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_command_tells_of_what_is_not_its_own_mistake_in_one_line(error, code, monkeypatch, capsys):
+    def fails(words, prog):
+        raise error
+
+    monkeypatch.setattr("fastlt.commands.verify.main", fails)
+    if code is None:
+        with pytest.raises(RuntimeError, match="ours"):
+            cli.main(["verify", "x"])
+        return
+    assert cli.main(["verify", "x"]) == code
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_tilde_in_an_argument_is_the_home_folder(monkeypatch, tmp_path, capsys):
