@@ -10,7 +10,7 @@ import sys
 PRINTED = "FASTLT_PRINTED"
 
 
-def print_error(error: BaseException) -> None:
+def print_error(error: Exception) -> None:
     """Print an error for the user on stderr, unless another process of the same launch has printed the same."""
     message = f"fastlt: {error}\n"
     path = os.environ.get(PRINTED)

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
             return 0
         from fastlt.run.preflight import prepare
         from fastlt.run.result import recorded_result
-        from fastlt.run.stopping import Interrupted, StoppedAtOnce
+        from fastlt.run.stopping import Interrupted
         from fastlt.run.trainer import Trainer
 
         context = prepare(recipe)
@@ -78,9 +78,9 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
 
     try:
         result = trainer.fit()
-    except StoppedAtOnce as stopped:
-        print_error(stopped)
-        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print_error(ValueError("stopped; the same command goes on from the last checkpoint"))
+        return 128 + signal.SIGINT
     except Interrupted as stopped:
         context.say(f"{stopped}; the same command goes on from there")
         return 128 + stopped.signal

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -28,14 +31,6 @@ class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
 
 class WaitedInVain(BaseException):
     """A signal was received while the run waited for a batch, and the batch did not come."""
-
-
-class StoppedAtOnce(KeyboardInterrupt):
-    """The run was asked a second time to stop: it ends where it is, and its last checkpoint is from before."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped at once by signal {signal}; the same command goes on from the last checkpoint")
-        self.signal = signal
 
 
 class Stopping:
@@ -59,7 +54,7 @@ class Stopping:
                     raise WaitedInVain
                 return
             if self.received:
-                raise StoppedAtOnce(number)
+                self._end_at_once(number)
             self.received = number
             self.context.say("stopping after this iteration; a checkpoint will be saved")
             threading.Thread(target=self._end_waits, daemon=True, name="end-waits").start()
@@ -71,6 +66,14 @@ class Stopping:
             self._left.set()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _end_at_once(self, number: int) -> NoReturn:
+        """End the process as a kill does, without a wait for a thread; a checkpoint from before is there."""
+        if self.context.main:
+            text = f"\nfastlt: stopped at once by signal {number}; the same command goes on from the last checkpoint\n"
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), text.encode())  # `print` may be what the signal has interrupted
+        os._exit(128 + number)
 
     def waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; a wait for one that lasts for `WAIT_S` after a signal ends in WaitedInVain."""
