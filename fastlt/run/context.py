@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
         keep_freed_memory()
         slow = why_neighbours_slow(len(os.sched_getaffinity(0)))
         if slow is not None and accelerator.is_main_process:
-            tqdm.write(slow)
+            tqdm.write(slow, file=sys.stderr)
     else:
         torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolutions are found once
     set_seed(recipe.seed)

@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loaders.protocol import StoredSplit
 from loaders.sources.split import SPLITS
 from loaders.stored.forked_workers import Advance, available_cores
+
+if TYPE_CHECKING:
+    from loaders.protocol import StoredSplit  # imports torch, which a conversion's usage errors must not wait for
 
 CHUNK = 64  # images that are hashed one after the other; another number would be another digest
 JOINED_BYTES = 1 << 22

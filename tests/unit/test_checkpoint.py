@@ -39,11 +39,11 @@ def damage(path):
 
 
 def leaves(state, where=""):
-    """Every value of a checkpoint by its place, tensors as their bytes; the clock is left out."""
+    """Every value of a checkpoint by its place, tensors as their bytes; the clock and the run's name are left out."""
     if isinstance(state, (dict, list, tuple)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {k: v for key, one in items for k, v in leaves(one, f"{where}.{key}").items()}
-    if where.endswith(("train_s", "wait_s")):
+    if where.endswith(("train_s", "wait_s")) or where == ".recipe.name":
         return {}
     return {where: (state.dtype, state.numpy().tobytes()) if isinstance(state, torch.Tensor) else state}
 
