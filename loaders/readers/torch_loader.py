@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import os
 import signal
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
+from loaders.readers.fork_server import fork_server, remove_segments
 from loaders.readers.host_loader import STALL_S, HostLoader
-from loaders.readers.worker_watch import WorkerWatch, shared_memory_error
+from loaders.readers.worker_watch import WorkerWatch, shared_memory_error, shared_memory_free
 from loaders.stored.damage import DamageError, ReaderError
 from loaders.stored.ffcv_kernels import resize_crop
 from loaders.stored.forked_workers import end_with_parent
 
+LOCK_BYTES = 64 << 10  # of shared memory, more than the locks of a worker's queues take
 # What the workers' common ancestor imports, so that none of them has to.
 PRELOADED = ["loaders.readers.torch_loader", "ffcv.libffcv"]
 
@@ -31,9 +34,7 @@ def _clean_ancestor() -> BaseContext:
     Children of this one could wait for ever for a lock of OpenCV's, which a thread that was just ending (another
     loader's, say) held when they were forked.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+    return fork_server(PRELOADED)
 
 
 def _begin(number: int) -> None:
@@ -65,6 +66,7 @@ class _CroppedBatches(Dataset):
             # Here and not by the thread that sends it, whose error nobody would hear of.
             return images.share_memory_()
         except RuntimeError:
+            remove_segments([os.getpid()])
             return shared_memory_error(self.stored.path, worker.num_workers)
 
 
@@ -119,11 +121,16 @@ class TorchLoader(HostLoader):
     def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
         assert self._loader is not None, "the loader is closed"
         self._sampler.index, self._sampler.boxes = index, boxes
+        if self._watch is None and shared_memory_free() < LOCK_BYTES * self.workers:
+            # Asked beforehand: an iterator that torch cannot finish making prints a traceback of its own.
+            raise shared_memory_error(self._path, self.workers)
         with self._waiting():
             batches = iter(self._loader)
         if self._watch is None and self.workers:
             processes = batches._workers  # pyright: ignore[reportAttributeAccessIssue]  of the iterator with workers
             self._watch = WorkerWatch(self._path, processes, STALL_S)
+            # At the exit of this process, after it has ended what is left of them.
+            Finalize(None, remove_segments, args=([process.pid for process in processes],), exitpriority=-1)
         while True:
             with self._waiting():
                 images = next(batches, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -135,6 +136,11 @@ def shared_memory_error(source: Path, workers: int) -> ReaderError:
         f"reading {source}: shared memory, {SHARED_MEMORY}, has no room{room} for the batches of {workers} workers. "
         "Use fewer (data.num_workers=…; 0 needs none of it), or make it larger (docker run --shm-size=8g)"
     )
+
+
+def shared_memory_free() -> float:
+    """Bytes of shared memory that are free; infinite where it is no folder."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
 
 
 def _state(process: BaseProcess) -> str:

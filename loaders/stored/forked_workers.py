@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -54,7 +55,7 @@ def map_chunks(
     Raises ValueError when a process dies or none finishes an image for `timeout_s`, whatever `function` raises
     otherwise; no process outlives the call.
     """
-    done = multiprocessing.get_context("fork").Value("q", 0)
+    done = _counter()
     workers = [_Worker(function, subject, done) for _ in range(min(num_workers or available_cores(), len(chunks)))]
     waiting = iter(chunks)
     seen, changed = 0, time.monotonic()
@@ -79,6 +80,16 @@ def map_chunks(
                 for chunk in islice(waiting, 1):
                     worker.hand(chunk)
                 yield answer
+
+
+def _counter() -> Synchronized:
+    """A count in shared memory; ValueError when there is no room for its lock."""
+    try:
+        return multiprocessing.get_context("fork").Value("q", 0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError("shared memory, /dev/shm, is full: make it larger (docker run --shm-size=1g)") from None
 
 
 class _Worker:

@@ -56,6 +56,7 @@ class Sandbox:
             MARK: self.mark,
             "PYTHONPATH": os.pathsep.join(paths),
             "TMPDIR": str(self.tmp),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "torch"),  # kept on purpose, and by torch in TMPDIR
             "FASTLT_FAULTS_SLOW_DISK_S": str(slow_disk_s),
             **environment,
         }

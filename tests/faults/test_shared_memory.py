@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not can_mount(), reason="needs root: mounts a sm
 SIZES = ["1m", "64k", "4k"]  # a batch has 2.3 MB
 ENDS_S = 120.0  # a whole run takes 20 s
 DATA = {"source": "image_folder", "image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "meta_per_class": 3}
-CROPS = {"train_crop": "center", "eval_crop": "center"}
+CROPS = {"train_crop": "none", "eval_crop": "center"}
 STAGE = {"method": "plain", "iterations": 6, "batch_size": 192, "lr": 0.05, "evaluate_every": 3}
 
 

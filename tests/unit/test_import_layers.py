@@ -38,7 +38,7 @@ RUN_LAYERS = [
     {"evaluation", "preflight", "stage"},
     {"trainer"},
 ]
-ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt"}
+ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt.parent_process", "fastlt"}
 
 
 def package(module: str) -> str:
