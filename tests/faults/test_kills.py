@@ -56,7 +56,7 @@ SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
 LATEST_S = {"start": 10.0, "opening": 1.0, "iteration": 0.1, "validation": 0.1, "saving": 2 * SLOW_DISK_S}
 MOMENTS = ["start"] * 2 + ["opening"] * 3 + ["iteration"] * 7 + ["validation"] * 4 + ["saving"] * 4
 ABSENT = "nothing"
-TIMES = {"train_s", "wait_s", "img_s", "data_wait_share"}
+OF_ITS_OWN = {"train_s", "wait_s", "img_s", "data_wait_share", "runs"}  # what a run shares with no other
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def last_logged(folder: Path) -> tuple[int, str]:
 
 
 def flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers, words and tensors in nested containers with their names, but for times."""
+    """The numbers, words and tensors in nested containers with their names."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
     if items is None:
         yield name, value
         return
     for key, part in items:
-        if key not in TIMES:
+        if key not in OF_ITS_OWN:
             yield from flattened(part, f"{name}.{key}")
 
 
@@ -138,7 +138,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """All that a finished run has recorded, but for times."""
+    """All that a finished run has recorded, but for OF_ITS_OWN."""
     found = {"result": json.loads((folder / "result.json").read_text())}
     found["log"] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for path in [folder / "checkpoints" / "last.pt", *sorted((folder / "checkpoints").glob("best_*.pt"))]:
