@@ -75,14 +75,20 @@ class Stopping:
                 os.write(sys.stderr.fileno(), text.encode())  # `print` may be what the signal has interrupted
         os._exit(128 + number)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the run waits for images; a wait that lasts for `WAIT_S` after a signal ends in WaitedInVain."""
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits_since = None
+
     def waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; a wait for one that lasts for `WAIT_S` after a signal ends in WaitedInVain."""
+        """The same batches, each waited for as in `waiting`."""
         while True:
-            self._waits_since = time.monotonic()
-            try:
+            with self.waiting():
                 batch = next(batches, None)
-            finally:
-                self._waits_since = None
             if batch is None:
                 return
             yield batch

@@ -131,7 +131,8 @@ class Trainer:
     def _start_stage(self, name: str) -> Stage:
         """A stage before its first iteration, or where it was saved."""
         saved, self.saved = self.saved, None  # its tensors are let go of with this function
-        stage = self.build_stage(name, None if saved is None else saved.backends)
+        with self.stopping.waiting():  # a loader may read a whole split into memory
+            stage = self.build_stage(name, None if saved is None else saved.backends)
         if saved is not None:
             saved.restore(stage.step)
         elif stage.step.needs.first_pass:

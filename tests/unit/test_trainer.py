@@ -325,6 +325,21 @@ def test_processes_agree_on_stopping_and_saving_at_log_intervals_only(digits_wor
     assert stopping.agreed(checkpoints.due(), log_now=True) == (15, True)
 
 
+def test_a_signal_ends_the_wait_for_a_loader_that_does_not_open(digits_words, monkeypatch):
+    """As of one that reads a whole split into memory, from a disk that does not answer."""
+    monkeypatch.setattr("fastlt.run.stopping.WAIT_S", 0.5)
+
+    def stuck(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("the wait was not ended")
+
+    monkeypatch.setattr("fastlt.run.trainer.build_stage", stuck)
+    with pytest.raises(Interrupted) as stopped:
+        make(digits_words).fit()
+    assert stopped.value.signal == signal.SIGTERM
+
+
 def test_a_signal_ends_the_wait_for_a_batch_that_never_comes_and_nothing_is_lost(digits_words, monkeypatch):
     """The source of images stops to answer in the eighth iteration; later the same run goes on to the same result."""
     monkeypatch.setattr("fastlt.run.stopping.WAIT_S", 0.5)
