@@ -117,6 +117,7 @@ def comparable(folder):
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     for key in ("train_s", "wait_s"):
         del state["progress"][key]
+    del state["recipe"]["name"]
     return state
 
 

@@ -40,7 +40,9 @@ def make(words, *more):
 
 
 def final_state(folder):
-    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    del state["recipe"]["name"]
+    return state
 
 
 def assert_same(one, other, where=""):
@@ -64,7 +66,6 @@ def comparable(folder):
     state = final_state(folder)
     for key in ("train_s", "wait_s"):
         del state["progress"][key]
-    del state["recipe"]["name"]
     return state
 
 
