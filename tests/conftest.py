@@ -38,6 +38,12 @@ def full_float32(request):
 
 
 @pytest.fixture(autouse=True)
+def idle_machine(monkeypatch):
+    """On a busy machine a run gives advice, see `fastlt.device.openmp`; tests see the same output on each."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Accelerate allows one configuration a process; each test gets its own."""
     AcceleratorState._reset_state(reset_partial_state=True)

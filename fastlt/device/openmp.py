@@ -59,9 +59,10 @@ def runtime() -> str:
     return "llvm" if hasattr(ctypes.CDLL(None), "kmp_get_blocktime") else GNU
 
 
-def why_neighbours_slow(cores: int) -> str | None:
+def why_neighbours_slow() -> str | None:
     """Why programs that now use the same cores slow this one down by more than their share, or None."""
-    if runtime() != GNU or os.environ.get(VARIABLE) == GNU or os.getloadavg()[0] < cores / 2:
+    busy = os.getloadavg()[0] >= len(os.sched_getaffinity(0)) / 2
+    if not busy or runtime() != GNU or os.environ.get(VARIABLE) == GNU:
         return None
     return (
         "other programs use these cores, and torch's threads wait by GNU's OpenMP, which does not give way to them: "

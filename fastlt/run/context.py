@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from fastlt.device.compiled import mode_for
 from fastlt.device.distributed import Reducer
 from fastlt.device.host_memory import keep_freed_memory
-from fastlt.device.openmp import why_neighbours_slow
 from fastlt.recipe import Recipe
 from fastlt.run.dataset import prepare_dataset
 from fastlt.run.inputs import InputsRecord, read_inputs
@@ -92,9 +90,6 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
     _set_threads(recipe.num_threads, device, reducer.world_size)
     if device.type == "cpu":
         keep_freed_memory()
-        slow = why_neighbours_slow(len(os.sched_getaffinity(0)))
-        if slow is not None and accelerator.is_main_process:
-            tqdm.write(slow, file=sys.stderr)
     else:
         torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest convolutions are found once
     set_seed(recipe.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastlt.device.compiled import ready
+from fastlt.device.openmp import why_neighbours_slow
 from fastlt.run.checkpoint import write_atomically, write_json
 from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
@@ -74,6 +76,9 @@ class Trainer:
     def _fit(self) -> dict[str, Any]:
         context, recipe = self.context, self.context.recipe
         names = list(recipe.stages)
+        advice = why_neighbours_slow() if context.device.type == "cpu" else None
+        if advice is not None and context.main:
+            tqdm.write(advice, file=sys.stderr)
         on_main(context.accelerator, self._write_begin)
         on_main(context.accelerator, lambda: self.log.open(self.progress.done))
         for done in recipe.lineage(recipe.stages[names[self.progress.stage]])[:-1]:

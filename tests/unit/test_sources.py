@@ -471,7 +471,7 @@ def test_hidden_and_system_files_are_passed_over_at_every_depth(tmp_path):
     source = open_source("image_folder", root=root, meta_per_class=1)
     assert source.class_names == plain.class_names == ("a", "b")
     assert source.listing_sha256() == plain.listing_sha256()
-    assert "11 hidden or system files and folders (train/.class, train/__MACOSX, " in source.notes[0]
+    assert "11 hidden or system files and folders (test/.ipynb_checkpoints, train/.class, " in source.notes[0]
 
 
 def test_folders_and_kinds_of_files_that_are_not_read_are_named(tmp_path):
