@@ -17,16 +17,28 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from fastlt.parent_process import end_with_parent
+from loaders.stored.damage import ReaderError
 
 SHARED_MEMORY = Path("/dev/shm")
+LONGEST_SOCKET = 107  # bytes of a socket's path, see unix(7)
+SOCKET_BYTES = len("/listener-12345678")  # as multiprocessing names it, in its own folder
 # Environment variable of the fork server: its parent's number and the folder of its socket.
 PARENT = "FASTLT_FORK_SERVER"
 GONE = signal.SIGUSR2  # tells it that its parent is gone; children of the fork server are never sent it
 
 
 def fork_server(preloaded: list[str]) -> BaseContext:
-    """A context whose processes are forked by a fork server that has imported the modules `preloaded`."""
-    os.environ[PARENT] = f"{os.getpid()}:{multiprocessing.util.get_temp_dir()}"
+    """A context whose processes are forked by a fork server that has imported the modules `preloaded`.
+
+    ReaderError where the path of its socket would be longer than the system allows.
+    """
+    folder = multiprocessing.util.get_temp_dir()
+    if len(os.fsencode(folder)) + SOCKET_BYTES > LONGEST_SOCKET:
+        raise ReaderError(
+            f"the folder for temporary files, {Path(folder).parent}, has too long a path for the socket of the torch "
+            "loader's workers; set TMPDIR to a shorter one, or data.num_workers=0"
+        )
+    os.environ[PARENT] = f"{os.getpid()}:{folder}"
     # Semaphores that exist when a kill comes and are not yet registered can be told from others' then.
     multiprocessing.current_process()._config["semprefix"] = _semaphores(os.getpid())  # pyright: ignore
     context = multiprocessing.get_context("forkserver")

@@ -24,6 +24,7 @@ from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
 from loaders.order.sampling import epoch_order
 from loaders.readers import base_loader, free_memory, torch_loader, worker_watch
+from loaders.readers.fork_server import fork_server
 from loaders.readers.resident_loader import resident_bytes
 from loaders.readers.two_views import TwoViewLoader
 from loaders.stored.beton import Beton
@@ -476,6 +477,13 @@ def test_a_slow_worker_is_told_of_and_waited_for(small, make, capfd, monkeypatch
     told = [line for line in capfd.readouterr().err.splitlines() if "still waiting for images of there" in line]
     assert len(told) == 1, told
     assert f"worker {os.getpid()} " in told[0]
+
+
+def test_a_folder_for_temporary_files_with_a_long_path_is_said(monkeypatch):
+    """A socket's path has 107 bytes at most."""
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: f"/tmp/{'long' * 20}/pymp-12345678")
+    with pytest.raises(ReaderError, match=r"longlong, has too long a path .* set TMPDIR to a shorter one"):
+        fork_server([])
 
 
 def test_no_room_in_shared_memory_is_said_by_the_worker(small, monkeypatch):
