@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,22 +29,19 @@ SHARED_MEMORY = Path("/dev/shm")
 class Sandbox:
     """Where the commands of one case run.
 
-    folder: below which they write; TMPDIR is `tmp` in it. holder: a process in a mount namespace with its own /dev/shm;
-    None where the machine's is used.
+    folder: below which they write. tmp: their TMPDIR, of a short path: a socket in it has 107 bytes at most. holder:
+    a process in a mount namespace with its own /dev/shm; None where the machine's is used.
     """
 
     folder: Path
+    tmp: Path
     holder: subprocess.Popen | None = None
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     before: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.tmp.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.before = self._entries()
-
-    @property
-    def tmp(self) -> Path:
-        return self.folder / "tmp"
 
     def start(self, *words: object, slow_disk_s: float = 0.0, **environment: str) -> subprocess.Popen:
         """`fastlt WORDS` in a session of its own; its output is appended to `output.txt`.
@@ -139,11 +137,12 @@ def sandbox(folder: Path, shared_memory: str = "50%") -> Iterator[Sandbox]:
     """
     holder = _own_shared_memory(shared_memory) if can_mount() else None
     try:
-        made = Sandbox(folder, holder)
-        try:
-            yield made
-        finally:
-            made.end()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
+            made = Sandbox(folder, Path(tmp), holder)
+            try:
+                yield made
+            finally:
+                made.end()
     finally:
         if holder is not None:
             holder.kill()
