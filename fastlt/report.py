@@ -68,7 +68,7 @@ def _same_recipe(one: FinishedRun, other: FinishedRun) -> bool:
     known = one.data is not None and other.data is not None
     allowed = {"harmless", "rounding", "same_content"} if known else {"harmless", "rounding"}
     found = changes(one.recipe, other.recipe, Standing(len(one.recipe.stages)))
-    return all(change.rule in allowed or change.line.startswith("seed: ") for change in found)
+    return all(change.rule in allowed or change.key == "seed" for change in found)
 
 
 def label(group: list[FinishedRun]) -> str:

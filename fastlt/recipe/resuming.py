@@ -54,6 +54,7 @@ class Standing:
 class Change:
     """A key in which two recipes differ: the line that says so with both values, and the rule that allows it or not."""
 
+    key: str
     line: str
     rule: str
 
@@ -76,10 +77,10 @@ def changes(before: Recipe, now: Recipe, standing: Standing) -> list[Change]:
     """In what a run that goes on has another recipe than before; refused are those of the rule "fixed"."""
     begun = list(before.stages)[: standing.stage + 1]
     if list(now.stages)[: len(begun)] != begun:
-        return [Change(f"stages: {list(before.stages)} and {list(now.stages)}", "fixed")]
+        return [Change("stages", f"stages: {list(before.stages)} and {list(now.stages)}", "fixed")]
     old, new = values(before), values(now)
     return [
-        Change(difference(path, old, new), _rule(path, old, new, begun, standing))
+        Change(".".join(path), difference(path, old, new), _rule(path, old, new, begun, standing))
         for path in dict.fromkeys([*old, *new])
         if value_of(old, path) != value_of(new, path)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def changed(recipe: Recipe, before: Recipe) -> list[Change]:
     # Nothing was saved that could go on; where it diverged before that, it begins anew.
     found = changes(before, recipe, Standing(0, diverged))
     return [
-        change if change.rule == "lower" or not change.trains_more else Change(change.line, "fixed") for change in found
+        change if change.rule == "lower" or not change.trains_more else replace(change, rule="fixed")
+        for change in found
     ]
 
 

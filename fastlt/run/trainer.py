@@ -94,7 +94,6 @@ class Trainer:
         result = make_result(context, self.progress, self.evaluation.evaluate(self.model, "test"), best)
         self.evaluation.close()
         on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
-        self.log.close()
         context.accelerator.end_training()
         return result
 

@@ -83,9 +83,8 @@ class ConvertedDataset:
 
     def class_counts(self, shots: tuple[int, int] | ShotRanks = (100, 20)) -> ClassCounts:
         """Training images per class; `shots` say which are many- and few-shot (`fastlt.state.ClassCounts`)."""
-        from fastlt.state import (
-            ClassCounts,
-        )  # lazily: it imports torch, which a conversion's usage error must not wait for
+        # Lazily: it imports torch, which a conversion's usage error must not wait for.
+        from fastlt.state import ClassCounts
 
         counts = np.bincount(self.labels("train"), minlength=self.num_classes).astype(np.int64)
         return ClassCounts(counts, self.class_names, shots)
@@ -107,10 +106,8 @@ class ConvertedDataset:
 
         DamageError when the file is not whole, or says something else of its images than the manifest.
         """
-        opened, described = (
-            open_split(self.shards(split) if kind == "dali" else self.beton(split)),
-            self.manifest["splits"][split],
-        )
+        opened = open_split(self.shards(split) if kind == "dali" else self.beton(split))
+        described = self.manifest["splits"][split]
         if len(opened) != described["count"]:
             raise damaged(self.root, f"{opened.path.name} holds {len(opened):,} images, not {described['count']:,}")
         sizes = np.stack([opened.heights, opened.widths], axis=1)
