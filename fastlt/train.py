@@ -39,8 +39,9 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
     # Options may stand between the recipe and its overrides.
     words = parser.parse_intermixed_args(arguments)
 
-    if LAUNCHER in os.environ:
-        end_with_parent(int(os.environ[LAUNCHER]), signal.SIGTERM)
+    launcher = os.environ.pop(LAUNCHER, None)  # what this process starts has another parent
+    if launcher is not None:
+        end_with_parent(int(launcher), signal.SIGTERM)
     # Torch says so of its own code when it first takes a forward-mode derivative.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     try:

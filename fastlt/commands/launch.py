@@ -66,6 +66,9 @@ def main(words: list[str], prog: str = NAME) -> int:
         return exit_code(failure.exitcode)
     except SignalException as stopped:
         return exit_code(-stopped.sigval)
+    finally:
+        for variable in (PRINTED, LAUNCHER):  # they are for the processes that were launched, not for this one
+            os.environ.pop(variable, None)
     return 0
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from fastlt import __version__, cli
 from fastlt.commands.benchmark import BENCHMARKS
+from fastlt.parent_process import LAUNCHER
 from fastlt.recipe import load_recipe
 from fastlt.recipe.locations import SHIPPED, find_recipe, shipped_names
 from fastlt.run.folder import last_checkpoint, log_file
@@ -265,6 +266,8 @@ def test_what_cannot_be_launched_is_refused(capsys):
         assert code == 2
         assert "fastlt launch: error: " in told
         assert message in told
+        # A training in this process would end itself with its launcher, whose child it is not.
+        assert LAUNCHER not in os.environ
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
