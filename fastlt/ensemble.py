@@ -3,7 +3,7 @@
 The mean is of probabilities, the softmax of each run's logits, and every run counts the same. Logits of different heads
 have no common scale (a cosine head's are bounded by its scale, a linear head's by nothing): in a mean of logits the
 head with the larger ones would decide alone.
-Each run is evaluated as it was: at its best checkpoint of the last stage, with its own crop and precision.
+Each run is evaluated as it was: with the selected model of its last stage, with its own crop and precision.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fastlt.recipe import Recipe, load_recipe
 from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run import checkpoint
 from fastlt.run.dataset import default_folder
-from fastlt.run.folder import best_checkpoint, recipe_file, result_file
+from fastlt.run.folder import recipe_file, result_file, stage_checkpoint
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
 from fastlt.run.recorded import readable_result, written_inputs
-from fastlt.run.result import versions
+from fastlt.run.result import standard_error, versions
 from fastlt.steps import STEPS
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
@@ -55,15 +55,18 @@ class Member:
     data: DatasetIdentity | None = None
 
     def model(self, device: torch.device) -> nn.Module:
-        """The network that the run ended with, its best checkpoint of the last stage."""
+        """The network that was tested: the selected model of the last stage."""
         recipe = self.recipe
         options = {**vars(recipe.model), "pretrained": False, "checkpoint": None}
         model = build_model(**options, num_classes=self.dataset.num_classes, image_size=recipe.data.image_size)
         model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
         for stage in recipe.stages.values():
             STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
-        _, best = checkpoint.load_newest(best_checkpoint(self.folder, next(reversed(recipe.stages))), device)
-        model.load_state_dict(best["model"])
+        stage = next(reversed(recipe.stages))
+        # An earlier version kept the best model alone, and its result says nothing of a selection.
+        select = self.result.get("select", "best")
+        _, saved = checkpoint.load_newest(stage_checkpoint(self.folder, select, stage), device)
+        model.load_state_dict(saved["model"])
         return model
 
     def logits(self, split: str, device: torch.device) -> Tensor:
@@ -171,6 +174,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
     results = [m.result for m in members]
     counts = members[0].dataset.class_counts(members[0].recipe.data.shots)
     train_s = sum(r["train_s"] for r in results)
+    validation_top1 = evaluate(members, "meta", device)["top1"]
 
     def common(key: str) -> Any:
         values = [r[key] for r in results]
@@ -179,8 +183,11 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
     return {
         "name": name,
         **evaluate(members, "test", device),
-        "validation_top1": evaluate(members, "meta", device)["top1"],
-        "best_iteration": None,
+        "select": None,
+        "selected_iteration": None,
+        "validation_top1": validation_top1,
+        "validation_top1_se": standard_error(validation_top1, len(members[0].dataset.labels("meta"))),
+        "selection": None,
         "class_names": list(counts.names),
         "class_counts": counts.counts.tolist(),
         "class_weights": None,

@@ -6,7 +6,7 @@
 The mean is of probabilities, the softmax of each run's logits, and every run counts the same. Logits of different heads
 have no common scale (a cosine head's are bounded by its scale, a linear head's by nothing): in a mean of logits the
 head with the larger ones would decide alone.
-Each run is evaluated as it was: at its best checkpoint of the last stage, with its own crop and precision.
+Each run is evaluated as it was: with the selected model of its last stage, with its own crop and precision.
 Exit code: 0 done, 2 for runs that cannot be put together.
 """
 

@@ -170,7 +170,7 @@ class StageRecipe:
     iterations: the length in iterations; exactly one of iterations and epochs is given.
     epochs: the length in epochs.
     options: of the method; each method has its own.
-    start: previous goes on from the best model of the stage before, fresh from a new one as the first stage gets it.
+    start: previous goes on from the model of the stage before, fresh from a new one as the first stage gets it.
     classes: the classes whose images it trains on, by their shots; a part of them only with method expert.
     loss: the loss of each image.
     loss_options: of the loss; each loss has its own.
@@ -187,7 +187,9 @@ class StageRecipe:
     momentum: of SGD, in [0, 1).
     nesterov: whether the momentum is Nesterov's.
     weight_decay: of SGD.
-    evaluate_every: the length between two evaluations on the meta set; the best of them is the stage's model.
+    evaluate_every: the length between two evaluations on the meta set.
+    select: which model is the stage's: last, after its last iteration; best, of the evaluation with the highest top-1
+        accuracy; smoothed, of the one at which the mean of three evaluations in a row is highest.
     """
 
     method: str
@@ -214,6 +216,7 @@ class StageRecipe:
     nesterov: bool = False
     weight_decay: float = field(default=1e-4, metadata=at_least(0))
     evaluate_every: int = field(default=1, metadata=at_least(1))
+    select: Literal["last", "best", "smoothed"] = "last"
 
     @property
     def has_length(self) -> bool:

@@ -46,9 +46,10 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / "checkpoints" / "last.pt"
 
 
-def best_checkpoint(folder: Path, stage: str) -> Path:
-    """The model of a stage with the highest validation top-1."""
-    return folder / "checkpoints" / f"best_{stage}.pt"
+def stage_checkpoint(folder: Path, select: str, stage: str) -> Path:
+    """A model of a stage; select: "last", "best" or "smoothed", as `StageRecipe.select`."""
+    # last.pt is what a run goes on from.
+    return folder / "checkpoints" / f"{'final' if select == 'last' else select}_{stage}.pt"
 
 
 def version_file(path: Path, number: int) -> Path:

@@ -135,6 +135,17 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
+def selection_lines(result: dict[str, Any]) -> list[str]:
+    """One line for each model that was tested, with its validation accuracy and that one's standard error."""
+    lines = []
+    for select, model in (result.get("selection") or {}).items():
+        mark = "*" if select == result["select"] else " "
+        validation = f"{percent(model['validation_top1'])} ± {percent(model['validation_top1_se'])} %"
+        test = f"test {percent(model['top1'])} %"
+        lines.append(f"{mark} {select:9}iteration {model['iteration']}: validation {validation}, {test}")
+    return lines
+
+
 def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int = 40) -> str:
     """The end of a run for a person: overall, by shots, and every class with its count and learned weight.
 
@@ -150,6 +161,7 @@ def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int =
         f"\ntop-5 {percent(result['top5'])} %   macro-F1 {percent(result['macro_f1'])} %   "
         f"ECE {percent(result['ece'])} %   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
     )
+    lines.extend(selection_lines(result))
     weights = result.get("class_weights")
     lines.append(f"\n{'class':24}{'images':>8}{'weight':>9}{'top-1 %':>10}")
     order = sorted(range(counts.num_classes), key=lambda c: -counts.counts[c])

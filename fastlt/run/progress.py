@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastlt.state import Batch
 
+SMOOTHED_OVER = 3  # validations whose mean `select: smoothed` compares
+
 
 @dataclass
 class Progress:
@@ -19,7 +21,9 @@ class Progress:
 
     stage: position among the recipe's stages. iteration: within the stage. done: iterations over all stages.
     images: trained on, by all processes.
+    scores: validation top-1 of the stage's last evaluations, at most SMOOTHED_OVER, the newest at the end.
     best: validation top-1 of the stage's best checkpoint.
+    smoothed: the same mean over SMOOTHED_OVER evaluations of the stage's smoothed checkpoint.
     class_weights: (C,), the last that were logged; None before, and with methods that have none.
     parts: where the run went on under other circumstances, and which: see `begin_part`.
     """
@@ -30,7 +34,9 @@ class Progress:
     train_s: float = 0.0
     wait_s: float = 0.0
     images: int = 0
+    scores: list[float] = field(default_factory=list)
     best: float = -1.0
+    smoothed: float = -1.0
     class_weights: Tensor | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -53,7 +59,30 @@ class Progress:
 
     def next_stage(self) -> None:
         """The stage is done."""
-        self.stage, self.iteration, self.best = self.stage + 1, 0, -1.0
+        self.stage, self.iteration = self.stage + 1, 0
+        self.scores, self.best, self.smoothed = [], -1.0, -1.0
+
+    def score(self, select: str) -> float:
+        """What the stage's checkpoint of this `select` was chosen by; negative where there is none yet."""
+        # An earlier version kept the best score alone.
+        scores = {"last": (self.scores or [self.best])[-1], "best": self.best, "smoothed": self.smoothed}
+        return scores[select]
+
+    def validated(self, top1: float, *, at_end: bool) -> list[str]:
+        """The model was validated; returns the values of `select` for which it is the stage's checkpoint from now on.
+
+        Small validation sets tie often; of equals the later is kept, it has trained longer.
+        """
+        self.scores = [*self.scores, top1][-SMOOTHED_OVER:]
+        better = []
+        if top1 >= self.best:
+            self.best = top1
+            better.append("best")
+        mean = sum(self.scores) / len(self.scores)
+        if mean >= self.smoothed and (len(self.scores) == SMOOTHED_OVER or at_end):
+            self.smoothed = mean
+            better.append("smoothed")
+        return better
 
     @property
     def img_s(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -50,19 +51,31 @@ def device_name(device: torch.device) -> str:
     return str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def make_result(
-    context: RunContext, progress: Progress, metrics: dict[str, Any], best: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything a reader needs beside the metrics of the test split.
+def make_result(context: RunContext, progress: Progress, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything a reader needs: the metrics of the selected model on the test split, and how it came about.
 
-    best: what the last stage's best checkpoint holds beside the model.
+    measured: of `Trainer._test`; the last entry is the selected model.
     """
     recipe, counts = context.recipe, context.counts
+    validation_images = len(context.dataset.labels("meta"))
+    selection = {
+        select: {
+            "iteration": model["iteration"],
+            "validation_top1": model["top1"],
+            "validation_top1_se": standard_error(model["top1"], validation_images),
+            **{k: v for k, v in model["test"].items() if k != "per_class_accuracy"},
+        }
+        for select, model in measured.items()
+    }
+    selected, model = list(measured.items())[-1]
     return {
         "name": recipe.name,
-        **metrics,
-        "validation_top1": best["top1"],
-        "best_iteration": best["iteration"],
+        **model["test"],
+        "select": selected,
+        "selected_iteration": model["iteration"],
+        "validation_top1": model["top1"],
+        "validation_top1_se": standard_error(model["top1"], validation_images),
+        "selection": selection,
         "class_names": list(counts.names),
         "class_counts": counts.counts.tolist(),
         "class_weights": None if progress.class_weights is None else progress.class_weights.tolist(),
@@ -81,6 +94,11 @@ def make_result(
         "data_wait_share": progress.data_wait_share,
         "versions": versions(),
     }
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy measured on so many images: sqrt(p (1 - p) / n), of the binomial distribution."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def versions() -> dict[str, str]:

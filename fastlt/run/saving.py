@@ -15,7 +15,7 @@ from fastlt.device.random_states import random_states, restore_random_states
 from fastlt.recipe import Standing, changes, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
-from fastlt.run.folder import best_checkpoint, divergence_file, last_checkpoint, recipe_file, versions
+from fastlt.run.folder import divergence_file, last_checkpoint, recipe_file, stage_checkpoint, versions
 from fastlt.run.inputs import RunInputs
 from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
@@ -167,25 +167,33 @@ class Checkpoints:
             )
         return [change.line for change in found if change.told]
 
-    def save_best(self, stage: str, model: nn.Module, top1: float, iteration: int) -> None:
-        """Write `best_<stage>.pt`, on the main process."""
-        state = {"model": model.state_dict(), "top1": top1, "iteration": iteration, **self.origin}
-        self._save(best_checkpoint(self.context.folder, stage), state)
+    def save_model(self, select: str, stage: str, model: nn.Module, progress: Progress) -> None:
+        """Write a model of a stage that was just validated, on the main process; select: see `stage_checkpoint`."""
+        state = {
+            "model": model.state_dict(),
+            "top1": progress.score("last"),
+            "score": progress.score(select),
+            "iteration": progress.iteration,
+            **self.origin,
+        }
+        self._save(stage_checkpoint(self.context.folder, select, stage), state)
 
-    def load_best(self, stage: str, model: nn.Module) -> dict[str, Any]:
-        """Put the best weights of a stage into `model`; returns the "top1" and the "iteration" of that checkpoint."""
-        best = self._load(best_checkpoint(self.context.folder, stage))
-        model.load_state_dict(best.pop("model"))
-        return best
+    def load_model(self, select: str, stage: str, model: nn.Module) -> dict[str, Any]:
+        """Put the weights that `save_model` wrote into `model`; returns their "top1" and "iteration"."""
+        saved = self._load(stage_checkpoint(self.context.folder, select, stage))
+        model.load_state_dict(saved["model"])
+        return {key: saved[key] for key in ("top1", "iteration")}
 
     def _check_best(self, stage: str, progress: Progress) -> None:
-        """When the best checkpoint of a stage that goes on is damaged, let an earlier one or the next be the best."""
-        if progress.best < 0:
-            return
-        best = best_checkpoint(self.context.folder, stage)
-        try:
-            top1 = self._load(best)["top1"]
-        except DamageError as error:
-            log.warning("%s", error)
-            top1 = -1.0
-        progress.best = min(progress.best, top1)
+        """When a best model of a stage that goes on is damaged, let an earlier one or the next be the best."""
+        kinds = {"best", self.context.recipe.stages[stage].select} - {"last"}
+        for select in kinds:
+            if progress.score(select) < 0:
+                continue
+            try:
+                saved = self._load(stage_checkpoint(self.context.folder, select, stage))
+                score = saved.get("score", saved["top1"])  # earlier versions kept the top-1 alone
+            except DamageError as error:
+                log.warning("%s", error)
+                score = -1.0
+            setattr(progress, select, min(progress.score(select), score))

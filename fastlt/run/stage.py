@@ -18,7 +18,7 @@ from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.recipe import StageRecipe
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
-from fastlt.run.folder import best_checkpoint, versions
+from fastlt.run.folder import stage_checkpoint, versions
 from fastlt.run.loading import (
     StageLoaders,
     make_augment,
@@ -134,10 +134,10 @@ def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) ->
 
 
 def stage_model(context: RunContext, name: str) -> StageModel:
-    """The model that an earlier stage left, read from its best checkpoint."""
-    recipe, path = context.recipe, best_checkpoint(context.folder, name)
+    """The model that an earlier stage left, by its `select`."""
+    recipe, path = context.recipe, stage_checkpoint(context.folder, context.recipe.stages[name].select, name)
     if not versions(path):
-        raise ValueError(f"{path} is not there, the best of stages.{name}, which is trained first: run all stages")
+        raise ValueError(f"{path} is not there, the model of stages.{name}, which is trained first: run all stages")
     with torch.random.fork_rng(devices=[]):
         model = new_model(context, weights=False)
     for before in recipe.lineage(recipe.stages[name]):

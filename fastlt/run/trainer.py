@@ -87,15 +87,33 @@ class Trainer:
             for index in range(self.progress.stage, len(names)):
                 goes_on = index > 0 and recipe.stages[names[index]].start == "previous"
                 if goes_on and self.progress.iteration == 0:
-                    self.checkpoints.load_best(names[index - 1], self.model)
+                    self.load_selected(names[index - 1])
                 self._run_stage(names[index])
                 self.progress.next_stage()
-        best = self.checkpoints.load_best(names[-1], self.model)
-        result = make_result(context, self.progress, self.evaluation.evaluate(self.model, "test"), best)
+        result = make_result(context, self.progress, self._test(names[-1]))
         self.evaluation.close()
         on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
         context.accelerator.end_training()
         return result
+
+    def load_selected(self, stage: str) -> None:
+        """Give the model the weights that a stage ended with, by its `select`."""
+        self.checkpoints.load_model(self.context.recipe.stages[stage].select, stage, self.model)
+
+    def _test(self, stage: str) -> dict[str, dict[str, Any]]:
+        """The test split measured with the last, the best and the selected model of a stage, which the model is then.
+
+        Returns of each, by its `select`, "top1" and "iteration" of its validation, and "test", the metrics.
+        """
+        selected = self.context.recipe.stages[stage].select
+        measured: dict[str, dict[str, Any]] = {}
+        for select in sorted(("last", "best", selected), key=selected.__eq__):  # the selected one at the end
+            if select in measured:
+                continue
+            model = self.checkpoints.load_model(select, stage, self.model)
+            same = [m["test"] for m in measured.values() if m["iteration"] == model["iteration"]]
+            measured[select] = {**model, "test": same[0] if same else self.evaluation.evaluate(self.model, "test")}
+        return measured
 
     def _write_begin(self) -> None:
         """What a run folder says before the first iteration, and whenever the run goes on."""
@@ -124,6 +142,8 @@ class Trainer:
             bar = progress_bar(stage.iterations, self.progress.iteration, name, enabled=self.context.main)
             try:
                 self._iterate(stage, bar)
+                # Also by a run that resumes here: it may have been stopped before this.
+                self.checkpoints.save_model("last", name, self.model, self.progress)
             finally:
                 bar.close()
                 stage.loaders.close()
@@ -221,16 +241,16 @@ class Trainer:
         self.log.write("train", progress.done, stage=stage.name, **values)
 
     def _validate(self, stage: Stage, output: StepOutput) -> None:
-        """Measure the validation split, and keep the model when none of the stage was better."""
+        """Measure the validation split, and keep the model where it may be the stage's."""
         progress, values = self.progress, self.evaluation.evaluate(self.model, "meta")
         per_class = {k: v.tolist() for k, v in output.per_class.items()}
         if values["ece"] is None:
             raise self._diverged(stage, ["outputs of the network for the validation split"])
         self.log.write("evaluation", progress.done, stage=stage.name, split="meta", **values, **per_class)
-        # Small validation sets tie often; of equals the later is kept, it has trained longer.
-        if values["top1"] >= progress.best:
-            progress.best = values["top1"]
-            self.checkpoints.save_best(stage.name, self.model, values["top1"], progress.iteration)
+        at_end = progress.iteration == stage.iterations
+        for select in progress.validated(values["top1"], at_end=at_end):
+            if select in ("best", stage.recipe.select):
+                self.checkpoints.save_model(select, stage.name, self.model, progress)
         groups = "  ".join(f"{k} {percent(values[k])}" for k in ("top1", "many", "medium", "few"))
         self.context.say(f"{stage.name} {progress.iteration}: validation {groups}")
 

@@ -27,7 +27,7 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 
 @dataclass(frozen=True)
 class StageModel:
-    """What an earlier stage left: its best model, frozen and in eval mode, and the classes it trained on, bool (C,)."""
+    """What an earlier stage left: its model, frozen and in eval mode, and the classes it trained on, bool (C,)."""
 
     model: Classifier
     classes: np.ndarray
@@ -141,7 +141,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     @classmethod
     def models_of_stages(cls, options: OptionsT) -> Sequence[str]:
-        """Names of the earlier stages whose best models the step wants, as `parts.stage_models`."""
+        """Names of the earlier stages whose models the step wants, as `parts.stage_models`."""
         return ()
 
     # Called by the run.

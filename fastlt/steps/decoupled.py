@@ -174,7 +174,7 @@ class TauNormOptions(StepOptions):
 class TauNormStep(DecoupledStep[TauNormOptions]):
     """Tau-normalisation: w_c / ||w_c||^tau without a bias; no gradient, one value of tau an iteration.
 
-    The stage evaluates after every iteration and the trainer keeps the best on validation, so that is how tau is
+    The stage evaluates after every iteration and the trainer keeps the best on validation (`select: best`): so tau is
     chosen (of equals, the larger). The trained weights are remembered, so each value starts from them.
     """
 
@@ -191,6 +191,8 @@ class TauNormStep(DecoupledStep[TauNormOptions]):
                 f"iterations: is {stage.iterations} with evaluate_every {stage.evaluate_every}; tau_norm tries one of "
                 f"its {size} taus an iteration and validates each: set iterations: {size} and evaluate_every: 1"
             )
+        if stage.select != "best":
+            mistakes.append(f"select: is '{stage.select}'; tau_norm takes its tau by validation: set select: best")
         if recipe.model.head != "linear" or cls._scaled_before(stage, recipe):
             mistakes.append(
                 "method: is 'tau_norm', which shortens the weights of a plain linear head; a cosine head's have unit "

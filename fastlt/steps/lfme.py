@@ -24,7 +24,7 @@ class ExpertStep(PlainStep):
     """SGD on the mean loss over the images and logits of the classes that the stage's `classes` name, and no others.
 
     The model keeps logits for all classes; those of the others are minus infinity, so that validation, and the choice
-    of the best checkpoint with it, counts right what the expert knows and everything else as wrong.
+    of its model with it, counts right what the expert knows and everything else as wrong.
     """
 
     allows = Allows(compilation=True, experts=True, some_classes=True)
@@ -69,7 +69,7 @@ class LfmeOptions(StepOptions):
 
 
 class LfmeStep(Step[LfmeOptions]):
-    """SGD on 1/b sum_i v_i l_i + sum_e w_e KD_e, from the experts' best checkpoints and the classes S_e each knows.
+    """SGD on 1/b sum_i v_i l_i + sum_e w_e KD_e, from the experts' models and the classes S_e each knows.
 
     KD_e is the mean over the batch, all of it, of KL(softmax(z_e[S_e] / T) || softmax(z[S_e] / T)).
 
@@ -102,7 +102,7 @@ class LfmeStep(Step[LfmeOptions]):
         if absent:
             mistakes.append(
                 f"options.experts: names {absent}, but the stages before this one are {list(earlier)}; an expert is "
-                "the best checkpoint of an earlier stage"
+                "the model of an earlier stage"
             )
         others = {n: earlier[n].method for n in options.experts if n in earlier and earlier[n].method != "expert"}
         if others:

@@ -141,7 +141,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     """All that a finished run has recorded, but for OF_ITS_OWN."""
     found = {"result": json.loads((folder / "result.json").read_text())}
     found["log"] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for path in [folder / "checkpoints" / "last.pt", *sorted((folder / "checkpoints").glob("best_*.pt"))]:
+    for path in [folder / "checkpoints" / "last.pt", *sorted((folder / "checkpoints").glob("*_*.pt"))]:
         found[path.name] = torch.load(path, weights_only=True)
     return dict(flattened(found))
 

@@ -35,7 +35,7 @@ def stage(method, loss=None, **more):
     if STEPS[method].needs.meta_batch:
         tree["meta_batch_size"] = 10
     if method == "tau_norm":
-        tree |= {"evaluate_every": 1, "options": {"taus": [0, 1]}}
+        tree |= {"evaluate_every": 1, "select": "best", "options": {"taus": [0, 1]}}
     if method == "cb_da":
         tree["options"] = {"from_epoch": 0}
     return {**tree, **more}

@@ -253,13 +253,14 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_it_serves(digits_
 
 
 def test_a_best_that_is_not_made_again_is_an_earlier_one(digits_words, caplog):
-    checkpoints = stopped_at([*digits_words, "stages.end_to_end.evaluate_every=3"], "run", 12)
+    words = [*digits_words, "stages.end_to_end.evaluate_every=3", "stages.end_to_end.select=best"]
+    checkpoints = stopped_at(words, "run", 12)
     best = checkpoints / "best_end_to_end.pt"
-    checkpoint.save(best, {**checkpoint.load(best), "top1": 0.99, "iteration": 12}, keep=2)
+    checkpoint.save(best, {**checkpoint.load(best), "top1": 0.99, "score": 0.99, "iteration": 12}, keep=2)
     earlier = checkpoint.load(checkpoints / "best_end_to_end.pt.1")
     damage(best)
-    result, _ = finished([*digits_words, "stages.end_to_end.evaluate_every=3"], "run")
-    assert (result["best_iteration"], result["validation_top1"]) == (earlier["iteration"], earlier["top1"])
+    result, _ = finished(words, "run")
+    assert (result["selected_iteration"], result["validation_top1"]) == (earlier["iteration"], earlier["top1"])
     assert "taking best_end_to_end.pt.1 instead" in caplog.text
 
 
@@ -282,7 +283,7 @@ def test_a_lost_best_is_replaced_by_the_next_evaluation(digits_words, caplog):
     for best in versions(checkpoints / "best_end_to_end.pt").values():
         damage(best)
     result, _ = finished(digits_words, "run")
-    assert result["best_iteration"] == 12
+    assert result["selected_iteration"] == 12
     assert "best_end_to_end.pt is damaged" in caplog.text
     assert json.loads((checkpoints.parent / "result.json").read_text()) == result
 

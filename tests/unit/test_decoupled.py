@@ -29,7 +29,7 @@ STAGES = {
     "las-shifted": f"{{method: las, loss: label_aware_smoothing, options: {{shift_batch_norm: true}}, {SECOND}}}",
     "balms": "{method: balms, loss: balanced_softmax, batch_size: 32, lr: 0.1, meta_batch_size: 50, iterations: 6, "
     "evaluate_every: 3}",
-    "tau_norm": "{method: tau_norm, lr: 0.1, batch_size: 32, iterations: 6, evaluate_every: 1, "
+    "tau_norm": "{method: tau_norm, lr: 0.1, batch_size: 32, iterations: 6, evaluate_every: 1, select: best, "
     "options: {taus: [0, 0.5, 1, 1.5, 2, 3]}}",
 }
 
@@ -41,7 +41,7 @@ def words_of(digits_words, *more):
 
 def measured(result):
     """What the test split says, without times."""
-    return {key: result[key] for key in ("top1", "per_class_accuracy", "ece", "best_iteration")}
+    return {key: result[key] for key in ("top1", "per_class_accuracy", "ece", "selected_iteration")}
 
 
 # The heads, against numpy in float64
@@ -166,7 +166,7 @@ def test_the_second_stage_leaves_the_features_bit_for_bit(digits_words, case):
     assert result["iterations"] == 18
     folder = trainer.folder / "checkpoints"
     before, after = (
-        torch.load(folder / f"best_{stage}.pt", weights_only=True)["model"] for stage in ("end_to_end", "second")
+        torch.load(folder / f"final_{stage}.pt", weights_only=True)["model"] for stage in ("end_to_end", "second")
     )
     last = final_state(trainer.folder)["step"]["model"]
     moved = {name for name in before if name.startswith("backbone.") and not torch.equal(before[name], last[name])}
@@ -200,7 +200,7 @@ def test_tau_is_the_best_on_validation(digits_words):
     assert [line["tau"] for line in lines if line["kind"] == "train"] == pytest.approx([0, 0.5, 1, 1.5, 2, 3])
     scores = [line["top1"] for line in lines if line["kind"] == "evaluation"]
     assert result["validation_top1"] == max(scores)
-    assert scores[result["best_iteration"] - 1] == max(scores)
+    assert scores[result["selected_iteration"] - 1] == max(scores)
 
 
 @pytest.mark.parametrize("case", STAGES)
@@ -248,6 +248,7 @@ REFUSED = {
     "loss": ([f"stages.second={STAGES['las'].replace('label_aware_smoothing', 'cross_entropy')}"], "method lws"),
     "factor": ([f"stages.second={STAGES['las'].replace('0.2', '-1')}"], "head_lr_factor: is -1"),
     "taus": ([f"stages.second={STAGES['tau_norm'].replace('iterations: 6', 'iterations: 3')}"], "iterations: 6 and"),
+    "tau of the last": ([f"stages.second={STAGES['tau_norm'].replace('select: best, ', '')}"], "set select: best"),
     "cosine": (["model.head=cosine", f"stages.second={STAGES['tau_norm']}"], "plain linear head"),
     "scaled": ([f"stages.second={STAGES['lws']}", f"stages.third={STAGES['tau_norm']}"], "plain linear head"),
     "option": ([f"stages.second={STAGES['lws'].replace('method', 'options: {tau: 1}, method')}"], "options.tau"),
@@ -271,7 +272,7 @@ def test_a_loss_of_class_counts_is_refused_on_a_balanced_set_before_the_first_st
 def test_a_checkpoint_replaces_the_first_stage_if_it_brings_the_head_that_is_needed(digits_words, tmp_path):
     trained = Trainer(prepare(load_recipe(RECIPE, words_of(digits_words))))
     trained.fit()
-    best = trained.folder / "checkpoints" / "best_end_to_end.pt"
+    best = trained.folder / "checkpoints" / "final_end_to_end.pt"
     # The words of `digits_words` that speak of the first stage go: it is not there.
     words = [w for w in digits_words if not w.startswith("stages.")] + ["stages.end_to_end=null"]
     alone = [*words, "name=alone", f"model.checkpoint={best}", f"stages.second={STAGES['lws']}"]

@@ -194,7 +194,7 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words):
     assert radii[0] != radii[1]
     folder = whole.folder / "checkpoints"
     before, after = (
-        torch.load(folder / f"best_{stage}.pt", weights_only=True)["model"] for stage in ("end_to_end", "robust")
+        torch.load(folder / f"final_{stage}.pt", weights_only=True)["model"] for stage in ("end_to_end", "robust")
     )
     assert torch.equal(before["head.weight"], after["head.weight"])
     assert not torch.equal(before["backbone.conv1.weight"], after["backbone.conv1.weight"])

@@ -135,7 +135,7 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
     assert "imbalance_factor is 20.0 and 50" in told(folder, copied)
     (tmp_path / "copied" / "result.json").unlink()
     assert "result.json is missing" in told(folder, copied)
-    shots = tmp_path / "shots" / "checkpoints" / "best_end_to_end.pt"
+    shots = tmp_path / "shots" / "checkpoints" / "final_end_to_end.pt"
     (tmp_path / "shots" / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
     shots.write_bytes(b"nothing")
     assert "no other copy was kept" in told(folder, tmp_path / "shots")

@@ -412,7 +412,7 @@ def test_a_run_trains_experts_and_a_router_and_reports_what_it_asked(digits_word
     validated = [line for line in lines if line["kind"] == "evaluation"]
     assert all(("experts_asked" in line) == (line["stage"] == "router") for line in validated)
     first, second = (
-        torch.load(trainer.folder / "checkpoints" / f"best_{name}.pt", weights_only=True)["model"]
+        torch.load(trainer.folder / "checkpoints" / f"final_{name}.pt", weights_only=True)["model"]
         for name in ("end_to_end", "router")
     )
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -444,7 +444,7 @@ def test_resumed_and_uninterrupted_runs_agree_bit_for_bit(digits_words, stop):
 def test_a_finished_run_serves_as_the_routers_first_stage(digits_words):
     first = make(digits_words)
     first.fit()
-    best = first.folder / "checkpoints" / "best_end_to_end.pt"
+    best = first.folder / "checkpoints" / "final_end_to_end.pt"
     words = [w for w in digits_words if not w.startswith("stages.")] + [w for w in RIDE if not w.startswith("stages.")]
     alone = Trainer(
         prepare(load_recipe(RECIPE, [*words, f"{STAGE}=null", ROUTER, f"model.checkpoint={best}", "name=alone"]))

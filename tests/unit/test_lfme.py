@@ -312,7 +312,7 @@ def make(digits_words, *more):
     return Trainer(prepare(load_recipe(RECIPE, [*digits_words[:5], *STAGES, *more])))
 
 
-def test_experts_see_their_classes_only_and_the_student_learns_from_their_best(digits_words, monkeypatch):
+def test_experts_see_their_classes_only_and_the_student_learns_from_them(digits_words, monkeypatch):
     trainer, seen, students = make(digits_words), {}, []
     expert_call, first_pass = ExpertStep.__call__, LfmeStep.first_pass
 
@@ -324,8 +324,8 @@ def test_experts_see_their_classes_only_and_the_student_learns_from_their_best(d
     def look(step, batches, prepare):
         students.append(step)
         for name, expert in zip(step.names, step.experts, strict=True):
-            best = torch.load(trainer.folder / "checkpoints" / f"best_{name}.pt", weights_only=True)["model"]
-            assert_same(dict(expert.model.state_dict()), best)
+            trained = torch.load(trainer.folder / "checkpoints" / f"final_{name}.pt", weights_only=True)["model"]
+            assert_same(dict(expert.model.state_dict()), trained)
             assert not expert.model.training
         first_pass(step, batches, prepare)
 
@@ -336,7 +336,8 @@ def test_experts_see_their_classes_only_and_the_student_learns_from_their_best(d
     assert seen == {tuple(mask.tolist()): set(np.flatnonzero(mask).tolist()) for mask in masks.values()}
     assert result["iterations"] == 26
     names = sorted(p.name for p in (trainer.folder / "checkpoints").glob("*.pt"))  # and the version before each
-    assert names == ["best_few.pt", "best_many.pt", "best_medium.pt", "best_student.pt", "last.pt"]
+    stages = ["few", "many", "medium", "student"]
+    assert names == [*(f"{kind}_{stage}.pt" for kind in ("best", "final") for stage in stages), "last.pt"]
     weights = students[0].instance_weights
     few = masks["few"][trainer.context.dataset.labels("train")]
     assert (weights[torch.from_numpy(few)] == 1).all()
@@ -434,7 +435,7 @@ def test_a_shot_group_without_classes_or_with_too_few_images_is_refused_before_w
 
 def test_a_student_whose_expert_left_nothing_says_so(digits_words):
     trainer = make(digits_words)
-    with pytest.raises(ValueError, match=r"best_many\.pt is not there, the best of stages\.many"):
+    with pytest.raises(ValueError, match=r"final_many\.pt is not there, the model of stages\.many"):
         trainer.build_stage("student")
 
 

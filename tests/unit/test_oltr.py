@@ -292,7 +292,7 @@ def make(digits_words, case, name="oltr", *more):
 
 
 def measured(result):
-    return {key: result[key] for key in ("top1", "per_class_accuracy", "ece", "best_iteration")}
+    return {key: result[key] for key in ("top1", "per_class_accuracy", "ece", "selected_iteration")}
 
 
 @pytest.mark.parametrize("case", STAGES)
@@ -319,14 +319,14 @@ def test_a_run_starts_from_the_exact_centroids_and_trains_what_the_options_say(d
     assert seen == [trainer.context.counts.counts.sum()]
     assert result["iterations"] == 18
     folder = trainer.folder / "checkpoints"
-    before = torch.load(folder / "best_end_to_end.pt", weights_only=True)["model"]
+    before = torch.load(folder / "final_end_to_end.pt", weights_only=True)["model"]
     last = final_state(trainer.folder)["step"]["model"]
     moved = {n for n in before if n.startswith("backbone.") and not torch.equal(before[n], last[n])}
     assert bool(moved) == (not case.startswith("frozen"))
     attention = [n for n in last if ".global_pool." in n]
     assert bool(attention) == case.endswith("attention")
     assert all(last[n].any() for n in attention)  # among them the mask, which was zero
-    best = torch.load(folder / "best_memory.pt", weights_only=True)["model"]
+    best = torch.load(folder / "final_memory.pt", weights_only=True)["model"]
     assert torch.equal(trainer.model.head.centroids, best["head.centroids"])
     lines = [line for line in log_lines(trainer.folder) if line["kind"] == "train" and line["stage"] == "memory"]
     assert all(line["attract"] > 0 for line in lines)

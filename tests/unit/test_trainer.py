@@ -19,6 +19,7 @@ import torch
 
 from fastlt.recipe import load_recipe
 from fastlt.run import dataset
+from fastlt.run.folder import stage_checkpoint
 from fastlt.run.loading import endless
 from fastlt.run.log import RunLog, result_table
 from fastlt.run.preflight import prepare
@@ -212,31 +213,52 @@ def test_a_finished_run_is_not_run_again(digits_words, capsys):
     assert "iterations" not in out, "nothing is trained"
 
 
-def test_two_stages_go_on_from_the_best_of_the_first(digits_words):
+def test_two_stages_keep_their_models(digits_words):
     second = "{method: plain, loss: balanced_softmax, iterations: 4, batch_size: 32, lr: 0.01, evaluate_every: 2}"
     trainer = make(digits_words, f"stages.second={second}")
     result = trainer.fit()
     assert result["iterations"] == 16
     assert {line["stage"] for line in log_lines(trainer.folder)} == {"end_to_end", "second"}
     names = sorted(p.name for p in (trainer.folder / "checkpoints").iterdir())
-    assert {name.removesuffix(".1") for name in names} == {"best_end_to_end.pt", "best_second.pt", "last.pt"}
+    kept = {f"{kind}_{stage}.pt" for kind in ("best", "final") for stage in ("end_to_end", "second")}
+    assert {name.removesuffix(".1") for name in names} == {*kept, "last.pt"}
 
 
-def test_the_test_split_is_measured_once_and_with_the_best_checkpoint(digits_words):
-    trainer = make(digits_words)
-    seen, evaluate = [], trainer.evaluation.evaluate
+def run_with_scores(words, scores):
+    """A run whose validations give `scores`; returns it, its result, and the splits that were measured."""
+    trainer, seen = make(words, f"{STAGE}.iterations={len(scores)}", f"{STAGE}.evaluate_every=1"), []
+    evaluate, left = trainer.evaluation.evaluate, list(scores)
 
-    def note(model, split):
+    def scored(model, split):
         seen.append(split)
-        return evaluate(model, split)
+        return {**evaluate(model, split), **({"top1": left.pop(0)} if split == "meta" else {})}
 
-    trainer.evaluation.evaluate = note
-    result = trainer.fit()
-    assert seen == ["meta", "meta", "test"]
-    best = torch.load(trainer.folder / "checkpoints" / "best_end_to_end.pt", weights_only=True)
-    assert result["best_iteration"] == best["iteration"]
-    validation = [line["top1"] for line in log_lines(trainer.folder) if line["kind"] == "evaluation"]
-    assert result["validation_top1"] == max(validation)
+    trainer.evaluation.evaluate = scored
+    return trainer, trainer.fit(), seen
+
+
+@pytest.mark.parametrize(("select", "iteration", "top1"), [("last", 6, 0.4), ("best", 2, 0.9), ("smoothed", 4, 0.7)])
+def test_the_selected_model_is_the_result_and_is_tested_beside_last_and_best(digits_words, select, iteration, top1):
+    scores = [0.1, 0.9, 0.2, 0.7, 0.6, 0.4]  # means of three: 0.40, 0.60, 0.50, 0.57 at iterations 3 to 6
+    trainer, result, seen = run_with_scores([*digits_words, f"{STAGE}.select={select}"], scores)
+    assert seen == ["meta"] * 6 + ["test"] * len({"last", "best", select})
+    assert (result["select"], result["selected_iteration"], result["validation_top1"]) == (select, iteration, top1)
+    assert set(result["selection"]) == {"last", "best", select}
+    chosen = result["selection"][select]
+    assert chosen["validation_top1_se"] == pytest.approx((top1 * (1 - top1) / 100) ** 0.5)
+    assert (result["top1"], result["many"]) == (chosen["top1"], chosen["many"])
+    assert result["selection"]["best"]["iteration"] == 2
+    # What was tested is what is kept, and what a later stage would begin with.
+    file = stage_checkpoint(trainer.folder, select, "end_to_end")
+    saved = torch.load(file, weights_only=True)
+    assert saved["iteration"] == iteration
+    assert all(torch.equal(saved["model"][k], v) for k, v in trainer.model.state_dict().items())
+
+
+def test_one_model_that_is_last_and_best_is_tested_once(digits_words):
+    _, result, seen = run_with_scores(digits_words, [0.5, 0.6, 0.6])  # of equals, the later
+    assert seen == ["meta", "meta", "meta", "test"]
+    assert result["selection"]["last"] == result["selection"]["best"]
 
 
 LARGER = ["data.image_size=12", "data.eval_crop=center"]
