@@ -113,7 +113,7 @@ class WorkerWatch:
     def _death(self, process: BaseProcess) -> Exception:
         process.join(POLL_S)
         code = process.exitcode
-        short = cut_short() if code == -signal.SIGBUS else None
+        short = cut_short(self._source) if code == -signal.SIGBUS else None
         if short is not None:
             return DamageError(short)
         if code == -signal.SIGBUS:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 
-_bytes_of: dict[Path, int] = {}  # every file that was mapped, and how long it was
+# Every file that is mapped, and how long it was.
+_mapped: weakref.WeakKeyDictionary[mmap.mmap, tuple[Path, int]] = weakref.WeakKeyDictionary()
 _telling = threading.Lock()
 
 
@@ -26,17 +29,20 @@ def map_file(path: Path) -> np.ndarray:
     read at all.
     """
     try:
-        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    _bytes_of[path.absolute()] = data.size
+    _mapped[mapped] = path.absolute(), len(mapped)
     _say_why_on_sigbus()
-    return data
+    return np.frombuffer(mapped, dtype=np.uint8)
 
 
-def cut_short() -> str | None:
-    """The first of the mapped files that is shorter now than it was, as a sentence; None when none is."""
-    for path, before in _bytes_of.items():
+def cut_short(below: Path = Path("/")) -> str | None:
+    """The first mapped file at or below a path that is shorter than it was, as a sentence; None when none is."""
+    for path, before in [*_mapped.values()]:
+        if not path.is_relative_to(below.absolute()):
+            continue
         try:
             now = path.stat().st_size
         except OSError:  # renamed or deleted: what was mapped is still there
@@ -60,6 +66,7 @@ def _say_why_on_sigbus() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_sigbus(number: int) -> None:
     _telling.acquire()  # and never released: several threads may come here at once, and one tells
-    why = cut_short() or f"one of {', '.join(map(str, _bytes_of))} cannot be read any more: is its disk reachable?"
+    files = ", ".join(str(path) for path, _ in _mapped.values())
+    why = cut_short() or f"one of {files} cannot be read any more: is its disk reachable?"
     os.write(2, f"\nfastlt: {why}\n".encode(errors="surrogateescape"))
     os._exit(2)

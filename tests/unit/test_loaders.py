@@ -29,6 +29,7 @@ from loaders.readers.resident_loader import resident_bytes
 from loaders.readers.two_views import TwoViewLoader
 from loaders.stored.beton import Beton
 from loaders.stored.damage import ReaderError
+from loaders.stored.mapped_file import cut_short, map_file
 
 COUNT = 53
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND)
@@ -464,6 +465,18 @@ def test_a_torch_worker_that_is_lost_is_noticed_soon(torch_worker, number, messa
     assert time.monotonic() - start < 20  # 10 and the time that a busy machine needs
     worker.join(10)
     assert worker.exitcode == (-signal.SIGBUS if number == signal.SIGBUS else -signal.SIGKILL)
+
+
+def test_only_files_that_are_read_are_named_as_cut_short(tmp_path):
+    whole, cut = tmp_path / "whole.beton", tmp_path / "cut.beton"
+    for path in (whole, cut):
+        path.write_bytes(bytes(10_000))
+    mapped = [map_file(path) for path in (whole, cut)]
+    os.truncate(cut, 100)
+    assert cut_short(whole) is None
+    assert cut_short(tmp_path).startswith(f"{cut} was cut short")
+    del mapped[1]
+    assert cut_short(tmp_path) is None
 
 
 def test_a_slow_worker_is_told_of_and_waited_for(small, make, capfd, monkeypatch):
