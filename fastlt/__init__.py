@@ -1,3 +1,53 @@
-"""fastlt: long-tailed image recognition, fast and right."""
+"""fastlt: long-tailed image recognition, fast and right.
+
+The public names stand in `_HOMES`. Each is imported from its module when it is first asked for, so that `import fastlt`
+loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlt.augment import build_augment
+    from fastlt.losses import build_loss
+    from fastlt.models import build_model
+    from fastlt.recipe import load_recipe
+    from fastlt.state import Batch, ClassCounts, StepOutput
 
 __version__ = "0.1.0"
+
+# Each public name and the module that it is defined in or handed on by; the type checker's imports above say the same.
+_HOMES = {
+    "Batch": "fastlt.state",
+    "ClassCounts": "fastlt.state",
+    "StepOutput": "fastlt.state",
+    "build_augment": "fastlt.augment",
+    "build_loss": "fastlt.losses",
+    "build_model": "fastlt.models",
+    "load_recipe": "fastlt.recipe",
+}
+
+__all__ = [
+    "Batch",
+    "ClassCounts",
+    "StepOutput",
+    "build_augment",
+    "build_loss",
+    "build_model",
+    "load_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
