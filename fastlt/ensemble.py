@@ -10,32 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastlt.augment import normalise
 from fastlt.device.openmp import runtime
-from fastlt.meta.class_accuracy import evaluation_mode
-from fastlt.models import build_model
-from fastlt.recipe import Recipe, load_recipe
 from fastlt.recipe.typed_yaml import to_tree
-from fastlt.run import checkpoint
 from fastlt.run.dataset import default_folder
-from fastlt.run.folder import recipe_file, result_file, stage_checkpoint
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
-from fastlt.run.recorded import readable_result, written_inputs
+from fastlt.run.recorded import written_inputs
 from fastlt.run.result import standard_error, versions
-from fastlt.steps import STEPS
+from fastlt.run.trained import FinishedRun, load_trained, read_finished
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.identity import DatasetIdentity
 
 SPLITS = ("train", "meta", "test")
 ROWS = 4096  # images whose predictions are averaged at a time
@@ -43,35 +35,14 @@ ROWS = 4096  # images whose predictions are averaged at a time
 
 @dataclass(frozen=True)
 class Member:
-    """A finished run: where it is, what it was made from, what it measured, and its data set.
+    """A finished run, and its data set."""
 
-    data: which images it was trained on; None for a run of a version that kept no record of them.
-    """
-
-    folder: Path
-    recipe: Recipe
-    result: dict[str, Any]
+    run: FinishedRun
     dataset: ConvertedDataset
-    data: DatasetIdentity | None = None
-
-    def model(self, device: torch.device) -> nn.Module:
-        """The network that was tested: the selected model of the last stage."""
-        recipe = self.recipe
-        options = {**vars(recipe.model), "pretrained": False, "checkpoint": None}
-        model = build_model(**options, num_classes=self.dataset.num_classes, image_size=recipe.data.image_size)
-        model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
-        for stage in recipe.stages.values():
-            STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
-        stage = next(reversed(recipe.stages))
-        # An earlier version kept the best model alone, and its result says nothing of a selection.
-        select = self.result.get("select", "best")
-        _, saved = checkpoint.load_newest(stage_checkpoint(self.folder, select, stage), device)
-        model.load_state_dict(saved["model"])
-        return model
 
     def logits(self, split: str, device: torch.device) -> Tensor:
         """The logits of every image of a split, in its order: float32 (N, C) on the host."""
-        data, count = self.recipe.data, len(self.dataset.labels(split))
+        data, count = self.run.recipe.data, len(self.dataset.labels(split))
         loader = make_loader(
             self.dataset,
             split,
@@ -80,17 +51,14 @@ class Member:
             device=device,
             train=False,
             crop=crop_spec(data, train=False),
-            seed=self.recipe.seed,
+            seed=self.run.recipe.seed,
             num_workers=data.num_workers,
         )
-        half = torch.autocast(device.type, dtype=torch.bfloat16) if self.recipe.precision == "bf16" else nullcontext()
         logits = torch.full((count, self.dataset.num_classes), math.nan)
-        model = self.model(device)
+        trained = load_trained(self.run.folder, device)
         try:
-            with evaluation_mode(model), half:
-                for batch in loader.epoch(0):
-                    images = normalise(batch.images, data.mean, data.std, torch.float32)
-                    logits[batch.index.cpu()] = model(images).float().cpu()
+            for batch in loader.epoch(0):
+                logits[batch.index.cpu()] = trained.logits(batch.images).cpu()
         finally:
             loader.close()
         return logits
@@ -98,20 +66,15 @@ class Member:
 
 def open_member(folder: Path) -> Member:
     """ValueError when the folder holds no finished run or its data set is not there."""
-    for file in (recipe_file(folder), result_file(folder)):
-        if not file.is_file():
-            raise ValueError(f"{folder} holds no finished run: {file.name} is missing; give folders below runs/")
-    recipe = load_recipe(recipe_file(folder))
-    converted = Path(recipe.data.converted) if recipe.data.converted else default_folder(recipe.data)
-    result = readable_result(folder)
-    if result is None:
-        raise ValueError(f"{result_file(folder)} is damaged; the command that trained the run measures it again")
+    run = read_finished(folder)
+    data = run.recipe.data
+    converted = Path(data.converted) if data.converted else default_folder(data)
     dataset, record = ConvertedDataset.open(converted), written_inputs(folder)
     if record is not None:
         wrong = dataset.identity(record.inputs.data, record.stamps, say=print).differences(record.inputs.data)
         if wrong:
             raise ValueError(f"{folder} was trained on other data than {converted} has now: {'; '.join(wrong)}")
-    return Member(folder, recipe, result, dataset, None if record is None else record.inputs.data)
+    return Member(run, dataset)
 
 
 def check_members(members: Sequence[Member]) -> None:
@@ -120,7 +83,7 @@ def check_members(members: Sequence[Member]) -> None:
         raise ValueError(f"{len(members)} run was given: an ensemble needs two or more")
     first = members[0]
     for other in members[1:]:
-        both = f"{first.folder} and {other.folder} belong to different data sets"
+        both = f"{first.run.folder} and {other.run.folder} belong to different data sets"
         one, two = first.dataset, other.dataset
         if one.root.resolve() != two.root.resolve():
             a, b = one.manifest["request"], two.manifest["request"]
@@ -132,12 +95,13 @@ def check_members(members: Sequence[Member]) -> None:
             )
             if not same:
                 raise ValueError(f"{both} ({one.root}, {two.root}): their classes or labels differ")
-        if first.data is not None and other.data is not None and (wrong := other.data.differences(first.data)):
+        if first.run.data and other.run.data and (wrong := other.run.data.differences(first.run.data)):
             raise ValueError(f"{both}: {'; '.join(wrong)}")
-        if first.recipe.data.shots != other.recipe.data.shots:
+        shots = first.run.counts.shots, other.run.counts.shots
+        if shots[0] != shots[1]:
             raise ValueError(
-                f"{first.folder} and {other.folder} have different data.shots, {to_tree(first.recipe.data.shots)} and "
-                f"{to_tree(other.recipe.data.shots)}: many-, medium- and few-shot would have no one meaning"
+                f"{first.run.folder} and {other.run.folder} have different data.shots, {to_tree(shots[0])} and "
+                f"{to_tree(shots[1])}: many-, medium- and few-shot would have no one meaning"
             )
 
 
@@ -153,26 +117,28 @@ def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
 
 def evaluate(members: Sequence[Member], split: str, device: torch.device) -> dict[str, Any]:
     """The metrics of the mean prediction on a split."""
-    dataset, shots = members[0].dataset, members[0].recipe.data.shots
+    dataset = members[0].dataset
     logits = [member.logits(split, device) for member in members]
     labels = torch.from_numpy(dataset.labels(split))
     metrics = Metrics(dataset.num_classes)
     for start in range(0, len(labels), ROWS):
         part = slice(start, start + ROWS)
         metrics.update(log_mean_probability([z[part] for z in logits]), labels[part])
-    return metrics.summary(dataset.class_counts(shots))
+    return metrics.summary(members[0].run.counts)
 
 
 def described(members: Sequence[Member]) -> list[dict[str, Any]]:
     """Which runs an ensemble is made of, for its result and to tell later whether it still is."""
-    return [{"run": m.folder.resolve().name, "seed": m.recipe.seed, "top1": m.result["top1"]} for m in members]
+    return [
+        {"run": m.run.folder.resolve().name, "seed": m.run.recipe.seed, "top1": m.run.result["top1"]} for m in members
+    ]
 
 
 def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict[str, Any]:
     """A result in the form of a run's result.json, with `members` and `average`; times are sums over the runs."""
     check_members(members)
-    results = [m.result for m in members]
-    counts = members[0].dataset.class_counts(members[0].recipe.data.shots)
+    results = [m.run.result for m in members]
+    counts = members[0].run.counts
     train_s = sum(r["train_s"] for r in results)
     validation_top1 = evaluate(members, "meta", device)["top1"]
 

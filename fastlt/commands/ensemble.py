@@ -34,11 +34,11 @@ def main(words: list[str], prog: str = NAME) -> int:
     if given.out is not None and recipe_file(given.out).exists():
         raise ValueError(f"--out {given.out} holds a run, whose result would be lost; give another folder")
     members = [open_member(folder) for folder in given.runs]
-    name = "+".join(m.recipe.name for m in members) if given.out is None else given.out.resolve().name
+    name = "+".join(m.run.recipe.name for m in members) if given.out is None else given.out.resolve().name
     result = ensemble(members, name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if given.out is not None:
         checkpoint.write_json(result_file(given.out), result)
     alone = "   ".join(f"{m['run']} {100 * m['top1']:.2f}" for m in result["members"])
     print(f"top-1 % alone: {alone}\ntop-1 % of their mean probability: {100 * result['top1']:.2f}\n")
-    print(result_table(result, members[0].dataset.class_counts(members[0].recipe.data.shots)))
+    print(result_table(result, members[0].run.counts))
     return 0

@@ -1,7 +1,7 @@
 """The recipe: all settings of a run, typed, composed and checked before any data is touched."""
 
 from fastlt.recipe.checks import check
-from fastlt.recipe.compose import load_recipe
+from fastlt.recipe.compose import load_recipe, read_resolved
 from fastlt.recipe.resuming import Change, Standing, changes
 from fastlt.recipe.schema import (
     LIST_KEYS,
@@ -33,5 +33,6 @@ __all__ = [
     "differences",
     "is_harmless",
     "load_recipe",
+    "read_resolved",
     "recipe_from_tree",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastlt.recipe.checks import check
 from fastlt.recipe.locations import find_base, find_recipe
-from fastlt.recipe.schema import Recipe
+from fastlt.recipe.schema import Recipe, recipe_from_tree
 from fastlt.recipe.typed_yaml import build, describe
 from fastlt.recipe.yaml_text import RecipeError, parse
 
@@ -37,6 +37,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return recipe
+
+
+def read_resolved(path: Path) -> Recipe:
+    """The recipe of a run that is over: every key stands in the file, and no file that it names need be there any more.
+
+    RecipeError where it cannot be read, or has a key that this version does not know.
+    """
+    return recipe_from_tree(read_yaml(path))
 
 
 def compose(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fastlt.run.loading import (
     whole_split,
 )
 from fastlt.run.optimizers import make_optimizer, set_learning_rate
+from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 
 TrainingImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -105,11 +106,10 @@ def build_stage(
     return Stage(name, stage, kind(parts, options), loaders)
 
 
-def new_model(context: RunContext, *, weights: bool = True) -> Classifier:
-    """The recipe's model as a first stage gets it; without `weights`, at random also where a file holds some."""
+def new_model(context: RunContext) -> Classifier:
+    """The recipe's model as a first stage gets it."""
     recipe = context.recipe
-    asked = vars(recipe.model) if weights else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
-    model = build_model(**asked, num_classes=context.counts.num_classes, image_size=recipe.data.image_size)
+    model = build_model(**vars(recipe.model), num_classes=context.counts.num_classes, image_size=recipe.data.image_size)
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     return model.to(context.device).to(memory_format=memory_format)
 
@@ -138,10 +138,7 @@ def stage_model(context: RunContext, name: str) -> StageModel:
     recipe, path = context.recipe, stage_checkpoint(context.folder, context.recipe.stages[name].select, name)
     if not versions(path):
         raise ValueError(f"{path} is not there, the model of stages.{name}, which is trained first: run all stages")
-    with torch.random.fork_rng(devices=[]):
-        model = new_model(context, weights=False)
-    for before in recipe.lineage(recipe.stages[name]):
-        STEPS[before.method].prepare_model(model, before.options, seed=recipe.seed)
+    model = network_of(recipe, context.counts.num_classes, name, context.device)
     model.load_state_dict(checkpoint.load_newest(path, context.device)[1]["model"])
     return StageModel(model.requires_grad_(False).eval(), stage_classes(context, recipe.stages[name]))
 

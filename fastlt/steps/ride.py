@@ -58,11 +58,6 @@ class RideOptions(StepOptions):
     distillation: float = field(default=1.0, metadata=at_least(0))
     distillation_temperature: float = field(default=1.5, metadata=above(0))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher is not None and not Path(self.teacher).is_file():
-            raise ValueError(f"teacher: {self.teacher} is not a file; give best_STAGE.pt of a finished run")
-
 
 class RideStep(Step[RideOptions]):
     """SGD on the mean of sum_e l(z_ie, y_i) - k * T^2 * sum_e KL(mean || expert e), and a teacher's term if given.
@@ -82,7 +77,10 @@ class RideStep(Step[RideOptions]):
 
     @classmethod
     def check_stage(cls, options: RideOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        return [] if recipe.model.experts is not None else [WITHOUT_EXPERTS.format("ride")]
+        mistakes = [] if recipe.model.experts is not None else [WITHOUT_EXPERTS.format("ride")]
+        if options.teacher is not None and not Path(options.teacher).is_file():
+            mistakes.append(f"options.teacher: {options.teacher} is not a file; give best_STAGE.pt of a finished run")
+        return mistakes
 
     def __init__(self, parts: StepParts, options: RideOptions | None = None) -> None:
         super().__init__(parts, options)

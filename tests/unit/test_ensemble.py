@@ -101,7 +101,7 @@ def test_two_heads_and_experts_give_the_mean_of_what_each_network_predicts(digit
             assert result["per_class_accuracy"] == expected["per_class_accuracy"]
     assert result["seed"] is None
     assert [m["run"] for m in result["members"]] == ["linear", "cosine", "routed"]
-    assert [m["top1"] for m in result["members"]] == [m.result["top1"] for m in members]
+    assert [m["top1"] for m in result["members"]] == [m.run.result["top1"] for m in members]
 
 
 def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
         return capsys.readouterr().err
 
     assert "needs two or more" in told(folder)
-    assert "recipe.yaml is missing" in told(folder, tmp_path / "nowhere")
+    assert "nowhere does not exist" in told(folder, tmp_path / "nowhere")
     assert "holds a run" in told(folder, folder, "--out", folder)
 
     def changed(name, *words):

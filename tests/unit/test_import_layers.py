@@ -34,7 +34,7 @@ RUN_LAYERS = [
     {"checkpoint", "dataset", "lock"},
     {"divergence"},
     {"recorded"},
-    {"context"},
+    {"context", "trained"},
     {"loading", "log", "optimizers", "result", "saving", "stopping", "trackers"},
     {"evaluation", "preflight", "stage"},
     {"trainer"},

@@ -1,0 +1,198 @@
+"""A finished run: what its folder says of it, and the network that it ended with."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlt.augment import normalise
+from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.models import Classifier, build_model
+from fastlt.recipe import Recipe, read_resolved
+from fastlt.run import checkpoint
+from fastlt.run.folder import last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
+from fastlt.run.recorded import readable_result, written_inputs
+from fastlt.state import ClassCounts
+from fastlt.steps import STEPS
+from loaders.stored.identity import DatasetIdentity
+
+SELECTIONS = ("last", "best", "smoothed")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What the folder of a finished run says. Its data set need not be there any more.
+
+    result: the content of result.json.
+    counts: images of each class in the training split, with class names and shots, as they were measured.
+    data: which images it was trained on; None for a run of a version that kept no record of them.
+    """
+
+    folder: Path
+    recipe: Recipe
+    result: dict[str, Any]
+    counts: ClassCounts
+    data: DatasetIdentity | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names in label order."""
+        return self.counts.names
+
+    @property
+    def stage(self) -> str:
+        """The last one, whose model was tested."""
+        return next(reversed(self.recipe.stages))
+
+    @property
+    def select(self) -> str:
+        """Which model of the last stage is the run's result, as `StageRecipe.select`."""
+        return self.result.get("select", "best")  # an earlier version kept the best model alone, and did not say so
+
+    def checkpoint(self, select: str) -> Path:
+        """The file of a model of the last stage."""
+        return stage_checkpoint(self.folder, select, self.stage)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The network of a finished run, in eval mode on `device`, with all that is needed to use it.
+
+    select: which model of the last stage it is, as `StageRecipe.select`.
+    iteration: of the last stage, after which it was saved.
+    checkpoint: the file whose weights these are.
+    """
+
+    run: FinishedRun
+    model: Classifier
+    device: torch.device
+    select: str
+    iteration: int
+    checkpoint: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names in label order."""
+        return self.run.class_names
+
+    @property
+    def counts(self) -> ClassCounts:
+        """Training images of each class."""
+        return self.run.counts
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side that the network sees."""
+        return self.recipe.data.image_size
+
+    @property
+    def eval_crop(self) -> Literal["none", "center"]:
+        """How an image was cut for the test; `eval_ratio` is the side of the square over its shorter side."""
+        return self.recipe.data.eval_crop
+
+    @property
+    def eval_ratio(self) -> float:
+        return self.recipe.data.eval_ratio
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of the pixels in [0, 1], per RGB channel; `std` is their standard deviation."""
+        return self.recipe.data.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return self.recipe.data.std
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of forward passes in the precision of the run."""
+        return autocast(self.recipe, self.device)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """As the run was tested: float32 (N, C) on `device`, for uint8 (N, 3, H, W) that are cut but not normalised."""
+        with evaluation_mode(self.model), self.autocast():
+            return self.model(normalise(images.to(self.device), self.mean, self.std)).float()
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """The context of forward passes in a recipe's precision, outside of a training."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if recipe.precision == "bf16" else nullcontext()
+
+
+def read_finished(folder: Path) -> FinishedRun:
+    """What the folder of a finished run says; ValueError where there is none, or one that is not finished.
+
+    Files that the recipe names, such as lists and pretrained weights, need not be there any more.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; give the folder of a finished run, below runs/")
+    path = recipe_file(folder)
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no finished run: {path.name} is missing; give folders below runs/")
+    if not result_file(folder).is_file():
+        begun = "it was not trained to its end" if versions(last_checkpoint(folder)) else "nothing was trained"
+        raise ValueError(
+            f"{folder} holds no finished run: result.json is missing, {begun}; the command that began it goes on"
+        )
+    result = readable_result(folder)
+    if result is None:
+        raise ValueError(f"{result_file(folder)} is damaged; the command that trained the run measures it again")
+    try:
+        recipe = read_resolved(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    counts, record = np.asarray(result["class_counts"], dtype=np.int64), written_inputs(folder)
+    return FinishedRun(
+        folder=folder,
+        recipe=recipe,
+        result=result,
+        counts=ClassCounts(counts, tuple(result["class_names"]), recipe.data.shots),
+        data=None if record is None else record.inputs.data,
+    )
+
+
+def load_trained(folder: Path, device: torch.device, select: str | None = None) -> TrainedRun:
+    """The network that is a finished run's result, or another model of its last stage, as `StageRecipe.select`.
+
+    ValueError as `read_finished`, and where the checkpoint is not there or damaged. The generators of random numbers
+    stay where they are.
+    """
+    run = read_finished(folder)
+    select = run.select if select is None else select
+    path = run.checkpoint(select)
+    if not versions(path):
+        kept = [other for other in SELECTIONS if versions(run.checkpoint(other))]
+        advice = f"; of this run are kept: {', '.join(kept)}" if kept else ""
+        raise ValueError(f"{path} is not there, the {select} model of stages.{run.stage}{advice}")
+    path, state = checkpoint.load_newest(path, device)
+    model = network_of(run.recipe, run.counts.num_classes, run.stage, device)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not of the network that {recipe_file(folder)} describes ({reason})") from None
+    model.requires_grad_(False).eval()
+    return TrainedRun(run, model, device, select, state["iteration"], path)
+
+
+def network_of(recipe: Recipe, num_classes: int, stage: str, device: torch.device) -> Classifier:
+    """The network in the form in which a stage trains it, without the weights: they are drawn at random.
+
+    The generators of random numbers stay where they are.
+    """
+    asked = {**vars(recipe.model), "pretrained": False, "checkpoint": None}
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(**asked, num_classes=num_classes, image_size=recipe.data.image_size)
+    model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+    for one in recipe.lineage(recipe.stages[stage]):
+        STEPS[one.method].prepare_model(model, one.options, seed=recipe.seed)
+    return model
