@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -11,12 +12,13 @@ from typing import Any, Generic
 import timm
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypeVar
+from typing_extensions import Self, TypeVar
 
 from fastlt.models.checkpoints import load_weights
 from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family, width_of
 from fastlt.models.heads import HEADS, Head
 from fastlt.models.pretrained import check_reachable
+from fastlt.models.trained_part import frozen_norms, trained_parameters
 from fastlt.models.weight_files import read_weights
 from fastlt.names import pick, shortened
 
@@ -34,12 +36,18 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
     `forward` takes images (N, 3, H, W) to logits (N, C), `features` to pooled features (N, D) before the dropout.
     `head_is_trained` says whether the head's weights came from a file. `auxiliary` is what a method trains beside the
     two and evaluation does without (a projection, say); it is there only where a method has put it.
+
+    frozen: names of the backbone's parameters that no method trains. frozen_norms: names of its BatchNorm layers that
+    stay in eval mode when the model is put into train mode. Both begin with "backbone."; see
+    `fastlt.models.trained_part`.
     """
 
     backbone: BackboneT
     head: HeadT
     auxiliary: nn.Module
     head_is_trained = False
+    frozen: frozenset[str] = frozenset()
+    frozen_norms: frozenset[str] = frozenset()
 
     def __init__(self, backbone: BackboneT, head: HeadT, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -53,6 +61,23 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))
+
+    def unfreeze(self) -> None:
+        """Let every parameter require a gradient but those that are `frozen`."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.frozen_norms:
+            self.get_submodule(name).training = False
+        return self
+
+    def moving_buffers(self) -> dict[str, Tensor]:
+        """All buffers but the statistics of `frozen_norms`, by name."""
+        return {
+            name: buffer for name, buffer in self.named_buffers() if name.rpartition(".")[0] not in self.frozen_norms
+        }
 
     def counters(self) -> dict[str, Tensor]:
         """What the model counts of its own while it is evaluated: by name, an int64 (2,) of a sum and of images."""
@@ -159,6 +184,8 @@ def build_model(
     image_size: int | None = None,
     experts: int | None = None,
     expert_width: float = 0.75,
+    train: str | Sequence[str] = "all",
+    norm: str | None = None,
 ) -> Classifier:
     """A classifier of `num_classes` classes on the timm backbone `name` (ours are registered with timm too).
 
@@ -168,6 +195,7 @@ def build_model(
     drop_rate: dropout before the head. drop_path_rate: stochastic depth, for backbones that have it.
     image_size: for backbones that are built for one input size (ViT, Swin, ...); others take any size and ignore it.
     experts: an `ExpertClassifier` of so many, each of `expert_width` times the backbone's width, for ResNets.
+    train, norm: what of the backbone is trained, see `fastlt.models.trained_part`.
     Raises ValueError for an unknown name, a name without pretrained weights or with such as cannot be fetched, or an
     option the backbone does not take.
     """
@@ -195,7 +223,17 @@ def build_model(
         classifier = ExpertClassifier(backbone, ExpertHead(create_head, experts), drop_rate)
     if checkpoint is not None:
         classifier.head_is_trained = load_weights(classifier, checkpoint)
+    _freeze(classifier, train, norm)
     return classifier
+
+
+def _freeze(model: Classifier, train: str | Sequence[str], norm: str | None) -> None:
+    """Freeze what of the backbone is not trained, and note it for `Classifier.unfreeze` and `Classifier.train`."""
+    trained = trained_parameters(model.backbone, train)
+    names = {name for name, _ in model.backbone.named_parameters()}
+    model.frozen = frozenset(f"backbone.{name}" for name in names - trained)
+    model.frozen_norms = frozenset(f"backbone.{name}" for name in frozen_norms(model.backbone, norm, trained))
+    model.unfreeze()
 
 
 def forward_mode_safe(model: nn.Module) -> nn.Module:

@@ -178,6 +178,17 @@ def head(recipe: Recipe) -> Iterator[str]:
         yield f"model.head_scale: is {model.head_scale}, which belongs to model.head cosine; leave one of the two out"
 
 
+def trained_part(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if isinstance(model.train, list) and not model.train:
+        yield "model.train: is []; name modules or parameters of the backbone, or take head for none of them"
+    if model.experts is not None and not model.trains_all:
+        yield (
+            "model.experts: is set, and a part of the network is to be kept (model.train, model.norm); experts begin "
+            "with random weights and are trained whole: leave one of the two out"
+        )
+
+
 # The run
 
 
@@ -284,6 +295,14 @@ def allowed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         )
 
 
+def trained_part_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if not recipe.model.trains_all and not STEPS[stage.method].allows.trained_part:
+        yield (
+            f"method: is {stage.method!r}, which trains the whole network, but model.train is {recipe.model.train!r} "
+            f"and model.norm {recipe.model.norm!r}; leave them out, or take another method"
+        )
+
+
 def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     first = len(recipe.lineage(stage)) == 1
     if first and STEPS[stage.method].needs.trained_model and not recipe.model.checkpoint:
@@ -307,6 +326,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     weights,
     head,
     backbone,
+    trained_part,
     normalisation,
     augmentations,
     second_view,
@@ -315,6 +335,7 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     loss,
     method,
     allowed_by_method,
+    trained_part_of_method,
     needed_by_method,
     length,
     momentum,

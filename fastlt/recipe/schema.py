@@ -130,6 +130,11 @@ class ModelRecipe:
     experts: the number of branches for the last two stages of a ResNet, each with a head; their logits are averaged.
         null is the plain network. Some methods need experts, and most take none.
     expert_width: width of an expert over that of the plain network.
+    train: what of the backbone is trained beside the head: all; head for nothing of it; norms for its normalisation
+        layers; or a list of names of modules and parameters, such as [blocks.11, "*.bias"], where * stands for any
+        characters. The rest is frozen.
+    norm: train normalises in BatchNorm with the batch and moves its statistics; frozen normalises with the statistics
+        as they are; null is train in layers that are trained, and frozen in layers that are frozen.
     """
 
     name: str
@@ -141,6 +146,18 @@ class ModelRecipe:
     drop_path_rate: float = field(default=0.0, metadata=within(0, 1, below=True))
     experts: int | None = field(default=None, metadata=within(1, 64))
     expert_width: float = field(default=0.75, metadata=within(0.5, 1))
+    train: Literal["all", "head", "norms"] | list[str] = "all"
+    norm: Literal["train", "frozen"] | None = None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the whole network is trained, and BatchNorm's statistics with it."""
+        return self.train == "all" and self.norm != "frozen"
+
+    @property
+    def freezes_norms(self) -> bool:
+        """Whether BatchNorm may keep its statistics in some layers."""
+        return self.norm == "frozen" or (self.norm is None and self.train != "all")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Evaluation:
         """
         reducer, counts = self.context.reducer, self.context.counts
         # Each process has seen its own share of the batches.
-        reducer.mean_([b for b in model.buffers() if b.is_floating_point()])
+        reducer.mean_([b for b in model.moving_buffers().values() if b.is_floating_point()])
         metrics = Metrics(counts.num_classes, device=self.context.device)
         counters = model.counters()
         for counter in counters.values():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastlt.models import Classifier
+from fastlt.models.trained_part import has_batch_norm
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
 
@@ -24,6 +25,19 @@ def check_network(recipe: Recipe, model: Classifier, processes: int = 1) -> None
         except ValueError as error:
             raise ValueError(f"stages.{name}.options: {error}") from None
         _check_single_images(recipe, name, stage, model, processes)
+
+
+def advice_on_network(recipe: Recipe, model: Classifier) -> list[str]:
+    """What the user is told about a network of which a part is trained: keys that change nothing, or bring little."""
+    asked, lines = recipe.model, []
+    if asked.norm == "frozen" and not has_batch_norm(model.backbone):
+        lines.append(f"model.norm: frozen changes nothing, {asked.name} has no BatchNorm")
+    if model.frozen and not asked.pretrained and asked.checkpoint is None:
+        lines.append(
+            f"model.train: a part of {asked.name} stays as it is, with random weights; give model.pretrained=true or "
+            "model.checkpoint=FILE"
+        )
+    return lines
 
 
 def _check_image_size(recipe: Recipe, model: Classifier) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from fastlt.augment import check_augment, output_size
@@ -39,6 +40,7 @@ def prepare(recipe: Recipe) -> RunContext:
     """
     check_trackers(recipe)
     accelerator = make_accelerator(recipe)
+    on_main(accelerator, lambda: check_trained_part(recipe))
     on_main(accelerator, lambda: claim_folder(recipe))
     context = make_context(recipe, accelerator)
     on_main(accelerator, lambda: check_inputs(context))
@@ -205,6 +207,22 @@ def _check_image_size(context: RunContext, split: str, shape: tuple[int, int], a
             f"data.image_size is {size}, but the images of the {split} split come to the network as "
             f"{shape[0]}x{shape[1]}; set it to what they are, or cut them: {advice}"
         )
+
+
+def check_trained_part(recipe: Recipe) -> None:
+    """ValueError for a part of the network that the recipe trains and the network does not have.
+
+    Builds the network with random weights, where the recipe does not train all of it.
+    """
+    if not recipe.model.trains_all:
+        with torch.random.fork_rng(devices=[]):
+            _random_network(recipe)
+
+
+def _random_network(recipe: Recipe) -> Classifier:
+    asked: dict[str, Any] = vars(recipe.model) | {"pretrained": False, "checkpoint": None}
+    classes = recipe.data.num_classes or SOME_CLASSES
+    return build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
 
 
 def check_model(context: RunContext, model: Classifier) -> None:

@@ -23,6 +23,7 @@ from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import make_log, percent, progress_bar, shot_means
 from fastlt.run.main_process import on_main
+from fastlt.run.network import advice_on_network
 from fastlt.run.preflight import check_model
 from fastlt.run.progress import Progress, Stopwatch
 from fastlt.run.result import circumstances, make_result, set_aside_result
@@ -44,6 +45,8 @@ class Trainer:
         self.context = context
         self.model = new_model(context)
         check_model(context, self.model)
+        for line in advice_on_network(context.recipe, self.model):
+            context.say(line)
         self.log = make_log(context)
         self.stopping = Stopping(context)
         self.evaluation = Evaluation(context, self.stopping.waited)

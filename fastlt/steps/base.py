@@ -122,12 +122,14 @@ class Step(Replayable, Generic[OptionsT]):
 
     @classmethod
     def prepare_model(cls, model: Classifier, options: OptionsT, *, seed: int) -> None:
-        """Change `model` in place for this stage: replace modules, freeze parameters. Everything is trained by default.
+        """Change `model` in place for this stage: replace modules, freeze parameters.
+
+        By default everything is trained but what the recipe keeps, see `Classifier.unfreeze`.
 
         Called before the optimizer is built, and once more when a run resumes in a later stage: what it builds follows
         from the model's structure and the seed, and trained values are loaded over it afterwards.
         """
-        model.requires_grad_(True)
+        model.unfreeze()
 
     @classmethod
     def set_train_mode(cls, model: Classifier, options: OptionsT) -> None:

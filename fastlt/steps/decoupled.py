@@ -124,6 +124,10 @@ class LasStep(LwsStep[LasOptions]):
                 f"loss: is {stage.loss!r}; las is named after its loss: set loss: label_aware_smoothing, or take "
                 "method lws for scales under another loss"
             )
+        if options.shift_batch_norm and recipe.model.freezes_norms:
+            mistakes.append(
+                "options.shift_batch_norm: is true, but BatchNorm keeps its statistics; set model.norm: train"
+            )
         return mistakes
 
     @classmethod

@@ -63,18 +63,24 @@ class DroLtStep(Step[DroLtOptions]):
 
     @classmethod
     def check_stage(cls, options: DroLtOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        mistakes = []
         if stage.sampling != "class_aware_4":
-            return [
+            mistakes.append(
                 f"sampling: is {stage.sampling!r}; dro_lt compares the images of a class in a batch and weights "
                 "cross-entropy for batches that are balanced over classes: set sampling: class_aware_4"
-            ]
-        return []
+            )
+        if recipe.model.train == "head":
+            mistakes.append(
+                "method: is 'dro_lt', which trains the features and leaves the head as it is, but model.train is "
+                "'head'; set model.train: norms, all, or a list of modules"
+            )
+        return mistakes
 
     @classmethod
     def prepare_model(cls, model: Classifier, options: DroLtOptions, *, seed: int) -> None:
         like = next(model.head.parameters())
         model.auxiliary = ClassRadii(model.head.out_features, options.radius).to(device=like.device, dtype=like.dtype)
-        model.requires_grad_(True)
+        model.unfreeze()
         model.head.requires_grad_(False)
 
     @classmethod

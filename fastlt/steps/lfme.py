@@ -38,7 +38,7 @@ class ExpertStep(PlainStep):
     @classmethod
     def prepare_model(cls, model: Classifier, options: StepOptions, *, seed: int) -> None:
         model.head = RestrictedHead(model.head)
-        model.requires_grad_(True)
+        model.unfreeze()
 
     def __init__(self, parts: StepParts, options: StepOptions | None = None) -> None:
         super().__init__(parts, options)

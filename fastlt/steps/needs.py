@@ -34,8 +34,10 @@ class Allows:
     compilation: the recipe's `compile`; the passes that cost the most go through `StepParts.compiler`.
     experts: `model.experts`, several branches with a head each.
     some_classes: the stage's `classes`, training on a part of the classes.
+    trained_part: `model.train` and `model.norm`, training a part of the backbone.
     """
 
     compilation: bool = False
     experts: bool = False
     some_classes: bool = False
+    trained_part: bool = True

@@ -87,8 +87,9 @@ class OltrStep(Step[OltrOptions]):
     @classmethod
     def prepare_model(cls, model: Classifier, options: OltrOptions, *, seed: int) -> None:
         model.head = MetaEmbeddingHead(model.head, seed)
-        model.requires_grad_(not options.freeze_backbone)
-        model.head.requires_grad_(True)
+        model.unfreeze()
+        if options.freeze_backbone:
+            model.backbone.requires_grad_(False)
         if options.attention_side:
             insert_attention(model.backbone, options.attention_side, seed).requires_grad_(True)
 

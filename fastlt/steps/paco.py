@@ -15,7 +15,7 @@ from fastlt.models.auxiliary import attach_projection
 from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
-from fastlt.steps.needs import Needs
+from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -121,6 +121,8 @@ class PacoStep(Step[PacoOptions]):
     """
 
     needs = Needs(second_view=True)
+    # The key encoder normalises with its batch in every layer, and follows a network that moves as a whole.
+    allows = Allows(trained_part=False)
 
     Options = PacoOptions
 
@@ -143,7 +145,7 @@ class PacoStep(Step[PacoOptions]):
     @classmethod
     def prepare_model(cls, model: Classifier, options: PacoOptions, *, seed: int) -> None:
         attach_projection(model, options.dim, seed)
-        model.requires_grad_(True)
+        model.unfreeze()
 
     def __init__(self, parts: StepParts, options: PacoOptions | None = None) -> None:
         super().__init__(parts, options)
