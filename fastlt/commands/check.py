@@ -25,4 +25,6 @@ def main(words: list[str], prog: str = NAME) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_without_data(recipe)
     print(recipe.to_yaml(), end="")
+    for line in recipe.follows():
+        print(f"# {line}")
     return 0

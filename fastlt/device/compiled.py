@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from timm.optim import NAdamW
 from torch import Tensor
 
 from fastlt.device.distributed import Reducer
@@ -100,6 +101,21 @@ def make_sgd(groups: list[dict[str, Any]], mode: str, lr: float, device: torch.d
     return torch.optim.SGD(groups, lr=lr, fused=True, **options)
 
 
+# Optimizers whose whole state is tensors that begin at zero and that they change on the device.
+_CAPTURED: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, NAdamW)
+
+
+def capturable(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether the steps of an optimizer can be captured and replayed: others count in Python, which is not replayed."""
+    return kind in _CAPTURED
+
+
+def capturable_options(kind: type[torch.optim.Optimizer], device: torch.device) -> dict[str, Any]:
+    """The implementation of a `capturable` optimizer whose steps are captured."""
+    fused = {"fused": True} if kind.__module__.startswith("torch.") else {}
+    return {**fused, "capturable": device.type == "cuda"}
+
+
 def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in memory as its parameter is.
 
@@ -137,7 +153,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for entry in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
-            if "step" in entry and not on_device:
+            if isinstance(entry.get("step"), Tensor) and not on_device:
                 entry["step"] = entry["step"].cpu()
 
 

@@ -11,6 +11,9 @@ and asks how the meta loss at phi_hat changes with w (Eq. 10). By the chain rule
 so all b derivatives are a single Jacobian-vector product. Nothing is differentiated twice: no `create_graph`, no
 second-order graph, and BatchNorm in training mode, through which the samples of a batch couple, is handled exactly.
 
+Where the step is lr * P * grad with a constant diagonal P (the preconditioner of an adaptive optimizer, rates by
+layer), the derivative is -(lr/b) <grad_phi l_i(phi), P v>: `scaled` takes the gradient to P grad and v to P v.
+
 Every function here is pure: parameters and buffers are passed in and left as they are.
 """
 
@@ -29,6 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastlt.autograd import ForwardChangedError, ForwardRecord, TangentMode
 
 Tensors = dict[str, Tensor]
+# A diagonal matrix over parameters: a tensor or a number for each.
+Diagonal = list[Tensor] | list[float]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
 LossOfParameters = Callable[[Tensors], Tensor]
 
@@ -98,6 +103,13 @@ def lookahead(parameters: Tensors, gradients: Sequence[Tensor], lr: float | Tens
         else:
             stepped = torch._foreach_add(old, list(gradients), alpha=-lr)
     return {name: p.requires_grad_() for name, p in zip(parameters, stepped, strict=True)}
+
+
+def scaled(tensors: list[Tensor], diagonal: Diagonal | None) -> list[Tensor]:
+    """P times a gradient or a direction, parameter by parameter; the same list where P is None, the identity."""
+    if diagonal is None:
+        return tensors
+    return list(torch._foreach_mul(tensors, diagonal))  # pyright: ignore[reportPrivateImportUsage]  # public all the same
 
 
 def mean_loss_gradient(losses: LossOfParameters, parameters: Tensors) -> tuple[Tensor, list[Tensor]]:

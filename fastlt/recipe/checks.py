@@ -15,6 +15,7 @@ from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
 from fastlt.names import shortened
+from fastlt.optim import check_optimizer
 from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, Step
@@ -225,12 +226,27 @@ def length(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         yield f": {both} given of iterations and epochs; give exactly one, it is the length of the stage"
 
 
-def momentum(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+def optimizer(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if stage.nesterov and stage.momentum == 0:
         yield "nesterov: is true, but momentum is 0; Nesterov's step needs momentum > 0"
+        return
+    try:
+        check_optimizer(
+            stage.optimizer,
+            stage.optimizer_options,
+            momentum=stage.momentum,
+            nesterov=stage.nesterov,
+            weight_decay=stage.weight_decay,
+        )
+    except ValueError as error:
+        yield str(error)
 
 
 def schedule(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if stage.min_lr and stage.schedule != "cosine":
+        yield f"min_lr: is {stage.min_lr} with schedule {stage.schedule!r}; it is where schedule cosine ends"
+    elif stage.min_lr > stage.lr:
+        yield f"min_lr: is {stage.min_lr}; allowed: not above lr, {stage.lr}"
     if not stage.has_length:
         return
     if stage.warmup >= stage.length:
@@ -338,7 +354,7 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     trained_part_of_method,
     needed_by_method,
     length,
-    momentum,
+    optimizer,
     sampling,
     schedule,
     ldam,

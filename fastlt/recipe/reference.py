@@ -62,6 +62,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
 LINKS: dict[tuple[type, str], str] = {
     (StageRecipe, "method"): "a [method](#methods)",
     (StageRecipe, "options"): "those of the [method](#methods)",
+    (StageRecipe, "optimizer"): "a name of `timm.optim.list_optimizers()`",
     (StageRecipe, "loss"): "a [loss](#losses)",
     (StageRecipe, "loss_options"): "those of the [loss](#losses)",
     (DataRecipe, "augment"): "list of [augmentations](#augmentations)",

@@ -182,7 +182,7 @@ class StageRecipe:
     """One stage of training; warmup, milestones and evaluate_every are in the unit of its length.
 
     method: the training method.
-    lr: the learning rate of SGD, at its highest.
+    lr: the learning rate of the optimizer, at its highest.
     batch_size: images of a training batch over all processes.
     iterations: the length in iterations; exactly one of iterations and epochs is given.
     epochs: the length in epochs.
@@ -196,14 +196,20 @@ class StageRecipe:
         other; effective_number, by the effective number of its class; class_aware_4, classes equally often with four of
         their images in a row.
     accuracy: how the accuracy of every class on the meta set is kept up to date.
-    schedule: of the learning rate after the warmup: constant, cosine to 0, or multistep at the milestones.
+    schedule: of the learning rate after the warmup: constant, cosine to min_lr, or multistep at the milestones.
     warmup: the length over which the learning rate rises linearly to lr.
     warmup_from: the learning rate at which the warmup starts.
     milestones: where schedule multistep multiplies the learning rate by gamma.
     gamma: the factor at each milestone.
-    momentum: of SGD, in [0, 1).
-    nesterov: whether the momentum is Nesterov's.
-    weight_decay: of SGD.
+    min_lr: the learning rate at which schedule cosine ends.
+    optimizer: by its name in timm's factory, such as sgd, adamw, lamb or lion; sgd is torch's own.
+    optimizer_options: of the optimizer, such as betas and eps; each optimizer has its own.
+    momentum: of SGD and other optimizers with one, in [0, 1).
+    nesterov: whether the momentum of SGD is Nesterov's.
+    weight_decay: of the optimizer.
+    decay: all parameters have the weight decay, or weights alone: norms, biases and what the network itself excludes
+        (position embeddings, for example) have none.
+    layer_decay: the learning rate of a layer over that of the layer after it, the head being the last; null is 1.
     evaluate_every: the length between two evaluations on the meta set.
     select: which model is the stage's: last, after its last iteration; best, of the evaluation with the highest top-1
         accuracy; smoothed, of the one at which the mean of three evaluations in a row is highest.
@@ -229,9 +235,14 @@ class StageRecipe:
     warmup_from: float = field(default=0.0, metadata=at_least(0))
     milestones: list[float] = field(default_factory=list, metadata=above(0))
     gamma: float = field(default=0.1, metadata=above(0))
+    min_lr: float = field(default=0.0, metadata=at_least(0))
+    optimizer: str = "sgd"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     momentum: float = field(default=0.9, metadata=within(0, 1, below=True))
     nesterov: bool = False
     weight_decay: float = field(default=1e-4, metadata=at_least(0))
+    decay: Literal["all", "weights"] = "all"
+    layer_decay: float | None = field(default=None, metadata=within(0, 1, above=True))
     evaluate_every: int = field(default=1, metadata=at_least(1))
     select: Literal["last", "best", "smoothed"] = "last"
 
@@ -303,6 +314,14 @@ class Recipe:
             if one is stage:
                 break
         return line
+
+    def follows(self) -> list[str]:
+        """What methods take where the recipe leaves the choice open, a line each with the name of its stage."""
+        return [
+            f"stages.{name}.{line}"
+            for name, stage in self.stages.items()
+            for line in STEPS[stage.method].follows(stage.options, stage)
+        ]
 
     def to_tree(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain containers."""

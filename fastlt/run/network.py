@@ -9,6 +9,7 @@ from torch import nn
 
 from fastlt.models import Classifier
 from fastlt.models.trained_part import has_batch_norm
+from fastlt.optim import check_layer_decay
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
 
@@ -24,6 +25,11 @@ def check_network(recipe: Recipe, model: Classifier, processes: int = 1) -> None
             STEPS[stage.method].check_model(model, stage.options)
         except ValueError as error:
             raise ValueError(f"stages.{name}.options: {error}") from None
+        if stage.layer_decay is not None:
+            try:
+                check_layer_decay(model, recipe.model.name)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}.{error}") from None
         _check_single_images(recipe, name, stage, model, processes)
 
 

@@ -7,22 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlt.device.compiled import make_sgd
+from fastlt.models import Classifier
+from fastlt.optim import make_optimizer, parameter_groups
 from fastlt.recipe import StageRecipe
 from fastlt.run.context import RunContext
 from fastlt.run.schedule import learning_rate
 
 
-def make_optimizer(context: RunContext, stage: StageRecipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """SGD as the stage asks for. groups: of `Step.parameter_groups`."""
-    return make_sgd(
-        groups,
-        context.compile,
-        stage.lr,
-        context.device,
+def stage_optimizer(
+    context: RunContext, stage: StageRecipe, model: Classifier, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The optimizer that the stage asks for. groups: of `Step.parameter_groups` of `model`."""
+    return make_optimizer(
+        stage.optimizer,
+        parameter_groups(
+            model, groups, weight_decay=stage.weight_decay, decay=stage.decay, layer_decay=stage.layer_decay
+        ),
+        lr=stage.lr,
+        device=context.device,
+        mode=context.compile,
         momentum=stage.momentum,
         nesterov=stage.nesterov,
         weight_decay=stage.weight_decay,
+        options=stage.optimizer_options,
     )
 
 
@@ -37,6 +44,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, stage: StageRecipe, posi
         warmup_from=stage.warmup_from,
         milestones=stage.milestones,
         gamma=stage.gamma,
+        min_lr=stage.min_lr,
     )
     for group in optimizer.param_groups:
         value = lr * group.get("lr_factor", 1.0)

@@ -27,7 +27,7 @@ from fastlt.run.loading import (
     stage_classes,
     whole_split,
 )
-from fastlt.run.optimizers import make_optimizer, set_learning_rate
+from fastlt.run.optimizers import set_learning_rate, stage_optimizer
 from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 
@@ -85,7 +85,7 @@ def build_stage(
     """
     stage = context.recipe.stages[name]
     kind, options = STEPS[stage.method], stage.options
-    optimizer = make_optimizer(context, stage, kind.parameter_groups(model, options))
+    optimizer = stage_optimizer(context, stage, model, kind.parameter_groups(model, options))
     loaders = open_stage_loaders(context, stage, backends)
     parts = StepParts(
         model=model,

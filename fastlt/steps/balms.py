@@ -112,6 +112,12 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
             )
         if stage.nesterov:
             mistakes.append("nesterov: is true; balms looks one step of SGD with plain momentum ahead: set it to false")
+        if stage.optimizer != "sgd":
+            mistakes.append(f"optimizer: is {stage.optimizer!r}; balms looks one step of SGD ahead: set optimizer: sgd")
+        if stage.layer_decay is not None:
+            mistakes.append("layer_decay: is set, but balms trains the head alone; leave it out")
+        if stage.decay != "all":
+            mistakes.append("decay: is 'weights'; balms looks one step with one weight decay ahead: set decay: all")
         return mistakes
 
     def __init__(self, parts: StepParts, options: BalmsOptions | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from fastlt.augment import Augment
-from fastlt.device.compiled import Compiler, laid_out, load_optimizer
+from fastlt.device.compiled import Compiler, capturable, laid_out, load_optimizer
 from fastlt.device.distributed import Reducer
 from fastlt.device.replay import Replayable
 from fastlt.losses import PerSampleLoss
@@ -117,6 +117,11 @@ class Step(Replayable, Generic[OptionsT]):
         return []
 
     @classmethod
+    def follows(cls, options: OptionsT, stage: StageSettings) -> list[str]:
+        """What the method takes where the recipe leaves the choice open, in words: "key is value, why"."""
+        return []
+
+    @classmethod
     def check_model(cls, model: Classifier, options: OptionsT) -> None:
         """ValueError for options that do not fit the network, which the recipe alone does not tell."""
 
@@ -213,6 +218,8 @@ class Step(Replayable, Generic[OptionsT]):
 
     def why_not_compiled(self) -> str | None:
         """Why `parts.compiler` cannot serve this step, None when it can."""
+        if self.parts.compiler.mode == "cudagraph" and not capturable(type(self.optimizer)):
+            return f"{type(self.optimizer).__name__} counts its steps in Python, which is not captured"
         return None if self.allows.compilation else "the method has passes of its own, which are not compiled"
 
     def uses_meta_batch(self) -> bool:

@@ -10,14 +10,14 @@ from fastlt.losses import LOSSES
 from fastlt.losses.class_balanced import effective_number_weights
 from fastlt.ranges import at_least, within
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import StepOptions, StepParts
-from fastlt.steps.meta import MetaStep
+from fastlt.steps.base import StepParts
+from fastlt.steps.meta import MetaOptions, MetaStep
 from fastlt.steps.needs import Allows
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
 @dataclass(frozen=True)
-class CbDaOptions(StepOptions):
+class CbDaOptions(MetaOptions):
     """Options of method cb_da.
 
     from_epoch: the first epoch with the weights, counted from 0.
@@ -44,7 +44,7 @@ class CbDaStep(MetaStep[CbDaOptions]):
 
     @classmethod
     def check_stage(cls, options: CbDaOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        mistakes = []
+        mistakes = super().check_stage(options, stage, recipe)
         if stage.sampling != "instance":
             mistakes.append(
                 f"sampling: is {stage.sampling!r}; cb_da weights classes by their counts, for batches that have the "

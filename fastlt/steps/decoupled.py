@@ -32,6 +32,8 @@ class DecoupledStep(Step[OptionsT]):
 
     @classmethod
     def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        if stage.layer_decay is not None:
+            return [f"layer_decay: is set, but method {stage.method!r} trains the head alone; leave it out"]
         loss = LOSSES.get(stage.loss)
         if stage.sampling == "instance" and loss is not None and not loss.corrects_prior:
             return [

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
 from fastlt.models import Classifier
 from fastlt.names import pick
+from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
 from fastlt.ranges import at_least, check_ranges, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
@@ -52,6 +53,30 @@ class TrainingPass:
     record: ForwardRecord | None = None
 
 
+@dataclass(frozen=True)
+class MetaOptions(StepOptions):
+    """Options of the methods that look a step of the optimizer ahead.
+
+    lookahead: the step of Eq. 9, sgd, or preconditioned by the running mean of squared gradients of an adaptive
+        optimizer, in whose units lr is then; null is preconditioned where the optimizer has such a mean, and else sgd.
+    """
+
+    lookahead: Literal["sgd", "preconditioned"] | None = None
+
+    def preconditions(self, optimizer: type[torch.optim.Optimizer]) -> bool:
+        """Whether the lookahead is preconditioned in a stage with this optimizer."""
+        return optimizer in PRECONDITIONERS if self.lookahead is None else self.lookahead == "preconditioned"
+
+    def mistakes(self, optimizer: str) -> list[str]:
+        """What of the options does not go with the optimizer of this name, see `Step.check_stage`."""
+        if self.lookahead != "preconditioned" or optimizer in PRECONDITIONED:
+            return []
+        return [
+            f"options.lookahead: is 'preconditioned' with optimizer {optimizer!r}, which has no diagonal "
+            f"preconditioner; set lookahead: sgd, or an optimizer of {', '.join(PRECONDITIONED)}"
+        ]
+
+
 class MetaStep(Step[OptionsT]):
     """A step whose sample weights are learned through the exact meta-gradient.
 
@@ -65,6 +90,18 @@ class MetaStep(Step[OptionsT]):
 
     needs = Needs(meta_batch=True)
 
+    @classmethod
+    def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        mistakes = super().check_stage(options, stage, recipe)
+        return mistakes + (options.mistakes(stage.optimizer) if isinstance(options, MetaOptions) else [])
+
+    @classmethod
+    def follows(cls, options: OptionsT, stage: StageSettings) -> list[str]:
+        if not isinstance(options, MetaOptions) or stage.optimizer not in OPTIMIZERS:
+            return super().follows(options, stage)
+        kind = "preconditioned" if options.preconditions(optimizer_class(stage.optimizer)) else "sgd"
+        return [*super().follows(options, stage), f"options.lookahead is {kind}, with optimizer {stage.optimizer}"]
+
     def __init__(self, parts: StepParts, options: OptionsT | None = None) -> None:
         super().__init__(parts, options)
         self.network: nn.Module = parts.model
@@ -73,6 +110,15 @@ class MetaStep(Step[OptionsT]):
         self.lean_meta_pass = True  # until the model overwrites a tensor that they are recomputed from
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
         self.ahead = meta_gradient.trainable_parameters(parts.model)
+        options = self.options
+        self.preconditions = isinstance(options, MetaOptions) and options.preconditions(type(parts.optimizer))
+
+    @functools.cached_property
+    def lr_factors(self) -> list[float]:
+        """The learning rate of each of `self.ahead` over `lr`, which is the first group's: not 1 with layer_decay."""
+        groups = self.optimizer.param_groups
+        factor_of = {p: group.get("lr_factor", 1.0) for group in groups for p in group["params"]}
+        return [factor_of[p] / groups[0].get("lr_factor", 1.0) for p in self.ahead.values()]
 
     @functools.cached_property
     def meta_losses(self) -> Callable[..., Tensor]:
@@ -134,7 +180,8 @@ class MetaStep(Step[OptionsT]):
         Any other direction that the lookahead is to take may stand in their place, if it has the same derivative in w.
         """
         lr = self.lr if lr is None else lr
-        ahead = meta_gradient.lookahead(self.ahead, gradients, lr)
+        diagonal = self.lookahead_diagonal(gradients)
+        ahead = meta_gradient.lookahead(self.ahead, meta_gradient.scaled(gradients, diagonal), lr)
         if self.lean:
             assert run.record is not None, "lean records every training pass"
             run.record.release()  # the meta batch's activations are about to come on top of the training batch's
@@ -143,10 +190,23 @@ class MetaStep(Step[OptionsT]):
         with self.parts.autocast():
             meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels)
         self.reducer.mean_(direction)
-        derivative = self._tangent(run, direction)
+        derivative = self._tangent(run, meta_gradient.scaled(direction, diagonal))
         if run.record is not None:
             run.record.clear()  # activations it holds would otherwise outlive the last backward pass's need of them
         return meta_gradient.weight_gradient(derivative, lr, len(run.labels)), meta_loss
+
+    def lookahead_diagonal(self, gradients: list[Tensor]) -> meta_gradient.Diagonal | None:
+        """P of the lookahead phi - lr P grad, for each of `self.ahead`; None where it is the identity.
+
+        The preconditioner of the optimizer if the stage asks for it, times the rate of the parameter's layer over `lr`.
+        """
+        ahead = list(self.ahead.values())
+        diagonal = preconditioner(self.optimizer, ahead, gradients) if self.preconditions else None
+        if all(factor == 1 for factor in self.lr_factors):
+            return diagonal
+        if diagonal is None:
+            return self.lr_factors
+        return [p.mul_(factor) for p, factor in zip(diagonal, self.lr_factors, strict=True)]
 
     def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor):
         """The meta loss (0-d) at the lookahead and its gradient there."""
@@ -224,7 +284,7 @@ class Approximation:
 
 
 @dataclass(frozen=True)
-class LearnedWeightOptions(StepOptions):
+class LearnedWeightOptions(MetaOptions):
     """Options of every method whose weights come from a learned network.
 
     lr: learning rate of Adam for the network's parameters theta (supplement, Sec. 1.2).

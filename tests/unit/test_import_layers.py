@@ -17,7 +17,7 @@ LAYERS = [
     | {"fastlt.parent_process"},
     {"fastlt.arguments", "fastlt.console", "fastlt.error_message"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
-    {"fastlt.meta", "fastlt.models", "loaders.sources"},
+    {"fastlt.meta", "fastlt.models", "fastlt.optim", "loaders.sources"},
     {"fastlt.steps", "loaders.stored"},
     {"loaders.readers"},
     {"fastlt.recipe", "loaders.factory"},

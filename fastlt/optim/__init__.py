@@ -1,0 +1,19 @@
+"""Optimizers of timm's factory, the groups of their parameters, and their preconditioners."""
+
+from __future__ import annotations
+
+from fastlt.optim.factory import OPTIMIZERS, check_optimizer, make_optimizer, optimizer_class
+from fastlt.optim.groups import check_layer_decay, parameter_groups
+from fastlt.optim.preconditioner import PRECONDITIONED, PRECONDITIONERS, preconditioner
+
+__all__ = [
+    "OPTIMIZERS",
+    "PRECONDITIONED",
+    "PRECONDITIONERS",
+    "check_layer_decay",
+    "check_optimizer",
+    "make_optimizer",
+    "optimizer_class",
+    "parameter_groups",
+    "preconditioner",
+]

@@ -1,0 +1,138 @@
+"""The lookahead of an adaptive optimizer, and of rates by layer, against differentiating that very function twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import forward
+
+from fastlt import optim
+from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.models import build_model
+from fastlt.state import Batch, ClassCounts
+from fastlt.steps import STEPS, StepParts
+
+CLASSES, LR, BETA, EPS, DECAY = 4, 3e-3, 0.97, 1e-8, 0.05
+COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))
+
+
+class Float64Augment:
+    def __call__(self, images, dtype=None):
+        return images.double() / 127.5 - 1
+
+    def state_dict(self):
+        return {}
+
+
+def some(count):
+    labels = torch.randint(0, CLASSES, (count,))
+    return Batch(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), labels, torch.arange(count))
+
+
+def make_step(method, network, optimizer, layer_decay=None, **options):
+    torch.manual_seed(0)
+    model = build_model(network, num_classes=CLASSES, image_size=32).double().train()
+    kind = STEPS[method]
+    groups = optim.parameter_groups(
+        model, [{"params": list(model.parameters())}], weight_decay=DECAY, layer_decay=layer_decay, decay="weights"
+    )
+    for group in groups:
+        group["lr"] = LR * group.get("lr_factor", 1.0)
+    more = {} if optimizer == "sgd" else {"options": {"betas": [0.9, BETA], "eps": EPS}}
+    everything = some(12)
+    parts = StepParts(
+        model=model,
+        loss=build_loss("balanced_softmax", COUNTS),
+        optimizer=optim.make_optimizer(optimizer, groups, lr=LR, device=torch.device("cpu"), **more),
+        augment=Float64Augment(),
+        meta_augment=Float64Augment(),
+        class_counts=COUNTS,
+        class_accuracy=ClassAccuracy(everything.images, everything.labels, CLASSES, prepare=Float64Augment())
+        if kind.needs.class_accuracy
+        else None,
+    )
+    return kind(parts, kind.Options(**options))
+
+
+def slow_preconditioner(step, gradients):
+    """1 / (sqrt(v_hat) + eps) by the letters of Adam's algorithm, from the state before this gradient."""
+    found = {}
+    for name, parameter in step.model.named_parameters():
+        state, (group,) = (
+            step.optimizer.state.get(parameter, {}),
+            [g for g in step.optimizer.param_groups if any(p is parameter for p in g["params"])],
+        )
+        t = int(state["step"]) + 1 if state else 1
+        gradient = gradients[name]
+        if type(step.optimizer) is torch.optim.Adam:
+            gradient = gradient + group["weight_decay"] * parameter.detach()
+        v = (BETA * state["exp_avg_sq"] if state else 0) + (1 - BETA) * gradient**2
+        found[name] = 1 / ((v / (1 - BETA**t)) ** 0.5 + EPS)
+    return found
+
+
+def slow_weight_gradient(step, weights, batch, meta_batch, preconditioned):
+    """d L_meta(phi - alpha P grad) / dw with the graph of the gradient kept, P as numbers."""
+    model, w = step.model, weights.detach().clone().requires_grad_()
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    shift = torch.log(torch.from_numpy(COUNTS.counts).double())
+    images, meta_images = Float64Augment()(batch.images), Float64Augment()(meta_batch.images)
+    losses = F.cross_entropy(forward(model, parameters, images) + shift, batch.labels, reduction="none")
+    inner = sum(w[i] * loss for i, loss in enumerate(losses)) / len(losses)
+    gradients = dict(
+        zip(parameters, torch.autograd.grad(inner, list(parameters.values()), create_graph=True), strict=True)
+    )
+    rates = {p: g["lr"] for g in step.optimizer.param_groups for p in g["params"]}
+    alpha = {n: rates[p] for n, p in model.named_parameters()}
+    diagonal = slow_preconditioner(step, {n: g.detach() for n, g in gradients.items()}) if preconditioned else None
+    ahead = {
+        n: p - alpha[n] * (gradients[n] if diagonal is None else diagonal[n] * gradients[n])
+        for n, p in parameters.items()
+    }
+    meta = F.cross_entropy(forward(model, ahead, meta_images), meta_batch.labels)
+    return torch.autograd.grad(meta, w)[0], meta.detach()
+
+
+@pytest.mark.parametrize("iterations", [0, 3], ids=["first", "later"])
+@pytest.mark.parametrize(
+    ("network", "optimizer", "layer_decay", "options", "preconditioned"),
+    [
+        ("cifar_resnet8", "adamw", None, {}, True),
+        ("cifar_resnet8", "adam", None, {"lookahead": "preconditioned"}, True),
+        ("cifar_resnet8", "adamw", None, {"lookahead": "sgd"}, False),
+        ("cifar_resnet8", "lamb", None, {}, False),
+        ("convnext_atto", "adamw", 0.6, {}, True),
+        ("convnext_atto", "sgd", 0.6, {}, False),
+    ],
+)
+def test_it_equals_double_backward_of_that_very_function(
+    network, optimizer, layer_decay, options, preconditioned, iterations
+):
+    step = make_step("difficulty", network, optimizer, layer_decay, **options)
+    for _ in range(iterations):
+        step(some(8), some(8))
+    batch, meta_batch = some(8), some(8)
+    weights = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    slow, slow_loss = slow_weight_gradient(step, weights, batch, meta_batch, preconditioned)
+    fast, fast_loss = step.per_sample_gradient(step.training_pass(batch), weights, meta_batch)
+    assert slow.norm() > 0
+    assert (fast - slow).norm() / slow.norm() <= 1e-10
+    torch.testing.assert_close(fast_loss, slow_loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["difficulty", "sample_difficulty", "mwn", "cb_da"])
+def test_every_method_with_a_lookahead_has_the_option(method):
+    options = {"from_epoch": 0} if method == "cb_da" else {}
+    assert make_step(method, "cifar_resnet8", "adamw", **options).preconditions
+    assert not make_step(method, "cifar_resnet8", "sgd", **options).preconditions
+    step = make_step(method, "cifar_resnet8", "adamw", lookahead="sgd", **options)
+    assert not step.preconditions
+    step(some(8), some(8))
+
+
+def test_sgd_takes_no_diagonal_and_scales_nothing():
+    step = make_step("difficulty", "cifar_resnet8", "sgd")
+    gradients = [torch.ones_like(p) for p in step.ahead.values()]
+    assert step.lookahead_diagonal(gradients) is None
