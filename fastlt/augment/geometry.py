@@ -32,6 +32,23 @@ def pad(images: Tensor, padding: int, fill: int) -> Tensor:
     return F.pad(images.contiguous(), (padding,) * 4, value=fill)
 
 
+def reflect(images: Tensor, border: int) -> Tensor:
+    """A border of `border` pixels on all four sides, mirrored at the outermost ones; contiguous (N, C, H + 2b, W + 2b).
+
+    border: smaller than the sides.
+    """
+    for dim in (2, 3):
+        images = images.index_select(dim, _reflected(images.shape[dim], border, images.device))
+    return images.contiguous()
+
+
+@kept
+def _reflected(side: int, border: int, device: torch.device) -> Tensor:
+    """Which of `side` pixels each pixel of a bordered row shows: int64 (side + 2 border,)."""
+    place = torch.arange(-border, side + border, device=device).abs()
+    return torch.minimum(place, 2 * (side - 1) - place)
+
+
 def crop(images: Tensor, corner: Tensor, size: int) -> Tensor:
     """The square of side `size` whose upper left pixel is at the flat position `corner` of each image.
 

@@ -55,25 +55,31 @@ class Operation(Generic[DrawsT]):
 
 @dataclass(frozen=True)
 class RandomCrop(Operation[Tensor]):
-    """Pad by `padding` pixels of the value `fill`, then cut a square of the recipe's image size at a uniform place."""
+    """Pad by `padding` pixels of the value `fill`, then cut a square of the recipe's image size at a uniform place.
+
+    reflect: pixels of a border that is mirrored at the image's edge, inside of the padding.
+    """
 
     image_size: int
     padding: int
     fill: int = 0
+    reflect: int = 0
 
     def __post_init__(self) -> None:
         # From image_size on, some crops would show nothing of the image.
         require_integer("random_crop", "padding", self.padding, 0, self.image_size - 1)
         require_integer("random_crop", "fill", self.fill, 0, 255)
+        require_integer("random_crop", "reflect", self.reflect, 0, self.image_size - 1)
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         room_y, room_x = self._room(shape.height, shape.width)
         top, left = integers(shape.count, room_y + 1, generator), integers(shape.count, room_x + 1, generator)
         # The place of the square's upper left pixel in the padded image.
-        return top * (shape.width + 2 * self.padding) + left
+        return top * (shape.width + 2 * (self.reflect + self.padding)) + left
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        padded = geometry.pad(images, self.padding, self.fill)
+        whole = geometry.reflect(images, self.reflect) if self.reflect else images
+        padded = geometry.pad(whole, self.padding, self.fill)
         return geometry.crop(padded, draws, self.image_size)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -82,7 +88,9 @@ class RandomCrop(Operation[Tensor]):
 
     def _room(self, height: int, width: int) -> tuple[int, int]:
         """How far down and to the right the square can start; ValueError when it does not fit."""
-        room_y, room_x = (side + 2 * self.padding - self.image_size for side in (height, width))
+        room_y, room_x = (side + 2 * (self.reflect + self.padding) - self.image_size for side in (height, width))
+        if min(height, width) <= self.reflect:
+            raise ValueError(f"random_crop: images of {height}x{width} have no {self.reflect} pixels to reflect")
         if min(room_y, room_x) < 0:
             raise ValueError(
                 f"random_crop: images of {height}x{width} with padding {self.padding} are smaller than "

@@ -27,6 +27,7 @@ from fastlt.arguments import make_parser, path, positive, worker_count
 from fastlt.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
+from fastlt.device.host_memory import keep_freed_memory
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.sources import ArraySplit, FileSplit, Source, Split
@@ -69,6 +70,8 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
+    if torch.device(words.device).type == "cpu":
+        keep_freed_memory()  # as training does
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for storage in words.storage if words.images else ():

@@ -36,16 +36,21 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+IDLE_S = 0.25  # LLVM's OpenMP threads wait awake for 0.2 s after their last work
+
+
 def interleaved(variants: dict[str, Callable[[], int]], rounds: int) -> Speeds:
     """Images a second of each variant in each round; a variant does its work and returns the number of images.
 
     Each runs once before, unmeasured: what is compiled, started or read for the first time is no part of the speed.
+    Before each, the threads of the variant before it go to sleep: an epoch of small images takes 15 ms.
     """
     for run in variants.values():
         run()
     speeds: Speeds = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
+            time.sleep(IDLE_S)
             started = time.perf_counter()
             images = run()
             speeds[name].append(images / (time.perf_counter() - started))

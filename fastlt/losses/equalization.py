@@ -1,4 +1,4 @@
-"""Softmax equalization loss (Tan et al. 2020, Sec. 3.4)."""
+"""Equalization loss (Tan et al. 2020): the softmax form of Sec. 3.4 and the sigmoid form of Eq. 3."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlt.losses.base import PerSampleLoss, at_least_float32, check_number
+from fastlt.losses.class_balanced import binary_cross_entropies
+from fastlt.names import pick
 from fastlt.state import ClassCounts
+
+
+def softmax_terms(logits: Tensor, labels: Tensor, left_out: Tensor) -> Tensor:
+    """Cross-entropy (N,) without the classes `left_out`, bool (N, C), in the denominator."""
+    return F.cross_entropy(logits.masked_fill(left_out, float("-inf")), labels, reduction="none")
+
+
+def sigmoid_terms(logits: Tensor, labels: Tensor, left_out: Tensor) -> Tensor:
+    """The sum of the binary cross-entropies (N,) of the classes that are not `left_out`, bool (N, C)."""
+    return binary_cross_entropies(logits, labels).masked_fill(left_out, 0.0).sum(1)
+
+
+KINDS = {"softmax": softmax_terms, "sigmoid": sigmoid_terms}
 
 
 class Equalization(PerSampleLoss):
     """-log(exp(z_y) / sum_k w_k exp(z_k)), w_k = 1 - b_k * 1[pi_k < threshold] * (1 - y_k), b_k ~ Bernoulli(gamma).
 
-    A rare class leaves the denominator of other classes' samples, so those do not push its logit down. b is drawn for
-    every sample and class by `draw`, from a generator of its own; evaluations in between see the same draws. Without a
-    rare class this is cross-entropy.
+    A rare class leaves the denominator of other classes' samples, so those do not push its logit down. The sigmoid kind
+    is sum_k w_k BCE(sigmoid(z_k), y_k), where b_k is the same for all classes: so in the releases of CDB-CE and of
+    Difficulty-Net, after the paper's detectors.
+    b is drawn by `draw`, from a generator of its own: for every sample and class, of the sigmoid kind once a batch.
+    Evaluations in between see the same draws. Without a rare class this is cross-entropy, softmax or sigmoid.
 
+    kind: softmax or sigmoid.
     gamma: probability that a rare class is left out of a sample, in [0, 1].
     threshold: classes with a smaller share of the training set are rare, in [0, 1].
     seed: of the draws.
@@ -28,8 +46,16 @@ class Equalization(PerSampleLoss):
     rare: Tensor
     dropped: Tensor
 
-    def __init__(self, class_counts: ClassCounts, gamma: float = 0.9, threshold: float = 0.005, seed: int = 0) -> None:
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        kind: str = "softmax",
+        gamma: float = 0.9,
+        threshold: float = 0.005,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
+        self.terms = pick("kind of loss equalization", kind, KINDS)
         self.gamma = check_number("gamma", gamma, 0, 1 + 1e-9)
         share = class_counts.counts / class_counts.counts.sum()
         rare = torch.from_numpy(share < check_number("threshold", threshold, 0, 1 + 1e-9))
@@ -42,7 +68,11 @@ class Equalization(PerSampleLoss):
         """Draw b for the next batch; the buffer keeps its storage while the batch size stays the same."""
         if len(self.dropped) != batch_size:
             self.dropped = self.rare.new_zeros(batch_size, len(self.rare))
-        self.dropped.bernoulli_(self.gamma, generator=self._generator()).logical_and_(self.rare)
+        if self.terms is sigmoid_terms:
+            drawn = torch.zeros(1, dtype=torch.bool, device=self.rare.device)
+            self.dropped.copy_(drawn.bernoulli_(self.gamma, generator=self._generator()).logical_and(self.rare))
+        else:
+            self.dropped.bernoulli_(self.gamma, generator=self._generator()).logical_and_(self.rare)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         if len(labels) != len(self.dropped):
@@ -51,8 +81,7 @@ class Equalization(PerSampleLoss):
                 "call draw(batch_size) once an iteration, before the loss"
             )
         own = F.one_hot(labels, logits.shape[1]).bool()
-        kept = at_least_float32(logits).masked_fill(self.dropped & ~own, float("-inf"))
-        return F.cross_entropy(kept, labels, reduction="none")
+        return self.terms(at_least_float32(logits), labels, self.dropped & ~own)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, so that a resumed run draws what the uninterrupted one would have."""

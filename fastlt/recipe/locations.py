@@ -13,9 +13,14 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The files of the recipes that fastlt ships, by name; a name says nothing of the folder."""
+    return {path.stem: path for path in sorted(SHIPPED.rglob("*.yaml")) if path.parent != SHIPPED / "base"}
+
+
 def shipped_names() -> list[str]:
     """The names of the recipes that fastlt ships."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return sorted(shipped_recipes())
 
 
 def find_recipe(word: str | Path) -> Path:
@@ -24,10 +29,10 @@ def find_recipe(word: str | Path) -> Path:
     A file that is there goes before a shipped one. RecipeError when there is neither.
     """
     path = expanded(str(word))
-    shipped = SHIPPED / f"{str(word).removesuffix('.yaml')}.yaml"
     if path.exists():
         return path
-    if len(path.parts) == 1 and shipped.is_file():
+    shipped = shipped_recipes().get(str(word).removesuffix(".yaml"))
+    if shipped is not None:
         return shipped
     raise RecipeError(
         f"{word}: cannot be read (no such file); give the path of a recipe file, or the name of one that fastlt ships"

@@ -21,12 +21,15 @@ class DifficultyOptions(LearnedWeightOptions):
     """Options of the methods difficulty and sample_difficulty.
 
     hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes.
+    meta_weight: weight of the meta loss in Eq. 10; at 0 the driver loss alone trains the network, as in the authors'
+        release, which loses the meta-gradient.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
     driver_target: target of the driver loss, relative or absolute difficulty; see
         `fastlt.meta.difficulty.driver_target`.
     """
 
     hidden: int | None = field(default=None, metadata=WIDTH)
+    meta_weight: float = field(default=1.0, metadata=at_least(0))
     driver_weight: float = field(default=0.3, metadata=at_least(0))
     driver_target: str = "relative"
 
@@ -59,8 +62,9 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     def objective(self, seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         class_gradient = meta_gradient.sum_by_class(per_sample, run.labels, len(seen))
         self.reducer.mean_([class_gradient])
+        options = self.options
         scalar, driver = difficulty_gradient_loss(
-            self.net, seen, class_gradient, self.options.driver_weight, self.options.driver_target
+            self.net, seen, options.meta_weight * class_gradient, options.driver_weight, options.driver_target
         )
         return scalar, {"driver_loss": driver, "meta_grad_norm": class_gradient.norm()}
 

@@ -60,6 +60,11 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
         """What is added to the meta loss, 0-d, from V's values (B,) and the losses (B,) they belong to."""
         return None
 
+    @property
+    def meta_weight(self) -> float:
+        """The weight of the meta loss in what V descends."""
+        return 1.0
+
     def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
         """What V sees are the losses (B,) of all processes."""
         run = self.training_pass(batch)
@@ -73,7 +78,7 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
         gradient = self.reducer.gather(per_sample) / self.reducer.world_size
         values = self.net(seen)
         # The inner product with dL_meta/dw has the gradient of the meta loss.
-        scalar = torch.dot(gradient.detach().to(values.dtype), batch_weights(values))
+        scalar = self.meta_weight * torch.dot(gradient.detach().to(values.dtype), batch_weights(values))
         metrics = {"meta_grad_norm": gradient.norm()}
         regulariser = self.regulariser(values, seen)
         if regulariser is None:
@@ -108,6 +113,10 @@ class SampleDifficultyStep(SampleWeightStep[DifficultyOptions]):
     """
 
     Options = DifficultyOptions
+
+    @property
+    def meta_weight(self) -> float:
+        return self.options.meta_weight
 
     def widths(self) -> tuple[int, ...]:
         width = self.options.hidden or hidden_width(self.parts.class_counts.num_classes)

@@ -77,8 +77,21 @@ class ReferenceTrainer:
     """Algorithm 1, line by line, on a model and a Difficulty-Net it owns."""
 
     def __init__(
-        self, model, net, *, lr, momentum, weight_decay, net_lr, net_weight_decay, driver_weight, target, loss
+        self,
+        model,
+        net,
+        *,
+        lr,
+        momentum,
+        weight_decay,
+        net_lr,
+        net_weight_decay,
+        driver_weight,
+        target,
+        loss,
+        meta_weight=1.0,
     ):
+        self.meta_weight = meta_weight
         self.model, self.net, self.lr, self.loss = model, net, lr, loss
         self.driver_weight, self.target = driver_weight, target
         self.sgd = torch.optim.SGD(
@@ -88,9 +101,8 @@ class ReferenceTrainer:
 
     def iterate(self, batch, meta_batch, meta_set, num_classes) -> None:
         accuracy = accuracy_of(self.model, *meta_set, num_classes)
-        objective = meta_objective(
-            self.model, self.net, accuracy, batch, meta_batch, lr=self.lr, loss=self.loss
-        ) + self.driver_weight * driver(self.net, accuracy, self.target)
+        meta = meta_objective(self.model, self.net, accuracy, batch, meta_batch, lr=self.lr, loss=self.loss)
+        objective = self.meta_weight * meta + self.driver_weight * driver(self.net, accuracy, self.target)
         self.adam.zero_grad()
         objective.backward()
         self.adam.step()

@@ -19,6 +19,7 @@ from fastlt.augment.operations import (
     GaussianBlur,
     Grayscale,
     RandAugment,
+    RandomCrop,
     RandomResizedCrop,
     RandomRotation,
     Shape,
@@ -488,6 +489,21 @@ def test_color_jitter_draws_factors_and_orders_uniformly():
     observed = Counter(map(tuple, orders.tolist()))
     assert len(observed) == 24
     assert chi_square_is_plausible(observed, dict.fromkeys(observed, 1 / 24), count)
+
+
+@pytest.mark.parametrize(("reflect", "padding"), [(4, 4), (4, 0), (7, 1)])
+def test_crops_over_a_mirrored_border_are_those_of_torchvision(reflect, padding):
+    """All places of a square of 8 pixels, in images of 8 x 8."""
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    padded = TF.pad(TF.pad(images, reflect, padding_mode="reflect"), padding)
+    operation = RandomCrop(8, padding=padding, reflect=reflect)
+    places = 2 * (reflect + padding) + 1
+    rows, columns = (c.flatten() for c in torch.meshgrid(torch.arange(places), torch.arange(places), indexing="ij"))
+    out = operation.apply(images.expand(len(rows), 3, 8, 8), rows * padded.shape[3] + columns)
+    for crop, row, column in zip(out, rows.tolist(), columns.tolist(), strict=True):
+        assert torch.equal(crop, padded[0, :, row : row + 8, column : column + 8])
+    drawn = operation.draw(Shape(5000, 8, 8), torch.Generator().manual_seed(1))
+    assert set((rows * padded.shape[3] + columns).tolist()) == set(drawn.tolist())
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (40, 56, 24), (100, 70, 16), (8, 8, 20)])

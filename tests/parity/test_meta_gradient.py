@@ -328,21 +328,22 @@ def make_step(loss_name, model, meta_set, counts, lr, **options):
 
 
 @pytest.mark.parametrize(
-    ("loss_name", "target", "lean"),
+    ("loss_name", "target", "lean", "meta_weight"),
     [
-        ("cross_entropy", "relative", False),
-        ("balanced_softmax", "absolute", False),
-        ("cross_entropy", "absolute", True),
+        ("cross_entropy", "relative", False, 1),
+        ("balanced_softmax", "absolute", False, 1),
+        ("cross_entropy", "absolute", True, 0.4),
+        ("cross_entropy", "relative", False, 0),  # the driver loss alone, as in the authors' release
     ],
 )
-def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_name, target, lean):
+def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_name, target, lean, meta_weight):
     torch.manual_seed(3)
     counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
     model = build_model("cifar_resnet8", num_classes=CLASSES).double().train()
     meta_set = (torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8), torch.arange(20) % CLASSES)
     lr = 0.1
     slow_model = copy.deepcopy(model)
-    step = make_step(loss_name, model, meta_set, counts, lr, driver_target=target, lean=lean)
+    step = make_step(loss_name, model, meta_set, counts, lr, driver_target=target, lean=lean, meta_weight=meta_weight)
     slow_net = copy.deepcopy(step.net)
     prepare = Float64Augment()
     shift = torch.log(torch.from_numpy(counts.counts).double()) if loss_name == "balanced_softmax" else 0.0
@@ -356,6 +357,7 @@ def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_
         net_weight_decay=1e-4,
         driver_weight=0.3,
         target=target,
+        meta_weight=meta_weight,
         loss=lambda logits, labels: F.cross_entropy(logits + shift, labels, reduction="none"),
     )
     for _ in range(10):

@@ -19,7 +19,8 @@ from loaders.sources import open_source
 from loaders.stored.convert import conversion_request, convert
 from loaders.stored.ffcv_format import FfcvOptions
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 ROWS = [p for p in RECIPES if p.parent.name != "base"]
 CLASSES = 4
 NETWORKS = ("digits_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "places_lt", "inaturalist2018")
@@ -58,12 +59,12 @@ def header(path: Path) -> str:
 def test_a_recipe_parses_and_its_header_gives_the_command_and_the_cost(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert f"accelerate launch fastlt/train.py recipes/{path.name}" in header(path)
+    assert f"accelerate launch fastlt/train.py recipes/{path.relative_to(FOLDER)}" in header(path)
     assert "Cost:" in header(path)
     if recipe.data.source == "list_file":
         # The command that converts stands in the row or in its base.
         bases = yaml.safe_load(path.read_text())["base"]
-        text = header(path) + "".join(header(path.parent / base) for base in bases)
+        text = header(path) + "".join(header(FOLDER / base) for base in bases)
         command, *options = conversion_command(recipe.data, Path(recipe.data.converted)).split(" --")
         assert f"#   {command} --out " in text
         for option in options:
@@ -105,7 +106,7 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
         "data.image_size=8" if recipe.data.source == "digits" else f"data.image_size={min(32, recipe.data.image_size)}",
     ]
     if small:
-        words += ["data.source=digits", "data.imbalance_factor=20", "data.image_size=8"]
+        words += ["data.source=digits", "data.imbalance_factor=20", "data.image_size=8", "data.meta_per_class=10"]
     else:
         words += ["data.source=list_file", "data.meta_per_class=2"]
     for name, stage in recipe.stages.items():

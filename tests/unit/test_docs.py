@@ -10,6 +10,7 @@ import pytest
 from fastlt.cli import COMMANDS
 from fastlt.commands.benchmark import BENCHMARKS
 from fastlt.losses.factory import LOSSES
+from fastlt.recipe.locations import shipped_names
 from fastlt.steps import STEPS
 from loaders.order.sampling import SAMPLINGS
 
@@ -59,7 +60,7 @@ def test_paths_of_the_repository_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", names(PAGES))
 def test_recipes_that_a_page_names_exist(page):
     for recipe in RECIPE.findall(page.read_text(encoding="utf-8")):
-        assert (ROOT / "recipes" / f"{recipe}.yaml").exists(), f"there is no recipe {recipe}"
+        assert recipe in shipped_names(), f"there is no recipe {recipe}"
 
 
 @pytest.mark.parametrize("page", names(CURRENT))
@@ -85,6 +86,5 @@ def test_every_method_loss_and_sampling_has_its_paragraph():
 
 def test_every_row_of_the_tables_is_named_in_methods():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    unnamed = sorted(recipes - set(RECIPE.findall(text)))
+    unnamed = sorted(set(shipped_names()) - set(RECIPE.findall(text)))
     assert not unnamed, f"docs/methods.md does not name these, or not as RECIPE has it: {', '.join(unnamed)}"

@@ -140,12 +140,38 @@ def test_equalization_equals_the_reference_for_its_draws():
     assert not loss.dropped[:, ~rare].any()
 
 
+@pytest.mark.parametrize("dropped", [True, False])
+def test_sigmoid_equalization_equals_the_reference_for_its_one_draw(dropped):
+    logits, labels = batch(40)
+    loss = build_loss("equalization", class_counts(), kind="sigmoid", gamma=float(dropped), threshold=0.05)
+    loss.draw(40)
+    rare = COUNTS / COUNTS.sum() < 0.05
+    expected = []
+    for z, y in zip(logits.numpy(), labels.tolist(), strict=True):
+        p = [1 / (1 + math.exp(-v)) for v in z]
+        terms = [-math.log(p[k]) if k == y else -math.log(1 - p[k]) for k in range(len(z))]
+        expected.append(sum(t for k, t in enumerate(terms) if k == y or not (rare[k] and dropped)))
+    torch.testing.assert_close(loss(logits, labels), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_sigmoid_equalization_draws_once_a_batch():
+    loss = build_loss("equalization", class_counts(), kind="sigmoid", gamma=0.7, threshold=0.05)
+    draws = []
+    for _ in range(400):
+        loss.draw(3)
+        assert not loss.dropped[:, :3].any()
+        draws.append(loss.dropped[:, 3:].double().mean().item())
+    assert set(draws) == {0.0, 1.0}
+    assert np.mean(draws) == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / 400))
+
+
 # ---- forward mode, precision ----------------------------------------------------------------------------------------
 
 
 def everything():
     yield from ((name, options) for name, options, _ in CASES.values())
     yield "equalization", {"threshold": 0.05}
+    yield "equalization", {"threshold": 0.05, "kind": "sigmoid"}
 
 
 def built(name, options, num):
