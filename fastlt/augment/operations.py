@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic
+from typing import ClassVar, Generic, Literal
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class RandomRotation(Operation[Tensor]):
     """
 
     degrees: float
-    interpolation: str = "nearest"
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
 
     def __post_init__(self) -> None:
         require_number("random_rotation", "degrees", self.degrees, 0, 180)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -94,7 +96,7 @@ class ClassBalanced(DeferredWeights):
     def __init__(
         self,
         class_counts: ClassCounts,
-        kind: str = "softmax",
+        kind: Literal["softmax", "sigmoid", "focal"] = "softmax",
         beta: float = 0.9999,
         gamma: float = 1.0,
         from_epoch: int = 0,

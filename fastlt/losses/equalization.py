@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +51,7 @@ class Equalization(PerSampleLoss):
     def __init__(
         self,
         class_counts: ClassCounts,
-        kind: str = "softmax",
+        kind: Literal["softmax", "sigmoid"] = "softmax",
         gamma: float = 0.9,
         threshold: float = 0.005,
         seed: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class DifficultyOptions(LearnedWeightOptions):
     hidden: int | None = field(default=None, metadata=WIDTH)
     meta_weight: float = field(default=1.0, metadata=at_least(0))
     driver_weight: float = field(default=0.3, metadata=at_least(0))
-    driver_target: str = "relative"
+    driver_target: Literal["relative", "absolute"] = "relative"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -300,7 +300,7 @@ class LearnedWeightOptions(MetaOptions):
     weight_decay: float = field(default=1e-4, metadata=at_least(0))
     approximate: Approximation = field(default_factory=Approximation)
     lean: bool = False
-    tangent: str = "fp32"
+    tangent: Literal["fp32", "autocast"] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
