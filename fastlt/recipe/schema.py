@@ -281,7 +281,8 @@ class Recipe:
     checkpoints_kept: how many checkpoints of each kind are kept, the newest and those before it; an earlier one serves
         when the newest is found damaged.
     num_threads: CPU threads of torch; null shares the usable cores among processes.
-    trackers: experiment trackers of Accelerate that get the log too.
+    trackers: experiment trackers of Accelerate, such as [tensorboard]. They get the recipe, the log, the metrics of the
+        test split, and histograms of the weights and accuracies of the classes.
     """
 
     name: str = field(metadata=HARMLESS)

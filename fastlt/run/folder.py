@@ -16,6 +16,11 @@ def inputs_file(folder: Path) -> Path:
     return folder / "inputs.json"
 
 
+def tracker_id_file(folder: Path) -> Path:
+    """By what name experiment trackers know the run; only there when it has any."""
+    return folder / "trackers.json"
+
+
 def log_file(folder: Path) -> Path:
     """One JSON object a line."""
     return folder / "log.jsonl"

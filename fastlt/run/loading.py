@@ -145,6 +145,12 @@ def stage_classes(context: RunContext, stage: StageRecipe) -> np.ndarray:
     return context.counts.shot_masks()[stage.classes]
 
 
+def iterations_per_epoch(context: RunContext, stage: StageRecipe) -> int:
+    """The training batches of an epoch, as many as its loader will have."""
+    images = stage_classes(context, stage)[context.dataset.labels("train")].sum()
+    return int(images) // batch_size(stage, "train")
+
+
 def augmentations(data: DataRecipe) -> dict[str, list]:
     """What the recipe asks for on the device, by the names of `STREAMS`."""
     return {

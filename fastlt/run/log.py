@@ -1,4 +1,4 @@
-"""The output of a run: a JSONL file, trackers, a progress bar, and the table at the end."""
+"""The output of a run: a JSONL file, a progress bar, and the table at the end."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastlt import strict_json
 from fastlt.run.checkpoint import RunFileError, not_written, write_atomically
-from fastlt.run.context import RunContext
-from fastlt.run.folder import damaged_log_file, log_file
+from fastlt.run.folder import damaged_log_file
 from fastlt.state import ClassCounts
 
 log = logging.getLogger(__name__)
 
+IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 SHOWN = 5  # broken lines that a message names
 
 
 class RunLog:
     """Appends one JSON object a line to `log.jsonl`; on resuming, forgets what was logged after the checkpoint.
 
-    Only the main process writes (`enabled`); the others count along. `track(values, iteration)`, when given, passes
-    the numbers on to experiment trackers.
+    Only the main process writes (`enabled`); the others count along.
     """
 
-    def __init__(self, path: Path, *, enabled: bool, track: Callable[[dict, int], None] | None = None) -> None:
-        self.path, self.enabled, self.track = path, enabled, track
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
         self.file = None
 
     def open(self, upto_iteration: int) -> None:
@@ -59,8 +58,6 @@ class RunLog:
             self.file.flush()
         except OSError as error:
             raise RunFileError(not_written(self.path, error)) from None
-        if self.track is not None:
-            self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, iteration)
 
     def close(self) -> None:
         """Close the file; writing again needs `open`."""
@@ -93,19 +90,6 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], str]:
     return lines, f"line {', '.join(broken[:SHOWN])}{more} cannot be read" if broken else ""
 
 
-def make_log(context: RunContext) -> RunLog:
-    """The log of a run; starts its trackers."""
-    accelerator = context.accelerator
-    if not context.recipe.trackers:
-        return RunLog(log_file(context.folder), enabled=context.main)
-    accelerator.init_trackers("fastlt", init_kwargs={})
-    return RunLog(
-        log_file(context.folder),
-        enabled=context.main,
-        track=lambda values, iteration: accelerator.log(values, step=iteration),
-    )
-
-
 def shot_means(name: str, per_class: Tensor, counts: ClassCounts) -> dict[str, float]:
     """The mean of (C,) values over the classes of each group that has any, as "<name>_<group>"."""
     return {
@@ -115,19 +99,29 @@ def shot_means(name: str, per_class: Tensor, counts: ClassCounts) -> dict[str, f
     }
 
 
-def progress_bar(total: int, done: int, description: str, *, enabled: bool) -> tqdm:
-    """A bar over iterations, redrawn twice a second; in a log file, where nothing can be redrawn, once a minute."""
-    interval_s = 0.5 if sys.stderr.isatty() else 60.0
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=description,
-        disable=not enabled,
-        unit="it",
-        mininterval=interval_s,
-        maxinterval=max(10.0, interval_s),
-        dynamic_ncols=True,
-    )
+class StageBar(tqdm):
+    """The progress line of a stage; in a notebook, a widget. left: asked for the time that the run will take still.
+
+    Redrawn twice a second; in a log file, where nothing can be redrawn, once a minute.
+    """
+
+    def __init__(self, total: int, done: int, title: str, left: Callable[[], str], *, enabled: bool) -> None:
+        self.left = left
+        drawn = IN_NOTEBOOK or sys.stderr.isatty()
+        super().__init__(
+            total=total,
+            initial=done,
+            desc=title,
+            disable=not enabled,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {left}{postfix}]",
+            mininterval=0.5 if drawn else 60.0,
+            maxinterval=10.0 if drawn else 60.0,
+            dynamic_ncols=True,
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "left": self.left()}
 
 
 def percent(value: float | None) -> str:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, build_model, check_padded_pooling
 from fastlt.models.pretrained import check_reachable
-from fastlt.names import pick, shortened
+from fastlt.names import shortened
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
@@ -23,6 +22,7 @@ from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main
 from fastlt.run.network import check_network
 from fastlt.run.recorded import changed, is_complete, readable_result, recorded_inputs, recorded_recipe
+from fastlt.run.trackers import check_trackers
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
@@ -240,17 +240,6 @@ def check_model(context: RunContext, model: Classifier) -> None:
                 f"{recipe.model.checkpoint} has none for {context.counts.num_classes} classes and "
                 f"model.head={recipe.model.head}; use method crt for a new one, or another checkpoint"
             )
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """ValueError for trackers that Accelerate does not know, or whose package is absent; it would ignore those."""
-    for name in recipe.trackers:
-        pick("tracker", name, LOGGER_TYPE_TO_CLASS)
-    absent = set(recipe.trackers) - {str(one.value) for one in get_available_trackers()}
-    if absent:
-        raise ValueError(
-            f"trackers: the packages of {sorted(absent)} are not installed; pip install them, or leave them out"
-        )
 
 
 def check_without_data(recipe: Recipe) -> None:

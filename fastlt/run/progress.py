@@ -1,9 +1,9 @@
-"""Where a run stands, and the time it has taken."""
+"""Where a run stands, the time it has taken, and the time it will take still."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,9 +119,107 @@ class Stopwatch:
         self.start()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with the time spent waiting for each added to the progress."""
+        """The same batches, with the time spent waiting for each added to the progress.
+
+        The wait for the first is left out, of the time of training too: loaders compile and start workers in it.
+        """
+        with self.paused():
+            batch = next(batches)
         while True:
+            yield batch
             started = time.perf_counter()
             batch = next(batches)
             self.progress.wait_s += time.perf_counter() - started
-            yield batch
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a run before its loaders are open. iterations, evaluate_every: in iterations."""
+
+    name: str
+    method: str
+    batch_size: int
+    iterations: int
+    evaluate_every: int
+
+    def evaluations_after(self, done: int) -> int:
+        """The evaluations that come after so many iterations; the last iteration has one in any case."""
+        regular = self.iterations // self.evaluate_every - done // self.evaluate_every
+        return regular + (done < self.iterations and self.iterations % self.evaluate_every > 0)
+
+
+class TimeLeft:
+    """How long a run will take still, over all stages, with their evaluations and the test at the end.
+
+    A stage goes by its own rate once it has one, and until then by that of the latest stage, of the same method if
+    there is one, image for image.
+
+    progress: where the run stands. stages: of the recipe. tested: images of the tests for one of an evaluation.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        stages: Sequence[PlannedStage],
+        tested: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.progress, self.stages, self.tested, self.clock = progress, stages, tested, clock
+        self.image_s: dict[str, float] = {}  # seconds for an image of training, by method; the latest at the end
+        self.evaluation_s: list[float] = []
+        self.began: tuple[float, int] | None = None
+
+    def begin(self) -> None:
+        """The first iteration in a stage is done, and all that compiles in it: from here on it counts."""
+        self.began = self.clock(), self.progress.iteration
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The time inside is that of an evaluation, and not of iterations."""
+        since = self.clock()
+        yield
+        self.evaluation_s.append(self.clock() - since)
+        if self.began is not None:
+            self.began = self.began[0] + self.evaluation_s[-1], self.began[1]
+
+    def iteration_s(self) -> float | None:
+        """Seconds an iteration of the stage that is being trained; None before the second one."""
+        if self.began is None or self.progress.iteration == self.began[1]:
+            return None
+        return (self.clock() - self.began[0]) / (self.progress.iteration - self.began[1])
+
+    def seconds(self) -> tuple[float, bool] | None:
+        """The time left, and whether all of its parts have been measured; None where nothing has."""
+        current, *later = self.stages[self.progress.stage :]
+        rate = self.iteration_s()
+        if rate is None:
+            return None
+        self.image_s.pop(current.method, None)  # to put it at the end
+        self.image_s[current.method] = rate / current.batch_size
+        total = rate * (current.iterations - self.progress.iteration)
+        evaluations = current.evaluations_after(self.progress.iteration) + self.tested
+        latest = list(self.image_s.values())[-1]
+        for stage in later:
+            total += self.image_s.get(stage.method, latest) * stage.batch_size * stage.iterations
+            evaluations += stage.evaluations_after(0)
+        measured = bool(self.evaluation_s) and all(stage.method in self.image_s for stage in later)
+        mean = sum(self.evaluation_s) / len(self.evaluation_s) if self.evaluation_s else 0.0
+        return total + mean * evaluations, measured
+
+    def end(self) -> None:
+        """The stage is done, or given up."""
+        self.began = None
+
+    def __str__(self) -> str:
+        """`1:02:03 left`; `about` where a part has not been measured."""
+        left = self.seconds()
+        if left is None:
+            return "time left not known yet"
+        return f"{'' if left[1] else 'about '}{clock_time(left[0])} left"
+
+
+def clock_time(seconds: float) -> str:
+    """`2:03` of minutes, `1:02:03` of hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -21,6 +21,7 @@ from fastlt.run.context import RunContext
 from fastlt.run.folder import stage_checkpoint, versions
 from fastlt.run.loading import (
     StageLoaders,
+    iterations_per_epoch,
     make_augment,
     normaliser,
     open_stage_loaders,
@@ -28,6 +29,7 @@ from fastlt.run.loading import (
     whole_split,
 )
 from fastlt.run.optimizers import set_learning_rate, stage_optimizer
+from fastlt.run.progress import PlannedStage
 from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 
@@ -104,6 +106,16 @@ def build_stage(
         stage_models={earlier: stage_model(context, earlier) for earlier in kind.models_of_stages(options)},
     )
     return Stage(name, stage, kind(parts, options), loaders)
+
+
+def planned(context: RunContext) -> list[PlannedStage]:
+    """The stages of a recipe with their lengths in iterations, before any loader is open."""
+    stages = []
+    for name, stage in context.recipe.stages.items():
+        unit = 1 if stage.epochs is None else iterations_per_epoch(context, stage)
+        lengths = stage.length * unit, stage.evaluate_every * unit
+        stages.append(PlannedStage(name, stage.method, stage.batch_size, *lengths))
+    return stages
 
 
 def new_model(context: RunContext) -> Classifier:

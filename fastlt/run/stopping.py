@@ -45,7 +45,13 @@ class Stopping:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM let the iteration finish; a second one stops at once."""
+        """SIGINT and SIGTERM let the iteration finish; a second one stops at once.
+
+        In another thread than the main one nothing changes: signals do not reach it.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def stop(number, frame):
             if self._in_vain:  # sent by `_end_waits`
@@ -54,7 +60,7 @@ class Stopping:
                     raise WaitedInVain
                 return
             if self.received:
-                self._end_at_once(number)
+                self.end_at_once(number)
             self.received = number
             self.context.say("stopping after this iteration; a checkpoint will be saved")
             threading.Thread(target=self._end_waits, daemon=True, name="end-waits").start()
@@ -67,7 +73,7 @@ class Stopping:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _end_at_once(self, number: int) -> NoReturn:
+    def end_at_once(self, number: int) -> NoReturn:
         """End the process as a kill does, without a wait for a thread; a checkpoint from before is there."""
         if self.context.main:
             text = f"\nfastlt: stopped at once by signal {number}; the same command goes on from the last checkpoint\n"
@@ -102,9 +108,12 @@ class Stopping:
             self._in_vain = True
             os.kill(os.getpid(), self.received)  # wakes the main thread up, which raises, if it still waits
             if not self._left.wait(WAIT_S) and self._in_vain:
-                # It is in a library's call, which no signal ends.
-                self.context.say("stopped while waiting for images; the same command goes on from the last checkpoint")
-                os._exit(128 + self.received)
+                self.end_stuck_wait()
+
+    def end_stuck_wait(self) -> None:
+        """End the process from a thread of its own: the main one is in a library's call, which no signal ends."""
+        self.context.say("stopped while waiting for images; the same command goes on from the last checkpoint")
+        os._exit(128 + self.received)
 
     def agreed(self, save_is_due: bool, *, log_now: bool) -> tuple[int, bool]:
         """The signal that any process got (0: none), and whether one finds that a checkpoint is due.
@@ -120,3 +129,13 @@ class Stopping:
         answers = reducer.gather(torch.tensor([[self.received, save_is_due]], device=self.context.device))
         stop, due = answers.amax(0).tolist()
         return stop, bool(due)
+
+
+class StoppingInside(Stopping):
+    """In a program that is not ours, such as a notebook: nothing ends the process."""
+
+    def end_at_once(self, number: int) -> NoReturn:
+        raise KeyboardInterrupt(f"stopped at once by signal {number}")
+
+    def end_stuck_wait(self) -> None:
+        self.context.say("images are still waited for, in a call that cannot be interrupted")

@@ -18,18 +18,19 @@ from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.finite import not_finite
-from fastlt.run.folder import inputs_file, recipe_file, result_file
+from fastlt.run.folder import inputs_file, log_file, recipe_file, result_file
 from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
-from fastlt.run.log import make_log, percent, progress_bar, shot_means
+from fastlt.run.log import RunLog, StageBar, percent, shot_means
 from fastlt.run.main_process import on_main
 from fastlt.run.network import advice_on_network
 from fastlt.run.preflight import check_model
-from fastlt.run.progress import Progress, Stopwatch
+from fastlt.run.progress import Progress, Stopwatch, TimeLeft
 from fastlt.run.result import circumstances, make_result, set_aside_result
 from fastlt.run.saving import Checkpoints
-from fastlt.run.stage import Stage, build_stage, new_model, prepare_model
+from fastlt.run.stage import Stage, build_stage, new_model, planned, prepare_model
 from fastlt.run.stopping import Interrupted, Stopping, WaitedInVain
+from fastlt.run.trackers import Trackers
 from fastlt.state import Batch, StepOutput
 from loaders.stored.damage import ReaderError
 
@@ -37,18 +38,19 @@ from loaders.stored.damage import ReaderError
 class Trainer:
     """Trains what a recipe describes.
 
-    context: of `prepare`. Mistakes that only the network and the last checkpoint can show are refused while the trainer
-    is made, by a ValueError for the user; afterwards `fit` trains.
+    context: of `prepare`. stopping: how it stops before its end; by default as a process of its own does.
+    Mistakes that only the network and the last checkpoint can show are refused while the trainer is made, by a
+    ValueError for the user; afterwards `fit` trains.
     """
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, stopping: Stopping | None = None) -> None:
         self.context = context
         self.model = new_model(context)
         check_model(context, self.model)
         for line in advice_on_network(context.recipe, self.model):
             context.say(line)
-        self.log = make_log(context)
-        self.stopping = Stopping(context)
+        self.log, self.trackers = RunLog(log_file(context.folder), enabled=context.main), Trackers(context)
+        self.stopping = stopping or Stopping(context)
         self.evaluation = Evaluation(context, self.stopping.waited)
         self.checkpoints = Checkpoints(context)
         self.saved = self.checkpoints.load_last()
@@ -57,6 +59,9 @@ class Trainer:
         if others:
             context.say(f"last bits may differ from a run without a stop (before and now): {'; '.join(others)}")
         self.stopwatch = Stopwatch(self.progress)
+        tested, validated = (len(context.dataset.labels(split)) for split in ("test", "meta"))
+        # The test split is measured twice, with the last model and the best one.
+        self.time_left = TimeLeft(self.progress, planned(context), 2 * tested / validated)
 
     @property
     def folder(self) -> Path:
@@ -74,6 +79,7 @@ class Trainer:
             return self._fit()
         finally:
             self.log.close()
+            self.trackers.finish()
             unlock_folder(self.folder)
 
     def _fit(self) -> dict[str, Any]:
@@ -84,6 +90,7 @@ class Trainer:
             tqdm.write(advice, file=sys.stderr)
         on_main(context.accelerator, self._write_begin)
         on_main(context.accelerator, lambda: self.log.open(self.progress.done))
+        self.trackers.start(self.progress.done)
         for done in recipe.lineage(recipe.stages[names[self.progress.stage]])[:-1]:
             self.model = prepare_model(context, self.model, done)
         with self.stopping.on_signals():
@@ -93,7 +100,9 @@ class Trainer:
                     self.load_selected(names[index - 1])
                 self._run_stage(names[index])
                 self.progress.next_stage()
-        result = make_result(context, self.progress, self._test(names[-1]))
+        measured = self._test(names[-1])
+        result = make_result(context, self.progress, measured)
+        self.trackers.log("test", list(measured.values())[-1]["test"], self.progress.done)
         self.evaluation.close()
         on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
         context.accelerator.end_training()
@@ -142,13 +151,16 @@ class Trainer:
     def _run_stage(self, name: str) -> None:
         try:
             stage = self._start_stage(name)
-            bar = progress_bar(stage.iterations, self.progress.iteration, name, enabled=self.context.main)
+            bar = StageBar(
+                stage.iterations, self.progress.iteration, name, self.time_left.__str__, enabled=self.context.main
+            )
             try:
                 self._iterate(stage, bar)
                 # Also by a run that resumes here: it may have been stopped before this.
                 self.checkpoints.save_model("last", name, self.model, self.progress)
             finally:
                 bar.close()
+                self.time_left.end()
                 stage.loaders.close()
         except (WaitedInVain, ReaderError):
             if not self.stopping.received:
@@ -173,7 +185,7 @@ class Trainer:
             self.context.say(f"stage {name}: {advice}")
         return stage
 
-    def _iterate(self, stage: Stage, bar: tqdm) -> None:
+    def _iterate(self, stage: Stage, bar: StageBar) -> None:
         """The iterations of a stage that are left."""
         progress, stopwatch, train, meta = self.progress, self.stopwatch, stage.loaders.train, stage.loaders.meta
         batches = self.stopping.waited(stopwatch.timed(endless(train, progress.iteration)))
@@ -200,6 +212,8 @@ class Trainer:
             if log_now:
                 self._log_training(stage, output, bar)
             stopwatch.lap()
+            if self.time_left.began is None:
+                self.time_left.begin()
             bar.update()
             # Asked once: between two questions a signal could come that ends the run without a checkpoint.
             stop, save_is_due = self.stopping.agreed(self.checkpoints.due(), log_now=log_now)
@@ -207,7 +221,8 @@ class Trainer:
             if evaluate or stop or save_is_due:
                 self._check_finite(stage, output)
             if evaluate:
-                self._validate(stage, output)
+                with self.time_left.evaluating():
+                    self._validate(stage, output)
             if evaluate or stop or save_is_due:
                 self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
             if stop:
@@ -228,7 +243,7 @@ class Trainer:
             self.context.say(f"stage {stage.name}: {took if reason is None else f'not compiled: {reason}'}")
         return iterate
 
-    def _log_training(self, stage: Stage, output: StepOutput, bar: tqdm) -> None:
+    def _log_training(self, stage: Stage, output: StepOutput, bar: StageBar) -> None:
         """The one place in the loop that waits for the device."""
         loss, lr = self._finite_loss(stage, output), float(stage.step.lr)
         self.stopwatch.lap()
@@ -237,11 +252,14 @@ class Trainer:
         if "weight" in output.per_class:
             progress.class_weights = output.per_class["weight"].detach().clone()
             metrics |= shot_means("weight", progress.class_weights, self.context.counts)
-        speed, wait = progress.img_s, progress.data_wait_share
-        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.3g}", "img_s": f"{speed:.0f}", "wait": f"{100 * wait:.1f}%"}
+        wait, iteration_s = progress.data_wait_share, self.time_left.iteration_s()
+        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.3g}", "wait": f"{100 * wait:.1f}%"}
+        if iteration_s is not None:
+            shown["img_s"] = f"{stage.recipe.batch_size / iteration_s:.0f}"
         bar.set_postfix(shown, refresh=False)
-        values = {"loss": loss, "lr": lr, "img_s": speed, "data_wait_share": wait, **metrics}
+        values = {"loss": loss, "lr": lr, "img_s": progress.img_s, "data_wait_share": wait, **metrics}
         self.log.write("train", progress.done, stage=stage.name, **values)
+        self.trackers.log("train", values, progress.done)
 
     def _validate(self, stage: Stage, output: StepOutput) -> None:
         """Measure the validation split, and keep the model where it may be the stage's."""
@@ -250,6 +268,8 @@ class Trainer:
         if values["ece"] is None:
             raise self._diverged(stage, ["outputs of the network for the validation split"])
         self.log.write("evaluation", progress.done, stage=stage.name, split="meta", **values, **per_class)
+        self.trackers.log("validation", values, progress.done)
+        self.trackers.log_per_class(per_class, progress.done)
         at_end = progress.iteration == stage.iterations
         for select in progress.validated(values["top1"], at_end=at_end):
             if select in ("best", stage.recipe.select):
