@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, TypeVar
 
+from fastlt.models.adapters import merge_adapters, read_adapter
 from fastlt.models.checkpoints import load_weights
 from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family, width_of
+from fastlt.models.frozen_part import FrozenPart, content_hash
 from fastlt.models.heads import HEADS, Head
 from fastlt.models.pretrained import check_reachable
 from fastlt.models.trained_part import frozen_norms, trained_parameters
@@ -39,7 +41,7 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
 
     frozen: names of the backbone's parameters that no method trains. frozen_norms: names of its BatchNorm layers that
     stay in eval mode when the model is put into train mode. Both begin with "backbone."; see
-    `fastlt.models.trained_part`.
+    `fastlt.models.trained_part`. frozen_part: frozen weights of a pretrained backbone, which checkpoints go without.
     """
 
     backbone: BackboneT
@@ -48,6 +50,7 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
     head_is_trained = False
     frozen: frozenset[str] = frozenset()
     frozen_norms: frozenset[str] = frozenset()
+    frozen_part: FrozenPart | None = None
 
     def __init__(self, backbone: BackboneT, head: HeadT, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -72,6 +75,13 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
         for name in self.frozen_norms:
             self.get_submodule(name).training = False
         return self
+
+    def merged(self) -> Self:
+        """A copy with the adapters merged into the weights where that can be, see `merge_adapters`; none is frozen."""
+        copied = copy.deepcopy(self)
+        merge_adapters(copied)
+        copied.frozen, copied.frozen_norms, copied.frozen_part = frozenset(), frozenset(), None
+        return copied
 
     def moving_buffers(self) -> dict[str, Tensor]:
         """All buffers but the statistics of `frozen_norms`, by name."""
@@ -186,6 +196,7 @@ def build_model(
     expert_width: float = 0.75,
     train: str | Sequence[str] = "all",
     norm: str | None = None,
+    adapt: str | Mapping[str, Any] | None = None,
 ) -> Classifier:
     """A classifier of `num_classes` classes on the timm backbone `name` (ours are registered with timm too).
 
@@ -196,6 +207,7 @@ def build_model(
     image_size: for backbones that are built for one input size (ViT, Swin, ...); others take any size and ignore it.
     experts: an `ExpertClassifier` of so many, each of `expert_width` times the backbone's width, for ResNets.
     train, norm: what of the backbone is trained, see `fastlt.models.trained_part`.
+    adapt: adapters in a frozen backbone, which are trained beside what `train` names; see `fastlt.models.adapters`.
     Raises ValueError for an unknown name, a name without pretrained weights or with such as cannot be fetched, or an
     option the backbone does not take.
     """
@@ -223,17 +235,39 @@ def build_model(
         classifier = ExpertClassifier(backbone, ExpertHead(create_head, experts), drop_rate)
     if checkpoint is not None:
         classifier.head_is_trained = load_weights(classifier, checkpoint)
-    _freeze(classifier, train, norm)
+    source = f"{name}'s pretrained weights" if pretrained else None if checkpoint is None else str(checkpoint)
+    _freeze(classifier, train, norm, adapt, name, source)
     return classifier
 
 
-def _freeze(model: Classifier, train: str | Sequence[str], norm: str | None) -> None:
-    """Freeze what of the backbone is not trained, and note it for `Classifier.unfreeze` and `Classifier.train`."""
-    trained = trained_parameters(model.backbone, train)
-    names = {name for name, _ in model.backbone.named_parameters()}
-    model.frozen = frozenset(f"backbone.{name}" for name in names - trained)
-    model.frozen_norms = frozenset(f"backbone.{name}" for name in frozen_norms(model.backbone, norm, trained))
+def _freeze(
+    model: Classifier,
+    train: str | Sequence[str],
+    norm: str | None,
+    adapt: str | Mapping[str, Any] | None,
+    name: str,
+    source: str | None,
+) -> None:
+    """Put adapters in, freeze what of the backbone is not trained, and note it in `model`; see `build_model`.
+
+    source: of the backbone's weights, if they are pretrained.
+    """
+    backbone = model.backbone
+    adapter = None if adapt is None else read_adapter(adapt)
+    # Adapters give parameters other names: what is trained is asked for by the names that they have in timm.
+    before = {id(parameter): own for own, parameter in backbone.named_parameters()}
+    asked = trained_parameters(backbone, "head" if adapter is not None and train == "all" else train)
+    if adapter is not None:
+        asked |= adapter.trains(backbone)
+        adapter.insert(backbone, model.head.out_features)
+    after = dict(backbone.named_parameters())
+    trained = {own for own, parameter in after.items() if before.get(id(parameter)) in {None, *asked}}
+    model.frozen = frozenset(f"backbone.{own}" for own in after if own not in trained)
+    model.frozen_norms = frozenset(f"backbone.{own}" for own in frozen_norms(backbone, norm, trained))
     model.unfreeze()
+    if source is not None and model.frozen:
+        kept = {before[id(parameter)]: parameter for own, parameter in after.items() if own not in trained}
+        model.frozen_part = FrozenPart(name, source, content_hash(kept))
 
 
 def forward_mode_safe(model: nn.Module) -> nn.Module:

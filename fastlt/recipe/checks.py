@@ -14,6 +14,7 @@ from pathlib import Path
 from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
+from fastlt.models.adapters import read_adapter
 from fastlt.names import shortened
 from fastlt.optim import check_optimizer
 from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
@@ -185,9 +186,12 @@ def trained_part(recipe: Recipe) -> Iterator[str]:
         yield "model.train: is []; name modules or parameters of the backbone, or take head for none of them"
     if model.experts is not None and not model.trains_all:
         yield (
-            "model.experts: is set, and a part of the network is to be kept (model.train, model.norm); experts begin "
-            "with random weights and are trained whole: leave one of the two out"
+            "model.experts: is set, and a part of the network is to stay (model.train, model.norm, model.adapt); "
+            "experts begin with random weights and are trained whole: leave one of the two out"
         )
+    adapt = model.adapt
+    if adapt is not None:
+        yield from refused("model.adapt", lambda: read_adapter(adapt))
 
 
 # The run
@@ -314,8 +318,9 @@ def allowed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
 def trained_part_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if not recipe.model.trains_all and not STEPS[stage.method].allows.trained_part:
         yield (
-            f"method: is {stage.method!r}, which trains the whole network, but model.train is {recipe.model.train!r} "
-            f"and model.norm {recipe.model.norm!r}; leave them out, or take another method"
+            f"method: is {stage.method!r}, which trains the whole network, but model.train is {recipe.model.train!r}, "
+            f"model.norm {recipe.model.norm!r} and model.adapt {recipe.model.adapt!r}; leave them out, or take another "
+            "method"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 
 from fastlt.augment import AUGMENTATIONS
 from fastlt.losses import LOSSES
+from fastlt.models.adapters import ADAPTERS
 from fastlt.ranges import RANGE
 from fastlt.recipe.schema import (
     AccuracyRecipe,
@@ -60,6 +61,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
 )
 # Keys whose values are names of a table that has a section of its own.
 LINKS: dict[tuple[type, str], str] = {
+    (ModelRecipe, "adapt"): "an [adapter](#adapters), or null",
     (StageRecipe, "method"): "a [method](#methods)",
     (StageRecipe, "options"): "those of the [method](#methods)",
     (StageRecipe, "optimizer"): "a name of `timm.optim.list_optimizers()`",
@@ -92,6 +94,13 @@ def reference() -> str:
     parts.append(_methods())
     for name, step in STEPS.items():
         parts.append(_section(f"### `{name}`", summary(step), _keys_of(step.Options)))
+    parts.append(
+        "## Adapters\n\n`model.adapt`: a name alone, or a mapping of the name to its options: "
+        "`adapt: {lora: {rank: 4, targets: [qkv, fc1]}}`. lora, dora, lokr and ia3 need "
+        "`pip install 'fastlt[adapt]'`.\n"
+    )
+    for name, adapter in ADAPTERS.items():
+        parts.append(_section(f"### `{name}`", summary(adapter), _keys_of(adapter)))
     parts.append("## Losses\n\n`stages.NAME.loss`, and its options in `stages.NAME.loss_options`.\n")
     for name, loss in LOSSES.items():
         parts.append(_section(f"### `{name}`", summary(loss), _keys_of_parameters(loss)))

@@ -135,6 +135,8 @@ class ModelRecipe:
         characters. The rest is frozen.
     norm: train normalises in BatchNorm with the batch and moves its statistics; frozen normalises with the statistics
         as they are; null is train in layers that are trained, and frozen in layers that are frozen.
+    adapt: adapters that are put into the backbone, as a name or a mapping of the name to its options. The backbone is
+        frozen: with adapt, train: all is nothing of it, and norms or a list are trained beside the adapters.
     """
 
     name: str
@@ -148,16 +150,17 @@ class ModelRecipe:
     expert_width: float = field(default=0.75, metadata=within(0.5, 1))
     train: Literal["all", "head", "norms"] | list[str] = "all"
     norm: Literal["train", "frozen"] | None = None
+    adapt: str | dict[str, Any] | None = None
 
     @property
     def trains_all(self) -> bool:
         """Whether the whole network is trained, and BatchNorm's statistics with it."""
-        return self.train == "all" and self.norm != "frozen"
+        return self.train == "all" and self.norm != "frozen" and self.adapt is None
 
     @property
     def freezes_norms(self) -> bool:
         """Whether BatchNorm may keep its statistics in some layers."""
-        return self.norm == "frozen" or (self.norm is None and self.train != "all")
+        return self.norm == "frozen" or (self.norm is None and (self.train != "all" or self.adapt is not None))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fastlt.models import Classifier
+from fastlt.models.adapters import idle_adapters
 from fastlt.models.trained_part import has_batch_norm
+from fastlt.models.weight_files import first_few
 from fastlt.optim import check_layer_decay
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
@@ -49,7 +51,7 @@ def advice_on_network(recipe: Recipe, model: Classifier) -> list[str]:
 def _check_image_size(recipe: Recipe, model: Classifier) -> None:
     """One pass of a blank image in eval mode, which changes nothing in the network."""
     try:
-        _pass(model, model.training, recipe.data.image_size)
+        idle = idle_adapters(model, lambda: _pass(model, model.training, recipe.data.image_size))
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -58,6 +60,11 @@ def _check_image_size(recipe: Recipe, model: Classifier) -> None:
             f"data.image_size: is {recipe.data.image_size}, which {recipe.model.name} cannot take ({reason}); "
             "give the size that it is made for, or another model.name"
         ) from None
+    if idle:
+        raise ValueError(
+            f"model.adapt: {recipe.model.name} takes the weights of {first_few(idle)} by hand, so an adapter there "
+            "does nothing; give other targets"
+        )
 
 
 def _pass(model: Classifier, back_to: bool, size: int) -> None:

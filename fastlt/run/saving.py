@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from torch import nn
 
 from fastlt.device.random_states import random_states, restore_random_states
+from fastlt.models import Classifier
+from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.recipe import Standing, changes, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
@@ -49,7 +50,7 @@ class SavedRun:
         """Put the step, its model and the default random generators where they were. Changes them in place."""
         step.load_state_dict({**self.shared, **self.own})
         restore_random_states(self.random)
-        for name, buffer in step.model.named_buffers():
+        for name, buffer in step.model.moving_buffers().items():
             buffer.copy_(self.buffers[name])
 
 
@@ -99,7 +100,7 @@ class Checkpoints:
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": random_states()}
         own["backends"] = backends
         # BatchNorm's running statistics are those of each process's own batches.
-        own["buffers"] = {k: b.cpu() for k, b in step.model.named_buffers()}
+        own["buffers"] = {k: b.cpu() for k, b in step.model.moving_buffers().items()}
         processes = gather_object([own])
         numbers = dict(vars(progress))
         state = {
@@ -167,10 +168,10 @@ class Checkpoints:
             )
         return [change.line for change in found if change.told]
 
-    def save_model(self, select: str, stage: str, model: nn.Module, progress: Progress) -> None:
+    def save_model(self, select: str, stage: str, model: Classifier, progress: Progress) -> None:
         """Write a model of a stage that was just validated, on the main process; select: see `stage_checkpoint`."""
         state = {
-            "model": model.state_dict(),
+            **trained_state(model),
             "top1": progress.score("last"),
             "score": progress.score(select),
             "iteration": progress.iteration,
@@ -178,10 +179,10 @@ class Checkpoints:
         }
         self._save(stage_checkpoint(self.context.folder, select, stage), state)
 
-    def load_model(self, select: str, stage: str, model: nn.Module) -> dict[str, Any]:
+    def load_model(self, select: str, stage: str, model: Classifier) -> dict[str, Any]:
         """Put the weights that `save_model` wrote into `model`; returns their "top1" and "iteration"."""
         saved = self._load(stage_checkpoint(self.context.folder, select, stage))
-        model.load_state_dict(saved["model"])
+        load_trained_state(model, saved)
         return {key: saved[key] for key in ("top1", "iteration")}
 
     def _check_best(self, stage: str, progress: Progress) -> None:

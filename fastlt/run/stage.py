@@ -15,6 +15,7 @@ from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, build_model
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
+from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.recipe import StageRecipe
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
@@ -150,8 +151,9 @@ def stage_model(context: RunContext, name: str) -> StageModel:
     recipe, path = context.recipe, stage_checkpoint(context.folder, context.recipe.stages[name].select, name)
     if not versions(path):
         raise ValueError(f"{path} is not there, the model of stages.{name}, which is trained first: run all stages")
-    model = network_of(recipe, context.counts.num_classes, name, context.device)
-    model.load_state_dict(checkpoint.load_newest(path, context.device)[1]["model"])
+    state = checkpoint.load_newest(path, context.device)[1]
+    model = network_of(recipe, context.counts.num_classes, name, context.device, pretrained=leaves_out_weights(state))
+    load_trained_state(model, state)
     return StageModel(model.requires_grad_(False).eval(), stage_classes(context, recipe.stages[name]))
 
 

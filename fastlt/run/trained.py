@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlt.augment import normalise
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier, build_model
+from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.recipe import Recipe, read_resolved
 from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
@@ -174,9 +175,12 @@ def load_trained(folder: Path, device: torch.device, select: str | None = None) 
         advice = f"; of this run are kept: {', '.join(kept)}" if kept else ""
         raise ValueError(f"{path} is not there, the {select} model of stages.{run.stage}{advice}")
     path, state = checkpoint.load_newest(path, device)
-    model = network_of(run.recipe, run.counts.num_classes, run.stage, device)
     try:
-        model.load_state_dict(state["model"])
+        alone = leaves_out_weights(state)
+        model = network_of(run.recipe, run.counts.num_classes, run.stage, device, pretrained=alone)
+        load_trained_state(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not of the network that {recipe_file(folder)} describes ({reason})") from None
@@ -184,12 +188,15 @@ def load_trained(folder: Path, device: torch.device, select: str | None = None) 
     return TrainedRun(run, model, device, select, state["iteration"], path)
 
 
-def network_of(recipe: Recipe, num_classes: int, stage: str, device: torch.device) -> Classifier:
+def network_of(
+    recipe: Recipe, num_classes: int, stage: str, device: torch.device, *, pretrained: bool = False
+) -> Classifier:
     """The network in the form in which a stage trains it, without the weights: they are drawn at random.
 
-    The generators of random numbers stay where they are.
+    pretrained: with the weights that the recipe starts from, for a state that leaves the frozen ones out. ValueError
+        where they cannot be had. The generators of random numbers stay where they are.
     """
-    asked = {**vars(recipe.model), "pretrained": False, "checkpoint": None}
+    asked = vars(recipe.model) if pretrained else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
     with torch.random.fork_rng(devices=[]):
         model = build_model(**asked, num_classes=num_classes, image_size=recipe.data.image_size)
     model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastlt.device.compiled import ready
 from fastlt.device.openmp import why_neighbours_slow
+from fastlt.models.trained_state import check_frozen_part
 from fastlt.run.checkpoint import write_atomically, write_json
 from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
@@ -54,6 +55,8 @@ class Trainer:
         self.evaluation = Evaluation(context, self.stopping.waited)
         self.checkpoints = Checkpoints(context)
         self.saved = self.checkpoints.load_last()
+        if self.saved is not None:
+            check_frozen_part(self.model, self.saved.shared)
         self.progress = Progress() if self.saved is None else self.saved.progress
         others = self.progress.begin_part(circumstances(context), [] if self.saved is None else self.saved.changes)
         if others:

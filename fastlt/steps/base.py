@@ -19,6 +19,7 @@ from fastlt.device.replay import Replayable
 from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier
+from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.ranges import check_ranges
 from fastlt.state import Batch, ClassCounts, StepOutput
 from fastlt.steps.needs import Allows, Needs
@@ -188,7 +189,7 @@ class Step(Replayable, Generic[OptionsT]):
         parts = self.parts
         return {
             "epoch": self.epoch,
-            "model": parts.model.state_dict(),
+            **trained_state(parts.model),
             "loss": parts.loss.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
             "augment": parts.augment.state_dict(),
@@ -200,7 +201,7 @@ class Step(Replayable, Generic[OptionsT]):
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""
         parts = self.parts
-        parts.model.load_state_dict(state["model"])
+        load_trained_state(parts.model, state)
         parts.loss.load_state_dict(state["loss"])
         # In mid-epoch the trainer does not start the epoch again; what a loss derives from it is not in its state.
         self.epoch = state["epoch"]

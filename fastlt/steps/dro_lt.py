@@ -69,7 +69,7 @@ class DroLtStep(Step[DroLtOptions]):
                 f"sampling: is {stage.sampling!r}; dro_lt compares the images of a class in a batch and weights "
                 "cross-entropy for batches that are balanced over classes: set sampling: class_aware_4"
             )
-        if recipe.model.train == "head":
+        if recipe.model.train == "head" and recipe.model.adapt is None:
             mistakes.append(
                 "method: is 'dro_lt', which trains the features and leaves the head as it is, but model.train is "
                 "'head'; set model.train: norms, all, or a list of modules"

@@ -34,7 +34,7 @@ class Allows:
     compilation: the recipe's `compile`; the passes that cost the most go through `StepParts.compiler`.
     experts: `model.experts`, several branches with a head each.
     some_classes: the stage's `classes`, training on a part of the classes.
-    trained_part: `model.train` and `model.norm`, training a part of the backbone.
+    trained_part: `model.train`, `model.norm` and `model.adapt`, training a part of the network.
     """
 
     compilation: bool = False
