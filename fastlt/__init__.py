@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastlt.augment import build_augment
+    from fastlt.inference import Prediction, Predictions, Predictor, load
     from fastlt.losses import build_loss
     from fastlt.models import build_model
     from fastlt.recipe import load_recipe
@@ -22,20 +23,28 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "fastlt.state",
     "ClassCounts": "fastlt.state",
+    "Prediction": "fastlt.inference",
+    "Predictions": "fastlt.inference",
+    "Predictor": "fastlt.inference",
     "StepOutput": "fastlt.state",
     "build_augment": "fastlt.augment",
     "build_loss": "fastlt.losses",
     "build_model": "fastlt.models",
+    "load": "fastlt.inference",
     "load_recipe": "fastlt.recipe",
 }
 
 __all__ = [
     "Batch",
     "ClassCounts",
+    "Prediction",
+    "Predictions",
+    "Predictor",
     "StepOutput",
     "build_augment",
     "build_loss",
     "build_model",
+    "load",
     "load_recipe",
 ]
 

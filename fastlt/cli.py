@@ -28,6 +28,7 @@ COMMANDS = {
     "check": Command("fastlt.commands.check", "check a recipe and print it with every default filled in"),
     "convert": Command("fastlt.commands.convert", "convert a data set once, so that training reads it at full speed"),
     "verify": Command("fastlt.commands.verify", "read a converted data set back and check all of it"),
+    "predict": Command("fastlt.commands.predict", "predict the classes of images with a trained network"),
     "report": Command("fastlt.commands.report", "compare finished runs: a table, and how the class weights moved"),
     "ensemble": Command("fastlt.commands.ensemble", "evaluate finished runs together"),
     "reproduce": Command("fastlt.commands.reproduce", "run the rows of the paper's tables, our numbers beside them"),

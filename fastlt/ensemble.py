@@ -143,7 +143,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
     validation_top1 = evaluate(members, "meta", device)["top1"]
 
     def common(key: str) -> Any:
-        values = [r[key] for r in results]
+        values = [r.get(key) for r in results]
         return values[0] if values.count(values[0]) == len(values) else None
 
     return {
@@ -165,6 +165,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
         "processes": 1,
         "threads": torch.get_num_threads(),
         "openmp": runtime(),
+        "storage": common("storage"),
         "parts": [],
         "iterations": sum(r["iterations"] for r in results),
         "train_s": train_s,

@@ -122,14 +122,22 @@ def _open(dataset: StoredDataset, split: str, backend: str) -> StoredSplit:
 
     ValueError when the data set has none of them, or its labels are others.
     """
-    reads = AUTO_READS if backend == AUTO else BACKENDS[backend].reads
-    kind = next((kind for kind in reads if kind in dataset.formats), None)
+    kind = format_read(dataset, backend)
     if kind is None and SOURCE_FILES in dataset.formats:
         raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
-    stored = dataset.stored(split, kind or reads[0])
+    stored = dataset.stored(split, kind or _reads(backend)[0])
     if not np.array_equal(stored.labels, dataset.labels(split)):
         raise DamageError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
     return stored
+
+
+def format_read(dataset: StoredDataset, backend: str) -> str | None:
+    """The first of the formats that `backend` reads which the data set has; None when it has none of them."""
+    return next((kind for kind in _reads(backend) if kind in dataset.formats), None)
+
+
+def _reads(backend: str) -> tuple[str, ...]:
+    return AUTO_READS if backend == AUTO else BACKENDS[backend].reads
 
 
 def _streaming(dataset: StoredDataset) -> str:

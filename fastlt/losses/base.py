@@ -16,10 +16,13 @@ class PerSampleLoss(nn.Module):
 
     corrects_prior: whether the loss makes up for class frequencies, and so needs batches that have them.
     without_imbalance: of a loss made from class counts, how it ends up where all counts are equal; None for the others.
+    prior_assumption: what `log_prior_factor` takes for granted, where it does not follow from the loss; None where it
+        does.
     """
 
     corrects_prior: ClassVar[bool] = False
     without_imbalance: ClassVar[str | None] = None
+    prior_assumption: ClassVar[str | None] = None
 
     def on_epoch(self, epoch: int) -> None:
         """Called before the first iteration of `epoch` (from 0 in each stage); for deferred re-weighting."""
@@ -36,6 +39,15 @@ class PerSampleLoss(nn.Module):
 
         labels: int64 (N,). Methods with sample weights of their own, learned or given, average over the batch size
         instead.
+        """
+        return None
+
+    def log_prior_factor(self) -> Tensor | None:
+        """log f, float64 (C,), of the class prior b f / sum(b f) that logits carry; None where f is 1 for every class.
+
+        b: the class shares of the batches. The logits that minimise the expected loss are log p(x|c) + log b_c +
+        log f_c, up to a constant that the classes share. Who puts in another prior subtracts this one first. f is that
+        of the epoch that `on_epoch` was told last.
         """
         return None
 

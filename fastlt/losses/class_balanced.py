@@ -54,6 +54,9 @@ class DeferredWeights(PerSampleLoss):
         else:
             self.class_weights.fill_(1.0)
 
+    def log_prior_factor(self) -> Tensor:
+        return self.class_weights.log()
+
 
 def softmax_terms(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     """Softmax cross-entropy (N,)."""
@@ -92,6 +95,7 @@ class ClassBalanced(DeferredWeights):
 
     corrects_prior = True
     without_imbalance = "every weight is 1"
+    prior_assumption = "kinds sigmoid and focal are taken for softmax, whose logits carry the prior times the weights"
 
     def __init__(
         self,

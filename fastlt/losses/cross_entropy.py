@@ -40,12 +40,17 @@ class BalancedSoftmax(PerSampleLoss):
         logits = at_least_float32(logits)
         return F.cross_entropy(logits + self.log_prior.to(logits.dtype), labels, reduction="none")
 
+    def log_prior_factor(self) -> Tensor:
+        return -self.log_prior
+
 
 class Focal(PerSampleLoss):
     """(1 - p_y)^gamma * -log p_y with a softmax p, as in LDAM's code and the tables that follow it.
 
     gamma: >= 0; 0 is cross-entropy.
     """
+
+    prior_assumption = "the focal loss is taken for cross-entropy: it has the same order of classes, and flatter logits"
 
     def __init__(self, class_counts: ClassCounts, gamma: float = 1.0) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -45,6 +46,10 @@ class Equalization(PerSampleLoss):
     """
 
     without_imbalance = "no class is rarer than another"
+    prior_assumption = (
+        "a rare class counts 1 / (1 - gamma) times, because it is left out of a share gamma of the denominators of "
+        "other classes; this is exact for two classes. The sigmoid kind is taken for softmax"
+    )
     rare: Tensor
     dropped: Tensor
 
@@ -84,6 +89,10 @@ class Equalization(PerSampleLoss):
             )
         own = F.one_hot(labels, logits.shape[1]).bool()
         return self.terms(at_least_float32(logits), labels, self.dropped & ~own)
+
+    def log_prior_factor(self) -> Tensor:
+        # With gamma 1 nothing but its own samples moves the logit of a rare class: no prior follows, and none is taken.
+        return self.rare.double() * (-math.log1p(-self.gamma) if self.gamma < 1 else 0.0)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, so that a resumed run draws what the uninterrupted one would have."""

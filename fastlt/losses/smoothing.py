@@ -28,6 +28,7 @@ class LabelAwareSmoothing(PerSampleLoss):
     """
 
     without_imbalance = "there is no head and no tail to smooth between"
+    prior_assumption = "the smoothing is not undone: probabilities are a little flatter than the posterior"
     smoothing: Tensor
 
     def __init__(self, class_counts: ClassCounts, head: float = 0.3, tail: float = 0.0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
     folder = Path(data.converted) if data.converted else default_folder(data)
     on_main(accelerator, lambda: ensure_converted(data, folder))
     return ConvertedDataset.open(folder)
+
+
+def existing_dataset(data: DataRecipe) -> ConvertedDataset | UnconvertedDataset:
+    """The data set of a recipe as it lies there: nothing is converted or fetched. ValueError when it is not there."""
+    if not data.convert:
+        return _read_source(replace(data, download=False))
+    return ConvertedDataset.open(Path(data.converted) if data.converted else default_folder(data))
 
 
 def _read_source(data: DataRecipe) -> UnconvertedDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastlt.run.context import RunContext
 from fastlt.run.folder import earlier_result_file, result_file
 from fastlt.run.progress import Progress
 from fastlt.run.recorded import is_complete, readable_result
+from loaders.factory import format_read
+from loaders.stored.as_stored import Storage
 
 
 def recorded_result(context: RunContext) -> dict[str, Any] | None:
@@ -87,6 +90,7 @@ def make_result(context: RunContext, progress: Progress, measured: dict[str, dic
         "processes": context.reducer.world_size,
         "threads": torch.get_num_threads(),
         "openmp": runtime(),
+        "storage": asdict(storage_of(context)),
         "parts": progress.parts,
         "iterations": progress.done,
         "train_s": progress.train_s,
@@ -94,6 +98,14 @@ def make_result(context: RunContext, progress: Progress, measured: dict[str, dic
         "data_wait_share": progress.data_wait_share,
         "versions": versions(),
     }
+
+
+def storage_of(context: RunContext) -> Storage:
+    """How the images that a run is tested on are stored: those who predict with its model read images likewise."""
+    loader = context.recipe.data.loader
+    kind = format_read(context.dataset, loader)
+    assert kind is not None, "the loader of a run reads its data set"
+    return Storage.of(context.dataset, kind, encoded=loader == "dali")
 
 
 def standard_error(accuracy: float, images: int) -> float:

@@ -22,7 +22,7 @@ from fastlt.models import Classifier
 from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.ranges import check_ranges
 from fastlt.state import Batch, ClassCounts, StepOutput
-from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -89,10 +89,12 @@ class Step(Replayable, Generic[OptionsT]):
     first, overrides `prepare_model`, `parameter_groups` and `set_train_mode`; the run calls them in this order.
 
     needs, allows: what a recipe and the trainer have to know of a method before they make a step.
+    logits_prior: what those who use its models have to know of their logits.
     """
 
     needs = Needs()
     allows = Allows()
+    logits_prior = LogitsPrior()
 
     Options: type[StepOptions] = StepOptions
 

@@ -12,7 +12,7 @@ from fastlt.ranges import at_least, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts
 from fastlt.steps.meta import MetaOptions, MetaStep
-from fastlt.steps.needs import Allows
+from fastlt.steps.needs import Allows, LogitsPrior
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -39,6 +39,7 @@ class CbDaStep(MetaStep[CbDaOptions]):
     """
 
     allows = Allows(compilation=True)
+    logits_prior = LogitsPrior("weighted", "the corrections of single samples are left out, the class weights count")
 
     Options = CbDaOptions
 

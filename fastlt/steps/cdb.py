@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlt.ranges import above
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
-from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 
 
 def dynamic_tau(accuracy: Tensor) -> Tensor:
@@ -50,6 +50,7 @@ class CdbStep(Step[CdbOptions]):
 
     needs = Needs(class_accuracy=True)
     allows = Allows(compilation=True)
+    logits_prior = LogitsPrior("weighted", "class weights, which change while a model is trained, count as logged last")
 
     Options = CdbOptions
 

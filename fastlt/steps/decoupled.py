@@ -18,7 +18,7 @@ from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.ranges import at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
-from fastlt.steps.needs import Needs
+from fastlt.steps.needs import LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -185,6 +185,7 @@ class TauNormStep(DecoupledStep[TauNormOptions]):
     """
 
     needs = Needs(trained_model=True, trained_head=True)
+    logits_prior = LogitsPrior("uniform", "tau, chosen on validation, is taken to have removed the class frequencies")
 
     Options = TauNormOptions
 

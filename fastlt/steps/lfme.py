@@ -15,7 +15,7 @@ from fastlt.models.restricted_head import RestrictedHead
 from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
-from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.plain import PlainStep
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -87,6 +87,7 @@ class LfmeStep(Step[LfmeOptions]):
     """
 
     needs = Needs(class_accuracy=True, first_pass=True)
+    logits_prior = LogitsPrior("batches", "distillation and curriculum are left out, the loss alone counts")
 
     Options = LfmeOptions
 

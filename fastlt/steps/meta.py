@@ -23,7 +23,7 @@ from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_
 from fastlt.ranges import at_least, check_ranges, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
-from fastlt.steps.needs import Needs
+from fastlt.steps.needs import LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 TANGENTS = ("fp32", "autocast")
@@ -315,6 +315,8 @@ class LearnedWeightStep(MetaStep[LearnedT]):
 
     Subclasses give the network, its input, and the objective of its Adam step.
     """
+
+    logits_prior = LogitsPrior("weighted", "class weights, which change while a model is trained, count as logged last")
 
     Options = LearnedWeightOptions
 

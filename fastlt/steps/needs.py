@@ -1,8 +1,9 @@
-"""What a method needs from the run that trains it, and what it allows; read off the class, before a step is made."""
+"""What a method needs, what it allows, and what its logits stand for; read off the class, before a step is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,17 @@ class Allows:
     experts: bool = False
     some_classes: bool = False
     trained_part: bool = True
+
+
+@dataclass(frozen=True)
+class LogitsPrior:
+    """Which class prior the logits of this method's models carry, for those who put another one in its place.
+
+    origin: batches are the class shares of its batches times the factor of its loss (`PerSampleLoss.log_prior_factor`);
+        weighted are these times the class weights that were logged last; before is what the stage before left; uniform
+        is the same for every class.
+    assumption: what is taken for granted in this, as a sentence; None where it follows from the method.
+    """
+
+    origin: Literal["batches", "weighted", "before", "uniform"] = "batches"
+    assumption: str | None = None

@@ -15,7 +15,7 @@ from fastlt.models.auxiliary import attach_projection
 from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
-from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -123,6 +123,7 @@ class PacoStep(Step[PacoOptions]):
     needs = Needs(second_view=True)
     # The key encoder normalises with its batch in every layer, and follows a network that moves as a whole.
     allows = Allows(trained_part=False)
+    logits_prior = LogitsPrior("batches", "the contrastive candidates are left out, the class centres alone count")
 
     Options = PacoOptions
 

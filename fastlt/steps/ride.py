@@ -18,7 +18,7 @@ from fastlt.paths import PATH
 from fastlt.ranges import above, at_least, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
-from fastlt.steps.needs import Allows, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 WITHOUT_EXPERTS = "method: is {!r}, which trains a model of several experts; set model.experts (the paper: 2 to 4)"
@@ -171,6 +171,7 @@ class RideRouterStep(Step[RideRouterOptions]):
 
     needs = Needs(trained_model=True, trained_head=True)
     allows = Allows(experts=True)
+    logits_prior = LogitsPrior("before")
 
     Options = RideRouterOptions
 

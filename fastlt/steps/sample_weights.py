@@ -14,7 +14,7 @@ from fastlt.meta.difficulty import driver_loss, hidden_width
 from fastlt.state import Batch
 from fastlt.steps.difficulty import DifficultyOptions
 from fastlt.steps.meta import WIDTH, LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass
-from fastlt.steps.needs import Allows
+from fastlt.steps.needs import Allows, LogitsPrior
 
 
 def batch_weights(values: Tensor) -> Tensor:
@@ -48,6 +48,7 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
     """
 
     allows = Allows(compilation=True)
+    logits_prior = LogitsPrior("batches", "the weights of single samples are left out: they have no one value a class")
 
     def make_net(self) -> SampleNet:
         return SampleNet(self.widths())

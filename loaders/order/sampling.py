@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
 from fastlt.names import pick
@@ -22,7 +25,7 @@ def epoch_order(labels: np.ndarray, *, sampling: str, seed: int, epoch: int, shu
     shuffle: False keeps split order, and needs "instance".
     Raises ValueError for an unknown sampling, and for another one than "instance" without shuffling.
     """
-    draw = pick("sampling", sampling, SAMPLINGS)
+    draw = pick("sampling", sampling, SAMPLINGS).draw
     if not shuffle:
         if sampling != "instance":
             raise ValueError(f"sampling {sampling!r} draws at random, so it needs shuffle: evaluation uses 'instance'")
@@ -59,6 +62,22 @@ def effective_number_probabilities(class_counts: np.ndarray, beta: float = BETA)
     weights = np.zeros(len(counts))
     weights[present] = counts[present] / effective
     return weights / weights.sum()
+
+
+def class_shares(class_counts: np.ndarray, sampling: str) -> np.ndarray:
+    """The share of each class in the images that `sampling` draws, expected, float64 (C,), sum 1.
+
+    class_counts: int64 (C,), not all 0. ValueError for an unknown sampling.
+    """
+    return pick("sampling", sampling, SAMPLINGS).shares(class_counts)
+
+
+def _natural_shares(class_counts: np.ndarray) -> np.ndarray:
+    return class_counts / class_counts.sum()
+
+
+def _equal_shares(class_counts: np.ndarray) -> np.ndarray:
+    return _natural_shares(np.minimum(class_counts, 1))
 
 
 def _instance(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -117,9 +136,17 @@ def _images_of(classes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     return order
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the images of an epoch are drawn: `draw(labels, rng)` gives their order, `shares` is as `class_shares`."""
+
+    draw: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    shares: Callable[[np.ndarray], np.ndarray]
+
+
 SAMPLINGS = {
-    "instance": _instance,
-    "class_balanced": _class_balanced,
-    "effective_number": _effective_number,
-    "class_aware_4": _class_aware_4,
+    "instance": Sampling(_instance, _natural_shares),
+    "class_balanced": Sampling(_class_balanced, _equal_shares),
+    "effective_number": Sampling(_effective_number, effective_number_probabilities),
+    "class_aware_4": Sampling(_class_aware_4, _equal_shares),
 }

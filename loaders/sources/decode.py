@@ -78,7 +78,7 @@ def decode_bytes(data: bytes) -> np.ndarray:
                 image.load()
                 if image.format in ("JPEG", "MPO") and not _has_end(data):
                     raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
-                return _to_rgb(_upright(image))
+                return upright_rgb(image)
     except ValueError:
         raise
     except Image.UnidentifiedImageError:
@@ -92,11 +92,15 @@ def decode_bytes(data: bytes) -> np.ndarray:
 
 
 def jpeg_bytes(path: Path) -> bytes | None:
-    """The file's bytes when they are a JPEG that any decoder shows as `decode_image` does, else None.
+    """The file's bytes when they are a `plain_jpeg`."""
+    return plain_jpeg(path.read_bytes())
+
+
+def plain_jpeg(data: bytes) -> bytes | None:
+    """The bytes when they are a JPEG that any decoder shows as `decode_bytes` does, else None.
 
     None for other formats, for CMYK and for a JPEG that its EXIF block turns: there the bytes alone are not the image.
     """
-    data = path.read_bytes()
     if not data.startswith(b"\xff\xd8"):
         return None
     with warnings.catch_warnings():
@@ -149,6 +153,11 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # the parser's errors on damaged blocks are of many types
         return 1
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """An opened image as `decode_bytes` gives it: uint8 (H, W, 3) RGB, upright."""
+    return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ LAYERS = [
     {"loaders.readers"},
     {"fastlt.recipe", "loaders.factory"},
     {"fastlt.run"},
-    {"fastlt.report", "fastlt.ensemble", "fastlt.reproduce", "fastlt.benchmarks"},
+    {"fastlt.report", "fastlt.ensemble", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"},
     {"fastlt"},  # the public names; __version__ too, for the command
     {"fastlt.commands"},
     {"fastlt.train", "fastlt.cli"},

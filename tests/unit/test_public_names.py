@@ -13,7 +13,8 @@ import pytest
 import fastlt
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["Batch", "ClassCounts", "StepOutput", "build_augment", "build_loss", "build_model", "load_recipe"]
+NAMES = ["Batch", "ClassCounts", "Prediction", "Predictions", "Predictor", "StepOutput"]
+NAMES += ["build_augment", "build_loss", "build_model", "load", "load_recipe"]
 
 
 def test_these_are_the_public_names():

@@ -1,0 +1,183 @@
+"""Predict the classes of images with a trained network.
+
+    fastlt predict runs/mine photo.jpg
+    fastlt predict runs/mine photos/ --csv predictions.csv --top 3
+    fastlt predict runs/mine @list.txt --json predictions.json --abstain 0.5
+    fastlt predict runs/mine photos/ --prior uniform --temperature validation
+
+IMAGES are files, folders with all below them, or @FILE, a list with a path a line. Images that cannot be read are
+listed at the end and in the output files. They don't stop the others.
+Exit codes: 0 done, 2 bad input, or no image could be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Only what a usage error needs; torch takes seconds and is imported when there is work for it.
+from fastlt.arguments import make_parser, path, positive, worker_count
+from fastlt.paths import expand
+
+if TYPE_CHECKING:
+    from fastlt.inference import Predictions, Predictor
+
+NAME = "fastlt predict"
+SHOWN = 20  # images that could not be read
+
+
+def main(words: list[str], prog: str = NAME) -> int:
+    """Run the command line `words`; returns the exit code. ValueError for a mistake in the input."""
+    arguments = parse(words, prog)
+    images = listed(arguments.images)
+
+    import torch
+
+    from fastlt.device.host_memory import keep_freed_memory
+    from fastlt.inference import load
+    from fastlt.inference.inputs import gathered
+    from fastlt.inference.predictor import checked_temperature, checked_threshold
+    from fastlt.run.checkpoint import write_atomically
+
+    if arguments.temperature is not None:
+        checked_temperature(arguments.temperature)
+    checked_threshold(arguments.abstain)
+    images = gathered(images)
+    model = load(arguments.run, device=arguments.device)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    temperature = arguments.temperature
+    if temperature == "validation":
+        fitted = model.fit_temperature(adjusted=arguments.prior is not None)
+        print(fitted, file=sys.stderr)
+        temperature = fitted.value
+    started = time.perf_counter()
+    with torch.inference_mode():
+        predictions = model.predict(
+            images,
+            arguments.top,
+            prior=arguments.prior,
+            temperature=temperature,
+            abstain=arguments.abstain,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            progress=not arguments.quiet,
+        )
+    seconds = time.perf_counter() - started
+    if arguments.csv is not None:
+        write_atomically(arguments.csv, predictions.to_csv().encode())
+    if arguments.json is not None:
+        write_atomically(arguments.json, as_json(arguments, model, predictions, temperature).encode())
+    if arguments.csv is None and arguments.json is None:
+        for prediction in predictions:
+            print(prediction)
+    summarise(arguments, model, predictions, seconds)
+    return 0
+
+
+def parse(words: list[str], prog: str) -> argparse.Namespace:
+    """The arguments; exits with code 2 and one message when they make no sense."""
+    parser = make_parser(__doc__, NAME, prog)
+    parser.add_argument("run", type=path, metavar="RUN", help="folder of a finished run, or its folder model/")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, or @FILE with a path a line")
+    parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes of each image (default: 5)")
+    parser.add_argument("--csv", type=path, metavar="FILE", help="write a table, a line an image")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write one JSON object")
+
+    decision = parser.add_argument_group("how classes are decided")
+    decision.add_argument(
+        "--prior",
+        metavar="PRIOR",
+        help="class shares where the images come from: training, uniform, or a CSV or JSON file of `class,count`; by "
+        "default the network's logits are taken as they are",
+    )
+    decision.add_argument(
+        "--temperature",
+        metavar="T",
+        help="by which logits are divided: a number, or validation, which fits it on the validation set (default: 1)",
+    )
+    decision.add_argument("--abstain", type=float, metavar="P", help="predict nothing below this probability")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images at a time (default: 128)")
+    run.add_argument("--workers", type=worker_count, metavar="N", help="threads that decode (default: all cores)")
+    run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    arguments = parser.parse_args(words)
+    for option in ("csv", "json"):
+        file = getattr(arguments, option)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            what = "is a folder" if file.is_dir() else f"lies in no folder that exists ({file.parent})"
+            parser.error(f"--{option} {file} {what}: give a file")
+    if arguments.csv is not None and arguments.csv == arguments.json:
+        parser.error(f"--csv and --json are both {arguments.csv}: give two files")
+    if arguments.prior is not None:
+        arguments.prior = expand(arguments.prior)
+    return arguments
+
+
+def listed(words: list[str]) -> list[str]:
+    """The words with each @FILE replaced by the paths in that file; ValueError for a list that cannot be read."""
+    found = []
+    for word in words:
+        if not word.startswith("@"):
+            found.append(word)
+            continue
+        file = Path(expand(word[1:]))
+        try:
+            lines = file.read_bytes().splitlines()
+        except OSError as error:
+            why = f"the list {file} cannot be read ({error.strerror}); write ./{word} for an image of that name"
+            raise ValueError(f"{word}: {why}") from None
+        paths = [line.decode(errors="surrogateescape") for line in lines if line.strip()]
+        if not paths:
+            raise ValueError(f"{word}: the list {file} is empty; write a path a line, from the current folder")
+        found += paths
+    return found
+
+
+def as_json(
+    arguments: argparse.Namespace, model: Predictor, predictions: Predictions, temperature: float | str | None
+) -> str:
+    """The predictions and how they were made."""
+    from fastlt import strict_json
+
+    made = {
+        "run": str(arguments.run),
+        "top": arguments.top,
+        "prior": arguments.prior,
+        "prior_of_logits": dict(zip(model.classes, model.carried.shares.tolist(), strict=True)),
+        "assumptions": list(model.carried.assumptions),
+        "temperature": 1.0 if temperature is None else float(temperature),
+    }
+    return strict_json.dumps({**made, **predictions.to_tree()}, indent=1) + "\n"
+
+
+def summarise(arguments: argparse.Namespace, model: Predictor, predictions: Predictions, seconds: float) -> None:
+    """On stderr: what was taken for granted, how many images and how fast, and which could not be read."""
+    from loaders.sources.messages import printable
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    for note in model.notes:
+        say(f"note: {note}")
+    if arguments.prior is not None:
+        for assumption in model.carried.assumptions:
+            say(f"assumed of the logits' prior: {assumption}")
+    read = f"{len(predictions):,} images in {seconds:.1f} s, {len(predictions) / seconds:,.0f} a second"
+    if arguments.abstain is not None:
+        read += f"; {100 * predictions.coverage:.1f} % predicted, the others are below {arguments.abstain:g}"
+    say(read)
+    if predictions.unreadable:
+        say(f"{len(predictions.unreadable):,} could not be read:")
+        for one in predictions.unreadable[:SHOWN]:
+            say(f"  {printable(one.source or str(one.position))}: {one.reason}")
+        more = len(predictions.unreadable) - SHOWN
+        if more > 0:
+            files = [str(file) for file in (arguments.csv, arguments.json) if file is not None]
+            say(f"  and {more:,} more" + (f", all in {files[0]}" if files else "; --csv FILE lists all"))

@@ -1,0 +1,119 @@
+"""`load`: the network of a finished run, ready to predict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastlt.inference.predictor import Predictor
+from fastlt.inference.priors import carried_prior
+from fastlt.inference.transform import EvaluationTransform
+from fastlt.paths import expand
+from fastlt.run.dataset import existing_dataset
+from fastlt.run.loading import EVALUATION_BATCH, crop_spec
+from fastlt.run.recorded import written_inputs
+from fastlt.run.trained import FinishedRun, load_trained
+from fastlt.state import Batch
+from loaders.factory import make_loader
+from loaders.stored.as_stored import Storage
+from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.unconverted import UnconvertedDataset
+
+
+def load(
+    run: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    *,
+    select: Literal["last", "best", "smoothed"] | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
+) -> Predictor:
+    """The network of a finished run, in eval mode.
+
+    run: the folder of the run, or its folder `model`, which may lie elsewhere.
+    device: of torch; None is the first CUDA device, or the CPU where there is none.
+    select: which model of the last stage; None is the run's result. precision: None is the run's.
+    ValueError for a folder without a finished run, and for a device or a precision that is not there.
+    """
+    trained = load_trained(Path(expand(os.fspath(run))), usable_device(device), select)
+    finished = trained.run
+    if precision not in (None, "fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}: allowed are fp32 and bf16")
+    half = partial(torch.autocast, trained.device.type, torch.bfloat16)
+    storage, notes = _storage(finished)
+    return Predictor(
+        model=trained.model,
+        counts=trained.counts,
+        carried=carried_prior(
+            finished.recipe, finished.counts, finished.result.get("class_weights"), trained.iteration
+        ),
+        transform=EvaluationTransform.of(
+            trained.image_size, trained.eval_crop, trained.eval_ratio, storage, trained.mean, trained.std
+        ),
+        device=trained.device,
+        autocast=half if (precision or finished.recipe.precision) == "bf16" else nullcontext,
+        validation=partial(_validation, finished, trained.device),
+        notes=notes,
+    )
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """A device of torch that this machine has; ValueError for another one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # an unknown name, and a torch that was built without CUDA
+        allowed = "cpu, cuda, cuda:0, …" if torch.cuda.is_available() else "cpu; there is no CUDA device"
+        raise ValueError(f"{str(device)!r} is no device of this machine; allowed here: {allowed}") from None
+    return torch.device(device)
+
+
+def _storage(run: FinishedRun) -> tuple[Storage, tuple[str, ...]]:
+    """How the images that the run was tested on had been stored, and what is not known of it."""
+    if "storage" in run.result:
+        return Storage(**run.result["storage"]), ()
+    stored = run.recipe.data.storage
+    note = (
+        f"{run.folder} is a run of an earlier version, which does not say how its images were stored: taken is "
+        f"mode {stored.mode}, max_resolution {stored.max_resolution}, from its recipe"
+    )
+    return Storage(stored.mode == "jpg", stored.max_resolution), (note,)
+
+
+def _validation(run: FinishedRun, device: torch.device) -> Iterator[Batch]:
+    """The images of the validation set, cut for evaluation; ValueError where the data set is not there any more."""
+    data, dataset = run.recipe.data, _dataset(run)
+    loader = make_loader(
+        dataset,
+        "meta",
+        backend=data.loader,
+        batch_size=min(EVALUATION_BATCH, len(dataset.labels("meta"))),
+        device=device,
+        train=False,
+        crop=crop_spec(data, train=False),
+        num_workers=data.num_workers,
+    )
+    try:
+        yield from loader.epoch(0)
+    finally:
+        loader.close()
+
+
+def _dataset(run: FinishedRun) -> ConvertedDataset | UnconvertedDataset:
+    """The data set of a run as it lies there; ValueError when it is gone, or holds other images than the run had."""
+    try:
+        dataset = existing_dataset(run.recipe.data)
+    except ValueError as error:
+        raise ValueError(f"the validation set of {run.folder} cannot be read: {error}") from None
+    if run.data is not None:
+        record = written_inputs(run.folder)
+        wrong = dataset.identity(run.data, {} if record is None else record.stamps).differences(run.data)
+        if wrong:
+            raise ValueError(f"{run.folder} was trained on other data than {dataset.root} has now: {'; '.join(wrong)}")
+    return dataset

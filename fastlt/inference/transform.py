@@ -1,0 +1,83 @@
+"""From an image to what the network sees, as in evaluation: decode, scale, cut, normalise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastlt.augment import normalise
+from loaders.order.crop import CropSpec
+from loaders.sources.decode import read_image_file
+from loaders.stored.as_stored import Storage, cut, pillow_pixels
+
+ReadableImage = Path | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """A callable that takes an image to the float32 (3, S, S) that the network saw in evaluation; it can be pickled.
+
+    size: S. crop: the evaluation's. storage: how the evaluated images had been kept. mean, std: one number a channel.
+    Where evaluation took whole stored images (crop "none"), an image of another size is cut to its central square.
+    """
+
+    size: int
+    crop: CropSpec
+    storage: Storage
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(
+        cls,
+        size: int,
+        kind: str,
+        ratio: float,
+        storage: Storage,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> EvaluationTransform:
+        """Of the keys of a recipe's data: image_size, eval_crop, eval_ratio, mean and std."""
+        return cls(size, CropSpec("center", size, ratio=ratio if kind == "center" else 1.0), storage, mean, std)
+
+    def __call__(self, image: ReadableImage) -> Tensor:
+        """image: as in `pixels`. ValueError when it cannot be decoded."""
+        pixels = torch.from_numpy(self.pixels(image)).permute(2, 0, 1)
+        return self.normalise(pixels[None])[0]
+
+    def pixels(self, image: ReadableImage) -> np.ndarray:
+        """The image as uint8 (S, S, 3), before it is normalised; ValueError with the reason when it cannot be decoded.
+
+        image: a file, an image of Pillow, or pixels uint8 (H, W, 3) RGB or (H, W) gray.
+        """
+        out = np.empty((self.size, self.size, 3), dtype=np.uint8)
+        self.write(image, out)
+        return out
+
+    def write(self, image: ReadableImage, out: np.ndarray) -> None:
+        """`pixels` into `out`, uint8 (S, S, 3)."""
+        cut(self._stored(image), self.crop, out)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """float32 (N, 3, S, S), channels_last, from uint8 of the same shape."""
+        return normalise(images, self.mean, self.std)
+
+    def _stored(self, image: ReadableImage) -> np.ndarray:
+        if isinstance(image, Path):
+            return self.storage.pixels(read_image_file(image))
+        return self.storage.scaled(pillow_pixels(image) if isinstance(image, Image.Image) else _rgb(image))
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) of an array in that form or (H, W) gray; ValueError for others."""
+    gray = pixels.ndim == 2
+    if pixels.dtype != np.uint8 or not (gray or (pixels.ndim == 3 and pixels.shape[2] == 3)) or not pixels.size:
+        raise ValueError(
+            f"an array of type {pixels.dtype} and shape {pixels.shape}: give uint8 pixels, RGB (H, W, 3) or gray (H, W)"
+        )
+    return np.repeat(pixels[:, :, None], 3, axis=2) if gray else pixels

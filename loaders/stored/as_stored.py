@@ -1,0 +1,84 @@
+"""The pixels that evaluation reads of an image, taken from an image that was never converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from loaders.order.crop import CropSpec, crop_boxes
+from loaders.sources.decode import decode_bytes, plain_jpeg, upright_rgb
+from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.ffcv_format import scaled, stored_sizes
+from loaders.stored.ffcv_kernels import decode_jpeg, resize_crop
+from loaders.stored.image_header import jpeg_size
+from loaders.stored.unconverted import UnconvertedDataset
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a data set keeps images, as far as their pixels depend on it.
+
+    keeps_jpeg: whether a JPEG file that needs no scaling is kept as it is, and so decoded by FFCV's function; other
+        images hold Pillow's pixels. An image that is scaled and stored as JPEG differs from Pillow's by what its second
+        encoding loses, which nothing here repeats.
+    max_resolution: longer sides are scaled down to this many pixels; None keeps the size.
+    """
+
+    keeps_jpeg: bool = False
+    max_resolution: int | None = None
+
+    @classmethod
+    def of(cls, dataset: ConvertedDataset | UnconvertedDataset, kind: str, *, encoded: bool = False) -> Storage:
+        """Of a data set that is read in the format `kind`.
+
+        encoded: of source files, whether the loader takes their bytes and not Pillow's pixels.
+        """
+        if isinstance(dataset, UnconvertedDataset):
+            return cls(encoded)
+        request = dataset.manifest["request"]
+        return cls(request.get("mode") == "jpg" or kind == "dali", request.get("max_resolution"))
+
+    def pixels(self, data: bytes) -> np.ndarray:
+        """What a loader reads of an image file's bytes, uint8 (H, W, 3) RGB; ValueError with the reason if damaged."""
+        image = self._kept_jpeg(data)
+        return self.scaled(decode_bytes(data)) if image is None else image
+
+    def scaled(self, image: np.ndarray) -> np.ndarray:
+        """Pixels uint8 (H, W, 3) in the size in which they are stored."""
+        size = np.array([image.shape[:2]], dtype=np.int64)
+        return scaled(image, stored_sizes(size, self.max_resolution)[0])
+
+    def _kept_jpeg(self, data: bytes) -> np.ndarray | None:
+        """The pixels of a JPEG file that is kept; None for what is written anew, or damaged."""
+        if not self.keeps_jpeg:
+            return None
+        try:
+            if plain_jpeg(data) is None:
+                return None
+        except Exception:  # Pillow's, of many types; `decode_bytes` says which flaw it is
+            return None
+        encoded = np.frombuffer(data, dtype=np.uint8)
+        height, width = jpeg_size(encoded.data)
+        if self.max_resolution is not None and max(height, width) > self.max_resolution:
+            return None
+        try:
+            return decode_jpeg(encoded, height, width)
+        except ValueError:  # Pillow may pass over the flaw: then the conversion writes it anew
+            return None
+
+
+def pillow_pixels(image: Image.Image) -> np.ndarray:
+    """An image of Pillow as uint8 (H, W, 3) RGB, as the sources read files; ValueError if it cannot be decoded."""
+    try:
+        return upright_rgb(image)
+    except (OSError, SyntaxError) as error:  # of a file that Pillow has opened and not yet read
+        raise ValueError(f"damaged: {error}") from None
+
+
+def cut(image: np.ndarray, crop: CropSpec, out: np.ndarray) -> None:
+    """Write the evaluation's crop of an image, uint8 (H, W, 3), into `out`, uint8 (size, size, 3)."""
+    height, width = (np.array([side]) for side in image.shape[:2])
+    assert crop.kind != "random_resized", "evaluation draws nothing at random"
+    resize_crop(np.ascontiguousarray(image), crop_boxes(crop, height, width, np.random.default_rng(0))[0], out)
