@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlt.augment import Augment, normalise
 from fastlt.device.compiled import Compiler, adam_options, laid_out, make_sgd, ready
@@ -25,6 +26,7 @@ from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import DifficultyNet, class_weights
+from fastlt.meta.per_sample import Trial
 from fastlt.models import Classifier, build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
@@ -84,11 +86,15 @@ def make_problem(
     precision: str,
     device: str,
     compile: str = "none",
+    **trained: Any,
 ) -> Problem:
-    """Random images and labels, a network as it is initialised, accuracies between 0.2 and 0.9."""
+    """Random images and labels, a network as it is initialised, accuracies between 0.2 and 0.9.
+
+    trained: what of the network is trained, as `build_model` takes it.
+    """
     torch.manual_seed(0)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = build_model(backbone, num_classes=num_classes, image_size=image_size)
+    model = build_model(backbone, num_classes=num_classes, image_size=image_size, **trained)
 
     def draw(count: int, labels: Tensor) -> tuple[Tensor, Tensor]:
         images = torch.randint(0, 256, (count, 3, image_size, image_size), dtype=torch.uint8)
@@ -181,7 +187,7 @@ class OwnStep(Way):
         parts = StepParts(
             model=model,
             loss=build_loss("cross_entropy", counts),
-            optimizer=new_sgd(list(model.parameters()), problem),
+            optimizer=new_sgd(trained(model), problem),
             augment=Normalise(problem),
             meta_augment=Normalise(problem),
             class_counts=counts,
@@ -227,14 +233,15 @@ class TwiceDifferentiated(Way):
         self.model = copy.deepcopy(problem.model).to(dtype)
         self.net = copy.deepcopy(problem.net).to(dtype)
         self.accuracy = (problem.accuracy if accuracy is None else accuracy).to(dtype)
-        self.parameters: list[Tensor] = list(self.model.parameters())
+        self.parameters: list[Tensor] = trained(self.model)
         self.optimizer = new_sgd(self.parameters, problem)
         adam = adam_options(problem.compile, problem.device)
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3, weight_decay=1e-4, **adam)
 
     def losses(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         """Per-sample cross-entropy (b,)."""
-        with self.problem.autocast():
+        # The fused attention kernels cannot be differentiated twice.
+        with self.problem.autocast(), sdpa_kernel(SDPBackend.MATH):
             logits = model(self.problem.augment(batch.images).to(self.dtype))
         return F.cross_entropy(logits.to(self.dtype), batch.labels, reduction="none")
 
@@ -274,7 +281,7 @@ class DoubleBackward(TwiceDifferentiated):
     """torch alone: create_graph, and a functional call at the lookahead."""
 
     def meta_gradient(self):
-        named = dict(self.model.named_parameters())
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         losses = self.losses(self.model, self.problem.batch)
         inner = torch.autograd.grad((self.weights() * losses).mean(), self.parameters, create_graph=True)
         ahead = {name: p - LR * g for (name, p), g in zip(named.items(), inner, strict=True)}
@@ -318,6 +325,11 @@ class TorchOpt(TwiceDifferentiated):
         return losses, self.parameters, gradients
 
 
+def trained(model: nn.Module) -> list[Tensor]:
+    """The parameters that are trained."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def new_sgd(parameters: Sequence[Tensor], problem: Problem) -> torch.optim.Optimizer:
     """The optimizer of every way."""
     groups = [{"params": parameters}]
@@ -349,6 +361,13 @@ def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
     )
 
 
+def _general(problem: Problem) -> OwnStep:
+    way = OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy))
+    assert isinstance(way.of_fastlt, DifficultyStep)
+    way.of_fastlt.trial = Trial("the row asks for it")
+    return way
+
+
 def _approximate(problem: Problem, **approximate: Any) -> OwnStep:
     return OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), approximate=Approximation(**approximate))
 
@@ -361,6 +380,7 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "double_backward": DoubleBackward,
     "higher": Higher,
     "torchopt": TorchOpt,
+    "general": _general,
     "lean": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), lean=True),
     "autocast_tangent": lambda problem: OwnStep(
         problem, "difficulty", FrozenAccuracy(problem.accuracy), tangent="autocast"
@@ -369,12 +389,14 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
     "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
-ON_REQUEST = ("lean", "autocast_tangent", "late_weights", "lookahead_head", "late_head")
+ON_REQUEST = ("general", "lean", "autocast_tangent", "late_weights", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 
-def missing(name: str) -> str | None:
-    """Why a way cannot be measured here, with what to do about it; None when it can."""
+def missing(name: str, of_all: bool = True) -> str | None:
+    """Why a way cannot be measured here, with what to do about it; None when it can. of_all: if all is trained."""
+    if name in NEEDS_PACKAGE and not of_all:
+        return f"{name} is written here for networks that are trained as a whole: leave --train and --adapt out"
     if name in NEEDS_PACKAGE and importlib.util.find_spec(name) is None:
         return f"{name} is not installed: pip install -c constraints.txt -e '.[bench]'"
     return None

@@ -8,6 +8,7 @@ double_backward  the same gradient by torch's create_graph
 higher, torchopt the same gradient by these packages
 
 On request (--rows), with the accuracies given, what takes less memory, and what costs less than exactness can:
+general          as exact; with passes of their own for lookahead, tangent and update, also where one pass serves all
 lean             as exact; activations that are cheap to compute are computed again
 autocast_tangent in bf16, the tangent has the types of the training pass, as that of the packages has
 late_weights     the update takes the weights of the lookahead
@@ -53,6 +54,8 @@ from fastlt.device.compiled import MODES
 from fastlt.device.host_memory import allocator, keep_freed_memory
 from fastlt.device.openmp import runtime
 from fastlt.models.classifier import check_model
+from fastlt.models.trained_part import WORDS
+from fastlt.recipe.yaml_text import parse as parse_yaml
 
 NAME = "fastlt benchmark step"
 # Steps between two waits for a GPU, which otherwise idles while the first kernels are launched; not of LONG ones.
@@ -116,6 +119,13 @@ def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS", help="default: 32")
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
     parser.add_argument("--threads", type=worker_count, metavar="N", help="CPU threads of torch (default: all)")
+    parser.add_argument(
+        "--train", nargs="+", default=["all"], metavar="PART", help="model.train of a recipe (default: all)"
+    )
+    parser.add_argument(
+        "--adapt", metavar="YAML", help="model.adapt of a recipe, such as '{lora: {rank: 4, targets: [qkv, fc1]}}'"
+    )
+    parser.add_argument("--norm", choices=("train", "frozen"), help="model.norm of a recipe")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", choices=MODES, default="none", help="as in a recipe (default: none)")
@@ -144,6 +154,9 @@ def problem_of(words: argparse.Namespace, **changes: int) -> Problem:
         precision=words.precision,
         device=words.device,
         compile=words.compile,
+        train=words.train[0] if words.train[0] in WORDS else words.train,
+        norm=words.norm,
+        adapt=None if words.adapt is None else parse_yaml(words.adapt, "--adapt"),
         **options,
     )
 
@@ -151,7 +164,8 @@ def problem_of(words: argparse.Namespace, **changes: int) -> Problem:
 def measure(words: argparse.Namespace) -> list[Row]:
     """A row for each way that was asked for, in order."""
     problem = problem_of(words)
-    reasons = {name: missing(name) for name in words.rows}
+    of_all = all(p.requires_grad for p in problem.model.parameters())
+    reasons = {name: missing(name, of_all) for name in words.rows}
     ways = {name: WAYS[name](problem) for name in words.rows if reasons[name] is None}
     on_gpu = problem.device.type == "cuda"
     errors = peaks = dict.fromkeys(ways)
@@ -281,9 +295,10 @@ def ask_child(name: str, words: argparse.Namespace) -> int | None:
         return None
     layout = "--channels-last" if words.channels_last else "--no-channels-last"
     command = [sys.executable, "-W", "ignore", "-m", *NAME.split(), "--peak-of", name, layout, "--device", words.device]
-    for key in ("backbone", "classes", "batch", "meta_batch", "image_size", "precision", "threads"):
+    for key in ("backbone", "classes", "batch", "meta_batch", "image_size", "precision", "threads", "norm", "adapt"):
         if getattr(words, key) is not None:
             command += [f"--{key.replace('_', '-')}", str(getattr(words, key))]
+    command += ["--train", *words.train]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")

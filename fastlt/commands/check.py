@@ -1,4 +1,5 @@
 """Check a recipe and print it with every default filled in; nothing is trained and no data are read.
+Comments behind it say what follows from the network.
 
     fastlt check recipes/cifar10_lt.yaml data.root=DIR seed=1
 
@@ -23,8 +24,8 @@ def main(words: list[str], prog: str = NAME) -> int:
     from fastlt.run.preflight import check_without_data
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_without_data(recipe)
+    lines = check_without_data(recipe)
     print(recipe.to_yaml(), end="")
-    for line in recipe.follows():
+    for line in [*recipe.follows(), *lines]:
         print(f"# {line}")
     return 0

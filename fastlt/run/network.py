@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from fastlt.meta.per_sample import Trial, try_network
 from fastlt.models import Classifier
 from fastlt.models.adapters import idle_adapters
 from fastlt.models.trained_part import has_batch_norm
@@ -14,6 +15,7 @@ from fastlt.models.weight_files import first_few
 from fastlt.optim import check_layer_decay
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
+from fastlt.steps.meta import MetaStep, meta_cross_entropy
 
 
 def check_network(recipe: Recipe, model: Classifier, processes: int = 1) -> None:
@@ -46,6 +48,42 @@ def advice_on_network(recipe: Recipe, model: Classifier) -> list[str]:
             "model.checkpoint=FILE"
         )
     return lines
+
+
+def meta_steps(recipe: Recipe, model: Classifier) -> list[str]:
+    """How each stage with a meta-gradient takes it, and why: a line a stage. Tries the network; leaves it as it was."""
+    lines = []
+    for name, stage in recipe.stages.items():
+        kind = STEPS[stage.method]
+        if not issubclass(kind, MetaStep):
+            continue
+        float32_tangent = recipe.precision != "fp32" and getattr(stage.options, "tangent", "fp32") == "fp32"
+        reason = kind.why_general(recipe.compile == "inductor", float32_tangent) or _trial(recipe, stage, model).refused
+        way = "one backward pass keeps the gradients of all samples"
+        if reason is not None:
+            way = f"lookahead, tangent and update take passes of their own, since {reason}"
+        lines.append(f"stages.{name}: meta-gradient: {way}")
+    return lines
+
+
+def _trial(recipe: Recipe, stage: StageRecipe, model: Classifier) -> Trial:
+    tried = _prepared(recipe, stage, model)
+    like = next(tried.parameters())
+    size, memory_format = (
+        recipe.data.image_size,
+        torch.channels_last if recipe.channels_last else torch.contiguous_format,
+    )
+    image = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device).contiguous(memory_format=memory_format)
+    return try_network(tried.to(memory_format=memory_format), meta_cross_entropy, image, tried.head.out_features)
+
+
+def _prepared(recipe: Recipe, stage: StageRecipe, model: Classifier) -> Classifier:
+    """A copy of `model` as a stage trains it."""
+    copied = copy.deepcopy(model)
+    for before in recipe.lineage(stage):
+        STEPS[before.method].prepare_model(copied, before.options, seed=recipe.seed)
+    STEPS[stage.method].set_train_mode(copied, stage.options)
+    return copied
 
 
 def _check_image_size(recipe: Recipe, model: Classifier) -> None:
@@ -85,11 +123,7 @@ def _check_single_images(recipe: Recipe, name: str, stage: StageRecipe, model: C
     single = [key for key, size in sizes.items() if size // processes == 1]
     if not single or (recipe.sync_batch_norm and processes > 1):
         return
-    tried = copy.deepcopy(model)
-    for before in recipe.lineage(stage):
-        STEPS[before.method].prepare_model(tried, before.options, seed=recipe.seed)
-    STEPS[stage.method].set_train_mode(tried, stage.options)
-    tried = tried.to("meta")  # shapes without values: as fast for a large network
+    tried = _prepared(recipe, stage, model).to("meta")  # shapes without values: as fast for a large network
     try:
         image = torch.empty(1, 3, recipe.data.image_size, recipe.data.image_size, device="meta")
         features = tried.features(image)

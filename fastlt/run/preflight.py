@@ -20,7 +20,7 @@ from fastlt.run.folder import is_finished, last_checkpoint, result_file, version
 from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main
-from fastlt.run.network import check_network
+from fastlt.run.network import check_network, meta_steps
 from fastlt.run.recorded import changed, is_complete, readable_result, recorded_inputs, recorded_recipe
 from fastlt.run.trackers import check_trackers
 from fastlt.state import ShotRanks
@@ -242,10 +242,11 @@ def check_model(context: RunContext, model: Classifier) -> None:
             )
 
 
-def check_without_data(recipe: Recipe) -> None:
+def check_without_data(recipe: Recipe) -> list[str]:
     """ValueError for all that a run of the recipe on this machine refuses before it looks at its data.
 
-    Builds the network and reads its weights from a file. Writes nothing, and fetches nothing.
+    Returns what the recipe alone does not tell, a line each: see `meta_steps`. Builds the network and reads its
+    weights from a file. Writes nothing, and fetches nothing.
     """
     check_folder(recipe)
     check_trackers(recipe)
@@ -255,4 +256,6 @@ def check_without_data(recipe: Recipe) -> None:
         check_reachable(recipe.model.name)
     asked: dict[str, Any] = vars(recipe.model) | {"pretrained": False}
     classes = recipe.data.num_classes or SOME_CLASSES
-    check_network(recipe, build_model(**asked, num_classes=classes, image_size=recipe.data.image_size))
+    model = build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
+    check_network(recipe, model)
+    return meta_steps(recipe, model)

@@ -132,6 +132,10 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
         # Of the run's seed, and the same on all processes: each uses rows of its own of the noise.
         self.generator = torch.Generator(self.rate_logits.device).manual_seed(torch.initial_seed())
 
+    @classmethod
+    def why_general(cls, traces: bool, float32_tangent: bool) -> str | None:
+        return "balms trains a head on features, whose passes take no time"
+
     def inputs(self, images: Tensor) -> Tensor:
         """Features (N, D) in the head's precision; nothing flows back through them."""
         with self.parts.autocast(), torch.no_grad():

@@ -77,10 +77,9 @@ class CbDaStep(MetaStep[CbDaOptions]):
         size = len(run.labels) * self.reducer.world_size
         own_gradient, meta_loss = self.per_sample_gradient(run, weights, meta_batch, lr=self.lr * size)
         eps = own_gradient * (-self.options.eps_lr / self.reducer.world_size)
-        objective = ((weights + eps) * run.losses).mean()
-        self.descend(objective)
+        self.apply(self.weighted_gradients(run, weights + eps, self.parameters))
         return StepOutput(
-            objective.detach(),
+            ((weights + eps) * run.losses.detach()).mean(),
             metrics={"meta_loss": meta_loss, "eps_norm": eps.norm()},
             per_class={"weight": self.balanced},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_re
 from fastlt.device.compiled import adam_options, load_optimizer
 from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
+from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, try_network
 from fastlt.models import Classifier
 from fastlt.names import pick
 from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
@@ -28,6 +29,9 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 
 TANGENTS = ("fp32", "autocast")
 WIDTH = within(1, 65536)  # of a layer
+# Where samples do not couple, the meta batch goes forward and back in parts: what is kept of the training batch and the
+# activations of half of the meta batch take about as much memory as those of a whole batch.
+META_PARTS = 2
 WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
 
 
@@ -40,10 +44,12 @@ def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class TrainingPass:
     """The one forward of a training batch, which lookahead, tangent and update share.
 
-    inputs: what the step's network took. labels, losses: (b,); the losses keep their graph.
+    inputs: what the step's network took. labels, losses: (b,); losses have their graph, unless `gradients` is there.
     random_state: of the generators before the forward, for what the model draws in it; None where it is compiled, which
         no model is that draws.
     record: of the forward, for the tangent or to release activations; None where neither is done.
+    gradients: of every loss, where samples do not couple; None where lookahead, tangent and update take passes of their
+        own.
     """
 
     inputs: Tensor
@@ -51,6 +57,7 @@ class TrainingPass:
     losses: Tensor
     random_state: Mapping[str, Tensor] | None
     record: ForwardRecord | None = None
+    gradients: PerSampleGradients | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,9 @@ class MetaStep(Step[OptionsT]):
     with different weights, so BatchNorm's running statistics move once. Lookahead, meta and tangent passes leave no
     trace in the model's buffers.
 
+    Where the samples of a batch do not couple, one backward pass keeps what all three need, see
+    `fastlt.meta.per_sample`: found out with the first batch.
+
     network: what the passes run: the model. A method that trains a part of it only sets the part here and its
     parameters in `ahead`, and overrides `inputs` and `losses` to feed it.
     """
@@ -102,6 +112,21 @@ class MetaStep(Step[OptionsT]):
         kind = "preconditioned" if options.preconditions(optimizer_class(stage.optimizer)) else "sgd"
         return [*super().follows(options, stage), f"options.lookahead is {kind}, with optimizer {stage.optimizer}"]
 
+    @classmethod
+    def why_general(cls, traces: bool, float32_tangent: bool) -> str | None:
+        """Why lookahead, tangent and update take passes of their own whatever the network is; None where it decides.
+
+        traces: whether passes are compiled by inductor. float32_tangent: whether, in mixed precision, the tangent has
+        not the types of the training pass.
+        """
+        if traces:
+            return "compile: inductor takes the passes apart"
+        if float32_tangent:
+            return (
+                "the tangent is float32 in mixed precision (options.tangent: autocast takes the training pass's types)"
+            )
+        return None
+
     def __init__(self, parts: StepParts, options: OptionsT | None = None) -> None:
         super().__init__(parts, options)
         self.network: nn.Module = parts.model
@@ -112,6 +137,7 @@ class MetaStep(Step[OptionsT]):
         self.ahead = meta_gradient.trainable_parameters(parts.model)
         options = self.options
         self.preconditions = isinstance(options, MetaOptions) and options.preconditions(type(parts.optimizer))
+        self.trial: Trial | None = None  # whether a batch can go through `kept_pass`; None before the first one
 
     @functools.cached_property
     def lr_factors(self) -> list[float]:
@@ -140,16 +166,47 @@ class MetaStep(Step[OptionsT]):
         return images
 
     def training_pass(self, batch: Batch) -> TrainingPass:
-        """Augment a batch and run it forward."""
+        """Augment a batch and run it forward, and back where its samples do not couple."""
         inputs = self.inputs(self.parts.augment(batch.images))
         # Whatever the model: not every one that draws shows it from outside. Some 20 us on a CPU.
         random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
+        if self._keeps(inputs):
+            assert self.trial is not None
+            try:
+                losses, gradients = kept_pass(
+                    lambda: self.losses(inputs, batch.labels), self.network, len(inputs), self.trial.uses
+                )
+                return TrainingPass(inputs, batch.labels, losses, random_state, gradients=gradients)
+            except NotCoveredError as error:
+                self._take(Trial(str(error), error.parameter))
+                meta_gradient.set_random_state(random_state or {}, inputs.device)
         if not self._records(inputs):
             return TrainingPass(inputs, batch.labels, self.losses(inputs, batch.labels), random_state)
         record = ForwardRecord(self.lean, self.parts.autocast)
         with record.recording():
             losses = self.losses(inputs, batch.labels)
         return TrainingPass(inputs, batch.labels, losses, random_state, record)
+
+    def _keeps(self, inputs: Tensor) -> bool:
+        """Whether one pass keeps what lookahead, tangent and update need; tries the network with the first batch."""
+        traces, float32_tangent = self.parts.compiler.traces, not self._replays(inputs.device)
+        if len(inputs) == 1 or not self.learns() or self.why_general(traces, float32_tangent) is not None:
+            return False
+        if self.trial is None:
+            self._take(try_network(self.network, self.loss, inputs[:1], self.parts.class_counts.num_classes))
+            assert self.trial is not None
+        return self.trial.refused is None
+
+    def _take(self, trial: Trial) -> None:
+        self.trial = trial
+        if trial.parameter is not None:
+            warnings.warn(
+                f"{trial.refused}: the meta-gradient takes forward and backward passes of its own, as exact and slower"
+            )
+
+    def learns(self) -> bool:
+        """Whether this iteration takes a meta-gradient."""
+        return self.uses_meta_batch()
 
     def _records(self, inputs: Tensor) -> bool:
         """Whether a pass is recorded: for the tangent or for `lean`, unless inductor compiles it."""
@@ -169,8 +226,21 @@ class MetaStep(Step[OptionsT]):
         lookahead and the meta loss are those of all their batches, and b is still this process's: the mean over
         processes of sums over these values is the derivative.
         """
-        gradients = self.gradients((weights * run.losses).mean(), list(self.ahead.values()), retain_graph=True)
+        gradients = self.weighted_gradients(run, weights, list(self.ahead.values()), retain_graph=True)
         return self.gradient_at(run, gradients, meta_batch, lr)
+
+    def weighted_gradients(
+        self, run: TrainingPass, weights: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False
+    ) -> list[Tensor]:
+        """The gradient of (1/b) sum_i w_i l_i, averaged over processes: a tensor a parameter.
+
+        weights: (b,), constant. retain_graph: whether the gradients with other weights are asked for later.
+        """
+        if run.gradients is None:
+            return self.gradients((weights * run.losses).mean(), parameters, retain_graph=retain_graph)
+        gradients = run.gradients.weighted(weights / len(run.labels), parameters)
+        self.reducer.mean_(gradients)
+        return gradients
 
     def gradient_at(
         self, run: TrainingPass, gradients: list[Tensor], meta_batch: Batch, lr: float | Tensor | None = None
@@ -182,13 +252,13 @@ class MetaStep(Step[OptionsT]):
         lr = self.lr if lr is None else lr
         diagonal = self.lookahead_diagonal(gradients)
         ahead = meta_gradient.lookahead(self.ahead, meta_gradient.scaled(gradients, diagonal), lr)
-        if self.lean:
+        if self.lean and run.gradients is None:
             assert run.record is not None, "lean records every training pass"
             run.record.release()  # the meta batch's activations are about to come on top of the training batch's
         assert self.parts.meta_augment is not None, "needs.meta_batch is not set"
         meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
-            meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels)
+            meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels, run)
         self.reducer.mean_(direction)
         derivative = self._tangent(run, meta_gradient.scaled(direction, diagonal))
         if run.record is not None:
@@ -208,8 +278,18 @@ class MetaStep(Step[OptionsT]):
             return self.lr_factors
         return [p.mul_(factor) for p, factor in zip(diagonal, self.lr_factors, strict=True)]
 
-    def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor):
-        """The meta loss (0-d) at the lookahead and its gradient there."""
+    def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor, run: TrainingPass):
+        """The meta loss (0-d) at the lookahead and its gradient there; in parts, where images do not couple."""
+        if run.gradients is None or len(labels) < 2 * META_PARTS:
+            return self._gradient_of_meta_images(ahead, inputs, labels)
+        meta_loss, direction = inputs.new_zeros(()), [torch.zeros_like(p) for p in ahead.values()]
+        for part, of_part in zip(inputs.chunk(META_PARTS), labels.chunk(META_PARTS), strict=True):
+            loss, gradients = self._gradient_of_meta_images(ahead, part, of_part)
+            meta_loss = meta_loss + loss * (len(part) / len(inputs))
+            torch._foreach_add_(direction, gradients, alpha=len(part) / len(inputs))
+        return meta_loss, direction
+
+    def _gradient_of_meta_images(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor):
         stays = meta_gradient.what_stays(self.network, ahead)
 
         def losses(parameters: meta_gradient.Tensors) -> Tensor:
@@ -227,6 +307,8 @@ class MetaStep(Step[OptionsT]):
         return meta_gradient.mean_loss_gradient(losses, ahead)
 
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
+        if run.gradients is not None:
+            return run.gradients.tangents(self.ahead, direction)
         if run.random_state is None:
             return self._tangent_of_pass(run, direction)
         with meta_gradient.replayed_randomness(run.random_state, run.inputs.device):
@@ -379,6 +461,9 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         super().advance()
         self.iteration += 1
 
+    def learns(self) -> bool:
+        return self.iteration % self.options.approximate.every == 0
+
     def make_net(self) -> nn.Module:
         """The network with parameters theta, as it is initialised."""
         raise NotImplementedError
@@ -406,11 +491,10 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         assert meta_batch is not None, "needs.meta_batch is not set"
         run, seen = self.forward(batch)
         weights = self.sample_weights(seen, run)
-        due = self.iteration % self.options.approximate.every == 0
+        due = self.learns()
         self.iteration += 1
         if due and self.options.approximate.late_weights:
-            objective = (weights * run.losses).mean()
-            gradients = self.gradients(objective, self.parameters, retain_graph=True)
+            gradients = self.weighted_gradients(run, weights, self.parameters, retain_graph=True)
             ahead = [gradients[i] for i in self.ahead_positions]
             self._update_net(seen, run, *self.gradient_at(run, ahead, meta_batch))
             self.apply(gradients)
@@ -418,10 +502,10 @@ class LearnedWeightStep(MetaStep[LearnedT]):
             if due:
                 self._update_net(seen, run, *self.per_sample_gradient(run, weights, meta_batch))
                 weights = self.sample_weights(seen, run)
-            objective = (weights * run.losses).mean()
-            self.descend(objective)
+            self.apply(self.weighted_gradients(run, weights, self.parameters))
+        objective = (weights * run.losses.detach()).mean()
         return StepOutput(
-            objective.detach(), metrics={**self.metrics, "weight_std": weights.std()}, per_class=self.per_class(seen)
+            objective, metrics={**self.metrics, "weight_std": weights.std()}, per_class=self.per_class(seen)
         )
 
     def _update_net(self, seen: Tensor, run: TrainingPass, per_sample: Tensor, meta_loss: Tensor) -> None:

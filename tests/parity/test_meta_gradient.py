@@ -20,6 +20,7 @@ from fastlt.meta.difficulty import DifficultyNet, difficulty_gradient_loss
 from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
+from fastlt.steps import meta as meta_steps
 
 CLASSES = 5
 
@@ -400,7 +401,8 @@ DRAWING = {
 
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("network", DRAWING)
-def test_a_step_is_exact_about_the_noise_that_its_training_pass_drew(network, lean):
+def test_a_step_is_exact_about_the_noise_that_its_training_pass_drew(network, lean, monkeypatch):
+    monkeypatch.setattr(meta_steps, "META_PARTS", 1)  # parts would draw in another order than the reference
     torch.manual_seed(3)
     counts = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))
     model = DRAWING[network]().double().train()

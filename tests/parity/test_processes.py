@@ -47,9 +47,11 @@ def test_two_processes_equal_one(case, ranks):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "lean" in case[0]], ids="-".join)
 def test_lean_steps_release_activations_in_every_process(case, ranks):
+    # Without BatchNorm samples do not couple, and there is nothing that the meta batch would have to make room for.
+    expected = [] if case[2] == "none" else [1] * ITERATIONS
     for results in ranks:
         released = results["-".join(case)]["released"]["activations"]
-        assert released.tolist() == [1] * ITERATIONS, "the ReLU's output, which follows from the convolution's"
+        assert released.tolist() == expected, "the ReLU's output, which follows from the convolution's"
 
 
 def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):

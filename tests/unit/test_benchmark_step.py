@@ -113,3 +113,30 @@ def test_the_operations_of_a_step_are_those_of_its_passes():
     # 1 + 2 + 8 / 12 * 3 + 2 + 2 for ours; the first layer's input needs no gradient and has no tangent.
     assert ours / plain == pytest.approx(3, rel=0.05)
     assert step.matrix_rate(step.problem_of(step.parse(SMALL))) > 1e8
+
+
+def test_a_part_of_the_network_is_measured_where_the_way_can_train_one(capsys):
+    part = ["--train", "norms", "--norm", "frozen"]
+    names = ["plain", "ours_frozen", "general", "double_backward", "higher"]
+    rows = run(capsys, "--no-memory", *part, "--rows", *names)
+    assert rows["higher"]["ms"] is None
+    assert "trained as a whole" in rows["higher"]["why"]
+    assert all(rows[name]["grad_rel_error"] < 1e-3 for name in names[1:4])
+    problem = step.problem_of(step.parse([*SMALL, *part]))
+    assert not any(module.training for module in problem.model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    kept = {}
+    for name in ("ours_frozen", "general"):
+        way = meta_steps.WAYS[name](problem)
+        way.step()
+        kept[name] = way.of_fastlt.trial.refused is None
+    assert kept == {"ours_frozen": True, "general": False}
+
+
+def test_adapters_are_measured(capsys):
+    pytest.importorskip("peft")
+    adapters = ["--adapt", "{lora: {rank: 2, targets: [qkv, fc1]}}"]
+    words = [*("--backbone", "vit_tiny_patch16_224", "--image-size", "32"), *adapters]
+    rows = run(capsys, "--no-memory", *words, "--rows", "ours_frozen", "double_backward")
+    assert all(row["grad_rel_error"] < 1e-3 for row in rows.values())
+    parameters = step.problem_of(step.parse([*SMALL, *words])).model.named_parameters()
+    assert all("lora" in name or name.startswith("head") for name, p in parameters if p.requires_grad)

@@ -85,3 +85,31 @@ def test_the_command_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "unknown tracker 'wandbb'" in capsys.readouterr().err
     assert cli.main(["check", "digits_lt"]) == 0
     assert not [*tmp_path.iterdir()]
+
+
+ONE_PASS = "one backward pass keeps the gradients of all samples"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.name=vit_tiny_patch16_224"], ONE_PASS),
+        (["model.name=cifar_resnet8"], "passes of their own, since backbone.bn1 normalises with its batch"),
+        (["model.name=cifar_resnet8", "model.norm=frozen", "model.train=norms"], ONE_PASS),
+        (["model.name=vit_tiny_patch16_224", "compile=inductor"], "passes of their own, since compile: inductor"),
+        (["model.name=vit_tiny_patch16_224", "precision=bf16"], "since the tangent is float32 in mixed precision"),
+        (["model.name=vit_tiny_patch16_224", "precision=bf16", f"{STAGE}.options.tangent=autocast"], ONE_PASS),
+    ],
+)
+def test_the_command_says_how_the_meta_gradient_is_taken(words, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stage = [f"{STAGE}.method=difficulty", f"{STAGE}.batch_size=8", f"{STAGE}.meta_batch_size=8"]
+    assert cli.main(["check", "digits_lt", "data.image_size=32", *stage, *words]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "meta-gradient:" in line]
+    assert line.startswith(f"# {STAGE}: meta-gradient: ")
+    assert expected in line
+
+
+def test_the_check_says_nothing_of_stages_without_a_meta_gradient(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_without_data(recipe(f"{STAGE}.batch_size=8")) == []
