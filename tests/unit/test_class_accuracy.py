@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -170,3 +172,42 @@ def test_a_class_without_meta_images_is_refused():
     keep = labels != 3
     with pytest.raises(ValueError, match="no image of 1 classes"):
         ClassAccuracy(images[keep], labels[keep], CLASSES, prepare=lambda x: x)
+
+
+def test_features_of_a_frozen_backbone_are_computed_once_and_again_when_it_changes(monkeypatch):
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet8", num_classes=CLASSES, train="head", drop_rate=0.5).train()
+    images, labels = torch.randint(0, 256, (70, 3, 12, 12), dtype=torch.uint8), torch.arange(70) % CLASSES
+    passes, features = [], model.backbone.forward
+    monkeypatch.setattr(model.backbone, "forward", lambda x: passes.append(len(x)) or features(x))
+
+    def expected():
+        with torch.no_grad():
+            right = (copy.deepcopy(model).eval()(images.float()).argmax(1) == labels).float()
+        return torch.zeros(CLASSES).index_add_(0, labels, right) / 10
+
+    accuracy = ClassAccuracy(images, labels, CLASSES, prepare=lambda x: x.float(), batch_size=40)
+    for _ in range(3):
+        with torch.no_grad():
+            model.head.weight.add_(torch.randn_like(model.head.weight))
+        wanted = expected()
+        passes.clear()
+        assert torch.equal(accuracy.update(model), wanted)
+    assert passes == []
+    with torch.no_grad():
+        model.backbone.conv1.weight.mul_(-1)
+    wanted = expected()
+    passes.clear()
+    assert torch.equal(accuracy.update(model), wanted)
+    assert passes == [1, 40, 30]
+
+
+@pytest.mark.parametrize("why", ["trained", "statistics that move", "no room"])
+def test_features_are_not_kept_where_they_change_or_are_too_large(why, monkeypatch):
+    norm = "train" if why == "statistics that move" else "frozen"
+    model = build_model("cifar_resnet8", num_classes=CLASSES, train="all" if why == "trained" else "head", norm=norm)
+    if why == "no room":
+        monkeypatch.setattr(class_accuracy, "FEATURE_BYTES", 70 * 64 * 4 - 1)
+    accuracy = ClassAccuracy(*meta_set(RIGHT), CLASSES, prepare=lambda x: x.float())
+    accuracy.update(model.train())
+    assert accuracy.features is None
