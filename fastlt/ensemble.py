@@ -50,7 +50,7 @@ class Member:
             batch_size=min(EVALUATION_BATCH, count),
             device=device,
             train=False,
-            crop=crop_spec(data, train=False),
+            crop=crop_spec(data, split, train=False),
             seed=self.run.recipe.seed,
             num_workers=data.num_workers,
         )

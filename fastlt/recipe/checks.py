@@ -15,6 +15,7 @@ from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
 from fastlt.models.adapters import read_adapter
+from fastlt.models.head_init import CLASS_MEAN, ZEROS
 from fastlt.names import shortened
 from fastlt.optim import check_optimizer
 from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
@@ -86,6 +87,14 @@ def crops(recipe: Recipe) -> Iterator[str]:
     data, size = recipe.data, recipe.data.image_size
     yield from refused("data.crop_scale", lambda: CropSpec("random_resized", size, scale=data.crop_scale))
     yield from refused("data.crop_aspect", lambda: CropSpec("random_resized", size, aspect=data.crop_aspect))
+
+
+def test_crops(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.test_crops > 1 and recipe.data.eval_crop != "center":
+        yield (
+            f"data.test_crops: is {recipe.data.test_crops} with data.eval_crop {recipe.data.eval_crop!r}, which leaves "
+            "stored images as they are; set data.eval_crop: center"
+        )
 
 
 def augmentations(recipe: Recipe) -> Iterator[str]:
@@ -178,6 +187,12 @@ def head(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     if model.head_scale is not None and model.head != "cosine":
         yield f"model.head_scale: is {model.head_scale}, which belongs to model.head cosine; leave one of the two out"
+    if model.head_init == ZEROS and model.head == "cosine":
+        yield "model.head_init: is zeros with model.head cosine, and zero has no direction; take class_mean"
+    elif model.head_init not in (None, ZEROS, CLASS_MEAN) and not Path(model.head_init).is_file():
+        yield f"model.head_init: {model.head_init} is not a file; give class_mean, zeros, or a file of one row a class"
+    if model.head_init is not None and model.experts is not None:
+        yield "model.head_init: is set with model.experts, which have a head each; leave one of the two out"
 
 
 def trained_part(recipe: Recipe) -> Iterator[str]:
@@ -332,6 +347,11 @@ def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
             "Put the stage that trains one first and start from it (start: previous), or give its weights as "
             "model.checkpoint=FILE"
         )
+    if first and STEPS[stage.method].needs.trained_head and recipe.model.head_init is not None:
+        yield (
+            f"method: is {stage.method!r}, which goes on from a trained head, but model.head_init is "
+            f"{recipe.model.head_init!r}; leave one of the two out"
+        )
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
@@ -339,6 +359,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     conversion,
     dali_augmentation,
     crops,
+    test_crops,
     workers,
     files,
     names,

@@ -76,6 +76,9 @@ class DataRecipe:
     train_crop: none trains on whole stored images, random_resized on a random rectangle of each.
     eval_crop: none evaluates on whole stored images, center on their central square.
     eval_ratio: side of the central square over the shorter side of the image.
+    test_crops: 5 cuts test images test_expand pixels larger than image_size, and takes the mean of the logits of their
+        four corners and their centre; with eval_ratio 1 these are LIFT's, for square images. Validation has one crop.
+    test_expand: pixels, with test_crops 5.
     crop_scale: range of the area of random_resized crops, as a share of the image.
     crop_aspect: range of the width over the height of random_resized crops.
     augment: augmentations of a training batch, which are made on the device in this order.
@@ -108,6 +111,8 @@ class DataRecipe:
     train_crop: Literal["none", "random_resized"] = "none"
     eval_crop: Literal["none", "center"] = "none"
     eval_ratio: float = field(default=224 / 256, metadata=within(0, 1, above=True))
+    test_crops: Literal[1, 5] = 1
+    test_expand: int = field(default=24, metadata=within(1, 4096))
     crop_scale: tuple[float, float] = field(default=(0.08, 1.0), metadata=within(0, 1, above=True))
     crop_aspect: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata=above(0))
     augment: list[str | dict[str, Any]] = field(default_factory=list)
@@ -137,6 +142,9 @@ class ModelRecipe:
         as they are; null is train in layers that are trained, and frozen in layers that are frozen.
     adapt: adapters that are put into the backbone, as a name or a mapping of the name to its options. The backbone is
         frozen: with adapt, train: all is nothing of it, and norms or a list are trained beside the adapters.
+    head_init: how the head of a new network begins: class_mean, as the nearest mean feature of a class in the training
+        set; zeros; or with the rows of a .npy, .safetensors or .pt file, one a class, such as text features. A cosine
+        head takes directions. null is at random.
     """
 
     name: str
@@ -151,6 +159,7 @@ class ModelRecipe:
     train: Literal["all", "head", "norms"] | list[str] = "all"
     norm: Literal["train", "frozen"] | None = None
     adapt: str | dict[str, Any] | None = None
+    head_init: str | None = field(default=None, metadata=PATH)
 
     @property
     def trains_all(self) -> bool:

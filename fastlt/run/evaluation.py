@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastlt.meta.class_accuracy import evaluation_mode
@@ -12,6 +13,7 @@ from fastlt.models import Classifier
 from fastlt.run.context import RunContext
 from fastlt.run.loading import normaliser, open_evaluation_loader
 from fastlt.run.metrics import Metrics
+from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import Batch
 from fastlt.steps import Step
 from loaders.protocol import BatchLoader
@@ -42,9 +44,10 @@ class Evaluation:
         counters = model.counters()
         for counter in counters.values():
             counter.zero_()
+        size = self.context.recipe.data.image_size
         with evaluation_mode(model), self.context.autocast():
             for batch in self._batches(split):
-                metrics.update(model(self.normalise(batch.images)), batch.labels)
+                metrics.update(mean_logits(model, self.normalise(batch.images), size), batch.labels)
         counted = [counter.double() for counter in counters.values()]
         reducer.sum_([metrics.state, *counted])
         means = {name: (total / images).item() for name, (total, images) in zip(counters, counted, strict=True)}
@@ -54,6 +57,20 @@ class Evaluation:
         """The training set, see `StepParts`."""
         for batch in self._batches("train"):
             yield self.normalise(batch.images), batch.labels
+
+    def class_means(self, model: Classifier) -> Tensor:
+        """The mean feature of every class over the training set, in eval mode: float64 (C, D). Closes the loader."""
+        like, head = next(model.head.parameters()), model.head
+        # float64, so that neither their number nor the order of the additions shows in a float32 mean.
+        sums = torch.zeros(head.out_features, head.in_features, dtype=torch.float64, device=like.device)
+        counts = sums.new_zeros(len(sums), 1)
+        with evaluation_mode(model), self.context.autocast():
+            for images, labels in self.training_images():
+                sums.index_add_(0, labels, model.features(images).double())
+                counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
+        self.context.reducer.sum_([sums, counts])
+        self.loaders.pop("train").close()
+        return sums / counts
 
     def first_pass(self, step: Step) -> None:
         """Show a step the training images, before the first iteration of its stage."""

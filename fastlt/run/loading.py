@@ -114,7 +114,7 @@ def open_loader(
         batch_size=batch_size,
         device=context.device,
         train=train,
-        crop=crop_spec(data, train=train),
+        crop=crop_spec(data, split, train=train),
         sampling=sampling,
         seed=context.recipe.seed,
         rank=0 if whole else context.reducer.rank,
@@ -126,11 +126,16 @@ def open_loader(
     )
 
 
-def crop_spec(data: DataRecipe, *, train: bool) -> CropSpec:
-    """How stored images are cut for training, or for evaluation."""
+def crop_spec(data: DataRecipe, split: str | None = None, *, train: bool) -> CropSpec:
+    """How stored images are cut for training, or for evaluation; those of the test split may be cut larger."""
     if train:
         return CropSpec(data.train_crop, data.image_size, scale=data.crop_scale, aspect=data.crop_aspect)
-    return CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio)
+    return CropSpec(data.eval_crop, evaluation_side(data, split), ratio=data.eval_ratio)
+
+
+def evaluation_side(data: DataRecipe, split: str | None) -> int:
+    """Pixels a side of the images of a split that is evaluated; the test may cut several crops of each."""
+    return data.image_size + (data.test_expand if split == "test" and data.test_crops > 1 else 0)
 
 
 def batch_size(stage: StageRecipe, split: str) -> int:

@@ -12,12 +12,13 @@ import torch
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, build_model, check_padded_pooling
+from fastlt.models.head_init import check_head_init
 from fastlt.models.pretrained import check_reachable
 from fastlt.names import shortened
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
-from fastlt.run.loading import augmentations, batch_size, crop_spec, stage_classes
+from fastlt.run.loading import augmentations, batch_size, crop_spec, evaluation_side, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main
 from fastlt.run.network import check_network, meta_steps
@@ -184,7 +185,9 @@ def check_loaders(context: RunContext) -> None:
             raise ValueError(f"{key}: {error}") from None
         _check_image_size(context, split, shape, "data.train_crop=random_resized, or a random_crop in data.augment")
     for split in ("meta", "test"):
-        _check_image_size(context, split, _check_loader(context, split, train=False), "data.eval_crop=center")
+        height, width = _check_loader(context, split, train=False)
+        more = evaluation_side(data, split) - data.image_size
+        _check_image_size(context, split, (height - more, width - more), "data.eval_crop=center")
 
 
 def _check_loader(context: RunContext, split: str, *, train: bool) -> tuple[int, int]:
@@ -195,7 +198,7 @@ def _check_loader(context: RunContext, split: str, *, train: bool) -> tuple[int,
         backend=context.recipe.data.loader,
         device=context.device,
         train=train,
-        crop=crop_spec(context.recipe.data, train=train),
+        crop=crop_spec(context.recipe.data, split, train=train),
         world_size=context.reducer.world_size,
     )
 
@@ -231,6 +234,8 @@ def check_model(context: RunContext, model: Classifier) -> None:
     if recipe.channels_last:
         check_padded_pooling(model, context.device)
     check_network(recipe, model, context.reducer.world_size)
+    if recipe.model.head_init is not None:
+        check_head_init(recipe.model.head_init, model)
     for name, stage in recipe.stages.items():
         kind = STEPS[stage.method]
         first = len(recipe.lineage(stage)) == 1

@@ -19,6 +19,7 @@ from fastlt.recipe import Recipe, read_resolved
 from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
 from fastlt.run.recorded import readable_result, written_inputs
+from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import ClassCounts
 from fastlt.steps import STEPS
 from loaders.stored.identity import DatasetIdentity
@@ -119,9 +120,13 @@ class TrainedRun:
         return autocast(self.recipe, self.device)
 
     def logits(self, images: Tensor) -> Tensor:
-        """As the run was tested: float32 (N, C) on `device`, for uint8 (N, 3, H, W) that are cut but not normalised."""
+        """As the run was tested: float32 (N, C) on `device`, for uint8 (N, 3, H, W) that are cut but not normalised.
+
+        Of images that are larger than `image_size`, the mean over five crops.
+        """
         with evaluation_mode(self.model), self.autocast():
-            return self.model(normalise(images.to(self.device), self.mean, self.std)).float()
+            prepared = normalise(images.to(self.device), self.mean, self.std)
+            return mean_logits(self.model, prepared, self.image_size).float()
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from fastlt.device.compiled import ready
 from fastlt.device.openmp import why_neighbours_slow
+from fastlt.models.head_init import CLASS_MEAN, ZEROS, read_rows, set_head
 from fastlt.models.trained_state import check_frozen_part
 from fastlt.run.checkpoint import write_atomically, write_json
 from fastlt.run.context import RunContext
@@ -137,12 +139,14 @@ class Trainer:
         write_atomically(recipe_file(context.folder), context.recipe.to_yaml().encode())
         write_json(inputs_file(context.folder), context.inputs.to_tree())
 
-    def build_stage(self, name: str, backends: Mapping[str, str] | None = None) -> Stage:
+    def build_stage(self, name: str, backends: Mapping[str, str] | None = None, *, new_head: bool = False) -> Stage:
         """Give the model the form that a stage trains, and make what trains it. The caller closes the loaders.
 
-        backends: see `StageLoaders`.
+        backends: see `StageLoaders`. new_head: whether the head begins as `model.head_init` says.
         """
         self.model = prepare_model(self.context, self.model, self.context.recipe.stages[name])
+        if new_head:
+            self._init_head()
         return build_stage(
             self.context,
             name,
@@ -150,6 +154,18 @@ class Trainer:
             training_images=self.evaluation.training_images,
             backends=backends,
         )
+
+    def _init_head(self) -> None:
+        """Let the head of a new network begin as the recipe says."""
+        init, head = self.context.recipe.model.head_init, self.model.head
+        if init == CLASS_MEAN:
+            self.stopwatch.start()
+            set_head(head, self.evaluation.class_means(self.model), means=True)
+            self.stopwatch.lap()
+        elif init == ZEROS:
+            set_head(head, torch.zeros(head.out_features, head.in_features), means=False)
+        elif init is not None:
+            set_head(head, read_rows(init), means=False)
 
     def _run_stage(self, name: str) -> None:
         try:
@@ -173,8 +189,10 @@ class Trainer:
     def _start_stage(self, name: str) -> Stage:
         """A stage before its first iteration, or where it was saved."""
         saved, self.saved = self.saved, None  # its tensors are let go of with this function
+        recipe = self.context.recipe
+        new = saved is None and len(recipe.lineage(recipe.stages[name])) == 1
         with self.stopping.waiting():  # a loader may read a whole split into memory
-            stage = self.build_stage(name, None if saved is None else saved.backends)
+            stage = self.build_stage(name, None if saved is None else saved.backends, new_head=new)
         if saved is not None:
             saved.restore(stage.step)
         elif stage.step.needs.first_pass:

@@ -13,6 +13,7 @@ from test_trainer import assert_same, comparable, stop_after
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastlt.autograd import FoldedForward
 from fastlt.models import build_model
 from fastlt.models.adapters import adapted_layers, has_adapters, read_adapter
 from fastlt.models.adaptformer import Bottleneck, bottleneck_for
@@ -190,6 +191,15 @@ def test_convolutions_merge_too():
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model.merged()(images), model(images), rtol=1e-9, atol=1e-10)
+
+
+def test_folded_batch_norm_sees_the_adapters():
+    adapt = {"lora": {"rank": 2, "targets": ["conv1", "conv2"]}}
+    model = moved(build_model("cifar_resnet8", num_classes=3, adapt=adapt)).eval()
+    images = torch.randn(4, 3, 16, 16)
+    folded = FoldedForward(model, images[:1])
+    with torch.no_grad(), folded.weights():
+        torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 # Refusals

@@ -30,7 +30,7 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"},
+    {"finite", "folder", "inputs", "main_process", "metrics", "shifted_crops", "network", "progress", "schedule"},
     {"checkpoint", "dataset", "lock"},
     {"divergence"},
     {"recorded"},
