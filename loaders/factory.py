@@ -39,6 +39,7 @@ def make_loader(
     memory_budget_bytes: int | None = None,
     classes: np.ndarray | None = None,
     dali_augment: str | Mapping | None = None,
+    keep_last: bool = False,
 ) -> BatchLoader:
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
@@ -53,6 +54,7 @@ def make_loader(
     num_workers: decoding threads or processes; None shares the job's cores among its processes.
     classes: bool (C,), the classes whose images are read, as if the split held no others; None for all of them.
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
+    keep_last: whether a training epoch, too, gives each image exactly once, the last batch being smaller.
 
     In evaluation all backends give the same pixels of the same stored images. Two formats of one data set differ where
     the source is JPEGs, whose shards are the original files: from raw .beton files, which hold Pillow's pixels, by 1
@@ -85,6 +87,7 @@ def make_loader(
         world_size=world_size,
         view=view,
         classes=classes,
+        keep_last=keep_last,
     )
     device = torch.device(device)
     reason = f"{backend}: asked for"

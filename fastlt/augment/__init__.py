@@ -4,6 +4,7 @@ from fastlt.augment.mixup import cutmix, mixup
 from fastlt.augment.pipeline import (
     AUGMENTATIONS,
     Augment,
+    Unchanged,
     build_augment,
     check_augment,
     check_mean,
@@ -15,6 +16,7 @@ from fastlt.augment.pipeline import (
 __all__ = [
     "AUGMENTATIONS",
     "Augment",
+    "Unchanged",
     "build_augment",
     "check_augment",
     "check_mean",

@@ -160,6 +160,16 @@ class Augment:
         return f"Augment({', '.join(map(repr, self.operations)) or 'normalise only'})"
 
 
+class Unchanged(Augment):
+    """Gives a batch as it is: where a frozen network has been shown the augmented images before."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__((), (0.0,) * 3, (1.0,) * 3, 0, device)
+
+    def apply(self, images: Tensor, draws: Sequence[object], dtype: torch.dtype = torch.float32) -> Tensor:
+        return images.to(dtype)
+
+
 def build_augment(
     specs: Sequence[str | Mapping[str, Any]],
     *,

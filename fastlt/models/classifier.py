@@ -42,6 +42,7 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
     frozen: names of the backbone's parameters that no method trains. frozen_norms: names of its BatchNorm layers that
     stay in eval mode when the model is put into train mode. Both begin with "backbone."; see
     `fastlt.models.trained_part`. frozen_part: frozen weights of a pretrained backbone, which checkpoints go without.
+    takes_features: whether the backbone has been passed before: then "images" are its features, float (N, D, 1, 1).
     """
 
     backbone: BackboneT
@@ -51,6 +52,7 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
     frozen: frozenset[str] = frozenset()
     frozen_norms: frozenset[str] = frozenset()
     frozen_part: FrozenPart | None = None
+    takes_features = False
 
     def __init__(self, backbone: BackboneT, head: HeadT, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (N, D) of images (N, 3, H, W)."""
-        return self.backbone(images)
+        return images.flatten(1) if self.takes_features else self.backbone(images)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))

@@ -339,6 +339,31 @@ def trained_part_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         )
 
 
+def cached_views(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if recipe.data.cached_views is None:
+        return
+    if model.train != "head" or model.norm == "train" or model.adapt is not None:
+        yield (
+            "data.cached_views: is set, but the backbone's features change while it is trained; set model.train: head "
+            "and leave out model.norm and model.adapt, or leave data.cached_views out"
+        )
+    if model.drop_path_rate > 0:
+        yield "data.cached_views: is set, and features are computed once without model.drop_path_rate; leave it out"
+    if not model.pretrained and model.checkpoint is None:
+        yield (
+            "data.cached_views: is set, but the backbone has random weights; give model.pretrained or model.checkpoint"
+        )
+
+
+def cached_views_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if recipe.data.cached_views is not None and not STEPS[stage.method].allows.features:
+        yield (
+            f"method: is {stage.method!r}, which needs the images, but data.cached_views is "
+            f"{recipe.data.cached_views}; leave it out, or take another method"
+        )
+
+
 def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     first = len(recipe.lineage(stage)) == 1
     if first and STEPS[stage.method].needs.trained_model and not recipe.model.checkpoint:
@@ -369,6 +394,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     head,
     backbone,
     trained_part,
+    cached_views,
     normalisation,
     augmentations,
     second_view,
@@ -378,6 +404,7 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     method,
     allowed_by_method,
     trained_part_of_method,
+    cached_views_of_method,
     needed_by_method,
     length,
     optimizer,

@@ -87,6 +87,8 @@ class DataRecipe:
         augment.
     dali_augment: automatic augmentation by DALI before augment, as a name or a mapping of the name to its options, with
         a loader that takes it. Both views of an image get one; meta batches get none where meta_augment is given.
+    cached_views: where the backbone is frozen, its features of so many augmented views of each image are computed once
+        and trained on; null shows it the images in every iteration.
     """
 
     source: str = field(metadata=one_of(SOURCES))
@@ -119,6 +121,7 @@ class DataRecipe:
     meta_augment: list[str | dict[str, Any]] | None = None
     second_augment: list[str | dict[str, Any]] | None = None
     dali_augment: str | dict[str, Any] | None = None
+    cached_views: int | None = field(default=None, metadata=within(1, 1000))
 
 
 @dataclass(frozen=True)

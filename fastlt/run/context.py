@@ -17,6 +17,7 @@ from fastlt.device.distributed import Reducer
 from fastlt.device.host_memory import keep_freed_memory
 from fastlt.recipe import Recipe
 from fastlt.run.dataset import prepare_dataset
+from fastlt.run.features import Features
 from fastlt.run.inputs import InputsRecord, read_inputs
 from fastlt.run.main_process import on_main
 from fastlt.run.recorded import recorded_inputs
@@ -32,6 +33,7 @@ class RunContext:
     compile: the recipe's `compile` on this device: "none", "inductor" or "cudagraph".
     counts: of the training split, with the recipe's shots.
     inputs: which images and weights these are.
+    features: of a frozen backbone, on which the run trains in the place of images; None where it trains on images.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class RunContext:
     dataset: ConvertedDataset | UnconvertedDataset
     counts: ClassCounts
     inputs: InputsRecord
+    features: Features | None = None
 
     @property
     def folder(self) -> Path:

@@ -29,7 +29,7 @@ class Evaluation:
 
     def __init__(self, context: RunContext, waited: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> None:
         self.context, self.waited = context, waited
-        self.normalise = normaliser(context.recipe.data)
+        self.normalise = normaliser(context)
         self.loaders: dict[str, BatchLoader] = {}
 
     def evaluate(self, model: Classifier, split: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.augment import Augment, build_augment, normalise
+from fastlt.augment import Augment, Unchanged, build_augment, normalise
 from fastlt.recipe import DataRecipe, StageRecipe
 from fastlt.run.context import RunContext
+from fastlt.run.features import FeatureLoader
 from fastlt.state import Batch
 from fastlt.steps import STEPS
 from loaders.factory import make_loader
@@ -101,12 +102,26 @@ def open_loader(
     whole: bool = False,
     view: int = 0,
     classes: np.ndarray | None = None,
+    keep_last: bool = False,
 ) -> BatchLoader:
     """A loader of this process's share of a split, or of the `whole` of it.
 
     batch_size: per process. backend: default the recipe's. The other arguments are `make_loader`'s.
     """
     data = context.recipe.data
+    rank, world_size = (0, 1) if whole else (context.reducer.rank, context.reducer.world_size)
+    if context.features is not None:
+        return FeatureLoader(
+            context.features.of(split, train=train),
+            torch.from_numpy(context.dataset.labels(split)).to(context.device),
+            batch_size,
+            train=train,
+            sampling=sampling,
+            seed=context.recipe.seed,
+            rank=rank,
+            world_size=world_size,
+            classes=classes,
+        )
     return make_loader(
         context.dataset,
         split,
@@ -117,12 +132,13 @@ def open_loader(
         crop=crop_spec(data, split, train=train),
         sampling=sampling,
         seed=context.recipe.seed,
-        rank=0 if whole else context.reducer.rank,
-        world_size=1 if whole else context.reducer.world_size,
+        rank=rank,
+        world_size=world_size,
         view=view,
         num_workers=data.num_workers,
         classes=classes,
         dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
+        keep_last=keep_last,
     )
 
 
@@ -168,6 +184,8 @@ def augmentations(data: DataRecipe) -> dict[str, list]:
 def make_augment(context: RunContext, stream: str, loader: BatchLoader) -> Augment:
     """The device part of an augmentation: with crops, where the loader delivers whole stored images."""
     data = context.recipe.data
+    if context.features is not None:
+        return Unchanged(context.device)
     specs = augmentations(data)[stream]
     if data.train_crop == "random_resized" and not loader.crops:
         specs = [{"random_resized_crop": {"scale": list(data.crop_scale), "ratio": list(data.crop_aspect)}}, *specs]
@@ -178,8 +196,11 @@ def make_augment(context: RunContext, stream: str, loader: BatchLoader) -> Augme
     )
 
 
-def normaliser(data: DataRecipe) -> Callable[[Tensor], Tensor]:
-    """Takes uint8 images to the float32 that the network sees, without augmentation."""
+def normaliser(context: RunContext) -> Callable[[Tensor], Tensor]:
+    """Takes uint8 images to the float32 that the network sees, without augmentation; features stay as they are."""
+    if context.features is not None:
+        return Unchanged(context.device)
+    data = context.recipe.data
     return partial(normalise, mean=data.mean, std=data.std, dtype=torch.float32)
 
 

@@ -141,6 +141,7 @@ def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) ->
             torch.manual_seed(1_000_003 * recipe.seed + position)
             model = new_model(context)
     STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
+    model.takes_features = context.features is not None
     if recipe.sync_batch_norm and context.reducer.world_size > 1:
         synchronise_batch_norm(model, context.reducer)
     return model
@@ -163,7 +164,7 @@ def _class_accuracy(context: RunContext, stage: StageRecipe) -> ClassAccuracy:
         everything.images,
         everything.labels,
         context.counts.num_classes,
-        prepare=normaliser(context.recipe.data),
+        prepare=normaliser(context),
         refresh=stage.accuracy.refresh,
         window=stage.accuracy.window,
         batch_size=stage.accuracy.batch_size,

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastlt.run.checkpoint import write_atomically, write_json
 from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
 from fastlt.run.evaluation import Evaluation
+from fastlt.run.feature_cache import compute_features
 from fastlt.run.finite import not_finite
 from fastlt.run.folder import inputs_file, log_file, recipe_file, result_file
 from fastlt.run.loading import endless
@@ -53,6 +55,8 @@ class Trainer:
         for line in advice_on_network(context.recipe, self.model):
             context.say(line)
         self.log, self.trackers = RunLog(log_file(context.folder), enabled=context.main), Trackers(context)
+        if context.recipe.data.cached_views is not None:
+            context = self.context = replace(context, features=compute_features(context, self.model))
         self.stopping = stopping or Stopping(context)
         self.evaluation = Evaluation(context, self.stopping.waited)
         self.checkpoints = Checkpoints(context)

@@ -16,7 +16,7 @@ from fastlt.models.auxiliary import ClassRadii
 from fastlt.ranges import above, at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
-from fastlt.steps.needs import LogitsPrior, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -58,6 +58,7 @@ class DroLtStep(Step[DroLtOptions]):
     """
 
     needs = Needs(trained_model=True, trained_head=True, training_images=True)
+    allows = Allows(features=False)
     logits_prior = LogitsPrior("before", "the head stays as it is, and the prior of its logits with it")
 
     Options = DroLtOptions

@@ -87,6 +87,7 @@ class LfmeStep(Step[LfmeOptions]):
     """
 
     needs = Needs(class_accuracy=True, first_pass=True)
+    allows = Allows(features=False)
     logits_prior = LogitsPrior("batches", "distillation and curriculum are left out, the loss alone counts")
 
     Options = LfmeOptions

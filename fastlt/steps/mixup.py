@@ -11,6 +11,7 @@ from fastlt.augment import cutmix, mixup
 from fastlt.ranges import above
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions, StepParts
+from fastlt.steps.needs import Allows
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class MixupStep(Step[MixupOptions]):
     """
 
     mix: Callable = staticmethod(mixup)
+    allows = Allows(features=False)
 
     Options = MixupOptions
 

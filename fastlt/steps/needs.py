@@ -35,12 +35,14 @@ class Allows:
     compilation: the recipe's `compile`; the passes that cost the most go through `StepParts.compiler`.
     experts: `model.experts`, several branches with a head each.
     some_classes: the stage's `classes`, training on a part of the classes.
+    features: `data.cached_views`, training on features of a frozen backbone in the place of images.
     trained_part: `model.train`, `model.norm` and `model.adapt`, training a part of the network.
     """
 
     compilation: bool = False
     experts: bool = False
     some_classes: bool = False
+    features: bool = True
     trained_part: bool = True
 
 

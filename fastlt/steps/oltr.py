@@ -14,7 +14,7 @@ from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, po
 from fastlt.ranges import above, at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions
-from fastlt.steps.needs import Needs
+from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -57,6 +57,7 @@ class OltrStep(Step[OltrOptions]):
     """
 
     needs = Needs(trained_model=True, trained_head=True, first_pass=True)
+    allows = Allows(features=False)
 
     Options = OltrOptions
 

@@ -22,6 +22,7 @@ class EpochPlan:
         image exactly once over the processes.
     view: plans that differ in nothing else visit the same images under other random crops.
     classes: bool (C,), the classes whose images are visited, as if the split held no others; None for all of them.
+    keep_last: whether training, too, covers each image exactly once, in a smaller last batch.
 
     Raises ValueError when a training split does not fill one batch, or a random crop is asked for in evaluation.
     """
@@ -38,6 +39,7 @@ class EpochPlan:
     world_size: int = 1
     view: int = 0
     classes: np.ndarray | None = None
+    keep_last: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
@@ -45,7 +47,7 @@ class EpochPlan:
             raise ValueError(f"batch size {self.batch_size}: must be at least 1")
         if self.crop.kind == "random_resized" and not self.train:
             raise ValueError("crop kind 'random_resized' is for training: use 'center' for evaluation")
-        if self.train and self.num_samples < self.batch_size:
+        if self._drop_last and self.num_samples < self.batch_size:
             raise ValueError(
                 f"batch size {self.batch_size} on {self.world_size} process(es) is more than the "
                 f"{len(self._members)} images of the split: no full batch. "
@@ -80,6 +82,10 @@ class EpochPlan:
         boxes = crop_boxes(self.crop, self.heights[order], self.widths[order], rng)
         return boxes[self._from_batch(len(order), first_batch)]
 
+    @property
+    def _drop_last(self) -> bool:
+        return self.train and not self.keep_last
+
     @cached_property
     def _members(self) -> np.ndarray:
         """Positions of the images that are visited at all, in split order."""
@@ -94,7 +100,7 @@ class EpochPlan:
 
     def _positions(self, length: int) -> np.ndarray:
         places = np.arange(length, dtype=np.int64)
-        return shard(places, self.rank, self.world_size, drop_last=self.train, batch_size=self.batch_size)
+        return shard(places, self.rank, self.world_size, drop_last=self._drop_last, batch_size=self.batch_size)
 
     def _from_batch(self, length: int, first_batch: int) -> np.ndarray:
         if not 0 <= first_batch <= self.num_batches:

@@ -30,13 +30,14 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"finite", "folder", "inputs", "main_process", "metrics", "shifted_crops", "network", "progress", "schedule"},
+    {"features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
+    | {"shifted_crops"},
     {"checkpoint", "dataset", "lock"},
     {"divergence"},
     {"recorded"},
     {"context", "trained"},
     {"loading", "log", "optimizers", "result", "saving", "stopping", "trackers"},
-    {"evaluation", "preflight", "stage"},
+    {"evaluation", "feature_cache", "preflight", "stage"},
     {"trainer"},
     {"fit"},
 ]
