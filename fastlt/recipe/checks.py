@@ -348,6 +348,11 @@ def cached_views(recipe: Recipe) -> Iterator[str]:
             "data.cached_views: is set, but the backbone's features change while it is trained; set model.train: head "
             "and leave out model.norm and model.adapt, or leave data.cached_views out"
         )
+    if recipe.data.test_crops > 1:
+        yield (
+            f"data.test_crops: is {recipe.data.test_crops}; with data.cached_views features of one crop are tested: "
+            "leave one of the two out"
+        )
     if model.drop_path_rate > 0:
         yield "data.cached_views: is set, and features are computed once without model.drop_path_rate; leave it out"
     if not model.pretrained and model.checkpoint is None:

@@ -44,7 +44,7 @@ class Evaluation:
         counters = model.counters()
         for counter in counters.values():
             counter.zero_()
-        size = self.context.recipe.data.image_size
+        size = self.context.recipe.data.image_size if self.context.features is None else 1
         with evaluation_mode(model), self.context.autocast():
             for batch in self._batches(split):
                 metrics.update(mean_logits(model, self.normalise(batch.images), size), batch.labels)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
 from fastlt.models.frozen_part import content_hash
+from fastlt.models.head_init import CLASS_MEAN
 from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
@@ -44,9 +45,11 @@ def compute_features(context: RunContext, model: Classifier) -> Features:
     """
     views = context.recipe.data.cached_views
     assert views is not None
+    evaluated = ("meta", "test", "train") if context.recipe.model.head_init == CLASS_MEAN else ("meta", "test")
     counts = {split: len(context.dataset.labels(split)) for split in ("train", "meta", "test")}
     width = model.head.in_features
-    needed = 4 * width * ((counts["train"] + counts["meta"]) * views + counts["meta"] + counts["test"])
+    rows = views * (counts["train"] + counts["meta"]) + sum(counts[split] for split in evaluated)
+    needed = 4 * width * rows
     free = free_share(context.device, context.reducer.world_size)
     if needed > MOST_OF_MEMORY * free:
         raise ValueError(
@@ -55,7 +58,7 @@ def compute_features(context: RunContext, model: Classifier) -> Features:
         )
     source = _Source(context, model)
     training = {split: torch.stack([source.view(split, view) for view in range(views)]) for split in ("train", "meta")}
-    return Features(training, {split: source.view(split, None)[None] for split in ("meta", "test")})
+    return Features(training, {split: source.view(split, None)[None] for split in evaluated})
 
 
 class _Source:

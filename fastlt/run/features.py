@@ -21,7 +21,8 @@ class Features:
     """The features of every image of a run, float32 on the device.
 
     training: by split, "train" and "meta", (K, N, D) of K augmented views.
-    evaluation: by split, "meta" and "test", (1, N, D) of the images cropped as for evaluation.
+    evaluation: by split, "meta", "test" and, where the head begins as class means, "train": (1, N, D) of the images
+        cropped as for evaluation.
     """
 
     training: dict[str, Tensor]

@@ -89,6 +89,7 @@ def test_every_image_has_a_view_of_its_own(digits_words, head_words):
         "plain": [f"{STAGE}.method=plain", f"{STAGE}.loss=balanced_softmax"],
         "mwn": [f"{STAGE}.method=mwn"],
         "cosine": [f"{STAGE}.method=plain", "model.head=cosine", "model.drop_rate=0.3"],
+        "class means": [f"{STAGE}.method=plain", "model.head_init=class_mean", "model.head=cosine"],
         "second stage": [f"stages.second={{method: crt, sampling: class_balanced, {SECOND}}}"],
         "lws": [f"stages.second={{method: lws, sampling: class_balanced, {SECOND}}}"],
     }.items(),
@@ -157,6 +158,7 @@ REFUSED = {
     "moving statistics": (["model.norm=train"], "data.cached_views: is set, but the backbone's features change"),
     "random weights": (["model.checkpoint=null"], "the backbone has random weights"),
     "stochastic depth": (["model.drop_path_rate=0.1"], "without model.drop_path_rate"),
+    "several crops": (["data.test_crops=5", "data.eval_crop=center"], "features of one crop are tested"),
     "mixup": ([f"{STAGE}.method=mixup"], "method: is 'mixup', which needs the images"),
 }
 
