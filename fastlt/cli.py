@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": Command("fastlt.commands.verify", "read a converted data set back and check all of it"),
     "predict": Command("fastlt.commands.predict", "predict the classes of images with a trained network"),
     "report": Command("fastlt.commands.report", "compare finished runs: a table, and how the class weights moved"),
+    "export": Command("fastlt.commands.export", "write a trained model for timm, ONNX or torch"),
     "ensemble": Command("fastlt.commands.ensemble", "evaluate finished runs together"),
     "reproduce": Command("fastlt.commands.reproduce", "run the rows of the paper's tables, our numbers beside them"),
     "benchmark": Command("fastlt.commands.benchmark", "measure what fastlt claims, on your machine"),

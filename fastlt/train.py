@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
             check_without_data(recipe)
             print(recipe.to_yaml(), end="")
             return 0
+        from fastlt.run.model_folder import mend_run_model
         from fastlt.run.preflight import prepare
         from fastlt.run.result import recorded_result
         from fastlt.run.stopping import Interrupted
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
         context = prepare(recipe)
         recorded = recorded_result(context)
         if recorded is not None:
+            mend_run_model(context)
             report(context, recorded)
             return 0
         trainer = Trainer(context)

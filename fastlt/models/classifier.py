@@ -219,7 +219,7 @@ def build_model(
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both: the second would overwrite the first")
     options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained}
-    if image_size is not None and _fixed_input_size(name):
+    if image_size is not None and fixed_input_size(name):
         options["img_size"] = image_size
     head_type = pick("head", head, HEADS)
     if head_scale is not None and head != "cosine":
@@ -303,7 +303,8 @@ def _create_backbone(name: str, drop_path_rate: float, options: dict[str, Any], 
     return timm.create_model(name, **options)
 
 
-def _fixed_input_size(name: str) -> bool:
+def fixed_input_size(name: str) -> bool:
+    """Whether the timm network `name` is built for images of one size."""
     cfg = timm.get_pretrained_cfg(name)
     return bool(cfg and cfg.fixed_input_size)
 

@@ -102,10 +102,15 @@ class ModulatedAttention(nn.Module):
                 f"set options.attention_side to the side of the maps"
             )
         query, key, value = (layer(x).flatten(2).mT for layer in (self.query, self.key, self.value))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        attended = self.attend(query, key, value)
         mask = self.mask(attended.mT.unflatten(2, x.shape[2:]))
         spatial = torch.softmax(self.spatial(x.flatten(1)), dim=1)
         return x + spatial.view(-1, 1, self.side, self.side) * mask
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """softmax(query key^T) value: (N, positions, inner) each."""
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0)
 
 
 def pooling_of(backbone: nn.Module) -> nn.Module:

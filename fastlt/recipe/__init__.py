@@ -14,6 +14,7 @@ from fastlt.recipe.schema import (
     differences,
     is_harmless,
     recipe_from_tree,
+    without_paths,
 )
 from fastlt.recipe.yaml_text import RecipeError
 
@@ -35,4 +36,5 @@ __all__ = [
     "load_recipe",
     "read_resolved",
     "recipe_from_tree",
+    "without_paths",
 ]

@@ -41,6 +41,16 @@ def earlier_result_file(folder: Path, which: str) -> Path:
     return folder / f"result-{which}.json"
 
 
+def model_folder(folder: Path) -> Path:
+    """The trained model in a form that timm reads, with its card; written once, after the result."""
+    return folder / "model"
+
+
+def earlier_model_folder(folder: Path, which: str) -> Path:
+    """The model of a run that went on after it was finished, as `earlier_result_file`."""
+    return folder / f"model-{which}"
+
+
 def divergence_file(folder: Path) -> Path:
     """What became infinite or NaN after the last checkpoint; the next checkpoint removes it."""
     return folder / "diverged.json"
@@ -82,7 +92,7 @@ def part_file(path: Path) -> Path:
 
 
 def unfinished_files(folder: Path) -> list[Path]:
-    """Files of `part_file` that a killed process left."""
+    """Files and folders of `part_file` that a killed process left."""
     return [*folder.glob("*.part"), *(folder / "checkpoints").glob("*.part")]
 
 

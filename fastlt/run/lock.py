@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ def lock_folder(folder: Path) -> None:
     _held[real] = descriptor
     atexit.register(unlock_folder, folder, os.getpid())
     for part in unfinished_files(folder):
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def unlock_folder(folder: Path, process: int | None = None) -> None:

@@ -14,7 +14,7 @@ from fastlt.device.openmp import runtime
 from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
-from fastlt.run.folder import earlier_result_file, result_file
+from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_folder, result_file
 from fastlt.run.progress import Progress
 from fastlt.run.recorded import is_complete, readable_result
 from loaders.factory import format_read
@@ -36,6 +36,8 @@ def set_aside_result(context: RunContext) -> None:
     if path.exists():
         which = "damaged" if result is None else str(result.get("iterations"))
         context.say(f"the result that was there is kept as {path.rename(earlier_result_file(context.folder, which))}")
+        if result is not None and model_folder(context.folder).exists():
+            model_folder(context.folder).rename(earlier_model_folder(context.folder, which))
 
 
 def circumstances(context: RunContext) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A finished run: what its folder says of it, and the network that it ended with."""
+"""A finished run: what its folder says of it, and the network that it ended with.
+
+Its model folder, `RUN/model`, says as much and holds the weights: it can be taken elsewhere and read alone.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from torch import Tensor
 from fastlt.augment import normalise
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier, build_model
+from fastlt.models.timm_network import from_timm_network
 from fastlt.models.trained_state import leaves_out_weights, load_trained_state
-from fastlt.recipe import Recipe, read_resolved
+from fastlt.models.weight_files import read_weights
+from fastlt.recipe import Recipe, read_resolved, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
 from fastlt.run.recorded import readable_result, written_inputs
@@ -25,11 +30,13 @@ from fastlt.steps import STEPS
 from loaders.stored.identity import DatasetIdentity
 
 SELECTIONS = ("last", "best", "smoothed")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model folder, by timm's names
+OURS = "fastlt"  # the part of the config that timm passes over
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the folder of a finished run says. Its data set need not be there any more.
+    """What the folder of a finished run says, or its model folder. Its data set need not be there any more.
 
     result: the content of result.json.
     counts: images of each class in the training split, with class names and shots, as they were measured.
@@ -137,12 +144,19 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
 def read_finished(folder: Path) -> FinishedRun:
     """What the folder of a finished run says; ValueError where there is none, or one that is not finished.
 
-    Files that the recipe names, such as lists and pretrained weights, need not be there any more.
+    The folder may be the model folder of a run. Files that the recipe names, such as lists and pretrained weights, need
+    not be there any more.
     """
+    if is_model_folder(folder):
+        return _described(folder, _own_part(folder))
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; give the folder of a finished run, below runs/")
     path = recipe_file(folder)
     if not path.is_file():
+        members = (readable_result(folder) or {}).get("members")
+        if members:
+            names = " and ".join(member["run"] for member in members)
+            raise ValueError(f"{folder} holds the result of an ensemble, which has no network of its own; give {names}")
         raise ValueError(f"{folder} holds no finished run: {path.name} is missing; give folders below runs/")
     if not result_file(folder).is_file():
         begun = "it was not trained to its end" if versions(last_checkpoint(folder)) else "nothing was trained"
@@ -156,13 +170,14 @@ def read_finished(folder: Path) -> FinishedRun:
         recipe = read_resolved(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    counts, record = np.asarray(result["class_counts"], dtype=np.int64), written_inputs(folder)
+    record = written_inputs(folder)
+    return _finished(folder, recipe, result, None if record is None else record.inputs.data)
+
+
+def _finished(folder: Path, recipe: Recipe, result: dict[str, Any], data: DatasetIdentity | None) -> FinishedRun:
+    images = np.asarray(result["class_counts"], dtype=np.int64)
     return FinishedRun(
-        folder=folder,
-        recipe=recipe,
-        result=result,
-        counts=ClassCounts(counts, tuple(result["class_names"]), recipe.data.shots),
-        data=None if record is None else record.inputs.data,
+        folder, recipe, result, ClassCounts(images, tuple(result["class_names"]), recipe.data.shots), data
     )
 
 
@@ -173,6 +188,8 @@ def load_trained(folder: Path, device: torch.device, select: str | None = None) 
     stay where they are.
     """
     run = read_finished(folder)
+    if is_model_folder(folder):
+        return _load_packaged(run, device, select)
     select = run.select if select is None else select
     path = run.checkpoint(select)
     if not versions(path):
@@ -191,6 +208,39 @@ def load_trained(folder: Path, device: torch.device, select: str | None = None) 
         raise ValueError(f"{path} is not of the network that {recipe_file(folder)} describes ({reason})") from None
     model.requires_grad_(False).eval()
     return TrainedRun(run, model, device, select, state["iteration"], path)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether it is the model folder of a run, as `fastlt.run.model_folder` writes it."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def _own_part(folder: Path) -> dict[str, Any]:
+    """What a model folder says of its run."""
+    config = checkpoint.read_json(folder / CONFIG)
+    if OURS not in config:
+        raise ValueError(f"{folder} holds a model that was not made by fastlt: its {CONFIG} says nothing of a run")
+    return config[OURS]
+
+
+def _described(folder: Path, own: dict[str, Any]) -> FinishedRun:
+    data = None if own["data"] is None else DatasetIdentity.from_tree(own["data"])
+    return _finished(folder, recipe_from_tree(own["recipe"]), own["result"], data)
+
+
+def _load_packaged(run: FinishedRun, device: torch.device, select: str | None) -> TrainedRun:
+    own, path, data = _own_part(run.folder), run.folder / WEIGHTS, run.recipe.data
+    if select not in (None, own["select"]):
+        raise ValueError(f"{run.folder} holds the {own['select']} model of its run, not the {select} one")
+    state, classes = read_weights(path), run.counts.num_classes
+    with torch.random.fork_rng(devices=[]):
+        if own["form"] == "timm":
+            model = from_timm_network(state, run.recipe.model.name, data.image_size, classes)
+        else:
+            model = network_of(run.recipe, classes, run.stage, device)
+            model.load_state_dict(state)
+    model.to(device).to(memory_format=torch.channels_last if run.recipe.channels_last else torch.contiguous_format)
+    return TrainedRun(run, model.requires_grad_(False).eval(), device, own["select"], own["iteration"], path)
 
 
 def network_of(

@@ -28,6 +28,7 @@ from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import RunLog, StageBar, percent, shot_means
 from fastlt.run.main_process import on_main
+from fastlt.run.model_folder import save_run_model
 from fastlt.run.network import advice_on_network
 from fastlt.run.preflight import check_model
 from fastlt.run.progress import Progress, Stopwatch, TimeLeft
@@ -114,6 +115,7 @@ class Trainer:
         self.trackers.log("test", list(measured.values())[-1]["test"], self.progress.done)
         self.evaluation.close()
         on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
+        on_main(context.accelerator, lambda: save_run_model(context))
         context.accelerator.end_training()
         return result
 

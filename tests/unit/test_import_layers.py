@@ -22,7 +22,7 @@ LAYERS = [
     {"loaders.readers"},
     {"fastlt.recipe", "loaders.factory"},
     {"fastlt.run"},
-    {"fastlt.report", "fastlt.ensemble", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"},
+    {"fastlt.report", "fastlt.ensemble", "fastlt.export", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"},
     {"fastlt"},  # the public names; __version__ too, for the command
     {"fastlt.commands"},
     {"fastlt.train", "fastlt.cli"},
@@ -35,9 +35,10 @@ RUN_LAYERS = [
     {"checkpoint", "dataset", "lock"},
     {"divergence"},
     {"recorded"},
-    {"context", "trained"},
+    {"context", "cut_images", "trained"},
     {"loading", "log", "optimizers", "result", "saving", "stopping", "trackers"},
-    {"evaluation", "feature_cache", "preflight", "stage"},
+    {"evaluation", "feature_cache", "model_card", "preflight", "stage"},
+    {"model_folder"},
     {"trainer"},
     {"fit"},
 ]

@@ -116,6 +116,12 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(digits_words, tmp_path
     )
 
 
+def test_an_ensemble_names_its_runs(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"top1": 0.5, "members": [{"run": "a"}, {"run": "b"}]}))
+    with pytest.raises(ValueError, match="no network of its own; give a and b"):
+        read_finished(tmp_path)
+
+
 def test_a_recipe_that_names_files_which_are_gone_is_read(digits_words, tmp_path):
     trainer = run(digits_words, PLAIN)
     path = trainer.folder / "recipe.yaml"

@@ -1,0 +1,120 @@
+"""The forms in which a network is written, one row each: how it is written, and how its logits are read back."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Program = Callable[[Tensor], Tensor]
+LARGEST_ONNX = 2_000_000_000  # bytes; protobuf, in which the file is written, has no larger messages
+META = "fastlt.json"  # what torch's files hold beside the network
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of file.
+
+    suffix: of the file.
+    packages: what has to be installed for it, with the extra of fastlt that brings them.
+    write: network, images that it takes (N, 3, S, S), path, and what the file says of the model.
+    read: the path to a function of images (N, 3, S, S), any N, to logits (N, C).
+    """
+
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[[nn.Module, Tensor, Path, Mapping[str, Any]], None]
+    read: Callable[[Path], Program]
+
+
+def check_installed(form: Form) -> None:
+    """ValueError where a package that the form needs is not installed."""
+    absent = [package for package in form.packages if importlib.util.find_spec(package) is None]
+    if absent:
+        raise ValueError(f"{' and '.join(absent)} is not installed: pip install 'fastlt[export]'")
+
+
+def _write_onnx(network: nn.Module, images: Tensor, path: Path, about: Mapping[str, Any]) -> None:
+    import onnx
+
+    size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    if size > LARGEST_ONNX:
+        raise ValueError(
+            f"the network has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2; export it --to torch"
+        )
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for key, value in about.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def _read_onnx(path: Path) -> Program:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _write_torch(network: nn.Module, images: Tensor, path: Path, about: Mapping[str, Any]) -> None:
+    with _quiet():
+        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        with path.open("wb") as file:
+            torch.export.save(program, file, extra_files={META: json.dumps(about, ensure_ascii=False)})
+
+
+def _read_torch(path: Path) -> Program:
+    with path.open("rb") as file:  # by a path, only names that end in .pt2 are read
+        return torch.export.load(file).module()
+
+
+def _write_torchscript(network: nn.Module, images: Tensor, path: Path, about: Mapping[str, Any]) -> None:
+    with _quiet():
+        script = torch.jit.trace(network, (images,), check_trace=False)
+        torch.jit.save(script, str(path), _extra_files={META: json.dumps(about, ensure_ascii=False).encode()})
+
+
+def _read_torchscript(path: Path) -> Program:
+    with _quiet():
+        return torch.jit.load(str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters say of their own inside."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+FORMS = {
+    "onnx": Form(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
+    "torch": Form(".pt2", (), _write_torch, _read_torch),
+    "torchscript": Form(".torchscript", (), _write_torchscript, _read_torchscript),
+}

@@ -1,0 +1,276 @@
+"""`fastlt export`: files for onnxruntime and torch that give the trained model's logits, or none."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from hidden_fastlt import without_fastlt
+from PIL import Image
+
+from fastlt import cli
+from fastlt.ensemble import log_mean_probability
+from fastlt.export import checked, hub, programs
+from fastlt.export.network import Exported
+from fastlt.recipe import load_recipe
+from fastlt.run.cut_images import validation_images
+from fastlt.run.model_folder import logits
+from fastlt.run.preflight import prepare
+from fastlt.run.stopping import Interrupted
+from fastlt.run.trained import load_trained
+from fastlt.run.trainer import Trainer
+
+read_script = programs.FORMS["torchscript"].read
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "digits_lt.yaml"
+CPU = torch.device("cpu")
+STAGE = "stages.end_to_end"
+SECOND = "stages.second={{method: {}, batch_size: 32, lr: 0.1, iterations: 4, evaluate_every: 2{}}}"
+RUNS = {
+    "linear": ["model.name=test_resnet"],
+    "cosine": ["model.head=cosine"],
+    "oltr": [SECOND.format("oltr", ", sampling: class_balanced, options: {attention_side: 2}")],
+    "routed": ["model.experts=2", "model.head=cosine", f"{STAGE}.method=ride", SECOND.format("ride_router", "")],
+    "expert": [f"{STAGE}.method=expert", f"{STAGE}.classes=few"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """Runs of four iterations, by their names, on a data set of their own."""
+    root = tmp_path_factory.mktemp("exported")
+    shutil.copytree(digits, root / "data")
+    common = [f"data.converted={root / 'data'}", f"runs={root}", "data.loader=resident", "num_threads=1"]
+    common += [f"{STAGE}.{key}" for key in ("method=plain", "iterations=4", "evaluate_every=2", "warmup=0")]
+    for name, more in RUNS.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        small = [f"{STAGE}.batch_size=32"]
+        Trainer(prepare(load_recipe(RECIPE, [*common, *small, *more, f"name={name}"]))).fit()
+    return root
+
+
+def in_hand(folder):
+    """The trained run, uint8 images, and the logits that its own network gives them."""
+    trained = load_trained(folder, CPU)
+    images = validation_images(trained.recipe.data, 20)
+    return trained, images, logits(trained.model, images, trained)
+
+
+def told(capsys, *words, code=0):
+    assert cli.main(["export", *map(str, words)]) == code
+    captured = capsys.readouterr()
+    return captured.out if code == 0 else captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("oltr", "torchscript"),
+        ("oltr", "onnx"),
+        pytest.param("oltr", "torch", marks=pytest.mark.slow),
+        ("routed", "torchscript"),
+        ("routed", "torch"),
+        pytest.param("routed", "onnx", marks=pytest.mark.slow),
+        ("expert", "torchscript"),
+    ],
+)
+def test_networks_that_branch_or_measure_distances_are_exported_too(runs, tmp_path, name, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    trained, images, expected = in_hand(runs / name)
+    difference = checked.export([trained], to, images, tmp_path / "file", preprocess=True)
+    assert 0 <= difference <= 2e-5
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    program = programs.FORMS[to].read(tmp_path / "file")
+    with torch.no_grad():
+        for count in (1, 3, 20):
+            torch.testing.assert_close(program(images[:count]), expected[:count], rtol=0, atol=2e-5)
+
+
+def test_files_are_read_where_fastlt_cannot_be_imported(runs, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    _, images, expected = in_hand(runs / "linear")
+    np.savez(tmp_path / "images.npz", images=images, logits=expected)
+    for to, suffix in (("onnx", "onnx"), ("torch", "pt2"), ("torchscript", "torchscript")):
+        text = told(capsys, runs / "linear", "--to", to, "--preprocess", "--out", tmp_path / f"m.{suffix}")
+        assert "on 32 validation images" in text
+        assert "takes uint8 (N, 3, 8, 8) RGB, whole images; they are normalised inside" in text
+    out = without_fastlt(
+        """
+        import json, numpy as np, onnxruntime, torch
+        saved = np.load("images.npz")
+        images, logits = saved["images"], saved["logits"]
+        session = onnxruntime.InferenceSession("m.onnx")
+        names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+        assert names == [str(c) for c in range(10)]
+        script, extra = torch.jit.load("m.torchscript"), {"fastlt.json": ""}
+        program = torch.export.load("m.pt2", extra_files=extra).module()
+        assert json.loads(extra["fastlt.json"])["class_names"] == names
+        with torch.no_grad():
+            for count in (1, 7, 20):
+                x = images[:count]
+                for got in (
+                    session.run(["logits"], {"images": x})[0],
+                    program(torch.from_numpy(x)).numpy(),
+                    script(torch.from_numpy(x)).numpy(),
+                ):
+                    assert np.abs(got - logits[:count]).max() <= 1e-5
+        print("equal")
+        """,
+        tmp_path,
+    )
+    assert out == "equal\n"
+
+
+def test_without_preprocessing_it_takes_normalised_images(runs, tmp_path, capsys):
+    _, images, expected = in_hand(runs / "cosine")
+    text = told(capsys, runs / "cosine", "--to", "torchscript", "--out", tmp_path / "m.pt")
+    assert "takes float32 (N, 3, 8, 8) RGB" in text
+    assert "mean (0.306, 0.306, 0.306) and std (0.376, 0.376, 0.376)" in text
+    x = (images.float() / 255 - 0.306) / 0.376
+    torch.testing.assert_close(read_script(tmp_path / "m.pt")(x), expected, rtol=0, atol=1e-4)
+
+
+def test_several_runs_are_their_mean_probability(runs, tmp_path, capsys):
+    names = ("linear", "cosine")
+    text = told(capsys, *(runs / name for name in names), "--to", "torchscript", "--out", tmp_path / "m.pt")
+    assert "the largest difference of the log of the mean probability" in text
+    each = [in_hand(runs / name) for name in names]
+    images, expected = each[0][1], log_mean_probability([z for _, _, z in each])
+    torch.testing.assert_close(read_script(tmp_path / "m.pt")(images).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_an_export_that_differs_is_not_left(runs, tmp_path, monkeypatch, capsys):
+    forward = Exported.forward
+    monkeypatch.setattr(Exported, "forward", lambda self, images: forward(self, images) + 2e-4)
+    text = told(capsys, runs / "cosine", "--to", "torchscript", "--out", tmp_path / "m.pt", code=2)
+    assert "differ from the trained model's by 0.0002" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_data_set_images_are_named(runs, tmp_path, capsys):
+    _, images, _ = in_hand(runs / "cosine")
+    shutil.copytree(runs / "cosine", tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(runs / "data"), str(tmp_path / "gone")))
+    words = [tmp_path / "run", "--to", "torchscript", "--preprocess"]
+    text = told(capsys, *words, code=2)
+    assert "data set of" in text
+    assert "--images FILE" in text
+    assert not list((tmp_path / "run").glob("*.torchscript*"))
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "one.png")
+    assert "on 1 given image\n" in told(capsys, *words, "--images", tmp_path / "one.png")
+    assert (tmp_path / "run" / "cosine.torchscript").is_file()
+    (tmp_path / "no.png").write_text("no image")
+    assert "no.png: " in told(capsys, *words, "--images", tmp_path / "no.png", code=2)
+
+
+def test_the_wrong_words_are_answered_before_work_starts(runs, tmp_path, capsys, monkeypatch):
+    linear = runs / "linear"
+
+    def line(*words):
+        text = told(capsys, *words, code=2)
+        assert text.count("\n") == 1
+        return text
+
+    assert "does not exist" in line(tmp_path / "nowhere", "--to", "onnx")
+    assert "--preprocess is not for --to timm" in line(linear, "--to", "timm", "--preprocess")
+    assert "several runs are none" in line(linear, linear, "--to", "timm")
+    assert "give --out FILE" in line(linear, linear, "--to", "torch")
+    assert "--push uploads what timm reads" in line(linear, "--to", "onnx", "--push", "me/x")
+    assert "give --push REPO" in line(linear, "--to", "timm", "--private")
+    assert "so that nobody takes it" in line(linear, "--to", "torch", "--checkpoint", "best")
+    assert "smoothed model of stages" in line(linear, "--to", "torch", "--checkpoint", "smoothed")
+    assert "is a folder" in line(linear, "--to", "torch", "--out", tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else found(name, *more))
+    assert "pip install 'fastlt[export]'" in line(linear, "--to", "onnx")
+
+
+def test_another_checkpoint_goes_to_another_place(runs, tmp_path, capsys):
+    told(capsys, runs / "linear", "--to", "timm", "--checkpoint", "best", "--out", tmp_path / "best")
+    assert load_trained(tmp_path / "best", CPU).select == "best"
+
+
+def test_a_run_that_is_not_finished_says_so(digits_words, capsys):
+    context = prepare(load_recipe(RECIPE, [*digits_words, f"{STAGE}.method=plain"]))
+    trainer = Trainer(context)
+    log = trainer._log_training
+
+    def stop(*arguments):
+        log(*arguments)
+        trainer.stopping.received = 15
+
+    trainer._log_training = stop
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    text = told(capsys, context.folder, "--to", "timm", code=2)
+    assert "holds no finished run" in text
+    assert "the command that began it goes on" in text
+
+
+@pytest.fixture
+def reachable_hub(monkeypatch):
+    """A hub that answers, and a token: nothing leaves this machine."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "reachable", lambda url: True)
+
+
+def test_a_push_goes_through_timm_up_to_the_upload(runs, tmp_path, capsys, monkeypatch, reachable_hub):
+    from types import SimpleNamespace
+
+    from huggingface_hub import HfApi
+
+    asked = {}
+
+    def create_repo(self, repository, *, private, exist_ok):
+        asked["private"] = private
+        return SimpleNamespace(repo_id=repository)
+
+    def upload_folder(self, *, repo_id, folder_path, **more):
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        asked["repository"] = repo_id
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, **which: False)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    text = told(capsys, runs / "linear", "--to", "timm", "--push", "me/digits", "--private")
+    assert "https://huggingface.co/me/digits/commit/1" in text
+    assert asked == {"private": True, "repository": "me/digits"}
+    assert sorted(p.name for p in (tmp_path / "uploaded").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    card = (tmp_path / "uploaded" / "README.md").read_text()
+    assert 'timm.create_model("hf-hub:me/digits", pretrained=True)' in card
+    assert "| few-shot | 4 | 43 |" in card
+    trained, images, expected = in_hand(runs / "linear")
+    again = load_trained(tmp_path / "uploaded", CPU)
+    torch.testing.assert_close(logits(again.model, images, trained), expected, rtol=0, atol=1e-5)
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_export(runs, capsys, monkeypatch, reachable_hub):
+    def line(*words):
+        text = told(capsys, runs / "linear", "--to", "timm", *words, code=2)
+        assert text.count("\n") == 1
+        return text
+
+    assert "give NAME or OWNER/NAME" in line("--push", "a/b/c")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "reachable", lambda url: False)
+        assert "cannot be reached, it does not answer" in line("--push", "me/x")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "there is no token" in line("--push", "me/x")
+
+
+def test_what_timm_has_not_is_not_pushed(runs, capsys, reachable_hub):
+    text = told(capsys, runs / "routed", "--to", "timm", "--push", "me/x", code=2)
+    assert "mean over experts" in text
