@@ -85,12 +85,22 @@ def in_timm(trained: TrainedRun) -> tuple[nn.Module | None, str | None]:
 
 
 def save_run_model(context: RunContext) -> None:
-    """Write the model folder of a finished run where it is absent, on the main process."""
+    """Write the model folder of a finished run where it is absent, on the main process.
+
+    RunFileError when it cannot be written. Whatever else goes wrong is a warning: the result of the run stands.
+    """
     folder = context.folder
     if not context.main or is_model_folder(model_folder(folder)):
         return
-    images = validation_images(context.recipe.data, AT_THE_END, context.dataset)
-    write_model_folder(load_trained(folder, CPU), images, model_folder(folder))
+    try:
+        images = validation_images(context.recipe.data, AT_THE_END, context.dataset)
+        write_model_folder(load_trained(folder, CPU), images, model_folder(folder))
+    except checkpoint.RunFileError:
+        raise
+    except Exception as error:
+        # A mistake of the user's is told by its sentence, one of ours with its traceback.
+        unknown = not isinstance(error, ValueError)
+        log.warning("%s is not written: %s", model_folder(folder), error, exc_info=unknown)
 
 
 def mend_run_model(context: RunContext) -> None:

@@ -40,7 +40,7 @@ def probabilities(trainer, split="test"):
     """float64 (N, C) and labels, from the trainer's own network and loader."""
     batch = whole_split(trainer.context, split)
     with evaluation_mode(trainer.model):
-        z = trainer.model(normaliser(trainer.context.recipe.data)(batch.images)).double().numpy()
+        z = trainer.model(normaliser(trainer.context)(batch.images)).double().numpy()
     p = np.exp(z - z.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True), batch.labels.numpy()
 

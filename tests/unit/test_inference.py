@@ -75,7 +75,7 @@ def evaluated(trainer) -> torch.Tensor:
     images = whole_split(trainer.context, "test").images
     trainer.model.eval()
     with torch.no_grad():
-        return trainer.model(normaliser(trainer.context.recipe.data)(images))
+        return trainer.model(normaliser(trainer.context)(images))
 
 
 def test_files_of_the_test_set_give_the_logits_of_evaluation(root, model, evaluated):
@@ -293,7 +293,7 @@ def test_whole_images_of_another_size_are_cut_to_their_square(digits_words, tmp_
     images = whole_split(trainer.context, "test").images
     trainer.model.eval()
     with torch.no_grad():
-        expected = trainer.model(normaliser(trainer.context.recipe.data)(images))
+        expected = trainer.model(normaliser(trainer.context)(images))
     model = fastlt.load(trainer.folder, device="cpu")
     assert torch.equal(model.logits(images, batch_size=512), expected)
     wide = np.zeros((16, 40, 3), np.uint8)

@@ -252,3 +252,15 @@ def test_a_run_of_an_earlier_version_gets_its_model_by_export(place, tmp_path, c
     assert cli.main(["export", str(tmp_path / "old"), "--to", "timm"]) == 0
     assert "20 validation images" not in capsys.readouterr().out
     assert (tmp_path / "old" / "model" / "model.safetensors").read_bytes() == expected
+
+
+def test_a_model_that_cannot_be_made_costs_the_run_nothing_but_a_warning(digits_words, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise TypeError("odd network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "timm_network", refuse)
+        folder = run(digits_words)
+    assert "model is not written: odd network" in caplog.text
+    assert (folder / "result.json").is_file()
+    assert not list(folder.glob("model*"))

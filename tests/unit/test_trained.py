@@ -32,7 +32,7 @@ def images_and_logits(trainer):
     """uint8 test images, and the logits that the trainer's own network, which was tested, gives them."""
     images = whole_split(trainer.context, "test").images
     with torch.no_grad(), trainer.context.autocast():
-        return images, trainer.model.eval()(normaliser(trainer.context.recipe.data)(images)).float()
+        return images, trainer.model.eval()(normaliser(trainer.context)(images)).float()
 
 
 @pytest.mark.parametrize("more", [[LWS], ["precision=bf16", "channels_last=false"]], ids=["lws", "bf16"])
