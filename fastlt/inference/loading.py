@@ -16,7 +16,7 @@ from fastlt.inference.priors import carried_prior
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.paths import expand
 from fastlt.run.dataset import existing_dataset
-from fastlt.run.loading import EVALUATION_BATCH, crop_spec
+from fastlt.run.loading import EVALUATION_BATCH, crop_spec, evaluation_side
 from fastlt.run.recorded import written_inputs
 from fastlt.run.trained import FinishedRun, load_trained
 from fastlt.state import Batch
@@ -53,9 +53,15 @@ def load(
             finished.recipe, finished.counts, finished.result.get("class_weights"), trained.iteration
         ),
         transform=EvaluationTransform.of(
-            trained.image_size, trained.eval_crop, trained.eval_ratio, storage, trained.mean, trained.std
+            evaluation_side(finished.recipe.data, "test"),
+            trained.eval_crop,
+            trained.eval_ratio,
+            storage,
+            trained.mean,
+            trained.std,
         ),
         device=trained.device,
+        image_size=trained.image_size,
         autocast=half if (precision or finished.recipe.precision) == "bf16" else nullcontext,
         validation=partial(_validation, finished, trained.device),
         notes=notes,
@@ -87,7 +93,7 @@ def _storage(run: FinishedRun) -> tuple[Storage, tuple[str, ...]]:
 
 
 def _validation(run: FinishedRun, device: torch.device) -> Iterator[Batch]:
-    """The images of the validation set, cut for evaluation; ValueError where the data set is not there any more."""
+    """The images of the validation set, cut as those of the test; ValueError where the data set is gone."""
     data, dataset = run.recipe.data, _dataset(run)
     loader = make_loader(
         dataset,
@@ -96,7 +102,7 @@ def _validation(run: FinishedRun, device: torch.device) -> Iterator[Batch]:
         batch_size=min(EVALUATION_BATCH, len(dataset.labels("meta"))),
         device=device,
         train=False,
-        crop=crop_spec(data, train=False),
+        crop=crop_spec(data, "test", train=False),
         num_workers=data.num_workers,
     )
     try:

@@ -18,6 +18,7 @@ from fastlt.inference.priors import CarriedPrior, Prior, deployed_prior
 from fastlt.inference.temperature import Temperature, fit_temperature
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import Batch, ClassCounts, upload
 from loaders.sources.messages import printable, some
 from loaders.stored.forked_workers import available_cores
@@ -42,9 +43,11 @@ class Coverage:
 class Predictor:
     """A trained network with all that is needed to use it. Nothing in it is changed by use.
 
-    model: images normalised float (N, 3, S, S) to logits (N, C), on `device`, in eval mode.
+    model: images normalised float (N, 3, s, s) to logits (N, C), on `device`, in eval mode.
     counts: images of each class in the training set, with the class names. carried: the prior in the logits.
-    transform: an image to what the network sees. autocast: makes the context of a forward pass, its precision.
+    transform: an image to what the network sees, (3, S, S). image_size: s; None is S. Where S is larger, logits are the
+        mean over five crops, as in the test.
+    autocast: makes the context of a forward pass, its precision.
     validation: gives the batches of the validation set, on `device`; None where there is none.
     notes: what the user should know, one line each.
     """
@@ -56,12 +59,14 @@ class Predictor:
         carried: CarriedPrior,
         transform: EvaluationTransform,
         device: torch.device,
+        image_size: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         validation: Callable[[], Iterator[Batch]] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.model, self.counts, self.carried, self.transform = model, counts, carried, transform
         self.device, self.autocast, self.notes = device, autocast, notes
+        self.image_size = transform.size if image_size is None else image_size
         self._validation = validation
         self._validated: tuple[Tensor, Tensor] | None = None
 
@@ -224,7 +229,7 @@ class Predictor:
         if not len(inputs):
             return inputs.new_zeros(0, len(self.classes))
         with evaluation_mode(self.model), self.autocast():
-            return self.model(inputs).float()
+            return mean_logits(self.model, inputs, self.image_size).float()
 
     def _batches(
         self, images: Tensor | list[Any], batch_size: int, workers: int | None

@@ -144,6 +144,17 @@ def test_train_begins_epochs_and_sets_learning_rates_as_training_does(capsys, di
 
 
 @needs_dali
+def test_predict_stands_against_the_evaluation_loop(capsys, tmp_path):
+    for i, image in enumerate(smooth_images([(50, 70), (80, 60)], seed=0)):
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg")
+    words = ["--images", str(tmp_path), "--count", "6", "--batch", "4", "--size", "24", "--workers", "1"]
+    rows, settings = run(capsys, "predict", *words, "--model", "cifar_resnet8", "--storage", "jpg/own", "raw/256")
+    evaluation, predict = (False, False), (True, False)
+    expected = {f"{storage}: evaluation loop": evaluation for storage in ("jpg/own", "raw/256")}
+    assert compared(rows) == expected | {f"{storage}: predict": predict for storage in ("jpg/own", "raw/256")}
+    assert settings["model"] == "cifar_resnet8"
+
+
 def test_data_has_the_bare_pipelines_as_rows_of_their_own(capsys, tmp_path):
     for i, image in enumerate(smooth_images([(50, 70), (80, 60)], seed=0)):
         Image.fromarray(image).save(tmp_path / f"{i}.jpg")

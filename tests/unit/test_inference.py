@@ -275,6 +275,24 @@ def test_a_precision_of_its_own_and_an_earlier_run(root, trainer, model, tmp_pat
     assert not model.notes
 
 
+def test_five_crops_of_the_test_are_five_crops_here(root, trainer, model, tmp_path):
+    """The recipe is given the key afterwards: the network is the same, and every image is cut 6 pixels larger."""
+    run = tmp_path / "five"
+    shutil.copytree(trainer.folder, run)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(
+        recipe.replace("test_crops: 1", "test_crops: 5").replace("expand: 24", "expand: 6")
+    )
+    five = fastlt.load(run, device="cpu")
+    large = torch.stack([five.transform(path) for path in images_below(root / "test")])
+    assert large.shape == (12, 3, 30, 30)
+    views = [(0, 0), (0, 6), (6, 0), (6, 6), (3, 3)]
+    expected = sum(model.logits(large[:, :, y : y + 24, x : x + 24]) for y, x in views) / 5
+    torch.testing.assert_close(five.logits(root / "test"), expected)
+    torch.testing.assert_close(five.logits(large), expected)
+    assert five.validation()[0].shape == (12, 3)
+
+
 def test_validation_images_of_other_data_are_refused(trainer, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(trainer.folder, moved)
