@@ -68,7 +68,7 @@ class SampleGradients:
         self.values = values.flatten(1).to(_wide(values.dtype))
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return weights.to(self.values.dtype) @ self.values
+        return (weights[None].to(self.values.dtype) @ self.values)[0]
 
     def along(self, direction: Tensor) -> Tensor:
         return self.values @ direction.flatten().to(self.values.dtype)
@@ -271,7 +271,7 @@ def _sum_of_places(values: Tensor) -> Tensor:
     """(b, n, channels) to (b, channels), in float32 at least."""
     if values.device.type == "cpu" and values.dtype == _wide(values.dtype):
         # A product with ones takes a third of the time of a sum over an axis that is not the last one.
-        return torch.matmul(values.new_ones(values.shape[1]), values)
+        return torch.matmul(values.new_ones(1, values.shape[1]), values)[:, 0]
     return values.sum(1, dtype=_wide(values.dtype))
 
 

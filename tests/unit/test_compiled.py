@@ -30,21 +30,24 @@ CLASSES = 4
 COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))
 
 
-def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", **options):
+def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", frozen=None, **options):
+    """frozen: "norms", whose statistics then do not couple the samples of a batch, or all of the "backbone"."""
     torch.manual_seed(0)
     # As small as a network with BatchNorm can be: compiling takes longer with every layer.
     layers = [nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
-    model = Classifier(nn.Sequential(*layers), LinearHead(4 * 9, CLASSES), drop_rate).to(device).train()
+    model = Classifier(nn.Sequential(*layers), LinearHead(4 * 9, CLASSES), drop_rate).to(device)
+    model.frozen_norms = frozenset(["backbone.1"] if frozen else [])
+    model.train().backbone.requires_grad_(frozen != "backbone")
 
     def augment(seed, specs=("flip",)):
         return build_augment(specs, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3, seed=seed, device=device)
 
-    kind = STEPS[method]
+    kind, trained = STEPS[method], [p for p in model.parameters() if p.requires_grad]
     accuracy = ClassAccuracy(*on(device, *meta_set()), CLASSES, prepare=augment(2, ()), refresh=refresh, window=3)
     parts = StepParts(
         model=model,
         loss=build_loss("cross_entropy", COUNTS),
-        optimizer=make_sgd([{"params": model.parameters()}], compiler.mode, 0.1, torch.device(device), momentum=0.9),
+        optimizer=make_sgd([{"params": trained}], compiler.mode, 0.1, torch.device(device), momentum=0.9),
         augment=augment(0),
         meta_augment=augment(1),
         class_counts=COUNTS,
@@ -177,7 +180,10 @@ GRAPHED = {
     "difficulty-exact": ("difficulty", "exact", {}, 1),
     "difficulty-rolling": ("difficulty", "rolling", {}, 4),
     "difficulty-late": ("difficulty", "exact", {"approximate": Approximation(late_weights=True)}, 1),
+    "difficulty-uncoupled": ("difficulty", "exact", {"frozen": "norms"}, 1),
+    "difficulty-head": ("difficulty", "rolling", {"frozen": "backbone"}, 4),
     "mwn": ("mwn", "exact", {}, 1),
+    "mwn-uncoupled": ("mwn", "exact", {"frozen": "norms"}, 1),
     "sample_difficulty": ("sample_difficulty", "exact", {}, 1),
     "cb_da": ("cb_da", "exact", {"from_epoch": 1}, 2),
     "expert": ("expert", "exact", {}, 1),
@@ -218,6 +224,8 @@ def assert_replayed_as_stepped(case, device, make_capture):
         for (name, value), (_, same) in zip(tensors({key: one.get(key)}), tensors({key: other.get(key)}), strict=True):
             assert torch.allclose(value.double(), same.double(), rtol=1e-3, atol=1e-5), name
     assert plain.counters() == graphed.counters()
+    if "frozen" in options:
+        assert plain.trial.refused is graphed.trial.refused is None
     return getattr(capture, "graphs", 0) - tried
 
 
