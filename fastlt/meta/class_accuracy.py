@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from fastlt.autograd import FoldedForward
 from fastlt.device.distributed import Reducer
 from fastlt.device.replay import Replayable
-from fastlt.models import Classifier
+from fastlt.meta.frozen_prefix import FrozenPrefix, find_prefix, moving_statistics
 
 REFRESHES = ("exact", "rolling", "epoch")
 # Up to this size the images are kept as the network takes them. CIFAR-100-LT's 1000 are 12 MB, ImageNet-LT's 10,000
 # would be 6 GB and are prepared batch by batch.
 PREPARED_BYTES = 256 * 2**20
-# Up to this size the features of all images are kept, while the backbone stays as it is. 10,000 of ViT-B's are 31 MB.
-FEATURE_BYTES = 256 * 2**20
+# Up to this size the outputs of the part that is not trained are kept. 10,000 images have 31 MB of ViT-B's features,
+# 1,000 have 151 MB behind a block of ViT-Tiny.
+KEPT_BYTES = 256 * 2**20
 # Images a pass from which folding BatchNorm pays. ResNet-32 on an AMD EPYC core, 32 px, times faster than without:
 # NCHW 0.96 with 10 images, 1.07 with 100, 1.11 with 1000; channels_last 0.97, 1.10, 1.08.
 FOLD_FROM = 64
@@ -38,12 +39,6 @@ def evaluation_mode(model: nn.Module):
             module.training = True
 
 
-def _stays(backbone: nn.Module) -> bool:
-    """Whether training leaves a backbone as it is: no parameter is trained, and no statistics follow the batches."""
-    moves = (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in backbone.modules())
-    return not any(p.requires_grad for p in backbone.parameters()) and not any(moves)
-
-
 def stratified_order(labels: Tensor) -> Tensor:
     """Indices that go round the classes: the first image of each class, then the second of each, and so on.
 
@@ -60,8 +55,8 @@ class ClassAccuracy(Replayable):
     """Scores the meta set with the current network and reports the accuracy of each class.
 
     images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
-    are summed over processes. Per-image results stay on the device; nothing here waits for it. Where nothing below the
-    head is trained, the features of the images are computed once.
+    are summed over processes. Per-image results stay on the device; nothing here waits for it. What the network
+    makes of the images before its first trained parameter is computed once.
     prepare: uint8 images -> what the network takes, image by image. autocast: makes the context of the forward passes.
 
     refresh: how much of the meta set is scored when `update` is called once an iteration.
@@ -100,8 +95,10 @@ class ClassAccuracy(Replayable):
         self.num_classes = num_classes
         self.prepare, self.autocast = self._prepared(prepare), autocast or torch.no_grad
         self.folded: FoldedForward | None = None
-        self.features: Tensor | None = None  # (M, D), of the backbone in the state that `features_of` names
-        self.features_of: Hashable = None
+        self.searched: nn.Module | None = None  # the model that `prefix` belongs to
+        self.prefix: FrozenPrefix | None = None
+        self.kept: Tensor | None = None  # its outputs for all images, in the state `kept_of`
+        self.kept_of: Hashable = None
         self.refresh, self.window, self.batch_size = refresh, window, batch_size
         self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
         self.latest = torch.zeros(num_classes, dtype=torch.float32, device=images.device)
@@ -152,7 +149,7 @@ class ClassAccuracy(Replayable):
     def of(self, model: nn.Module) -> Tensor:
         """A of another model: float32 (C,). What `accuracy` reports stays the results of the model that is trained."""
         kept = self.correct.clone()
-        self._score(model, 0, len(self.labels))
+        self._score(model, 0, len(self.labels), keeps=False)
         accuracy = self.accuracy()
         self.correct.copy_(kept)
         return accuracy
@@ -174,66 +171,63 @@ class ClassAccuracy(Replayable):
         self.images = prepare(self.images)
         return lambda images: images
 
-    def _score(self, model: nn.Module, start: int, stop: int) -> None:
+    def _score(self, model: nn.Module, start: int, stop: int, *, keeps: bool = True) -> None:
         if start == stop:
             return
-        features = self._frozen_features(model)
-        if features is not None:
-            assert isinstance(model, Classifier)
-            with evaluation_mode(model), self.autocast():
-                logits = model.head(model.dropout(features[start:stop]))
-                self.correct[start:stop] = (logits.argmax(1) == self.labels[start:stop]).float()
-            return
-        with evaluation_mode(model), self.autocast(), self._forward(model, stop - start) as forward:
+        kept = self._kept_outputs(model) if keeps else None
+        with evaluation_mode(model), self.autocast(), self._forward(model, stop - start, kept) as logits_of:
             for first in range(start, stop, self.batch_size):
                 part = slice(first, min(first + self.batch_size, stop))
-                logits = forward(self.prepare(self.images[part]))
+                logits = logits_of(part)
                 self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
 
-    def _frozen_features(self, model: nn.Module) -> Tensor | None:
-        """The features of all images under a backbone that is not trained; None where one is, or they are too large.
-
-        Computed again whenever anything has written to the backbone since.
-        """
-        # Experts route images by their logits, so that their features are not all that the head needs.
-        if (
-            not isinstance(model, Classifier)
-            or type(model).forward is not Classifier.forward
-            or not _stays(model.backbone)
-        ):
-            return None
-        tensors = [*model.backbone.parameters(), *model.backbone.buffers()]
-        state = tuple((id(t), t._version) for t in tensors)
-        # What is captured is replayed with the features that are there: they were computed before, in this state.
-        captured = self.images.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.features_of == state or (captured and self.features is not None):
-            return self.features
-        with evaluation_mode(model), self.autocast():
-            one = model.features(self.prepare(self.images[:1]))
-            if one.numel() * one.element_size() * len(self.images) > FEATURE_BYTES:
-                return None
-            if self.features is None:
-                self.features = one.new_empty(len(self.images), *one.shape[1:])
-            # Into the same memory: a captured iteration may read it.
-            for start in range(0, len(self.images), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                self.features[part] = model.features(self.prepare(self.images[part]))
-        self.features_of = state
-        return self.features
-
     @contextmanager
-    def _forward(self, model: nn.Module, count: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The eval pass of `model` for `count` images in all, with BatchNorm folded where there are enough of them.
+    def _forward(self, model: nn.Module, count: int, kept: Tensor | None) -> Iterator[Callable[[slice], Tensor]]:
+        """The eval pass of `model` for a part of `count` images, from the outputs that are kept if there are any.
 
-        The plan for it is made once, on one image whose logits are not used: a resumed run gets the same results.
+        BatchNorm is folded where there are enough images. The plan for it is made once, on one image whose logits are
+        not used: a resumed run gets the same results.
         """
+        if kept is not None:
+            assert self.prefix is not None
+            prefix = self.prefix
+            yield lambda part: prefix(self.prepare(self.images[part]), kept[part])
+            return
         if count < FOLD_FROM:
-            yield model
+            yield lambda part: model(self.prepare(self.images[part]))
             return
         if self.folded is None or self.folded.model is not model:
             self.folded = FoldedForward(model, self.prepare(self.images[:1]))
-        with self.folded.weights():
-            yield self.folded
+        folded = self.folded
+        with folded.weights():
+            yield lambda part: folded(self.prepare(self.images[part]))
+
+    def _kept_outputs(self, model: nn.Module) -> Tensor | None:
+        """The outputs of the frozen prefix of `model` for all images; None where there is none, or no room.
+
+        Computed again whenever something has written to the prefix since.
+        """
+        if self.searched is not model:
+            moving = moving_statistics(model)
+            with evaluation_mode(model), self.autocast():
+                self.prefix = find_prefix(model, moving, self.prepare(self.images[:1]))
+            self.searched, self.kept, self.kept_of = model, None, None
+        prefix = self.prefix
+        if prefix is None or prefix.one.numel() * prefix.one.element_size() * len(self.images) > KEPT_BYTES:
+            return None
+        # What is captured is replayed with the outputs that are there: they were computed before, in this state.
+        captured = self.images.is_cuda and torch.cuda.is_current_stream_capturing()
+        state = prefix.state()
+        if self.kept is None or (self.kept_of != state and not captured):
+            if self.kept is None:
+                self.kept = prefix.one.new_empty(len(self.images), *prefix.one.shape[1:])
+            with evaluation_mode(model), self.autocast():
+                # Into the same memory: a captured iteration may read it.
+                for first in range(0, len(self.images), self.batch_size):
+                    part = slice(first, first + self.batch_size)
+                    self.kept[part] = prefix.outputs(self.prepare(self.images[part]))
+            self.kept_of = state
+        return self.kept
 
     def state_dict(self) -> dict:
         """The latest result of every image of this process and the position in the round of slices."""

@@ -174,40 +174,86 @@ def test_a_class_without_meta_images_is_refused():
         ClassAccuracy(images[keep], labels[keep], CLASSES, prepare=lambda x: x)
 
 
-def test_features_of_a_frozen_backbone_are_computed_once_and_again_when_it_changes(monkeypatch):
+PARTS = {
+    "head": (["head"], "dropout"),
+    "a parameter of a module that is never called": (["backbone.blocks.1.shift", "head"], "backbone.blocks.0"),
+    "late block": (["backbone.blocks.2", "backbone.norm", "head"], "backbone.blocks.1"),
+    "a layer in the middle of a block": (["backbone.blocks.2.mlp.fc1", "head"], "backbone.blocks.1"),
+    "the second of two branches": (["backbone.blocks.1.norm2", "backbone.blocks.2", "head"], "backbone.blocks.0"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_comes_before_the_first_trained_parameter_is_computed_once_and_again_when_it_changes(part):
+    trained, cut = PARTS[part]
     torch.manual_seed(0)
-    model = build_model("cifar_resnet8", num_classes=CLASSES, train="head", drop_rate=0.5).train()
-    images, labels = torch.randint(0, 256, (70, 3, 12, 12), dtype=torch.uint8), torch.arange(70) % CLASSES
-    passes, features = [], model.backbone.forward
-    monkeypatch.setattr(model.backbone, "forward", lambda x: passes.append(len(x)) or features(x))
+    model = build_model("vit_tiny_patch16_224", num_classes=CLASSES, image_size=32, drop_rate=0.5).train()
+    model.backbone.blocks = model.backbone.blocks[:3]
+    block = model.backbone.blocks[1]
+    block.shift = nn.ParameterDict({"by": nn.Parameter(torch.zeros(192))})
+    block.norm1.register_forward_hook(lambda module, args, output: output + block.shift["by"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(trained)))
+    images, labels = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8), torch.arange(70) % CLASSES
+    first, passes = model.backbone.patch_embed, []
+    first.register_forward_hook(lambda module, args, output: passes.append(torch.isfinite(output).all().item()))
 
     def expected():
         with torch.no_grad():
-            right = (copy.deepcopy(model).eval()(images.float()).argmax(1) == labels).float()
-        return torch.zeros(CLASSES).index_add_(0, labels, right) / 10
+            logits = copy.deepcopy(model).eval()(images.float() / 255)
+        passes.clear()
+        return torch.zeros(CLASSES).index_add_(0, labels, (logits.argmax(1) == labels).float()) / 10
 
-    accuracy = ClassAccuracy(images, labels, CLASSES, prepare=lambda x: x.float(), batch_size=40)
+    accuracy = ClassAccuracy(images, labels, CLASSES, prepare=lambda x: x.float() / 255, batch_size=40)
+    for iteration in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        assert torch.equal(accuracy.update(model), expected())
+        if iteration == 0:
+            assert accuracy.prefix.cut is model.get_submodule(cut)
+    passes.clear()
+    accuracy.update(model)
+    assert not any(passes), "the patches were embedded again"
+    assert "forward" not in vars(first)
+    with torch.no_grad():
+        first.proj.weight.mul_(-1)
+    assert torch.equal(accuracy.update(model), expected())
+
+
+@pytest.mark.parametrize("why", ["all is trained", "statistics that move", "no room"])
+def test_outputs_are_not_kept_where_they_change_or_are_too_large(why, monkeypatch):
+    norm = "train" if why == "statistics that move" else "frozen"
+    train = "all" if why == "all is trained" else "head"
+    model = build_model("cifar_resnet8", num_classes=CLASSES, train=train, norm=norm).train()
+    monkeypatch.setattr(class_accuracy, "KEPT_BYTES", 70 * 64 * 4 - (why == "no room"))
+    accuracy = ClassAccuracy(*meta_set(RIGHT), CLASSES, prepare=lambda x: x.float())
+    accuracy.update(model)
+    assert accuracy.kept is None
+    cut = {"all is trained": None, "statistics that move": model.backbone.conv1, "no room": model.dropout}[why]
+    assert (accuracy.prefix and accuracy.prefix.cut) is cut
+
+
+class Overwrites(nn.Module):
+    """Writes to what its frozen layer returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 8, 4).requires_grad_(False), nn.Linear(8, CLASSES)
+
+    def forward(self, images):
+        return self.head(self.layer(images).flatten(1).sub_(0.5).relu_())
+
+
+def test_what_is_kept_is_not_overwritten_by_the_network():
+    torch.manual_seed(0)
+    model, (images, labels) = Overwrites(), meta_set(RIGHT)
+    accuracy = ClassAccuracy(images, labels, CLASSES, prepare=lambda x: x.float())
     for _ in range(3):
         with torch.no_grad():
-            model.head.weight.add_(torch.randn_like(model.head.weight))
-        wanted = expected()
-        passes.clear()
+            model.head.weight.normal_()
+            right = (model(images.float()).argmax(1) == labels).float()
+        wanted = torch.zeros(CLASSES).index_add_(0, labels, right) / PER_CLASS
         assert torch.equal(accuracy.update(model), wanted)
-    assert passes == []
-    with torch.no_grad():
-        model.backbone.conv1.weight.mul_(-1)
-    wanted = expected()
-    passes.clear()
-    assert torch.equal(accuracy.update(model), wanted)
-    assert passes == [1, 40, 30]
-
-
-@pytest.mark.parametrize("why", ["trained", "statistics that move", "no room"])
-def test_features_are_not_kept_where_they_change_or_are_too_large(why, monkeypatch):
-    norm = "train" if why == "statistics that move" else "frozen"
-    model = build_model("cifar_resnet8", num_classes=CLASSES, train="all" if why == "trained" else "head", norm=norm)
-    if why == "no room":
-        monkeypatch.setattr(class_accuracy, "FEATURE_BYTES", 70 * 64 * 4 - 1)
-    accuracy = ClassAccuracy(*meta_set(RIGHT), CLASSES, prepare=lambda x: x.float())
-    accuracy.update(model.train())
-    assert accuracy.features is None
+    assert accuracy.prefix.cut is model.layer
