@@ -282,6 +282,49 @@ def test_a_frozen_backbone_and_a_stage_on_frozen_features_go_together(digits_wor
     assert trainer.fit()["iterations"] == 15
 
 
+SECOND = "lr: 0.1, batch_size: 32, iterations: 3"
+SECOND_STAGES = {
+    "crt": f"{{method: crt, sampling: class_balanced, {SECOND}}}",
+    "lws": f"{{method: lws, sampling: class_balanced, {SECOND}}}",
+    "balms": f"{{method: balms, loss: balanced_softmax, meta_batch_size: 50, {SECOND}}}",
+    "oltr": f"{{method: oltr, sampling: class_balanced, options: {{attention_side: 2}}, {SECOND}}}",
+    "dro_lt": f"{{method: dro_lt, sampling: class_aware_4, {SECOND}}}",
+}
+
+
+@pytest.mark.parametrize("method", SECOND_STAGES)
+def test_a_second_stage_moves_nothing_that_is_frozen(digits_words, tmp_path, method):
+    torch.manual_seed(3)
+    torch.save(build_model("cifar_resnet8", num_classes=10).backbone.state_dict(), tmp_path / "backbone.pt")
+    words = [f"model.checkpoint={tmp_path / 'backbone.pt'}", "model.train=[layer3]", f"{STAGE}.method=plain"]
+    trainer = make(digits_words, *words, f"{STAGE}.iterations=4", f"stages.second={SECOND_STAGES[method]}")
+    frozen = trainer.model.frozen
+    before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+    trainer.fit()
+    after = trainer.model.state_dict()
+    assert frozen
+    assert all(torch.equal(after[name], before[name]) for name in frozen)
+    assert not torch.equal(after["backbone.layer3.0.conv1.weight"], before["backbone.layer3.0.conv1.weight"])
+    saved = torch.load(trainer.folder / "checkpoints" / "best_second.pt", weights_only=True)
+    assert not saved["model"].keys() & frozen
+
+
+def test_experts_of_a_part_teach_a_student(digits_words, tmp_path):
+    torch.manual_seed(3)
+    torch.save(build_model("cifar_resnet8", num_classes=10).backbone.state_dict(), tmp_path / "backbone.pt")
+    settings = "lr: 0.1, batch_size: 16, iterations: 2, start: fresh"
+    trainer = make(
+        [word for word in digits_words if not word.startswith("stages.")],
+        f"model.checkpoint={tmp_path / 'backbone.pt'}",
+        "model.train=norms",
+        "stages.end_to_end=null",
+        f"stages.many={{method: expert, classes: many, {settings}}}",
+        f"stages.few={{method: expert, classes: few, {settings}}}",
+        f"stages.student={{method: lfme, options: {{experts: [many, few]}}, {settings}}}",
+    )
+    assert trainer.fit()["iterations"] == 6
+
+
 # Refusals, before any data is read
 
 
