@@ -4,7 +4,11 @@
     fastlt convert cifar100 --root ~/data --out data/cifar100-if100 --imbalance 100
     fastlt convert list_file --root /images --train-list train.txt --meta-list val.txt \
         --test-list test.txt --out data/places-lt --mode jpg --max-resolution 400
-    fastlt convert image_folder --root /images --out data/mine --format both
+    fastlt convert image_folder --root /images --out data/mine --split 0.8/0.1/0.1
+    fastlt convert table --root /images --train-list labels.csv --out data/mine --mode jpg --max-resolution 400
+    fastlt convert coco --root /images --train-list train2021.json --test-list val2021.json --out data/inat
+    fastlt convert webdataset --root /shards --out data/mine
+    fastlt convert hf_dataset --root saved_to_disk --out data/mine
     fastlt convert --verify data/cifar100-if100
 
 A conversion that is interrupted leaves nothing that could be mistaken for a data set; the same command starts it again.
@@ -17,6 +21,7 @@ import argparse
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
@@ -26,7 +31,10 @@ from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
 from loaders.order.longtail import CONVENTIONS
 from loaders.sources import SOURCES, Source, open_source, sources_taking
+from loaders.sources.cut import DEFAULT_SPLIT, check_split, split_text
 from loaders.sources.duplicates import KINDS
+from loaders.sources.messages import shortened
+from loaders.sources.source import absent_classes
 from loaders.stored.ffcv_format import MODES, FfcvOptions
 
 if TYPE_CHECKING:
@@ -40,6 +48,11 @@ ARGUMENT_OF = {
     "train_list": "train_list",
     "meta_list": "meta_list",
     "test_list": "test_list",
+    "image_column": "image_column",
+    "label_column": "label_column",
+    "split_column": "split_column",
+    "split": "split",
+    "split_seed": "split_seed",
     "convention": "convention",
     "no_download": "download",
     "allow_duplicates": "allow_duplicates",
@@ -79,9 +92,12 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     data = parser.add_argument_group("which images")
     data.add_argument("--root", type=path, metavar="DIR", help="folder with the images (not needed for digits)")
     for split in ("train", "meta", "test"):
-        data.add_argument(
-            f"--{split}-list", type=path, metavar="FILE", help="list_file: lines of `relative/path label`"
-        )
+        what = "lines of `relative/path label`, a table, or COCO's JSON, by the source"
+        data.add_argument(f"--{split}-list", type=path, metavar="FILE", help=f"the {split} images: {what}")
+    for what in ("image", "label", "split"):
+        data.add_argument(f"--{what}-column", metavar="NAME", help=f"of a table: its column of {what}s")
+    data.add_argument("--split", type=shares, metavar="T/V/E", help="draw train, validation and test: 0.8/0.1/0.1")
+    data.add_argument("--split-seed", type=whole(0), default=0, metavar="N", help="of what is drawn (0)")
     data.add_argument("--num-classes", type=whole(1), metavar="C", help="what the data set must have")
     data.add_argument("--imbalance", type=imbalance, metavar="IF", help="cut a long tail, largest over smallest class")
     data.add_argument("--convention", choices=sorted(CONVENTIONS), help="how CIFAR is cut (default: paper)")
@@ -139,6 +155,21 @@ def imbalance(word: str) -> float:
     return factor
 
 
+def shares(word: str) -> tuple[float, float, float]:
+    """A reader of the shares of train, validation and test, as `whole`."""
+    try:
+        train, meta, test = (float(part) for part in word.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not the shares of train, validation and test, such as {split_text(DEFAULT_SPLIT)}"
+        ) from None
+    try:
+        check_split((train, meta, test))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return train, meta, test
+
+
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert, unless what is asked for is already there."""
     out = arguments.out
@@ -148,6 +179,11 @@ def run_convert(arguments: argparse.Namespace) -> int:
         "train_list": arguments.train_list,
         "meta_list": arguments.meta_list,
         "test_list": arguments.test_list,
+        "image_column": arguments.image_column,
+        "label_column": arguments.label_column,
+        "split_column": arguments.split_column,
+        "split": arguments.split,
+        "split_seed": arguments.split_seed,
         "imbalance_factor": arguments.imbalance,
         "convention": arguments.convention or "paper",
         "meta_per_class": arguments.meta_per_class,
@@ -221,18 +257,20 @@ def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chos
     return ""
 
 
-def report(dataset) -> None:
-    """Say what was made: images and bytes per split, the long tail, what was left out and what is there twice."""
+def report(dataset: ConvertedDataset) -> None:
+    """Say what was made: images and bytes per split, the classes, what was left out and what is there twice."""
     from loaders.stored.manifest import DUPLICATES, SKIPPED
 
-    counts = dataset.class_counts().counts
-    for name, split in dataset.manifest["splits"].items():
+    splits = dataset.manifest["splits"]
+    for name, split in splits.items():
         of_split = f"{name}.beton", f"dali/{name}"
         size = sum(f["bytes"] for path, f in dataset.manifest["files"].items() if path.startswith(of_split))
         low, high = (f"{width}x{height}" for height, width in (split["image_size"]["min"], split["image_size"]["max"]))
         pixels = low if split["image_size"]["same"] else f"{low} to {high}"
         print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB; {split['provenance']}")
-    print(f"{dataset.root}: {len(counts)} classes of {counts.max():,} to {counts.min():,} training images")
+    print(f"{dataset.root}: {classes_text(dataset.class_names, splits['train']['class_counts'])}")
+    for warning in absent_classes(dataset.class_names, {name: of["class_counts"] for name, of in splits.items()}):
+        print(warning)
     if dataset.manifest["skipped"]:
         print(f"{dataset.manifest['skipped']} images could not be decoded: {dataset.root / SKIPPED}")
     counts = [f"{count:,} {KINDS[kind]}" for kind, count in dataset.manifest["duplicates"].items() if count]
@@ -240,3 +278,11 @@ def report(dataset) -> None:
         print(f"files of equal contents: {', '.join(counts)}: {dataset.root / DUPLICATES} begins with")
         with (dataset.root / DUPLICATES).open(encoding="utf-8", errors="backslashreplace") as lines:
             print(*(f"  {' '.join(line.split(chr(9)))}" for line in itertools.islice(lines, 3)), sep="", end="")
+
+
+def classes_text(names: Sequence[str], counts: Sequence[int], shown: int = 3) -> str:
+    """How many classes of how many training images there are, with the names of the largest and the smallest."""
+    order = sorted(range(len(names)), key=lambda c: (-counts[c], c))
+    ends = order if len(order) <= 2 * shown + 1 else [*order[:shown], None, *order[-shown:]]
+    listed = ["…" if c is None else f"{shortened(names[c])} {counts[c]:,}" for c in ends]
+    return f"{len(names):,} classes of {max(counts):,} to {min(counts):,} training images: {', '.join(listed)}"

@@ -57,6 +57,8 @@ class ClassAccuracy(Replayable):
     images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
     are summed over processes. Per-image results stay on the device; nothing here waits for it. What the network
     makes of the images before its first trained parameter is computed once.
+    A class without an image in the meta set has the mean accuracy of the others: where nothing is known of a class, it
+    is taken to be as difficult as the average one.
     prepare: uint8 images -> what the network takes, image by image. autocast: makes the context of the forward passes.
 
     refresh: how much of the meta set is scored when `update` is called once an iteration.
@@ -82,12 +84,8 @@ class ClassAccuracy(Replayable):
         assert window >= 1, window
         self.reducer = reducer or Reducer()
         total = torch.bincount(labels, minlength=num_classes)
-        if (total == 0).any():
-            missing = torch.nonzero(total == 0).flatten().tolist()
-            raise ValueError(
-                f"the meta set has no image of {len(missing)} classes (the first are {missing[:5]}); "
-                "every class needs at least one: its accuracy is an input of the method"
-            )
+        absent = total == 0
+        self.absent = absent if absent.any() else None
         mine = stratified_order(labels)[self.reducer.rank :: self.reducer.world_size]
         self.images = images[mine].contiguous(memory_format=torch.channels_last)
         self.labels = labels[mine]
@@ -158,7 +156,10 @@ class ClassAccuracy(Replayable):
         """A from the latest result of every image: float32 (C,)."""
         correct = torch.zeros(self.num_classes, device=self.correct.device).index_add_(0, self.labels, self.correct)
         self.reducer.sum_([correct])
-        return correct / self.total
+        if self.absent is None:
+            return correct / self.total
+        known = correct / self.total.clamp_min(1)  # 0 for absent classes
+        return torch.where(self.absent, known.sum() / (~self.absent).sum(), known)
 
     def _prepared(self, prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Prepare all images now, if they fit; returns what is left to do with a batch of them.

@@ -4,6 +4,7 @@ from fastlt.recipe.checks import check
 from fastlt.recipe.compose import load_recipe, read_resolved
 from fastlt.recipe.resuming import Change, Standing, changes
 from fastlt.recipe.schema import (
+    CHOICE_KEYS,
     LIST_KEYS,
     AccuracyRecipe,
     DataRecipe,
@@ -19,6 +20,7 @@ from fastlt.recipe.schema import (
 from fastlt.recipe.yaml_text import RecipeError
 
 __all__ = [
+    "CHOICE_KEYS",
     "LIST_KEYS",
     "AccuracyRecipe",
     "Change",

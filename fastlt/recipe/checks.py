@@ -25,6 +25,7 @@ from loaders.order.crop import CropSpec
 from loaders.readers import AUTO, backends_that
 from loaders.readers.dali_augment import build_dali_augment
 from loaders.sources import SOURCES, sources_taking
+from loaders.sources.cut import check_split
 
 LONGEST_NAME = 200  # bytes; file systems have room for 255, and files of a run add to the name
 FILE_NAME = f"printable, no slash, not empty, at most {LONGEST_NAME} bytes"
@@ -149,19 +150,20 @@ def workers(recipe: Recipe) -> Iterator[str]:
 
 
 def files(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    lists = [key for key in LIST_KEYS if getattr(data, key)]
-    foreign = [key for key in lists if key not in SOURCES[data.source].takes]
-    if foreign:
-        able = " and ".join(sources_taking(foreign[0]))
-        yield f"data.{foreign[0]}: is set, but data.source is {data.source!r}; list files go with {able}"
+    data, takes = recipe.data, SOURCES[recipe.data.source].takes
+    for key in (*LIST_KEYS, "image_column", "label_column", "split_column", "split", "split_seed"):
+        if getattr(data, key) and key not in takes:
+            able = " and ".join(sources_taking(key))
+            yield f"data.{key}: is set, but data.source is {data.source!r}; it goes with {able}"
+    split = data.split
+    if split is not None:
+        yield from refused("data.split", lambda: check_split(split))
     if not data.convert:
-        takes = SOURCES[data.source].takes
-        for key in ("root", "train_list", "test_list"):
+        for key in ("root", "train_list"):
             if key in takes and getattr(data, key) is None:
                 yield f"data.{key}: is not set; data.source {data.source!r} without conversion reads the images by it"
-    for key in lists:
-        if not Path(getattr(data, key)).is_file():
+    for key in LIST_KEYS:
+        if key in takes and getattr(data, key) and not Path(getattr(data, key)).is_file():
             yield f"data.{key}: {getattr(data, key)} is not a file"
     if data.root is not None and not Path(data.root).is_dir() and not SOURCES[data.source].small:
         yield f"data.root: {data.root} is not a folder"

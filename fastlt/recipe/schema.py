@@ -22,6 +22,12 @@ from loaders.readers import AUTO, BACKENDS
 from loaders.sources import SOURCES
 
 LIST_KEYS = ("train_list", "meta_list", "test_list")
+# Which images a data set has, beside its source and where that lies.
+CHOICE_KEYS = (
+    *LIST_KEYS,
+    *("image_column", "label_column", "split_column", "split", "split_seed"),
+    *("imbalance_factor", "convention", "meta_per_class"),
+)
 SIDE = within(1, 65535)  # pixels; JPEG has no larger images
 LARGEST_SEED = 2**32 - 1  # of NumPy
 # Metadata of a key whose value a run that goes on may change: the name of its rule in `fastlt.recipe.resuming`. A key
@@ -59,14 +65,21 @@ class DataRecipe:
     convert: false reads the source's own files, with a loader that can; nothing is written, and every image is decoded
         once before the run begins.
     download: whether missing files of CIFAR may be fetched into root.
-    train_list: list file of the training images, for source list_file.
-    meta_list: list file of the meta set, which is the validation set too; null holds out training images.
-    test_list: list file of the test images.
+    train_list: file that lists the training images: lines for source list_file, a table, or JSON for coco. A table may
+        list all images, with a column of splits.
+    meta_list: file that lists the meta set, which is the validation set too; null holds out training images.
+    test_list: file that lists the test images; null takes the meta list, or draws them as split says.
+    image_column: of a table, the column of paths or images; null finds it by its usual names.
+    label_column: of a table, the column of labels; null finds it by its usual names.
+    split_column: of a table of all images, the column of splits; null finds it by its usual names.
+    split: shares of train, validation and test in the images of each class that are in no split yet, with 0 for a split
+        that the data bring; null draws [0.8, 0.1, 0.1] where there is no test set.
+    split_seed: of the images that are drawn.
     num_classes: the number of classes that the data set must have; null takes the number that is found.
     imbalance_factor: largest over smallest class of the long tail that is cut out; null takes the data as they are.
     convention: how the long tail of CIFAR is cut: paper holds the meta set out first, ldam is the subset of the LDAM
         release.
-    meta_per_class: images of each class in a meta set that is held out.
+    meta_per_class: images of each class in a meta set that is held out; the most of them in one that is drawn.
     shots: more training images than the first number make a class many-shot, fewer than the second few-shot; or
         {ranks: [M, N, K]} for groups of so many classes by rank, the largest first.
     storage: how images are stored in the converted data set.
@@ -102,6 +115,11 @@ class DataRecipe:
     train_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
     meta_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
     test_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
+    image_column: str | None = field(default=None, metadata=SAME_CONTENT)
+    label_column: str | None = field(default=None, metadata=SAME_CONTENT)
+    split_column: str | None = field(default=None, metadata=SAME_CONTENT)
+    split: tuple[float, float, float] | None = field(default=None, metadata=within(0, 1))
+    split_seed: int = field(default=0, metadata=within(0, LARGEST_SEED))
     num_classes: int | None = field(default=None, metadata=SAME_CONTENT | at_least(1))
     imbalance_factor: float | None = field(default=None, metadata=at_least(1))
     convention: Literal["paper", "ldam"] = "paper"

@@ -12,30 +12,27 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from fastlt.recipe import LIST_KEYS, DataRecipe
+from fastlt.recipe import CHOICE_KEYS, DataRecipe
 from fastlt.run.main_process import on_main
 from loaders.readers import BACKENDS, formats_for
 from loaders.sources import SOURCES, Source, open_source
+from loaders.sources.cut import split_text
 from loaders.stored.atomic_folder import MANIFEST
 from loaders.stored.convert import conversion_request, convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.manifest import as_json
 from loaders.stored.unconverted import UnconvertedDataset
-
-# Which images are chosen does not depend on the seed of a run: runs under several seeds share one data set.
-SPLIT_SEED = 0
 
 
 def request(data: DataRecipe) -> dict[str, Any]:
     """What identifies the converted data set that a recipe asks for."""
-    return conversion_request(
-        data.source,
-        **{key: getattr(data, key) for key in LIST_KEYS},
-        imbalance_factor=data.imbalance_factor,
-        convention=data.convention,
-        meta_per_class=data.meta_per_class,
-        options=_options(data),
-    )
+    return conversion_request(data.source, **_choices(data), options=_options(data))
+
+
+def _choices(data: DataRecipe) -> dict[str, Any]:
+    """Which images are chosen. The seed of a run is not among it: runs under several seeds share one data set."""
+    return {key: getattr(data, key) for key in CHOICE_KEYS}
 
 
 def _check_format(data: DataRecipe, folder: Path) -> None:
@@ -64,12 +61,13 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
     words = ["fastlt", "convert", data.source, "--out", str(folder)]
     if "root" in SOURCES[data.source].takes:
         words += ["--root", data.root or "DIR"]
-    for key in LIST_KEYS:
-        if getattr(data, key):
-            words += [f"--{key.replace('_', '-')}", getattr(data, key)]
-    if data.imbalance_factor is not None:
-        words += ["--imbalance", f"{data.imbalance_factor:g}"]
-    words += ["--meta-per-class", str(data.meta_per_class), "--mode", data.storage.mode]
+    for key in CHOICE_KEYS:
+        value = getattr(data, key)
+        if value and key != "convention":
+            option = "imbalance" if key == "imbalance_factor" else key.replace("_", "-")
+            text = split_text(value) if key == "split" else f"{value:g}" if isinstance(value, float) else str(value)
+            words += [f"--{option}", text]
+    words += ["--mode", data.storage.mode]
     if len(formats_for(data.loader)) > 1:
         words += ["--format", "both"]
     if data.storage.max_resolution is not None:
@@ -112,13 +110,9 @@ def _open_source(data: DataRecipe) -> Source:
     return open_source(
         data.source,
         root=data.root,
-        **{key: getattr(data, key) for key in LIST_KEYS},
         num_classes=data.num_classes,
         download=data.download,
-        imbalance_factor=data.imbalance_factor,
-        convention=data.convention,
-        meta_per_class=data.meta_per_class,
-        seed=SPLIT_SEED,
+        **_choices(data),
     )
 
 
@@ -136,14 +130,14 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
 def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:
     """ValueError when the folder holds other images than the recipe asks for.
 
-    Where the recipe names the folder, the way in which images are stored is not compared, and list files only where the
-    recipe names them.
+    Where the recipe names the folder, the way in which images are stored is not compared, and list files, columns and
+    shares only where the recipe names them.
     """
     wanted = request(data)
     if data.converted:
-        wanted = {k: wanted[k] for k in ("source", "imbalance_factor", "convention", "meta_per_class")} | {
-            k: wanted[k] for k in LIST_KEYS if wanted[k] is not None
-        }
+        always = "source", "imbalance_factor", "convention", "meta_per_class"
+        named = [key for key in CHOICE_KEYS if wanted.get(key) is not None]
+        wanted = as_json({key: wanted[key] for key in (*always, *named)})
     wrong = [f"{k} is {made_from.get(k)!r}, not {v!r}" for k, v in wanted.items() if made_from.get(k) != v]
     if wrong:
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -143,14 +144,22 @@ def selection_lines(result: dict[str, Any]) -> list[str]:
 def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int = 40) -> str:
     """The end of a run for a person: overall, by shots, and every class with its count and learned weight.
 
-    With more than `max_classes` classes only the largest and the smallest ones are listed.
+    With more than `max_classes` classes only the largest and the smallest ones are listed. Where classes have no image
+    in the test split, a column says over how many the means are.
     """
-    masks = counts.shot_masks()
-    lines = [f"{'':16}{'classes':>9}{'images':>9}{'top-1 %':>10}"]
-    lines.append(f"{'overall':16}{counts.num_classes:>9}{int(counts.counts.sum()):>9}{percent(result['top1']):>10}")
-    for group, mask in masks.items():
+    tested = result.get("classes_evaluated") or {"all": counts.num_classes}  # earlier runs did not count them
+    partly = tested["all"] < counts.num_classes
+    heading = f"{'tested':>9}" if partly else ""
+    lines = [f"{'':16}{'classes':>9}{heading}{'images':>9}{'top-1 %':>10}"]
+    every = np.ones(counts.num_classes, dtype=bool)
+    rows = [("overall", "top1", "all", every), ("class mean", "balanced_accuracy", "all", every)]
+    rows += [(f"{group}-shot", group, group, mask) for group, mask in counts.shot_masks().items()]
+    for name, metric, group, mask in rows:
+        if metric == "balanced_accuracy" and percent(result.get(metric)) in ("-", percent(result["top1"])):
+            continue  # of a balanced test split it is the row above
+        of_test = f"{tested[group]:>9}" if partly else ""
         images = int(counts.counts[mask].sum())
-        lines.append(f"{group + '-shot':16}{int(mask.sum()):>9}{images:>9}{percent(result[group]):>10}")
+        lines.append(f"{name:16}{int(mask.sum()):>9}{of_test}{images:>9}{percent(result[metric]):>10}")
     lines.append(
         f"\ntop-5 {percent(result['top5'])} %   macro-F1 {percent(result['macro_f1'])} %   "
         f"ECE {percent(result['ece'])} %   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,15 +58,16 @@ class Metrics:
         """Top-1 accuracy of each class: float64 (C,) on the device, NaN for a class without images."""
         return self.correct / self.total
 
-    def summary(self, class_counts: ClassCounts) -> dict[str, float | list[float | None] | None]:
+    def summary(self, class_counts: ClassCounts) -> dict[str, Any]:
         """The metrics as fractions in [0, 1]; this is where the device is waited for.
 
         top1, top5 (top min(5, C)): over images. ece: expected calibration error, 15 equal-width bins (Guo et al. 2017).
             None when a confidence was not finite.
         many, medium, few: mean accuracy of the group's classes by training-set size. On the balanced test sets of the
         field this equals the mean over their images; on others every class counts the same. None for an empty group.
-        macro_f1: mean F1 of the classes. A class without an evaluated image is left out of the group means and of
-        macro_f1, and its entry in per_class_accuracy is None.
+        balanced_accuracy, macro_f1: mean accuracy and mean F1 of all classes.
+        A class without an evaluated image is left out of these means, and its entry in per_class_accuracy is None.
+        classes_evaluated: how many classes the means are over, of "all" and of each group.
         """
         state = Metrics(self.num_classes)
         state.state.copy_(self.state)
@@ -77,14 +79,16 @@ class Metrics:
         accuracy = np.divide(correct, total, out=np.full_like(correct, np.nan), where=present)
         f1 = 2 * correct[present] / (total[present] + predicted[present])
         ece = float((state.bin_confidence - state.bin_correct).abs().sum().item() / images)
-        groups = {name: _mean(accuracy[mask & present]) for name, mask in class_counts.shot_masks().items()}
+        members = {name: mask & present for name, mask in class_counts.shot_masks().items()}
         return {
             "top1": float(correct.sum() / images),
             "top5": float(state.top5.item() / images),
-            **groups,
+            **{name: _mean(accuracy[inside]) for name, inside in members.items()},
+            "balanced_accuracy": _mean(accuracy[present]),
             "macro_f1": float(f1.mean()),
             "ece": ece if math.isfinite(ece) else None,
             "per_class_accuracy": [None if np.isnan(a) else float(a) for a in accuracy],
+            "classes_evaluated": {name: int(inside.sum()) for name, inside in {"all": present, **members}.items()},
         }
 
 

@@ -28,6 +28,7 @@ from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
 from loaders.readers import BACKENDS
+from loaders.sources.source import absent_classes
 
 SOME_CLASSES = 10  # of a network that is built before the data set is known
 
@@ -47,6 +48,8 @@ def prepare(recipe: Recipe) -> RunContext:
     on_main(accelerator, lambda: check_inputs(context))
     check_dataset(context)
     check_loaders(context)
+    for warning in absent_classes(context.counts.names, context.inputs.inputs.data.class_counts):
+        context.say(warning)
     return context
 
 

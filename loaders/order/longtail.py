@@ -5,6 +5,7 @@ Every function is pure arithmetic on label arrays; what it returns are positions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,20 +92,22 @@ def _first(members: np.ndarray, n: int, c: int) -> np.ndarray:
     return members[:n]
 
 
-def holdout_per_class(labels: np.ndarray, per_class: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def holdout_per_class(
+    labels: np.ndarray, per_class: int, class_names: Sequence[object]
+) -> tuple[np.ndarray, np.ndarray]:
     """Hold the last `per_class` images of each class (file order) out: (held, rest), int64 positions in file order.
 
     Raises ValueError when a class would be left without an image.
     """
     if per_class < 1:
         raise ValueError(f"meta_per_class is {per_class}: it must be at least 1")
-    members = class_members(labels, num_classes)
+    members = class_members(labels, len(class_names))
     small = [c for c, of_class in enumerate(members) if len(of_class) <= per_class]
     if small:
         raise ValueError(
-            f"{len(small)} of {num_classes} classes have no more than {per_class} images, so holding {per_class} out "
-            f"for validation leaves none to train on (class {small[0]} has {len(members[small[0]])}): use fewer "
-            "(--meta-per-class), or bring a validation list or folder"
+            f"{len(small)} of {len(class_names)} classes have no more than {per_class} images, so holding {per_class} "
+            f"out for validation leaves none to train on (class {class_names[small[0]]} has {len(members[small[0]])}): "
+            "hold out fewer (--meta-per-class) or a share of each class (--split 0.9/0.1/0), or bring a validation set"
         )
     held = np.sort(np.concatenate([of_class[-per_class:] for of_class in members]))
     return held, np.setdiff1d(np.arange(len(labels)), held)
@@ -130,7 +133,7 @@ def paper_convention(labels: np.ndarray, imbalance_factor: float, meta_per_class
 
     n_max is 490 for CIFAR-100 and 4990 for CIFAR-10. Source: Difficulty-Net, supplement, section 1.1 and Table 5.
     """
-    meta, rest = holdout_per_class(labels, meta_per_class, num_classes)
+    meta, rest = holdout_per_class(labels, meta_per_class, range(num_classes))
     available = np.bincount(labels[rest], minlength=num_classes)
     counts = longtail_counts(largest_n_max(available, imbalance_factor), num_classes, imbalance_factor)
     train = rest[longtail_subset(labels[rest], counts)]

@@ -7,19 +7,35 @@ import inspect
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fastlt.names import pick
 from loaders.order.longtail import CONVENTIONS
 from loaders.sources.cifar import CIFAR10, CIFAR100, open_cifar
+from loaders.sources.coco import open_coco
+from loaders.sources.cut import Cut, Shares
 from loaders.sources.digits import open_digits
+from loaders.sources.hf_dataset import open_hf_dataset
 from loaders.sources.image_folder import open_image_folder
 from loaders.sources.list_file import open_list_files
 from loaders.sources.messages import printable
-from loaders.sources.split import ArraySplit, FileSplit, Source, Split
+from loaders.sources.source import Source
+from loaders.sources.split import ArraySplit, EncodedImages, FileSplit, Split
+from loaders.sources.table import open_table
+from loaders.sources.webdataset import open_webdataset
 
-__all__ = ["SOURCES", "ArraySplit", "FileSplit", "Source", "SourceKind", "Split", "open_source", "sources_taking"]
+__all__ = [
+    "SOURCES",
+    "ArraySplit",
+    "EncodedImages",
+    "FileSplit",
+    "Source",
+    "SourceKind",
+    "Split",
+    "open_source",
+    "sources_taking",
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,7 @@ class SourceKind:
     """One kind of data set, and how it is opened.
 
     open: gives the Source; its parameters are those of `open_source` that it takes, with "root" a folder that exists,
-        unless it takes "download", too, and may make it.
+        unless it takes "download", too, and may make it, and "cut" for those of `Cut`.
     small: whether a run converts it by itself; the others are converted by a command before.
     """
 
@@ -38,7 +54,18 @@ class SourceKind:
     @property
     def takes(self) -> tuple[str, ...]:
         """The names of the arguments that mean something to it."""
-        return tuple(inspect.signature(self.open).parameters)
+        own = inspect.signature(self.open).parameters
+        # Files of equal contents are looked for in every data set of files.
+        return tuple(dict.fromkeys(n for one in own for n in ((*_OF_CUT, DUPLICATES) if one == "cut" else (one,))))
+
+    @property
+    def takes_cut(self) -> bool:
+        """Whether its splits are chosen by `Cut`."""
+        return "cut" in inspect.signature(self.open).parameters
+
+
+DUPLICATES = "allow_duplicates"
+_OF_CUT = tuple(key.name for key in fields(Cut))
 
 
 SOURCES: dict[str, SourceKind] = {
@@ -49,6 +76,10 @@ SOURCES: dict[str, SourceKind] = {
         SourceKind("cifar100", functools.partial(open_cifar, CIFAR100), small=True),
         SourceKind("image_folder", open_image_folder),
         SourceKind("list_file", open_list_files),
+        SourceKind("table", open_table),
+        SourceKind("coco", open_coco),
+        SourceKind("webdataset", open_webdataset),
+        SourceKind("hf_dataset", open_hf_dataset),
     )
 }
 
@@ -70,18 +101,22 @@ def open_source(
     imbalance_factor: float | None = None,
     convention: str = "paper",
     meta_per_class: int = 10,
-    seed: int = 0,
+    split: Shares | None = None,
+    split_seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
     allow_duplicates: bool = False,
 ) -> Source:
     """Find a data set and cut it into the splits "train", "meta" and "test"; nothing is decoded yet.
 
     root: the folder with the data; `digits` needs none.
-    train_list, meta_list, test_list: for `list_file`; without a meta list, images are held out of train.
+    train_list, meta_list, test_list: files that list the images of a split.
     download: whether CIFAR may be fetched when it is not under `root`.
     num_classes: what the data set must have, or None to take what it has.
-    imbalance_factor: largest over smallest class of the long tail to cut, None for the data set as it is.
     convention: "paper" or "ldam", how CIFAR is cut (`loaders.order.longtail`).
-    seed: which digits are held out; the other sources are cut by file order.
+    meta_per_class, imbalance_factor, split, split_seed: see `Cut`. Digits are drawn by split_seed, too.
+    image_column, label_column, split_column: of a table, when they have other names than usual.
     allow_duplicates: whether one file may be in two splits or under two labels, for sources of files.
     Raises ValueError, saying what to do, when the data are missing or not what they should be.
     """
@@ -100,12 +135,18 @@ def open_source(
         "imbalance_factor": imbalance_factor,
         "convention": convention,
         "meta_per_class": meta_per_class,
-        "seed": seed,
+        "split": split,
+        "split_seed": split_seed,
+        "image_column": image_column,
+        "label_column": label_column,
+        "split_column": split_column,
         "allow_duplicates": allow_duplicates,
     }
     if "root" in kind.takes:
         arguments["root"] = _root(kind, root, may_be_made=download and "download" in kind.takes)
-    source = kind.open(**{argument: arguments[argument] for argument in kind.takes})
+    if kind.takes_cut:
+        arguments["cut"] = Cut(**{name: arguments[name] for name in _OF_CUT})
+    source = kind.open(**{name: arguments[name] for name in inspect.signature(kind.open).parameters})
     if num_classes is not None and num_classes != source.num_classes:
         raise ValueError(f"{name} has {source.num_classes} classes, num_classes says {num_classes}: correct it")
     return source

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from loaders.order.longtail import apply_convention
-from loaders.sources.split import ArraySplit, Source
+from loaders.sources.source import Source
+from loaders.sources.split import ArraySplit
 
 PIXEL_BYTES = 3 * 32 * 32
 HOME_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ SIGNATURES = (
     b"\xff\x4f\xff\x51",
 )
 SCAN, END_OF_IMAGE = 0xDA, b"\xff\xd9"  # JPEG: the marker before the compressed pixels, and the last one
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential and progressive
 
 
 def decode_image(path: Path) -> np.ndarray:
@@ -91,23 +94,54 @@ def decode_bytes(data: bytes) -> np.ndarray:
         raise ValueError(f"damaged: {error or type(error).__name__}") from None
 
 
-def jpeg_bytes(path: Path) -> bytes | None:
-    """The file's bytes when they are a `plain_jpeg`."""
-    return plain_jpeg(path.read_bytes())
-
-
 def plain_jpeg(data: bytes) -> bytes | None:
     """The bytes when they are a JPEG that any decoder shows as `decode_bytes` does, else None.
 
-    None for other formats, for CMYK and for a JPEG that its EXIF block turns: there the bytes alone are not the image.
+    None for other formats, for CMYK, for a JPEG that holds RGB instead of luminance and chrominance or that its EXIF
+    block turns, and for arithmetic coding and lossless JPEG: not every reader shows these, or shows them the same.
     """
-    if not data.startswith(b"\xff\xd8"):
+    if not data.startswith(b"\xff\xd8") or not _is_common_jpeg(data):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _open(io.BytesIO(data)) as image:
             plain = image.mode in ("RGB", "L") and _orientation(image) == 1
     return data if plain else None
+
+
+def _is_common_jpeg(data: bytes) -> bool:
+    """Whether the frame of a JPEG is Huffman-coded, sequential or progressive, and its colours are YCbCr or gray.
+
+    Source: ITU T.81, B.1.1 and B.2.2; for the colours, the rules of libjpeg.
+    """
+    has_jfif, transform = False, None
+    for marker, _, segment in _segments(data):
+        if marker == 0xE0 and segment.startswith(b"JFIF"):
+            has_jfif = True
+        elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
+            transform = segment[11]
+        elif marker in FRAMES:
+            components = segment[6::3]
+            if marker not in HUFFMAN_FRAMES or len(components) not in (1, 3):
+                return False
+            is_rgb = transform == 0 or (transform is None and not has_jfif and components == b"RGB")
+            return len(components) == 1 or not is_rgb
+    return False
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The marker, its place and the content of each segment of JPEG bytes; the last is the first scan, left empty."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        yield marker, place, b"" if marker == SCAN else data[place + 4 : place + 2 + length]
+        if marker == SCAN:
+            return
+        place += 2 + length
 
 
 def looks_like_image(path: Path) -> bool:
@@ -133,13 +167,8 @@ def _has_end(data: bytes) -> bool:
     Pillow asks for none when what lies in the place of the missing data, zeros of a broken download say, can be taken
     for the rest of the image. A thumbnail has an end of its own, before the scan.
     """
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == SCAN:
-            break
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return data.rfind(END_OF_IMAGE, place) >= 0
+    places = [place for _, place, _ in _segments(data)]
+    return data.rfind(END_OF_IMAGE, places[-1] if places else 2) >= 0
 
 
 def _open(file: io.BytesIO) -> Image.Image:

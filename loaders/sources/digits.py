@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from loaders.order.longtail import class_members, largest_n_max, longtail_counts, longtail_subset
-from loaders.sources.split import ArraySplit, Source
+from loaders.sources.source import Source
+from loaders.sources.split import ArraySplit
 
 if TYPE_CHECKING:
     from sklearn.utils import Bunch
@@ -16,8 +17,8 @@ TEST_PER_CLASS = 40
 INK_LEVELS = 16  # the pixels count inked dots of a 4x4 block: 0..16
 
 
-def open_digits(*, imbalance_factor: float | None, meta_per_class: int, seed: int) -> Source:
-    """Digits as RGB 0..255: 40 test and `meta_per_class` meta images of each class drawn with `seed`, the rest trains.
+def open_digits(*, imbalance_factor: float | None, meta_per_class: int, split_seed: int) -> Source:
+    """Digits as RGB 0..255: 40 test and `meta_per_class` meta images of each class are drawn, and the rest trains.
 
     Raises ValueError when so many images are held out that a class has none left, or the tail cannot be cut.
     """
@@ -31,12 +32,12 @@ def open_digits(*, imbalance_factor: float | None, meta_per_class: int, seed: in
     if not 1 <= meta_per_class <= room:
         raise ValueError(f"meta_per_class is {meta_per_class}: digits has room for 1 to {room} a class")
 
-    drawn = [np.random.default_rng([seed, c]).permutation(of_class) for c, of_class in enumerate(members)]
+    drawn = [np.random.default_rng([split_seed, c]).permutation(of_class) for c, of_class in enumerate(members)]
     held = TEST_PER_CLASS + meta_per_class
     test = np.sort(np.concatenate([of_class[:TEST_PER_CLASS] for of_class in drawn]))
     meta = np.sort(np.concatenate([of_class[TEST_PER_CLASS:held] for of_class in drawn]))
     train = np.sort(np.concatenate([of_class[held:] for of_class in drawn]))
-    how = f"scikit-learn load_digits, seed {seed}"
+    how = f"scikit-learn load_digits, seed {split_seed}"
     tail = "all that is not held out"
     if imbalance_factor is not None:
         available = np.bincount(labels[train])

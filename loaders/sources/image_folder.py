@@ -1,20 +1,20 @@
-"""ROOT/{train,val,test}/class/image: the layout of torchvision's ImageFolder, one folder a split."""
+"""ROOT/{train,val,test}/class/image, the layout of torchvision's ImageFolder, or ROOT/class/image alone."""
 
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-
+from loaders.sources.classes import number_classes
+from loaders.sources.cut import Cut
 from loaders.sources.decode import EXTENSIONS, looks_like_image
 from loaders.sources.duplicates import file_keys, refuse_repeated, refuse_shared, same_files
 from loaders.sources.messages import printable, shortened, some
-from loaders.sources.split import Candidates, FileSplit, Source
+from loaders.sources.source import Source
+from loaders.sources.split import FileSplit
 
 META_FOLDERS = ("meta", "val", "valid", "validation")
 # What systems put into folders, beside names that begin with a dot; in small letters.
@@ -27,63 +27,77 @@ SYSTEM_FOLDERS = frozenset(
 SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))
 
 
-def open_image_folder(
-    root: Path,
-    *,
-    imbalance_factor: float | None,
-    meta_per_class: int,
-    num_classes: int | None,
-    allow_duplicates: bool = False,
-) -> Source:
+def open_image_folder(root: Path, *, cut: Cut, num_classes: int | None, allow_duplicates: bool = False) -> Source:
     """Read the folders of `root`; class names are the folders of train, sorted.
 
-    With train, test and one of META_FOLDERS, the meta set is the first `meta_per_class` images of each class of the
-    latter. With train and only one of the others, that one is the test set, and the last `meta_per_class` images of
-    each class of train (sorted by name) are held out as the meta set.
+    Without a folder "train", the folders of `root` are the classes. A split without a folder, "test" or one of
+    META_FOLDERS, comes from the others by the rules of `Cut`.
     Hidden and system files and folders are passed over at every depth. Other files (notes, tables) may lie among the
     images. An image is known by its first bytes where its extension does not say so, and a link `a.jpg` that leads
     nowhere is an image that cannot be read. The notes of the source say what was not read.
     allow_duplicates: whether one file may be in two splits or classes, by links.
-    Raises ValueError when a folder, or a class in one of them, is missing.
+    Raises ValueError when train lacks a class, or images of one.
     """
     folders = _split_folders(root)
     unread = _Unread(root)
-    unread.beside(folders)
-    names = _class_folders(folders["train"], unread)
-    if num_classes is not None and num_classes != len(names):
-        raise ValueError(
-            f"{printable(folders['train'])} holds {len(names)} classes, num_classes says {num_classes}: correct it"
-        )
-    pools = {split: _read_folder(root, folder, names, unread) for split, folder in folders.items()}
+    paths, classes = {}, {}
+    if folders:
+        unread.beside(folders)
+        for split, folder in folders.items():
+            paths[split], classes[split] = _read_folder(root, folder, unread, all_classes=split == "train")
+    else:
+        folders = {"train": root}
+        paths["train"], classes["train"] = _read_folder(root, root, unread, all_classes=False)
+        _check_flat(root, paths["train"], classes["train"], unread)
+    where = {split: printable(folder) for split, folder in folders.items()}
+    found = len(set(classes["train"]))
+    if num_classes is not None and num_classes != found:
+        raise ValueError(f"{where['train']} holds {found} classes, num_classes says {num_classes}: correct it")
+    labels, names = number_classes(classes, where)
+    pools = {split: FileSplit(root, paths[split], labels[split], where[split]) for split in folders}
     if not allow_duplicates:
         _refuse_same_files(root, pools)
-    candidates = Candidates(pools, _printable_names(names), meta_per_class, imbalance_factor)
-    return Source.of_files("image_folder", candidates, unread.notes())
+    return Source.of_pools("image_folder", pools, names, cut, unread.notes())
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders of "train" and "test", and of "meta" where there is one."""
+    """The folders of the splits that there are, by the splits' names; none where the folders are classes."""
     where = printable(root)
+    meta_folders = [name for name in META_FOLDERS if (root / name).is_dir()]
     if not (root / "train").is_dir():
         other = next((name for name in _folders_in(root) if name.lower() in ("train", "training")), None)
-        hint = f" (it has {printable(other)!r}: rename that)" if other else ""
-        raise ValueError(
-            f"{where} has no folder 'train'{hint}: expected {where}/train/CLASS/IMAGE, and the same for test"
-        )
-    meta_folders = [name for name in META_FOLDERS if (root / name).is_dir()]
+        others = [*meta_folders, *(["test"] if (root / "test").is_dir() else [])]
+        if other or others:
+            hint = f" (it has {printable(other)!r}: rename that)" if other else f" beside {' and '.join(others)}"
+            raise ValueError(f"{where} has no folder 'train'{hint}: expected {where}/train/CLASS/IMAGE")
+        return {}
     if len(meta_folders) > 1:
         raise ValueError(
             f"{where} has {' and '.join(repr(name) for name in meta_folders)}, and one folder can be the validation "
             "set: put the images of both into one, or move the other out of this folder"
         )
     folders = {"train": root / "train"}
+    if meta_folders:
+        folders["meta"] = root / meta_folders[0]
     if (root / "test").is_dir():
         folders["test"] = root / "test"
-    if meta_folders:
-        folders["meta" if "test" in folders else "test"] = root / meta_folders[0]
-    if "test" not in folders:
-        raise ValueError(f"{where} has neither 'test' nor 'val' beside 'train': there is nothing to evaluate on")
     return folders
+
+
+def _check_flat(root: Path, paths: list[str], classes: list[str], unread: _Unread) -> None:
+    """ValueError for a folder whose folders are not the classes."""
+    where = printable(root)
+    if not paths:
+        kinds = f"; it holds {unread.kinds_text()}" if unread.kinds else ""
+        raise ValueError(
+            f"{where} holds no images in folders: expected {where}/train/CLASS/IMAGE or {where}/CLASS/IMAGE{kinds}"
+        )
+    if len(set(classes)) == 1:
+        inner = printable(root / classes[0])
+        raise ValueError(
+            f"{where} has images in one folder only, {printable(classes[0])!r}, so there is one class: give {inner} as "
+            "root if its folders are the classes or the splits"
+        )
 
 
 def _folders_in(folder: Path) -> list[str]:
@@ -99,6 +113,7 @@ class _Unread:
 
     root: Path
     folders: list[str] = field(default_factory=list)
+    folders_are: str = "beside the splits"
     hidden: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
@@ -121,18 +136,20 @@ class _Unread:
             self.hidden.append(shortened(printable(path.relative_to(self.root))))
         return True
 
+    def kinds_text(self) -> str:
+        """How many files of which kinds are no images of a class."""
+        return some([f"{count:,} {kind}" for kind, count in self.kinds.most_common()], ", ")
+
     def notes(self) -> tuple[str, ...]:
         """One line, when there is anything to say."""
         said = []
         if self.folders:
-            said.append(
-                f"{len(self.folders)} folders beside the splits ({some([*map(printable, self.folders)], ', ')})"
-            )
+            listed = some([*map(printable, self.folders)], ", ")
+            said.append(f"{len(self.folders)} folders {self.folders_are} ({listed})")
         if self.hidden:
             said.append(f"{len(self.hidden)} hidden or system files and folders ({some(sorted(self.hidden), ', ')})")
         if self.kinds:
-            kinds = [f"{count:,} {kind}" for kind, count in self.kinds.most_common()]
-            said.append(f"{self.kinds.total():,} files that are no images of a class ({some(kinds, ', ')})")
+            said.append(f"{self.kinds.total():,} files that are no images of a class ({self.kinds_text()})")
         return (f"{printable(self.root)}: not read are {'; '.join(said)}",) if said else ()
 
 
@@ -146,50 +163,30 @@ def is_system_file(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
-def _class_folders(folder: Path, unread: _Unread) -> tuple[str, ...]:
-    """The names of the class folders, sorted."""
-    names = tuple(name for name in _folders_in(folder) if not unread.hide(folder / name, folder=True))
-    if not names:
-        raise ValueError(f"{printable(folder)} holds no class folders: expected {printable(folder)}/CLASS/IMAGE")
-    return names
+def _read_folder(root: Path, folder: Path, unread: _Unread, *, all_classes: bool) -> tuple[list[str], list[str]]:
+    """The path, relative to `root`, and the class of every image below the class folders, sorted by class and path.
 
-
-def _printable_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The class names of folders. ValueError for two that only their bytes tell apart."""
-    texts = tuple(printable(name) for name in names)
-    if len(set(texts)) < len(texts):
-        twice = sorted(text for text, count in Counter(texts).items() if count > 1)
-        raise ValueError(f"{len(twice)} names of class folders are spelled alike: {some(twice)}. Rename one of each")
-    return texts
-
-
-def _read_folder(root: Path, folder: Path, class_names: tuple[str, ...], unread: _Unread) -> FileSplit:
-    """Every image below the class folders, sorted by path within the class."""
-    present = set(class_names if folder.name == "train" else _class_folders(folder, unread))
+    all_classes: whether every folder has to have an image; ValueError else.
+    """
     where = printable(folder)
-    unknown = sorted(present - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"{where} holds {len(unknown)} classes that train has not: {some([*map(printable, unknown)], ', ')}"
-            f"{_unicode_form(unknown, class_names)}"
-        )
+    names = [name for name in _folders_in(folder) if not unread.hide(folder / name, folder=True)]
+    if not names and folder != root:
+        raise ValueError(f"{where} holds no class folders: expected {where}/CLASS/IMAGE")
     unread.loose_in(folder)
-    paths, labels, empty = [], [], []
-    for label, name in enumerate(class_names):
-        found = _images(folder / name, unread) if name in present else []
+    paths, classes, empty = [], [], []
+    for name in names:
+        found = _images(folder / name, unread)
         if not found:
-            empty.append(printable(name))
+            empty.append(name)
         paths += [str(path.relative_to(root)) for path in found]
-        labels += [label] * len(found)
-    if empty:
-        raise ValueError(f"{where} has no images of {len(empty)} of {len(class_names)} classes: {some(empty, ', ')}")
-    return FileSplit(root, paths, np.array(labels, dtype=np.int64), where)
-
-
-def _unicode_form(unknown: list[str], class_names: tuple[str, ...]) -> str:
-    composed = {unicodedata.normalize("NFC", name) for name in class_names}
-    same = all(unicodedata.normalize("NFC", name) in composed for name in unknown)
-    return ". The names look the same as in train, but are of another Unicode form (NFC, NFD)" if same else ""
+        classes += [name] * len(found)
+    if empty and all_classes:
+        raise ValueError(
+            f"{where} has no images of {len(empty)} of {len(names)} classes: {some([*map(printable, empty)], ', ')}"
+        )
+    if folder == root:
+        unread.folders, unread.folders_are = empty, "without images"
+    return paths, classes
 
 
 def _images(folder: Path, unread: _Unread) -> list[Path]:

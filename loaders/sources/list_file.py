@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from loaders.sources.duplicates import Duplicates, file_keys, refuse_repeated, refuse_shared, same_files
-from loaders.sources.list_advice import advise, advise_lines
+from loaders.sources.cut import Cut
+from loaders.sources.duplicates import Duplicates
+from loaders.sources.list_advice import advise_lines
+from loaders.sources.listing import Listing, listed_files, named_lists, read_bytes, text_of
 from loaders.sources.messages import printable, shortened, some
-from loaders.sources.split import Candidates, FileSplit, Source
+from loaders.sources.source import Source
 
 MAX_LABEL = 1_000_000  # what is more is no class number, and would take memory for as many classes
-
-
-@dataclass(frozen=True)
-class ListFile:
-    """A parsed list: paths as written, labels int64 (N,), and the numbers of their lines, int64 (N,), from 1."""
-
-    path: Path
-    paths: list[str]
-    labels: np.ndarray
-    lines: np.ndarray
-
-    def line(self, i: int) -> str:
-        """What to call line i in a message."""
-        return f"line {self.lines[i]}: {printable(shortened(self.paths[i]))}"
+WANTED = "a file of `relative/path label` lines"
 
 
 def open_list_files(
@@ -38,45 +25,34 @@ def open_list_files(
     train_list: str | Path | None,
     meta_list: str | Path | None,
     test_list: str | Path | None,
-    imbalance_factor: float | None,
-    meta_per_class: int,
+    cut: Cut,
     num_classes: int | None,
     allow_duplicates: bool = False,
 ) -> Source:
     """Read the lists, and check every line and every file's existence before anything is decoded.
 
-    The meta set is the first `meta_per_class` images of each class of the meta (validation) list; without one, the last
-    `meta_per_class` of each class of the train list are held out. A higher imbalance takes the first images of each
-    class of the train list.
+    A split without a list comes from the others by the rules of `Cut`.
     allow_duplicates: whether one file may be listed twice, in one list or in two.
-    Raises ValueError for malformed, duplicate or overlapping lines, for classes without images, for missing files.
+    Raises ValueError for malformed, duplicate or overlapping lines, for classes without training images, for missing
+    files.
     """
-    given = {"train": train_list, "meta": meta_list, "test": test_list}
-    absent = [f"--{name}-list" for name in ("train", "test") if given[name] is None]
-    if absent:
-        raise ValueError(f"list_file needs {' and '.join(absent)}: a file of `relative/path label` lines")
-    lists = {name: read_list(Path(os.path.expanduser(path)), root) for name, path in given.items() if path is not None}
-    num_classes = _check_labels(lists, num_classes)
-    keys = _check_files(root, lists)
-    pools = {name: FileSplit(root, part.paths, part.labels, printable(part.path)) for name, part in lists.items()}
-    same = same_files(pools, keys)
-    if not allow_duplicates:
-        _refuse_duplicates(lists, same)
+    given = named_lists("list_file", WANTED, train_list=train_list, meta_list=meta_list, test_list=test_list)
+    lists = {name: read_list(path, root) for name, path in given.items()}
+    labels = {name: np.array(part.classes, dtype=np.int64) for name, part in lists.items()}
+    num_classes = _check_labels(lists, labels, num_classes)
+    pools, same = listed_files(root, lists, labels, allow_duplicates=allow_duplicates)
     names = class_names(lists["train"], num_classes, root, same)
-    return Source.of_files("list_file", Candidates(pools, names, meta_per_class, imbalance_factor))
+    return Source.of_pools("list_file", pools, names, cut)
 
 
-def read_list(path: Path, root: Path | None = None) -> ListFile:
+def read_list(path: Path, root: Path | None = None) -> Listing[int]:
     """Parse a list; the label is the last word of a line, so that paths may contain spaces. Empty lines are skipped.
 
     A path has the bytes that the list has, whatever their encoding, as the names of files have.
     root: where the files should be, for advice on lines that cannot be read.
     Raises ValueError with line numbers for lines that are not `path label`.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-        raise ValueError(f"list {printable(path)} {what}: give a file of `relative/path label` lines")
-    lines = re.split("\r\n|\n|\r", _text(path))
+    lines = re.split("\r\n|\n|\r", text_of(read_bytes(path, WANTED), path, WANTED))
     paths, labels, numbers, malformed = [], [], [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -95,24 +71,15 @@ def read_list(path: Path, root: Path | None = None) -> ListFile:
             f"{some(malformed)}{advice}"
         )
     if not paths:
-        raise ValueError(f"{printable(path)} lists no images: give a file of `relative/path label` lines")
-    return ListFile(path, paths, np.array(labels, dtype=np.int64), np.array(numbers, dtype=np.int64))
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"list {printable(path)} is UTF-16 text: save it as UTF-8")
-    if b"\0" in data:
-        raise ValueError(f"list {printable(path)} is no text: give a file of `relative/path label` lines")
-    return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+        raise ValueError(f"{printable(path)} lists no images: give {WANTED}")
+    return Listing(path, paths, labels, np.array(numbers, dtype=np.int64))
 
 
 def _is_label(word: str) -> bool:
     return word.isdecimal() and len(word) <= len(str(MAX_LABEL)) and int(word) <= MAX_LABEL
 
 
-def class_names(train: ListFile, num_classes: int, root: Path, same: Duplicates) -> tuple[str, ...]:
+def class_names(train: Listing[int], num_classes: int, root: Path, same: Duplicates) -> tuple[str, ...]:
     """The images' folders when each class has one of its own, as in ImageNet-LT and Places-LT, else the numbers.
 
     The part that all folders begin with is left out: `train/airfield/1.jpg` is class "airfield". Other spellings of a
@@ -121,7 +88,7 @@ def class_names(train: ListFile, num_classes: int, root: Path, same: Duplicates)
     folders: list[set[str]] = [set() for _ in range(num_classes)]
     twice = {i for _, group in same for split, i in group if split == "train"}
     spelled: dict[str, str] = {}
-    for i, (path, label) in enumerate(zip(train.paths, train.labels, strict=True)):
+    for i, (path, label) in enumerate(zip(train.paths, train.classes, strict=True)):
         if i not in twice:
             folder = path.rpartition("/")[0]
             if folder not in spelled:
@@ -134,60 +101,29 @@ def class_names(train: ListFile, num_classes: int, root: Path, same: Duplicates)
     return tuple(printable(PurePosixPath(name).relative_to(common)) for name in names)
 
 
-def _check_labels(lists: dict[str, ListFile], num_classes: int | None) -> int:
-    """The number of classes: `num_classes`, or one more than the largest label; each needs an image in each list."""
-    largest = {name: int(part.labels.max()) for name, part in lists.items()}
-    from_one = all(part.labels.min() > 0 for part in lists.values())
-    hint = ". No list has label 0: subtract 1 from each label" if from_one and _complete_from_one(lists) else ""
+def _check_labels(lists: dict[str, Listing[int]], labels: dict[str, np.ndarray], num_classes: int | None) -> int:
+    """The number of classes: `num_classes`, or one more than the largest label; each needs a training image."""
+    largest = {name: int(of_list.max()) for name, of_list in labels.items()}
+    from_one = all(of_list.min() > 0 for of_list in labels.values())
+    hint = ". No list has label 0: subtract 1 from each label" if from_one and _complete_from_one(labels) else ""
     if num_classes is None:
         num_classes = max(largest.values()) + 1
     for name, part in lists.items():
-        where = printable(part.path)
         if largest[name] >= num_classes:
             raise ValueError(
-                f"{where} has label {largest[name]}, but num_classes is {num_classes}, so labels are 0 to "
+                f"{part.where} has label {largest[name]}, but num_classes is {num_classes}, so labels are 0 to "
                 f"{num_classes - 1}: correct the one or the other{hint}"
             )
-        empty = np.flatnonzero(np.bincount(part.labels, minlength=num_classes) == 0)
-        if len(empty):
-            raise ValueError(
-                f"{where} has no image of {len(empty):,} of {num_classes:,} classes (labels are numbered from 0 "
-                f"without gaps): {some([str(label) for label in empty[:10]])}{hint}"
-            )
+    empty = np.flatnonzero(np.bincount(labels["train"], minlength=num_classes) == 0)
+    if len(empty):
+        raise ValueError(
+            f"{lists['train'].where} has no image of {len(empty):,} of {num_classes:,} classes (labels are numbered "
+            f"from 0 without gaps): {some([str(label) for label in empty[:10]])}{hint}"
+        )
     return num_classes
 
 
-def _complete_from_one(lists: dict[str, ListFile]) -> bool:
-    """Whether every list has each label from 1 to the largest."""
-    largest = max(int(part.labels.max()) for part in lists.values())
-    return all(np.bincount(part.labels, minlength=largest + 1)[1:].all() for part in lists.values())
-
-
-def _check_files(root: Path, lists: dict[str, ListFile]) -> dict[str, np.ndarray]:
-    """`file_keys` of each list; every listed file must exist."""
-    keys = {name: file_keys(root, part.paths) for name, part in lists.items()}
-    absent = {name: np.flatnonzero(of_list == 0) for name, of_list in keys.items()}
-    for name, rows in absent.items():
-        if len(rows):
-            part = lists[name]
-            missing = [other.paths[i] for other_name, other in lists.items() for i in absent[other_name]]
-            present = [other.paths[i] for other_name, other in lists.items() for i in np.flatnonzero(keys[other_name])]
-            raise ValueError(
-                f"{len(rows):,} of {len(part.paths):,} files of {printable(part.path)} do not exist under "
-                f"{printable(root.absolute())}: {some([part.line(i) for i in rows[:10]])}"
-                f"{advise(root, missing, present)}"
-            )
-    return keys
-
-
-def _refuse_duplicates(lists: dict[str, ListFile], same: Duplicates) -> None:
-    """No image may be tested on that was trained or validated on, nor be listed twice."""
-
-    def describe(split: str, i: int) -> str:
-        return lists[split].line(i)
-
-    refuse_shared(same, {name: printable(part.path) for name, part in lists.items()}, describe)
-    for name, part in lists.items():
-        for groups, how in ((same.two_labels, "under two labels"), (same.one_label, "more than once")):
-            of_list = [group for group in groups if group[0][0] == name]
-            refuse_repeated(of_list, f"of {printable(part.path)} are listed {how}", describe)
+def _complete_from_one(labels: dict[str, np.ndarray]) -> bool:
+    """Whether the train list has each label from 1 to the largest of all lists."""
+    largest = max(int(of_list.max()) for of_list in labels.values())
+    return bool(np.bincount(labels["train"], minlength=largest + 1)[1:].all())

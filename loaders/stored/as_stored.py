@@ -10,7 +10,7 @@ from PIL import Image
 from loaders.order.crop import CropSpec, crop_boxes
 from loaders.sources.decode import decode_bytes, plain_jpeg, upright_rgb
 from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.ffcv_format import scaled, stored_sizes
+from loaders.stored.encode import is_short, scaled, stored_sizes
 from loaders.stored.ffcv_kernels import decode_jpeg, resize_crop
 from loaders.stored.image_header import jpeg_size
 from loaders.stored.unconverted import UnconvertedDataset
@@ -62,6 +62,8 @@ class Storage:
         encoded = np.frombuffer(data, dtype=np.uint8)
         height, width = jpeg_size(encoded.data)
         if self.max_resolution is not None and max(height, width) > self.max_resolution:
+            return None
+        if not is_short(data, height, width):
             return None
         try:
             return decode_jpeg(encoded, height, width)

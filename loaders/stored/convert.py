@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from fastlt.names import unknown
+from loaders.sources.cut import Shares
 from loaders.sources.duplicates import KINDS, Duplicates
-from loaders.sources.split import SPLITS, Source
+from loaders.sources.source import Source
+from loaders.sources.split import SPLITS, EncodedImages
 from loaders.stored import FORMATS
 from loaders.stored.atomic_folder import MANIFEST, check_target, publish, work_folder, write_durably
 from loaders.stored.dali_format import check_dali_options, write_shards
 from loaders.stored.dataset import ConvertedDataset, open_split, split_file
-from loaders.stored.ffcv_format import FfcvOptions, stored_sizes, write_beton
+from loaders.stored.encode import stored_sizes
+from loaders.stored.ffcv_format import FfcvOptions, write_beton
 from loaders.stored.forked_workers import STUCK_S
 from loaders.stored.identity import content_sha256
 from loaders.stored.image_check import (
@@ -32,6 +36,7 @@ from loaders.stored.image_check import (
 from loaders.stored.manifest import (
     CONTENTS,
     DUPLICATES,
+    IMAGES,
     LABELS,
     SCHEMA,
     SKIPPED,
@@ -53,16 +58,25 @@ def conversion_request(
     imbalance_factor: float | None = None,
     convention: str = "paper",
     meta_per_class: int = 10,
+    split: Shares | None = None,
+    split_seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
     options: FfcvOptions,
 ) -> dict[str, Any]:
     """What identifies a converted data set: the images asked for and how they are stored, not where they came from."""
     lists = {"train_list": train_list, "meta_list": meta_list, "test_list": test_list}
+    columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
+    # Data sets of earlier versions have none of these: left out where they say nothing, they stay equal to themselves.
+    newer = {"split": split, "split_seed": split_seed, **columns}
     return {
         "source": source,
         **{key: Path(path).name if path else None for key, path in lists.items()},
         "imbalance_factor": imbalance_factor,
         "convention": convention,
         "meta_per_class": meta_per_class,
+        **{key: value for key, value in newer.items() if value},
         **options.parameters(),
     }
 
@@ -124,6 +138,7 @@ def convert(
                         timeout_s=timeout_s,
                     )
         np.savez(work / LABELS, **labels)  # pyright: ignore[reportArgumentType]  taken for allow_pickle
+        write_images(work / IMAGES, source, {name: check.good for name, check in checks.items()})
         if any(bad.values()):
             write_skipped(work / SKIPPED, bad)
         contents = {kind: {name: _content_sha256(work, name, kind) for name in SPLITS} for kind in formats}
@@ -177,6 +192,22 @@ def _check_images(
         source = replace(source, splits=candidates.splits(choices))
         checks = {name: checks[choice.pool].of(choice.rows) for name, choice in choices.items()}
     return source, checks, {name: bad.get(name, ()) for name in SPLITS}
+
+
+def write_images(path: Path, source: Source, good: Mapping[str, np.ndarray]) -> None:
+    """A table of the images in their order: split, class and file of each; none for images that have no file.
+
+    Source `table` reads it: the same images in the same splits, whatever chose them.
+    """
+    splits = [(name, split) for name, split in source.splits.items() if isinstance(split, EncodedImages)]
+    if not splits:
+        return
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.writer(file, "excel-tab", lineterminator="\n")
+        table.writerow(("split", "label", "path"))
+        for name, split in splits:
+            classes = [source.class_names[label] for label in split.labels.tolist()]
+            table.writerows((name, classes[i], split.listed(i)) for i in good[name].tolist())
 
 
 def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:

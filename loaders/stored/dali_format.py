@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from loaders.sources.split import Split
-from loaders.stored.ffcv_format import FfcvOptions, scaled, stored_sizes
+from loaders.stored.encode import encoded_file, jpeg_file, own_jpeg, scaled_image, stored_sizes
+from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.forked_workers import STUCK_S, Advance, image_done, map_chunks
 from loaders.stored.image_check import BadImage, ImageCheck, check_images
 from loaders.stored.tar_shards import BLOCK, COLUMNS, IDX_VERSION, idx_line, member_names, padded, shard_path
@@ -40,9 +41,9 @@ def write_shards(
 ) -> list[BadImage]:
     """Write the images of `split` that can be decoded, and their labels, beside the index `path`; return the others.
 
-    A JPEG that the source has, and that is stored in its own size, keeps its bytes. Any other image is written anew:
-    with mode "raw" as PNG, which loses nothing, with mode "jpg" as JPEG of `jpeg_quality`. Sample i is the i-th good
-    image. The index is written last, so that a split without one is known to be unfinished.
+    A JPEG that the source has keeps its bytes where `own_jpeg` allows it. Any other image is written anew: with mode
+    "raw" as PNG, which loses nothing, with mode "jpg" as JPEG of `jpeg_quality`. Sample i is the i-th good image.
+    The index is written last, so that a split without one is known to be unfinished.
     check: what `check_images(split)` gave; without it, every image is decoded here first.
     advance: called with the number of images written since the last call.
     shard_images: images a shard; more when there would be more than 128 shards.
@@ -120,39 +121,10 @@ def _add(file, name: str, data: bytes) -> tuple[str, int, int]:
 
 def _encode(shards: _Shards, k: int) -> bytes:
     """The file that is stored for sample k."""
-    import cv2  # lazily: usage errors must not wait for it
-
-    i = int(shards.good[k])
-    if (shards.sizes[k] == shards.original[k]).all():
-        data = shards.split.encoded(i)
-        if data is not None and _readable(data, shards.sizes[k]):
-            return data
-    try:
-        image = shards.split.image(i)
-    except Exception as error:
-        raise ValueError(f"{shards.split.name(i)}: {error}") from error
-    image = scaled(image, shards.sizes[k])
+    i, original, size = int(shards.good[k]), shards.original[k], shards.sizes[k]
     if shards.options.mode == "jpg":
-        encoding = ".jpg", [cv2.IMWRITE_JPEG_QUALITY, shards.options.jpeg_quality]
-    else:
-        encoding = ".png", []
-    written, data = cv2.imencode(encoding[0], image[:, :, ::-1], encoding[1])
-    assert written, shards.split.name(i)
-    return data.tobytes()
-
-
-def _readable(data: bytes, size: np.ndarray) -> bool:
-    """Whether the strictest decoder of those that will read these JPEG bytes takes them.
-
-    Pillow, which checked them, passes over flaws that libjpeg only warns of; such a file is written anew.
-    """
-    from loaders.stored.ffcv_kernels import decode_jpeg  # lazily, as above
-
-    try:
-        decode_jpeg(np.frombuffer(data, dtype=np.uint8), int(size[0]), int(size[1]))
-    except ValueError:
-        return False
-    return True
+        return jpeg_file(shards.split, i, original, size, shards.options.jpeg_quality)
+    return own_jpeg(shards.split, i, original, size) or encoded_file(scaled_image(shards.split, i, size), ".png")
 
 
 @contextmanager

@@ -24,12 +24,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from fastlt.names import unknown
 from loaders.sources.split import Split
+from loaders.stored.encode import JPEG_OVER_PIXELS, jpeg_file, scaled_image, stored_sizes
 from loaders.stored.forked_workers import Advance, available_cores, counted, end_with_parent, signals_held
 from loaders.stored.image_check import BadImage, ImageCheck, check_images
 
@@ -74,29 +75,6 @@ class FfcvOptions:
         return {name: value for name, value in asdict(self).items() if name != "num_workers"}
 
 
-def stored_sizes(sizes: np.ndarray, max_resolution: int | None) -> np.ndarray:
-    """The (height, width) that images of `sizes`, int64 (N, 2), are stored with: int64 (N, 2).
-
-    The longer side becomes exactly `max_resolution` and no side less than 1; FFCV's own resizing truncates, which gives
-    255 for some sizes that should give 256, and 0 for very elongated images.
-    """
-    if max_resolution is None:
-        return sizes
-    longer = sizes.max(axis=1, keepdims=True)
-    scaled = np.maximum(np.rint(sizes * (max_resolution / np.maximum(longer, 1))), 1).astype(np.int64)
-    return np.where(longer > max_resolution, scaled, sizes)
-
-
-def scaled(image: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The image, uint8 (H, W, 3), with the (height, width) it is stored with, by area interpolation."""
-    height, width = (int(side) for side in size)
-    if image.shape[:2] == (height, width):
-        return image
-    import cv2
-
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-
-
 def write_beton(
     path: Path,
     split: Split,
@@ -123,7 +101,8 @@ def write_beton(
     _check_shared_memory(len(sizes))
     partial = path.with_name(path.name + ".partial")
     try:
-        _run_writer(partial, _Samples(split, check.good, sizes), options, page_bytes, workers, advance, timeout_s)
+        samples = _Samples(split, check.good, check.sizes[check.good], sizes, options)
+        _run_writer(partial, samples, options, page_bytes, workers, advance, timeout_s)
         _check_written(partial, split.labels[check.good])
         os.replace(partial, path)
     finally:
@@ -161,7 +140,7 @@ def _page_and_workers(sizes: np.ndarray, cores: int) -> tuple[int, int]:
     8 MiB times the cores.
     """
     image_bytes = 3 * sizes.prod(axis=1)
-    largest = int(image_bytes.max()) + (1 << 16)  # a JPEG of noise may be a little more than its pixels
+    largest = int(image_bytes.max()) + JPEG_OVER_PIXELS
     page = DEFAULT_PAGE_BYTES if image_bytes.sum() > 8 * DEFAULT_PAGE_BYTES else MIN_PAGE_BYTES
     while page < largest:
         page *= 2
@@ -171,11 +150,25 @@ def _page_and_workers(sizes: np.ndarray, cores: int) -> tuple[int, int]:
     return page, max(min(cores, busy), 1)
 
 
-class _Samples:
-    """What FFCV's workers read: (image, label) by position, resized; `done` counts those read, `abort` ends it."""
+class _Jpeg(NamedTuple):
+    """A JPEG file on its way to FFCV's writer."""
 
-    def __init__(self, split: Split, good: np.ndarray, sizes: np.ndarray) -> None:
-        self.split, self.good, self.sizes = split, good, sizes
+    data: bytes
+    height: int
+    width: int
+
+
+class _Samples:
+    """What FFCV's workers read: (image, label) by position; `done` counts those read, `abort` ends it.
+
+    An image is its pixels, resized, and in mode "jpg" its file.
+    original, sizes: int64 (N, 2), (height, width) of the images, and of what is stored.
+    """
+
+    def __init__(
+        self, split: Split, good: np.ndarray, original: np.ndarray, sizes: np.ndarray, options: FfcvOptions
+    ) -> None:
+        self.split, self.good, self.original, self.sizes, self.options = split, good, original, sizes, options
         context = multiprocessing.get_context("fork")
         self.done = context.Value("q", 0)
         self.abort = context.Event()
@@ -183,16 +176,16 @@ class _Samples:
     def __len__(self) -> int:
         return len(self.good)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        i = int(self.good[position])
-        try:
-            image = self.split.image(i)
-        except Exception as error:
-            raise ValueError(f"{self.split.name(i)}: {error}") from error
-        image = scaled(image, self.sizes[position])
+    def __getitem__(self, position: int) -> tuple[np.ndarray | _Jpeg, int]:
+        i, size = int(self.good[position]), self.sizes[position]
+        if self.options.mode == "jpg":
+            data = jpeg_file(self.split, i, self.original[position], size, self.options.jpeg_quality)
+            image = _Jpeg(data, int(size[0]), int(size[1]))
+        else:
+            image = np.ascontiguousarray(scaled_image(self.split, i, size))
         with self.done.get_lock():
             self.done.value += 1
-        return np.ascontiguousarray(image), int(self.split.labels[i])
+        return image, int(self.split.labels[i])
 
 
 def _run_writer(
@@ -303,6 +296,8 @@ def _writer_process(
 
     ffcv.writer.Process = make
     field = RGBImageField(write_mode=options.mode, jpeg_quality=options.jpeg_quality)
+    if options.mode == "jpg":
+        field.encode = _encode_jpeg  # of the object: FFCV knows a field by its class
     fields = {"image": field, "label": IntField()}
     writer = ffcv.writer.DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=workers)
     threading.Thread(target=_guard, args=(writer, made, samples, sender, parent), daemon=True).start()
@@ -312,6 +307,16 @@ def _writer_process(
         traceback.print_exc()
         _give_up(writer, made, sender, "FFCV's writer failed")
     sender.send(None)
+
+
+def _encode_jpeg(destination: np.ndarray, image: _Jpeg, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
+    """What `RGBImageField.encode` does, with a file that is there already."""
+    from loaders.stored.beton import JPEG  # lazily, as above
+
+    destination["mode"] = JPEG
+    destination["height"], destination["width"] = image.height, image.width
+    destination["data_ptr"], storage = malloc(len(image.data))
+    storage[:] = np.frombuffer(image.data, dtype=np.uint8)
 
 
 def _ffcv_worker(target: Callable, args: tuple) -> None:

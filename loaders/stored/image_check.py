@@ -11,7 +11,8 @@ import numpy as np
 from loaders.sources.decode import decode_bytes
 from loaders.sources.duplicates import KINDS, Duplicates, find_duplicates, refuse_shared
 from loaders.sources.messages import printable, shortened, some
-from loaders.sources.split import SPLITS, ArraySplit, FileSplit, Source, Split
+from loaders.sources.source import Source
+from loaders.sources.split import SPLITS, ArraySplit, EncodedImages, Split
 from loaders.stored.forked_workers import STUCK_S, Advance, chunks_of, image_done, map_chunks
 from loaders.stored.progress import progress_bar
 
@@ -88,15 +89,14 @@ def refuse_bad_images(splits: Mapping[str, Split], checks: Mapping[str, ImageChe
 def refuse_empty_classes(
     splits: Mapping[str, Split], checks: Mapping[str, ImageCheck], class_names: Sequence[str]
 ) -> None:
-    """ValueError for a split that bad images leave without images of a class."""
-    for name, check in checks.items():
-        counts = np.bincount(splits[name].labels[check.good], minlength=len(class_names))
-        empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
-        if empty:
-            raise ValueError(
-                f"split {name!r} has no image of {len(empty)} of {len(class_names)} classes that can be decoded: "
-                f"{some(empty, ', ')}"
-            )
+    """ValueError when bad images leave a class without training images."""
+    counts = np.bincount(splits["train"].labels[checks["train"].good], minlength=len(class_names))
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if empty:
+        raise ValueError(
+            f"split 'train' has no image of {len(empty)} of {len(class_names)} classes that can be decoded: "
+            f"{some(empty, ', ')}"
+        )
 
 
 def same_contents(splits: Mapping[str, Split], checks: Mapping[str, ImageCheck]) -> Duplicates:
@@ -152,7 +152,7 @@ def check_images(
             if reason is not None:
                 bad.append(BadImage(i, split.name(i), reason))
     bad.sort(key=lambda image: image.index)
-    return ImageCheck(sizes, tuple(bad), digests if isinstance(split, FileSplit) else None)
+    return ImageCheck(sizes, tuple(bad), digests if isinstance(split, EncodedImages) else None)
 
 
 def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], int, str | None]]:
@@ -180,7 +180,7 @@ def _decode(split: Split, i: int) -> tuple[np.ndarray, int]:
 
     64 bits: among a million images two different ones have the same with a probability of 3e-8.
     """
-    if not isinstance(split, FileSplit):
+    if not isinstance(split, EncodedImages):
         return split.image(i), 0
     data = split.contents(i)
     # Half the time of blake2b, 2 % of decoding a photograph.

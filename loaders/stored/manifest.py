@@ -26,7 +26,8 @@ from loaders.stored.forked_workers import available_cores
 from loaders.stored.progress import progress_bar
 
 SCHEMA = 1
-LABELS, SKIPPED, DUPLICATES = "labels.npz", "skipped.txt", "duplicates.txt"
+LABELS, IMAGES = "labels.npz", "images.tsv"
+SKIPPED, DUPLICATES = "skipped.txt", "duplicates.txt"
 SHOWN_FILES = 5  # how many damaged files a message names
 SEAL = "manifest_sha256"
 CONTENTS = "contents"  # by format and split, the `content_sha256` of its images; older data sets have none

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastlt.names import pick
-from loaders.sources.split import SPLITS, FileSplit, Source, Split
+from loaders.sources.source import Source
+from loaders.sources.split import SPLITS, EncodedImages, Split
 from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
 from loaders.stored.identity import Content, DatasetIdentity, content_sha256
@@ -75,12 +76,12 @@ class SourceSplit:
 
     def content(self, i: int) -> Content:
         """What image `i` is made from: the bytes of its file, or its pixels where the source has no file for it."""
-        if not isinstance(self.split, FileSplit):
+        if not isinstance(self.split, EncodedImages):
             return np.ascontiguousarray(self.split.image(i)).reshape(-1)
         try:
-            return (self.split.root / self.split.paths[i]).read_bytes()
-        except OSError as error:
-            raise DamageError(f"{self.split.name(i)} cannot be read: {error.strerror}") from None
+            return self.split.contents(i)
+        except ValueError as error:
+            raise DamageError(f"{self.split.name(i)}: {error}") from None
 
 
 class UnconvertedDataset:

@@ -11,6 +11,7 @@ from torch import nn
 from fastlt.device.distributed import Reducer
 from fastlt.meta import class_accuracy
 from fastlt.meta.class_accuracy import ClassAccuracy, stratified_order
+from fastlt.meta.difficulty import driver_target
 from fastlt.models import build_model
 
 CLASSES, PER_CLASS = 7, 10
@@ -167,11 +168,16 @@ def test_stratified_order_goes_round_the_classes():
     assert labels[stratified_order(labels)].tolist() == [0, 1, 2, 0, 1, 2, 2]
 
 
-def test_a_class_without_meta_images_is_refused():
+def test_a_class_without_meta_images_has_the_mean_accuracy_of_the_others():
     images, labels = meta_set(RIGHT)
-    keep = labels != 3
-    with pytest.raises(ValueError, match="no image of 1 classes"):
-        ClassAccuracy(images[keep], labels[keep], CLASSES, prepare=lambda x: x)
+    keep = (labels != 3) & (labels != 0)
+    accuracy = ClassAccuracy(images[keep], labels[keep], CLASSES, prepare=lambda x: x).update(Thermometer())
+    known = [right / PER_CLASS for c, right in enumerate(RIGHT) if c not in (0, 3)]
+    mean = sum(known) / len(known)
+    expected = [mean if c in (0, 3) else right / PER_CLASS for c, right in enumerate(RIGHT)]
+    assert accuracy.tolist() == pytest.approx(expected)
+    # So their target of the driver loss is that of the average class.
+    assert driver_target(accuracy, "relative")[3].item() == pytest.approx(1 - 1 / CLASSES)
 
 
 PARTS = {

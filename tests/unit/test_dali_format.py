@@ -150,7 +150,7 @@ def test_dalis_own_reader_reads_the_shards_by_their_index(files, tmp_path):
 def test_a_data_set_of_shards_alone_opens_and_every_backend_but_ffcv_reads_it(files, tmp_path):
     dataset = shards_only(files, tmp_path / "out")
     assert dataset.formats == ("dali",)
-    assert set(dataset.manifest["files"]) == {"labels.npz"} | {
+    assert set(dataset.manifest["files"]) == {"images.tsv", "labels.npz"} | {
         f"dali/{split}{rest}" for split in files.splits for rest in (".npz", "-00000.tar", "-00000.idx")
     }
     assert verify(dataset, progress=False) == []

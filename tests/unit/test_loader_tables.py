@@ -44,7 +44,7 @@ def test_a_data_set_made_for_one_loader_serves_it_and_auto():
 
 
 def test_what_a_source_takes_is_what_a_recipe_or_a_conversion_can_say():
-    keys = set(DataRecipe.__dataclass_fields__) | {"seed", "allow_duplicates"}
+    keys = set(DataRecipe.__dataclass_fields__) | {"allow_duplicates"}
     assert all(set(kind.takes) <= keys for kind in SOURCES.values())
     assert {"cifar10", "cifar100"} <= set(sources_taking("download")) & set(sources_taking("convention"))
     assert "list_file" in sources_taking("train_list")

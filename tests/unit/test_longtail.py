@@ -125,9 +125,9 @@ def test_held_out_images_are_the_last_of_each_class(labels, per_class):
     counts = np.bincount(labels, minlength=7)
     if (counts <= per_class).any():
         with pytest.raises(ValueError, match="--meta-per-class"):
-            holdout_per_class(labels, per_class, 7)
+            holdout_per_class(labels, per_class, range(7))
         return
-    held, rest = holdout_per_class(labels, per_class, 7)
+    held, rest = holdout_per_class(labels, per_class, range(7))
     assert sorted([*held, *rest]) == list(range(len(labels)))
     assert (np.bincount(labels[held], minlength=7) == per_class).all()
     for c in range(7):
