@@ -3,6 +3,7 @@
     fastlt benchmark step            the training step: ours, plain training, and other ways to the same gradient
     fastlt benchmark data            the loaders, from files to a batch on the device
     fastlt benchmark predict         predicting a folder of JPEGs against the evaluation loop on the same images
+    fastlt benchmark conversion      what storing images changes in their pixels and in a network's decisions
     fastlt benchmark augment         the on-device augmentation against the usual one, image by image
     fastlt benchmark train           images a second of a whole training, with the time spent waiting for data
     fastlt benchmark drift           a rolling class accuracy against the exact one, while a network trains
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "step": "fastlt.benchmarks.step",
     "data": "fastlt.benchmarks.data",
     "predict": "fastlt.benchmarks.predict",
+    "conversion": "fastlt.benchmarks.conversion",
     "augment": "fastlt.benchmarks.augment",
     "train": "fastlt.benchmarks.train",
     "drift": "fastlt.benchmarks.drift",

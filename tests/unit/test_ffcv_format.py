@@ -16,7 +16,8 @@ from PIL import Image
 from loaders.sources import ArraySplit, FileSplit
 from loaders.stored import ffcv_format
 from loaders.stored.beton import Beton
-from loaders.stored.ffcv_format import FfcvOptions, _page_and_workers, stored_sizes, write_beton
+from loaders.stored.encode import stored_sizes
+from loaders.stored.ffcv_format import FfcvOptions, _page_and_workers, write_beton
 from loaders.stored.image_check import ImageCheck, check_images
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,32 @@
+"""`fastlt benchmark conversion`: pixels that are stored change nothing, a second encoding does."""
+
+from __future__ import annotations
+
+import json
+
+import timm
+import torch
+from PIL import Image
+from small_betons import smooth_images
+
+from fastlt import cli
+from loaders.stored.ffcv_format import FfcvOptions
+
+
+def test_each_way_of_storing_is_compared_with_the_originals(tmp_path, monkeypatch, capsys):
+    from fastlt.benchmarks import conversion
+
+    ways = {"raw": FfcvOptions("raw"), "small": FfcvOptions("jpg", max_resolution=48, jpeg_quality=10)}
+    monkeypatch.setattr(conversion, "WAYS", ways)
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(smooth_images([(70, 90)] * 4, seed=1)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    words = ["--images", str(tmp_path / "images"), "--model", "resnet10t", "--weights", str(tmp_path / "weights.pth")]
+    assert cli.main(["benchmark", "conversion", *words, "--size", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["size"]) == (4, 32)
+    assert found["rows"]["raw"] == {"pixels": 0, "other_top1": 0, "probability": 0, "largest": 0}
+    assert found["rows"]["small"]["pixels"] > 1
+    assert found["rows"]["small"]["largest"] > 0
