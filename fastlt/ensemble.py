@@ -9,7 +9,7 @@ Each run is evaluated as it was: with the selected model of its last stage, with
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Member:
     run: FinishedRun
     dataset: ConvertedDataset
 
-    def logits(self, split: str, device: torch.device) -> Tensor:
-        """The logits of every image of a split, in its order: float32 (N, C) on the host."""
+    def batches(self, split: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The positions int64 (N,) and logits float32 (N, C) of a split's images, batch by batch, on the device."""
         data, count = self.run.recipe.data, len(self.dataset.labels(split))
         loader = make_loader(
             self.dataset,
@@ -54,13 +54,18 @@ class Member:
             seed=self.run.recipe.seed,
             num_workers=data.num_workers,
         )
-        logits = torch.full((count, self.dataset.num_classes), math.nan)
         trained = load_trained(self.run.folder, device)
         try:
             for batch in loader.epoch(0):
-                logits[batch.index.cpu()] = trained.logits(batch.images).cpu()
+                yield batch.index, trained.logits(batch.images)
         finally:
             loader.close()
+
+    def logits(self, split: str, device: torch.device) -> Tensor:
+        """The logits of every image of a split, in its order: float32 (N, C) on the host."""
+        logits = torch.full((len(self.dataset.labels(split)), self.dataset.num_classes), math.nan)
+        for index, of_batch in self.batches(split, device):
+            logits[index.cpu()] = of_batch.cpu()
         return logits
 
 
@@ -134,6 +139,11 @@ def described(members: Sequence[Member]) -> list[dict[str, Any]]:
     ]
 
 
+def _parts_of_time(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What any of the runs spent time on beside its training."""
+    return list(dict.fromkeys(part for result in results for part in result.get("aside_s", {})))
+
+
 def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict[str, Any]:
     """A result in the form of a run's result.json, with `members` and `average`; times are sums over the runs."""
     check_members(members)
@@ -169,6 +179,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
         "parts": [],
         "iterations": sum(r["iterations"] for r in results),
         "train_s": train_s,
+        "aside_s": {k: sum(r.get("aside_s", {}).get(k, 0.0) for r in results) for k in _parts_of_time(results)},
         **{k: sum(r[k] * r["train_s"] for r in results) / train_s for k in ("img_s", "data_wait_share")},
         "versions": versions(),
         "average": "probabilities",

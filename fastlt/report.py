@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.recipe import Recipe, Standing, changes, load_recipe
-from fastlt.run.folder import log_file, recipe_file, result_file
+from fastlt.run.class_history import read_class_history
+from fastlt.run.folder import class_history_file, log_file, recipe_file, result_file
 from fastlt.run.log import read_log
 from fastlt.run.recorded import readable_result, written_inputs
 from loaders.stored.identity import DatasetIdentity
@@ -103,7 +104,13 @@ def table(groups: list[list[FinishedRun]]) -> str:
 
 def weight_history(folder: Path) -> list[tuple[int, list[float]]]:
     """(iteration, class weights) at every evaluation of a run; ValueError when its method has no class weights."""
-    path = log_file(folder)
+    records, broken = read_class_history(class_history_file(folder))
+    if broken:
+        log.warning("%s: %s", class_history_file(folder), broken)
+    recorded = [(r.iteration, r.values["weight"].tolist()) for r in records if "weight" in r.values]
+    if recorded:
+        return recorded
+    path = log_file(folder)  # of an earlier version
     if not path.is_file():
         raise ValueError(f"{folder} holds no log.jsonl; give a folder below runs/")
     lines, broken = read_log(path)

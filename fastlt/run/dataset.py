@@ -100,13 +100,14 @@ def existing_dataset(data: DataRecipe) -> ConvertedDataset | UnconvertedDataset:
 
 
 def _read_source(data: DataRecipe) -> UnconvertedDataset:
-    dataset = UnconvertedDataset.open(_open_source(data), Path(data.root or data.source))
+    dataset = UnconvertedDataset.open(open_data_source(data), Path(data.root or data.source))
     for note in dataset.notes:
         tqdm.write(note)
     return dataset
 
 
-def _open_source(data: DataRecipe) -> Source:
+def open_data_source(data: DataRecipe) -> Source:
+    """The source that a recipe names, with the splits that it asks for. ValueError where it cannot be read."""
     return open_source(
         data.source,
         root=data.root,
@@ -124,7 +125,9 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
         return
     if not SOURCES[data.source].small:
         raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
-    convert(_open_source(data), folder, options=_options(data), request=request(data), formats=formats_for(data.loader))
+    convert(
+        open_data_source(data), folder, options=_options(data), request=request(data), formats=formats_for(data.loader)
+    )
 
 
 def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastlt.meta.class_accuracy import evaluation_mode
@@ -13,6 +14,7 @@ from fastlt.models import Classifier
 from fastlt.run.context import RunContext
 from fastlt.run.loading import normaliser, open_evaluation_loader
 from fastlt.run.metrics import Metrics
+from fastlt.run.predictions import PredictionRecorder, Predictions
 from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import Batch
 from fastlt.steps import Step
@@ -32,10 +34,10 @@ class Evaluation:
         self.normalise = normaliser(context)
         self.loaders: dict[str, BatchLoader] = {}
 
-    def evaluate(self, model: Classifier, split: str) -> dict[str, Any]:
+    def evaluate(self, model: Classifier, split: str, recorder: PredictionRecorder | None = None) -> dict[str, Any]:
         """Metrics of a model on "meta" (validation) or "test", over all processes.
 
-        Every process ends with the mean of the model's buffers.
+        Every process ends with the mean of the model's buffers. recorder: is given this process's predictions.
         """
         reducer, counts = self.context.reducer, self.context.counts
         # Each process has seen its own share of the batches.
@@ -47,11 +49,20 @@ class Evaluation:
         size = self.context.recipe.data.image_size if self.context.features is None else 1
         with evaluation_mode(model), self.context.autocast():
             for batch in self._batches(split):
-                metrics.update(mean_logits(model, self.normalise(batch.images), size), batch.labels)
+                logits = mean_logits(model, self.normalise(batch.images), size)
+                metrics.update(logits, batch.labels)
+                if recorder is not None:
+                    recorder.add(logits, batch.labels, batch.index)
         counted = [counter.double() for counter in counters.values()]
         reducer.sum_([metrics.state, *counted])
         means = {name: (total / images).item() for name, (total, images) in zip(counters, counted, strict=True)}
         return {**metrics.summary(counts), **means}
+
+    def predict(self, model: Classifier, split: str) -> tuple[dict[str, Any], Predictions]:
+        """As `evaluate`, with what every process then has: the predictions for all images of the split."""
+        recorder = PredictionRecorder()
+        metrics = self.evaluate(model, split, recorder)
+        return metrics, Predictions.merged(gather_object(recorder.parts()))
 
     def training_images(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The training set, see `StepParts`."""

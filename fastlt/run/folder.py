@@ -31,6 +31,16 @@ def damaged_log_file(folder: Path) -> Path:
     return folder / "log-damaged.jsonl"
 
 
+def class_history_file(folder: Path) -> Path:
+    """Accuracy, weight and difficulty of every class at each validation."""
+    return folder / "class_history.npy"
+
+
+def predictions_file(folder: Path) -> Path:
+    """What the tested model predicts for the test and the validation images, written at the end, before the result."""
+    return folder / "predictions.npz"
+
+
 def result_file(folder: Path) -> Path:
     """Written once, at the end."""
     return folder / "result.json"

@@ -21,6 +21,7 @@ class Progress:
 
     stage: position among the recipe's stages. iteration: within the stage. done: iterations over all stages.
     images: trained on, by all processes.
+    aside_s: time that was not training, by what it went into.
     scores: validation top-1 of the stage's last evaluations, at most SMOOTHED_OVER, the newest at the end.
     best: validation top-1 of the stage's best checkpoint.
     smoothed: the same mean over SMOOTHED_OVER evaluations of the stage's smoothed checkpoint.
@@ -34,6 +35,7 @@ class Progress:
     train_s: float = 0.0
     wait_s: float = 0.0
     images: int = 0
+    aside_s: dict[str, float] = field(default_factory=dict)
     scores: list[float] = field(default_factory=list)
     best: float = -1.0
     smoothed: float = -1.0
@@ -112,18 +114,20 @@ class Stopwatch:
         self.since = now
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time inside is left out."""
-        self.lap()
+    def aside(self, what: str) -> Iterator[None]:
+        """The time inside is no training; it is added to the progress under `what`. Training goes on afterwards."""
+        began = time.perf_counter()
         yield
         self.start()
+        self.progress.aside_s[what] = self.progress.aside_s.get(what, 0.0) + self.since - began
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, with the time spent waiting for each added to the progress.
 
         The wait for the first is left out, of the time of training too: loaders compile and start workers in it.
         """
-        with self.paused():
+        self.lap()
+        with self.aside("first batch"):
             batch = next(batches)
         while True:
             yield batch

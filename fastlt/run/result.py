@@ -14,7 +14,7 @@ from fastlt.device.openmp import runtime
 from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
-from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_folder, result_file
+from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_folder, predictions_file, result_file
 from fastlt.run.progress import Progress
 from fastlt.run.recorded import is_complete, readable_result
 from loaders.factory import format_read
@@ -31,8 +31,12 @@ def recorded_result(context: RunContext) -> dict[str, Any] | None:
 
 
 def set_aside_result(context: RunContext) -> None:
-    """Rename the result of a run that goes on: it was finished with fewer iterations, or the file is damaged."""
+    """Rename the result of a run that goes on: it was finished with fewer iterations, or the file is damaged.
+
+    The predictions that belong to it are removed.
+    """
     path, result = result_file(context.folder), readable_result(context.folder)
+    predictions_file(context.folder).unlink(missing_ok=True)
     if path.exists():
         which = "damaged" if result is None else str(result.get("iterations"))
         context.say(f"the result that was there is kept as {path.rename(earlier_result_file(context.folder, which))}")
@@ -98,6 +102,7 @@ def make_result(context: RunContext, progress: Progress, measured: dict[str, dic
         "train_s": progress.train_s,
         "img_s": progress.img_s,
         "data_wait_share": progress.data_wait_share,
+        "aside_s": progress.aside_s,
         "versions": versions(),
     }
 

@@ -18,18 +18,20 @@ from fastlt.device.openmp import why_neighbours_slow
 from fastlt.models.head_init import CLASS_MEAN, ZEROS, read_rows, set_head
 from fastlt.models.trained_state import check_frozen_part
 from fastlt.run.checkpoint import write_atomically, write_json
+from fastlt.run.class_history import ClassHistory
 from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.feature_cache import compute_features
 from fastlt.run.finite import not_finite
-from fastlt.run.folder import inputs_file, log_file, recipe_file, result_file
+from fastlt.run.folder import class_history_file, inputs_file, log_file, predictions_file, recipe_file, result_file
 from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import RunLog, StageBar, percent, shot_means
 from fastlt.run.main_process import on_main
 from fastlt.run.model_folder import save_run_model
 from fastlt.run.network import advice_on_network
+from fastlt.run.predictions import Predictions, write_predictions
 from fastlt.run.preflight import check_model
 from fastlt.run.progress import Progress, Stopwatch, TimeLeft
 from fastlt.run.result import circumstances, make_result, set_aside_result
@@ -56,6 +58,7 @@ class Trainer:
         for line in advice_on_network(context.recipe, self.model):
             context.say(line)
         self.log, self.trackers = RunLog(log_file(context.folder), enabled=context.main), Trackers(context)
+        self.class_history = ClassHistory(class_history_file(context.folder), enabled=context.main)
         if context.recipe.data.cached_views is not None:
             context = self.context = replace(context, features=compute_features(context, self.model))
         self.stopping = stopping or Stopping(context)
@@ -70,8 +73,8 @@ class Trainer:
             context.say(f"last bits may differ from a run without a stop (before and now): {'; '.join(others)}")
         self.stopwatch = Stopwatch(self.progress)
         tested, validated = (len(context.dataset.labels(split)) for split in ("test", "meta"))
-        # The test split is measured twice, with the last model and the best one.
-        self.time_left = TimeLeft(self.progress, planned(context), 2 * tested / validated)
+        # The test split is measured twice, with the last model and the best one, and then the validation split once.
+        self.time_left = TimeLeft(self.progress, planned(context), 2 * tested / validated + 1)
 
     @property
     def folder(self) -> Path:
@@ -89,6 +92,7 @@ class Trainer:
             return self._fit()
         finally:
             self.log.close()
+            self.class_history.close()
             self.trackers.finish()
             unlock_folder(self.folder)
 
@@ -99,7 +103,7 @@ class Trainer:
         if advice is not None and context.main:
             tqdm.write(advice, file=sys.stderr)
         on_main(context.accelerator, self._write_begin)
-        on_main(context.accelerator, lambda: self.log.open(self.progress.done))
+        on_main(context.accelerator, self._open_logs)
         self.trackers.start(self.progress.done)
         for done in recipe.lineage(recipe.stages[names[self.progress.stage]])[:-1]:
             self.model = prepare_model(context, self.model, done)
@@ -110,10 +114,11 @@ class Trainer:
                     self.load_selected(names[index - 1])
                 self._run_stage(names[index])
                 self.progress.next_stage()
-        measured = self._test(names[-1])
+        with self.stopwatch.aside("testing"):
+            measured = self._test(names[-1])
+        self.evaluation.close()
         result = make_result(context, self.progress, measured)
         self.trackers.log("test", list(measured.values())[-1]["test"], self.progress.done)
-        self.evaluation.close()
         on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
         on_main(context.accelerator, lambda: save_run_model(context))
         context.accelerator.end_training()
@@ -126,16 +131,25 @@ class Trainer:
     def _test(self, stage: str) -> dict[str, dict[str, Any]]:
         """The test split measured with the last, the best and the selected model of a stage, which the model is then.
 
-        Returns of each, by its `select`, "top1" and "iteration" of its validation, and "test", the metrics.
+        Returns of each, by its `select`, "top1" and "iteration" of its validation, and "test", the metrics. Writes what
+        the selected model predicts.
         """
         selected = self.context.recipe.stages[stage].select
         measured: dict[str, dict[str, Any]] = {}
+        predicted: dict[str, Predictions] = {}
         for select in sorted(("last", "best", selected), key=selected.__eq__):  # the selected one at the end
             if select in measured:
                 continue
             model = self.checkpoints.load_model(select, stage, self.model)
-            same = [m["test"] for m in measured.values() if m["iteration"] == model["iteration"]]
-            measured[select] = {**model, "test": same[0] if same else self.evaluation.evaluate(self.model, "test")}
+            same = next((s for s, m in measured.items() if m["iteration"] == model["iteration"]), None)
+            if same is None:
+                metrics, predicted[select] = self.evaluation.predict(self.model, "test")
+            else:
+                metrics, predicted[select] = measured[same]["test"], predicted[same]
+            measured[select] = {**model, "test": metrics}
+        _, validation = self.evaluation.predict(self.model, "meta")
+        splits = {"test": predicted[selected], "meta": validation}
+        on_main(self.context.accelerator, lambda: write_predictions(predictions_file(self.folder), splits))
         return measured
 
     def _write_begin(self) -> None:
@@ -144,6 +158,10 @@ class Trainer:
         set_aside_result(context)
         write_atomically(recipe_file(context.folder), context.recipe.to_yaml().encode())
         write_json(inputs_file(context.folder), context.inputs.to_tree())
+
+    def _open_logs(self) -> None:
+        self.log.open(self.progress.done)
+        self.class_history.open(self.progress.done)
 
     def build_stage(self, name: str, backends: Mapping[str, str] | None = None, *, new_head: bool = False) -> Stage:
         """Give the model the form that a stage trains, and make what trains it. The caller closes the loaders.
@@ -248,10 +266,11 @@ class Trainer:
             if evaluate or stop or save_is_due:
                 self._check_finite(stage, output)
             if evaluate:
-                with self.time_left.evaluating():
+                with self.time_left.evaluating(), stopwatch.aside("validating"):
                     self._validate(stage, output)
             if evaluate or stop or save_is_due:
-                self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
+                with stopwatch.aside("saving"):
+                    self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
             if stop:
                 raise Interrupted(stop, progress.iteration, stage.name)
             stopwatch.start()
@@ -263,7 +282,8 @@ class Trainer:
         """
         if self.context.compile == "none":
             return stage.step
-        with self.stopwatch.paused():
+        self.stopwatch.lap()
+        with self.stopwatch.aside("compiling"):
             started = time.perf_counter()
             iterate, reason = ready(stage.step, batch, meta_batch)
             took = f"compiled in {time.perf_counter() - started:.0f} s"
@@ -291,10 +311,12 @@ class Trainer:
     def _validate(self, stage: Stage, output: StepOutput) -> None:
         """Measure the validation split, and keep the model where it may be the stage's."""
         progress, values = self.progress, self.evaluation.evaluate(self.model, "meta")
-        per_class = {k: v.tolist() for k, v in output.per_class.items()}
+        accuracy = values.pop("per_class_accuracy")
+        per_class = {name: value.tolist() for name, value in output.per_class.items()}
         if values["ece"] is None:
             raise self._diverged(stage, ["outputs of the network for the validation split"])
-        self.log.write("evaluation", progress.done, stage=stage.name, split="meta", **values, **per_class)
+        self.log.write("evaluation", progress.done, stage=stage.name, split="meta", **values)
+        self.class_history.write(progress.done, stage.name, {"accuracy": accuracy, **per_class})
         self.trackers.log("validation", values, progress.done)
         self.trackers.log_per_class(per_class, progress.done)
         at_end = progress.iteration == stage.iterations

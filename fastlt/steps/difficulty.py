@@ -57,7 +57,8 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
 
     def sample_weights(self, seen: Tensor, run: TrainingPass) -> Tensor:
         with torch.no_grad():
-            self.class_weights = class_weights(self.net(seen))
+            self.difficulty = self.net(seen)
+            self.class_weights = class_weights(self.difficulty)
         return self.class_weights[run.labels]
 
     def objective(self, seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,4 +71,4 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
         return scalar, {"driver_loss": driver, "meta_grad_norm": class_gradient.norm()}
 
     def per_class(self, seen: Tensor) -> dict[str, Tensor]:
-        return {"weight": self.class_weights, "meta_accuracy": seen}
+        return {"weight": self.class_weights, "difficulty": self.difficulty, "meta_accuracy": seen}

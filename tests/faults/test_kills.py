@@ -56,7 +56,7 @@ SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
 LATEST_S = {"start": 10.0, "opening": 1.0, "iteration": 0.1, "validation": 0.1, "saving": 2 * SLOW_DISK_S}
 MOMENTS = ["start"] * 2 + ["opening"] * 3 + ["iteration"] * 7 + ["validation"] * 4 + ["saving"] * 4
 ABSENT = "nothing"
-OF_ITS_OWN = {"train_s", "wait_s", "img_s", "data_wait_share", "runs"}  # what a run shares with no other
+OF_ITS_OWN = {"train_s", "wait_s", "img_s", "data_wait_share", "aside_s", "runs"}  # what a run shares with no other
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def recorded(folder: Path) -> dict[str, Any]:
     """All that a finished run has recorded, but for OF_ITS_OWN."""
     found = {"result": json.loads((folder / "result.json").read_text())}
     found["log"] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name in ("class_history.npy", "predictions.npz"):
+        found[name] = (folder / name).read_bytes()
     for path in [folder / "checkpoints" / "last.pt", *sorted((folder / "checkpoints").glob("*_*.pt"))]:
         found[path.name] = torch.load(path, weights_only=True)
     return dict(flattened(found))

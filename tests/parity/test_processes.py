@@ -16,6 +16,7 @@ import torch
 from two_processes import BATCH_NORMS, CASES, COUNTS, ITERATIONS, Scaled, balms_batches, balms_step, train
 
 from fastlt.device.distributed import Reducer
+from fastlt.run.predictions import read_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -117,7 +118,7 @@ def children(process):
 
 def comparable(folder):
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    for key in ("train_s", "wait_s"):
+    for key in ("train_s", "wait_s", "aside_s"):
         del state["progress"][key]
     del state["recipe"]["name"]
     return state
@@ -156,7 +157,11 @@ def test_two_processes_stop_together_and_resume_bit_for_bit(digits_words, tmp_pa
         assert process.returncode == 0, output
         assert ("resuming" in output) == (name == "stopped")
     assert_same(comparable(runs / "whole"), comparable(runs / "stopped"))
-    assert json.loads((runs / "whole" / "result.json").read_text())["processes"] == 2
+    result = json.loads((runs / "whole" / "result.json").read_text())
+    assert result["processes"] == 2
+    for split, predictions in read_predictions(runs / "whole" / "predictions.npz").items():
+        assert predictions.index.tolist() == list(range(len(predictions))), f"{split}: each image once, in order"
+        assert predictions.right.mean() == result["top1" if split == "test" else "validation_top1"]
 
 
 @pytest.mark.slow

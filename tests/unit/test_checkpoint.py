@@ -43,7 +43,7 @@ def leaves(state, where=""):
     if isinstance(state, (dict, list, tuple)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {k: v for key, one in items for k, v in leaves(one, f"{where}.{key}").items()}
-    if where.endswith(("train_s", "wait_s")) or where == ".recipe.name":
+    if where.endswith(("train_s", "wait_s")) or ".aside_s" in where or where == ".recipe.name":
         return {}
     return {where: (state.dtype, state.numpy().tobytes()) if isinstance(state, torch.Tensor) else state}
 
@@ -227,7 +227,7 @@ def finished(words, name):
     return result, leaves(checkpoint.load(trainer.folder / "checkpoints" / "last.pt"))
 
 
-CLOCK = ("name", "train_s", "img_s", "data_wait_share")
+CLOCK = ("name", "train_s", "img_s", "data_wait_share", "aside_s")
 
 
 def without_clock(result):

@@ -218,7 +218,7 @@ def test_resuming_inside_the_second_stage_agrees_bit_for_bit(digits_words, case)
     again = resumed.fit()
     one, other = final_state(whole.folder), final_state(resumed.folder)
     for state in (one, other):
-        for key in ("train_s", "wait_s"):
+        for key in ("train_s", "wait_s", "aside_s"):
             del state["progress"][key]
     assert_same(one, other)
     assert measured(result) == measured(again)

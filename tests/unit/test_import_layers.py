@@ -33,7 +33,7 @@ RUN_LAYERS = [
     {"features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
     | {"shifted_crops"},
     {"checkpoint", "dataset", "lock"},
-    {"divergence"},
+    {"class_history", "divergence", "predictions"},
     {"recorded"},
     {"context", "cut_images", "trained"},
     {"loading", "log", "optimizers", "result", "saving", "stopping", "trackers"},

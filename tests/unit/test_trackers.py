@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from fastlt import cli
 from fastlt.recipe import load_recipe
 from fastlt.run import trackers
+from fastlt.run.class_history import read_class_history
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 
@@ -73,13 +74,14 @@ def test_tensorboard_shows_a_run_that_was_killed_as_one_run(digits_words):
         assert curve(shown, f"validation/{key}") == pytest.approx({one["iteration"]: one[key] for one in evaluations})
         assert curve(shown, f"test/{key}") == pytest.approx({12: result[key]})
 
-    for name in ("weight", "meta_accuracy"):
+    records, _ = read_class_history(folder / "class_history.npy")
+    for name in ("weight", "difficulty", "meta_accuracy"):
         histograms = shown.Histograms(f"class/{name}")
         assert [one.step for one in histograms] == [6, 12]
-        for one, line in zip(histograms, evaluations, strict=True):
+        for one, record in zip(histograms, records, strict=True):
             assert one.histogram_value.num == 10
-            assert one.histogram_value.min == pytest.approx(min(line[name]))
-            assert one.histogram_value.max == pytest.approx(max(line[name]))
+            assert one.histogram_value.min == pytest.approx(record.values[name].min())
+            assert one.histogram_value.max == pytest.approx(record.values[name].max())
 
 
 def test_tensorboard_gets_the_hyper_parameters_beside_the_curves(digits_words):

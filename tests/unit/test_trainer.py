@@ -19,6 +19,7 @@ import torch
 
 from fastlt.recipe import load_recipe
 from fastlt.run import dataset
+from fastlt.run.class_history import read_class_history
 from fastlt.run.folder import stage_checkpoint
 from fastlt.run.loading import endless
 from fastlt.run.log import RunLog, result_table
@@ -65,7 +66,7 @@ def assert_same(one, other, where=""):
 def comparable(folder):
     """The final state of a run without the times it took."""
     state = final_state(folder)
-    for key in ("train_s", "wait_s"):
+    for key in ("train_s", "wait_s", "aside_s"):
         del state["progress"][key]
     return state
 
@@ -166,9 +167,10 @@ def test_cdb_weights_are_uniform_until_an_epoch_has_been_trained(digits_words):
         *(f"{STAGE}.iterations=6", f"{STAGE}.evaluate_every=3"),
     )
     trainer.fit()
-    first, second = (line["weight"] for line in log_lines(trainer.folder) if line["kind"] == "evaluation")
-    assert first == [1.0] * 10
-    assert len(set(second)) > 1
+    records, _ = read_class_history(trainer.folder / "class_history.npy")
+    first, second = (record.values["weight"] for record in records)
+    assert first.tolist() == [1.0] * 10
+    assert len(set(second.tolist())) > 1
 
 
 def test_a_killed_run_forgets_what_it_logged_after_its_checkpoint(tmp_path):
@@ -229,9 +231,9 @@ def run_with_scores(words, scores):
     trainer, seen = make(words, f"{STAGE}.iterations={len(scores)}", f"{STAGE}.evaluate_every=1"), []
     evaluate, left = trainer.evaluation.evaluate, list(scores)
 
-    def scored(model, split):
+    def scored(model, split, *recorder):
         seen.append(split)
-        return {**evaluate(model, split), **({"top1": left.pop(0)} if split == "meta" else {})}
+        return {**evaluate(model, split, *recorder), **({"top1": left.pop(0)} if split == "meta" and left else {})}
 
     trainer.evaluation.evaluate = scored
     return trainer, trainer.fit(), seen
@@ -241,7 +243,7 @@ def run_with_scores(words, scores):
 def test_the_selected_model_is_the_result_and_is_tested_beside_last_and_best(digits_words, select, iteration, top1):
     scores = [0.1, 0.9, 0.2, 0.7, 0.6, 0.4]  # means of three: 0.40, 0.60, 0.50, 0.57 at iterations 3 to 6
     trainer, result, seen = run_with_scores([*digits_words, f"{STAGE}.select={select}"], scores)
-    assert seen == ["meta"] * 6 + ["test"] * len({"last", "best", select})
+    assert seen == ["meta"] * 6 + ["test"] * len({"last", "best", select}) + ["meta"]  # for its predictions
     assert (result["select"], result["selected_iteration"], result["validation_top1"]) == (select, iteration, top1)
     assert set(result["selection"]) == {"last", "best", select}
     chosen = result["selection"][select]
@@ -257,7 +259,7 @@ def test_the_selected_model_is_the_result_and_is_tested_beside_last_and_best(dig
 
 def test_one_model_that_is_last_and_best_is_tested_once(digits_words):
     _, result, seen = run_with_scores(digits_words, [0.5, 0.6, 0.6])  # of equals, the later
-    assert seen == ["meta", "meta", "meta", "test"]
+    assert seen == ["meta", "meta", "meta", "test", "meta"]
     assert result["selection"]["last"] == result["selection"]["best"]
 
 
