@@ -2,7 +2,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 LAUNCH := .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup train test test-slow test-gpu test-faults lint
+.PHONY: setup train test test-slow test-gpu test-faults test-browser lint
 
 setup:
 	@tools/setup.sh
@@ -21,6 +21,9 @@ test-gpu: setup
 
 test-faults: setup
 	@$(PYTHON_IN_VENV) -m pytest -m faults tests/faults
+
+test-browser: setup
+	@$(PYTHON_IN_VENV) -m pytest -m browser tests/browser
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/basedpyright --pythonpath $(PYTHON_IN_VENV)

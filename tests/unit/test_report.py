@@ -9,7 +9,7 @@ import pytest
 
 from fastlt import cli
 from fastlt.recipe import load_recipe
-from fastlt.report import spread
+from fastlt.report.seeds import spread
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
