@@ -29,8 +29,8 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 
 TANGENTS = ("fp32", "autocast")
 WIDTH = within(1, 65536)  # of a layer
-# Where samples do not couple, the meta batch goes forward and back in parts: what is kept of the training batch and the
-# activations of half of the meta batch take about as much memory as those of a whole batch.
+# Where samples do not couple and most of the network is trained, the meta batch goes forward and back in parts: what is
+# kept of the training batch and the activations of half of the meta batch take 1.4 times the memory of a whole batch's.
 META_PARTS = 2
 WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
 
@@ -145,6 +145,12 @@ class MetaStep(Step[OptionsT]):
         groups = self.optimizer.param_groups
         factor_of = {p: group.get("lr_factor", 1.0) for group in groups for p in group["params"]}
         return [factor_of[p] / groups[0].get("lr_factor", 1.0) for p in self.ahead.values()]
+
+    @functools.cached_property
+    def trains_most(self) -> bool:
+        """Whether more than half of the network's numbers are trained: of few, little is kept."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.network.parameters()]
+        return 2 * sum(size for size, trained in sizes if trained) > sum(size for size, _ in sizes)
 
     @functools.cached_property
     def meta_losses(self) -> Callable[..., Tensor]:
@@ -280,7 +286,7 @@ class MetaStep(Step[OptionsT]):
 
     def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor, run: TrainingPass):
         """The meta loss (0-d) at the lookahead and its gradient there; in parts, where images do not couple."""
-        if run.gradients is None or len(labels) < 2 * META_PARTS:
+        if run.gradients is None or not self.trains_most or len(labels) < 2 * META_PARTS:
             return self._gradient_of_meta_images(ahead, inputs, labels)
         meta_loss, direction = inputs.new_zeros(()), [torch.zeros_like(p) for p in ahead.values()]
         for part, of_part in zip(inputs.chunk(META_PARTS), labels.chunk(META_PARTS), strict=True):
