@@ -104,7 +104,7 @@ class _Observed:
                 everything.images,
                 everything.labels,
                 context.counts.num_classes,
-                prepare=normaliser(context.recipe.data),
+                prepare=normaliser(context),
                 refresh="rolling",
                 window=window,
                 autocast=step.parts.class_accuracy.autocast,
