@@ -20,12 +20,12 @@ def main(words: list[str], prog: str = NAME) -> int:
     arguments = parser.parse_intermixed_args(words)
 
     # Imported late: a mistake on the command line answers before torch has loaded.
-    from fastlt.recipe import load_recipe
+    from fastlt.recipe import load_recipe, unlike_model
     from fastlt.run.preflight import check_without_data
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     lines = check_without_data(recipe)
     print(recipe.to_yaml(), end="")
-    for line in [*recipe.follows(), *lines]:
+    for line in [*recipe.follows(), *unlike_model(recipe), *lines]:
         print(f"# {line}")
     return 0

@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastlt.state import ClassCounts
+
 
 class PerSampleLoss(nn.Module):
     """Logits float (N, C) and labels int64 (N,) to losses (N,): float32, or float64 for float64 logits.
@@ -15,12 +17,14 @@ class PerSampleLoss(nn.Module):
     Between epochs and iterations a loss is told two things; most losses do nothing with them.
 
     corrects_prior: whether the loss makes up for class frequencies, and so needs batches that have them.
+    draws: whether `draw` draws something for every sample of a batch.
     without_imbalance: of a loss made from class counts, how it ends up where all counts are equal; None for the others.
     prior_assumption: what `log_prior_factor` takes for granted, where it does not follow from the loss; None where it
         does.
     """
 
     corrects_prior: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     without_imbalance: ClassVar[str | None] = None
     prior_assumption: ClassVar[str | None] = None
 
@@ -50,6 +54,12 @@ class PerSampleLoss(nn.Module):
         of the epoch that `on_epoch` was told last.
         """
         return None
+
+
+def log_prior(class_counts: ClassCounts) -> Tensor:
+    """log pi_c, pi_c = n_c / sum n: float64 (C,)."""
+    counts = torch.from_numpy(class_counts.counts).double()
+    return torch.log(counts / counts.sum())
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

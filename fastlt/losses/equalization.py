@@ -45,6 +45,7 @@ class Equalization(PerSampleLoss):
     dropped: bool (N, C), where `draw` drew b = 1 for a rare class.
     """
 
+    draws = True
     without_imbalance = "no class is rarer than another"
     prior_assumption = (
         "a rare class counts 1 / (1 - gamma) times, because it is left out of a share gamma of the denominators of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,10 +21,10 @@ def load_weights(classifier: nn.Module, path: str | Path) -> bool:
     """Load a file into a `Classifier`: one of ours (backbone.*, head.*) or a plain backbone's (timm, torchvision).
 
     One prefix before all names of the network, as wrappers and training frameworks put there, is taken off, and a
-    warning says so. auxiliary.* of ours is passed over. A head that does not fit (another number of classes, another
-    kind) is left out and a warning says so; the head then stays as initialised. Everything else has to match: raises
-    ValueError with the first names that are missing, unexpected, of another shape or type, or not finite, and leaves
-    `classifier` as it was. Returns whether the head was loaded too.
+    warning says so. auxiliary.* of ours is passed over. Weights for another input size are `resampled`. A head that
+    does not fit (another number of classes, another kind) is left out and a warning says so; the head then stays as
+    initialised. Everything else has to match: raises ValueError with the first names that are missing, unexpected, of
+    another shape or type, or not finite, and leaves `classifier` as it was. Returns whether the head was loaded too.
     """
     own = classifier.state_dict()
     state = named_as_ours(read_weights(path), classifier, path)
@@ -39,10 +40,37 @@ def load_weights(classifier: nn.Module, path: str | Path) -> bool:
             log.warning("%s: has no head; the head starts anew", path)
         state = {name: t for name, t in state.items() if name not in given_head}
         state.update({name: own[name] for name in own_head})
+    state = resampled(state, classifier, path)
     _check_match(state, own, path)
     _check_values(state, own, path)
     classifier.load_state_dict(state, strict=False)
     return fits
+
+
+def resampled(state: Tensors, classifier: nn.Module, path: str | Path) -> Tensors:
+    """The weights of a file, with those that follow the input size (position embeddings, relative position biases)
+    brought to the size of the network by timm's function for its family; a warning names them.
+
+    Other weights stay as they are, and so do all where the family has no such function.
+    """
+    backbone = classifier.get_submodule("backbone")
+    own = backbone.state_dict()
+    inside = {name.removeprefix(OURS): t for name, t in state.items() if name.startswith(OURS)}
+    other = [name for name, t in inside.items() if name in own and own[name].shape != t.shape]
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if not other or convert is None:
+        return state
+    try:
+        converted = convert(dict(inside), backbone)
+    except Exception:  # of another network, which is said with names and shapes where they are compared
+        return state
+    fits = [name for name in other if name in converted and converted[name].shape == own[name].shape]
+    if len(fits) < len(other):
+        return state
+    shapes = [f"{name} {tuple(inside[name].shape)} to {tuple(own[name].shape)}" for name in fits]
+    log.warning("%s: resampled for the input size of the network: %s", path, first_few(shapes))
+    outside = {name: t for name, t in state.items() if not name.startswith(OURS)}
+    return {**outside, **{f"{OURS}{name}": t for name, t in converted.items()}}
 
 
 def named_as_ours(state: Tensors, classifier: nn.Module, path: str | Path) -> Tensors:

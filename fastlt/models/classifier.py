@@ -19,7 +19,7 @@ from fastlt.models.checkpoints import load_weights
 from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family, width_of
 from fastlt.models.frozen_part import FrozenPart, content_hash
 from fastlt.models.heads import HEADS, Head
-from fastlt.models.pretrained import check_reachable
+from fastlt.models.pretrained import check_reachable, config_of, is_published
 from fastlt.models.trained_part import frozen_norms, trained_parameters
 from fastlt.models.weight_files import read_weights
 from fastlt.names import pick, shortened
@@ -313,12 +313,15 @@ def check_model(name: str, pretrained: bool = False, experts: int | None = None)
     """Refuse a name that no backbone has, pretrained weights that timm does not know, and experts of what cannot be
     split, by a ValueError.
     """
+    if is_published(name):
+        raise ValueError(f"{name} says where a network is, and not which; only a recipe's model.name may")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(
             f"unknown model {shortened(name)}{hint} Ours are {', '.join(OURS)}; all of timm.list_models() can be used"
         )
+    config_of(name)
     cfg = timm.get_pretrained_cfg(name)
     if pretrained and not (cfg and cfg.has_weights):
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastlt.optim.averaging import Ema
+from fastlt.optim.clipping import Clip
 from fastlt.optim.factory import OPTIMIZERS, check_optimizer, make_optimizer, optimizer_class
 from fastlt.optim.groups import check_layer_decay, parameter_groups
 from fastlt.optim.preconditioner import PRECONDITIONED, PRECONDITIONERS, preconditioner
@@ -10,6 +12,8 @@ __all__ = [
     "OPTIMIZERS",
     "PRECONDITIONED",
     "PRECONDITIONERS",
+    "Clip",
+    "Ema",
     "check_layer_decay",
     "check_optimizer",
     "make_optimizer",

@@ -2,6 +2,7 @@
 
 from fastlt.recipe.checks import check
 from fastlt.recipe.compose import load_recipe, read_resolved
+from fastlt.recipe.from_model import unlike_model
 from fastlt.recipe.resuming import Change, Standing, changes
 from fastlt.recipe.schema import (
     CHOICE_KEYS,
@@ -38,5 +39,6 @@ __all__ = [
     "load_recipe",
     "read_resolved",
     "recipe_from_tree",
+    "unlike_model",
     "without_paths",
 ]

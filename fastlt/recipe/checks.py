@@ -332,6 +332,49 @@ def allowed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         )
 
 
+def accumulation(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    parts, kind = stage.accumulate, STEPS[stage.method]
+    if parts == 1:
+        return
+    if not kind.allows.accumulation:
+        yield (
+            f"accumulate: is {parts}, but method {stage.method!r} takes a batch as a whole; leave it out, or take a "
+            f"method of {methods_that(lambda step: step.allows.accumulation)}"
+        )
+        return
+    sizes = {"batch_size": stage.batch_size}
+    if kind.needs.meta_batch and stage.meta_batch_size is not None:
+        sizes["meta_batch_size"] = stage.meta_batch_size
+    for key, size in sizes.items():
+        if size % parts:
+            yield f"accumulate: is {parts}, but {key} {size} does not divide into so many; give a divisor of {size}"
+    if stage.loss in LOSSES and LOSSES[stage.loss].draws:
+        yield f"accumulate: is {parts} with loss {stage.loss!r}, which draws for a batch as a whole; set accumulate: 1"
+
+
+def averaging(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if stage.ema is not None and not STEPS[stage.method].allows.ema:
+        yield (
+            f"ema: is set, but method {stage.method!r} has no use for it: tau_norm takes no steps, and paco keeps a "
+            "moving average of its own; leave it out"
+        )
+
+
+def adjustment(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if stage.eval_adjustment is None:
+        return
+    if stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+        yield (
+            f"eval_adjustment: is {stage.eval_adjustment} with loss {stage.loss!r}, which makes up for class "
+            "frequencies in training: together they do it twice. Leave it out, or set loss: cross_entropy"
+        )
+    elif stage.sampling != "instance":
+        yield (
+            f"eval_adjustment: is {stage.eval_adjustment} with sampling {stage.sampling!r}, under which the network "
+            "does not learn the class frequencies that it takes off; leave it out"
+        )
+
+
 def trained_part_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if not recipe.model.trains_all and not STEPS[stage.method].allows.trained_part:
         yield (
@@ -410,6 +453,9 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     loss,
     method,
     allowed_by_method,
+    accumulation,
+    averaging,
+    adjustment,
     trained_part_of_method,
     cached_views_of_method,
     needed_by_method,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.recipe.checks import check
+from fastlt.recipe.from_model import take_from_model
 from fastlt.recipe.locations import find_base, find_recipe
 from fastlt.recipe.schema import Recipe, recipe_from_tree
 from fastlt.recipe.typed_yaml import build, describe
@@ -32,6 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "precision: is 'fp16'; allowed: fp32 or bf16. float16 gradients underflow without loss scaling, and those "
             "of the meta-step first, which are products of two of them; set precision=bf16, which has float32's range"
         )
+    take_from_model(tree)
     recipe = build(Recipe, tree)
     mistakes = check(recipe)
     if mistakes:

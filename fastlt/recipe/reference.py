@@ -18,6 +18,7 @@ from typing import Any, Literal, Union
 from fastlt.augment import AUGMENTATIONS
 from fastlt.losses import LOSSES
 from fastlt.models.adapters import ADAPTERS
+from fastlt.optim import Clip, Ema
 from fastlt.ranges import RANGE
 from fastlt.recipe.schema import (
     AccuracyRecipe,
@@ -58,6 +59,8 @@ SECTIONS: tuple[tuple[str, type], ...] = (
     ("`model`", ModelRecipe),
     ("`stages.NAME`", StageRecipe),
     ("`stages.NAME.accuracy`", AccuracyRecipe),
+    ("`stages.NAME.clip`", Clip),
+    ("`stages.NAME.ema`", Ema),
 )
 # Keys whose values are names of a table that has a section of its own.
 LINKS: dict[tuple[type, str], str] = {

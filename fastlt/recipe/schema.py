@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastlt.arguments import MOST_WORKERS
+from fastlt.optim import Clip, Ema
 from fastlt.paths import PATH
 from fastlt.ranges import above, at_least, within
 from fastlt.recipe.typed_yaml import build, one_of, to_tree, typed_by
@@ -58,8 +59,9 @@ class DataRecipe:
 
     source: where the images come from.
     image_size: pixels a side that the network sees.
-    mean: of the pixels in [0, 1], per RGB channel.
-    std: standard deviation of the pixels in [0, 1], per RGB channel.
+    mean: of the pixels in [0, 1], per RGB channel; model, the default with pretrained weights, takes what timm's
+        configuration of the network says.
+    std: standard deviation of the pixels in [0, 1], per RGB channel; model as in mean.
     root: folder of the source's files.
     converted: folder of the converted data set; null is a folder below data/ that is named after its content.
     convert: false reads the source's own files, with a loader that can; nothing is written, and every image is decoded
@@ -88,7 +90,8 @@ class DataRecipe:
         loader that can.
     train_crop: none trains on whole stored images, random_resized on a random rectangle of each.
     eval_crop: none evaluates on whole stored images, center on their central square.
-    eval_ratio: side of the central square over the shorter side of the image.
+    eval_ratio: side of the central square over the shorter side of the image; model takes what timm's configuration of
+        the pretrained network says.
     test_crops: 5 cuts test images test_expand pixels larger than image_size, and takes the mean of the logits of their
         four corners and their centre; with eval_ratio 1 these are LIFT's, for square images. Validation has one crop.
     test_expand: pixels, with test_crops 5.
@@ -146,7 +149,8 @@ class DataRecipe:
 class ModelRecipe:
     """A timm backbone, or one of ours, and a head.
 
-    name: of the backbone, as timm.list_models() has it.
+    name: of the backbone, as timm.list_models() has it, with or without a tag of pretrained weights; or local-dir:PATH
+        or hf-hub:NAME for a network in timm's form, which becomes its name and the file of its weights.
     head: linear, or cosine, whose logits are cosines times head_scale.
     head_scale: the factor of a cosine head's cosines; null is 30.
     pretrained: whether the backbone starts from the weights that timm knows for its name.
@@ -243,6 +247,12 @@ class StageRecipe:
     decay: all parameters have the weight decay, or weights alone: norms, biases and what the network itself excludes
         (position embeddings, for example) have none.
     layer_decay: the learning rate of a layer over that of the layer after it, the head being the last; null is 1.
+    clip: of the gradients before the optimizer's step; null is not at all. The lookahead of a meta-step is not clipped.
+    accumulate: the number of micro-batches that a batch, and a meta batch, is divided into; the step is that of the
+        whole batch, but BatchNorm normalises with each micro-batch.
+    ema: a moving average of the weights, evaluated and saved beside them; null is none.
+    eval_adjustment: tau of post-hoc logit adjustment: evaluations are made of z - tau log pi too, pi the shares of the
+        classes in the training set, as adjusted_top1 and so on; null is none. The model is selected without it.
     evaluate_every: the length between two evaluations on the meta set.
     select: which model is the stage's: last, after its last iteration; best, of the evaluation with the highest top-1
         accuracy; smoothed, of the one at which the mean of three evaluations in a row is highest.
@@ -276,6 +286,10 @@ class StageRecipe:
     weight_decay: float = field(default=1e-4, metadata=at_least(0))
     decay: Literal["all", "weights"] = "all"
     layer_decay: float | None = field(default=None, metadata=within(0, 1, above=True))
+    clip: Clip | None = None
+    accumulate: int = field(default=1, metadata=at_least(1))
+    ema: Ema | None = None
+    eval_adjustment: float | None = field(default=None, metadata=above(0))
     evaluate_every: int = field(default=1, metadata=at_least(1))
     select: Literal["last", "best", "smoothed"] = "last"
 

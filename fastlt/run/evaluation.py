@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from fastlt.losses.base import log_prior
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
 from fastlt.run.context import RunContext
@@ -19,6 +20,11 @@ from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import Batch
 from fastlt.steps import Step
 from loaders.protocol import BatchLoader
+
+
+def prefixed(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics under names of their own, such as adjusted_top1; those of single classes are left out."""
+    return {f"{name}_{key}": value for key, value in metrics.items() if key != "per_class_accuracy"}
 
 
 class Evaluation:
@@ -34,15 +40,27 @@ class Evaluation:
         self.normalise = normaliser(context)
         self.loaders: dict[str, BatchLoader] = {}
 
-    def evaluate(self, model: Classifier, split: str, recorder: PredictionRecorder | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        model: Classifier,
+        split: str,
+        recorder: PredictionRecorder | None = None,
+        *,
+        adjustment: float | None = None,
+    ) -> dict[str, Any]:
         """Metrics of a model on "meta" (validation) or "test", over all processes.
 
-        Every process ends with the mean of the model's buffers. recorder: is given this process's predictions.
+        adjustment: tau; metrics of z - tau log pi stand beside those of the logits z then, `prefixed` by adjusted
+            (Menon et al. 2021, Eq. 9).
+        recorder: is given this process's predictions, those of z.
+        Every process ends with the mean of the model's buffers.
         """
         reducer, counts = self.context.reducer, self.context.counts
         # Each process has seen its own share of the batches.
         reducer.mean_([b for b in model.moving_buffers().values() if b.is_floating_point()])
         metrics = Metrics(counts.num_classes, device=self.context.device)
+        adjusted = Metrics(counts.num_classes, device=self.context.device)
+        shift = log_prior(counts).to(self.context.device) * (adjustment or 0.0)
         counters = model.counters()
         for counter in counters.values():
             counter.zero_()
@@ -53,15 +71,23 @@ class Evaluation:
                 metrics.update(logits, batch.labels)
                 if recorder is not None:
                     recorder.add(logits, batch.labels, batch.index)
+                if adjustment is not None:
+                    adjusted.update(logits - shift, batch.labels)
         counted = [counter.double() for counter in counters.values()]
         reducer.sum_([metrics.state, *counted])
+        more = {}
+        if adjustment is not None:
+            reducer.sum_([adjusted.state])
+            more = prefixed("adjusted", adjusted.summary(counts))
         means = {name: (total / images).item() for name, (total, images) in zip(counters, counted, strict=True)}
-        return {**metrics.summary(counts), **means}
+        return {**metrics.summary(counts), **more, **means}
 
-    def predict(self, model: Classifier, split: str) -> tuple[dict[str, Any], Predictions]:
+    def predict(
+        self, model: Classifier, split: str, adjustment: float | None = None
+    ) -> tuple[dict[str, Any], Predictions]:
         """As `evaluate`, with what every process then has: the predictions for all images of the split."""
         recorder = PredictionRecorder()
-        metrics = self.evaluate(model, split, recorder)
+        metrics = self.evaluate(model, split, recorder, adjustment=adjustment)
         return metrics, Predictions.merged(gather_object(recorder.parts()))
 
     def training_images(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -58,7 +58,10 @@ def meta_steps(recipe: Recipe, model: Classifier) -> list[str]:
         if not issubclass(kind, MetaStep):
             continue
         float32_tangent = recipe.precision != "fp32" and getattr(stage.options, "tangent", "fp32") == "fp32"
-        reason = kind.why_general(recipe.compile == "inductor", float32_tangent) or _trial(recipe, stage, model).refused
+        reason = kind.why_general(recipe.compile == "inductor", float32_tangent)
+        if stage.accumulate > 1:
+            reason = f"micro-batches (accumulate {stage.accumulate}) keep nothing for later"
+        reason = reason or _trial(recipe, stage, model).refused
         way = "one backward pass keeps the gradients of all samples"
         if reason is not None:
             way = f"lookahead, tangent and update take passes of their own, since {reason}"
@@ -120,7 +123,7 @@ def _check_single_images(recipe: Recipe, name: str, stage: StageRecipe, model: C
     sizes = {"batch_size": stage.batch_size}
     if STEPS[stage.method].needs.meta_batch:
         sizes["meta_batch_size"] = stage.meta_batch_size or stage.batch_size
-    single = [key for key, size in sizes.items() if size // processes == 1]
+    single = [key for key, size in sizes.items() if size // processes // stage.accumulate == 1]
     if not single or (recipe.sync_batch_norm and processes > 1):
         return
     tried = _prepared(recipe, stage, model).to("meta")  # shapes without values: as fast for a large network

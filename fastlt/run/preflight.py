@@ -163,6 +163,11 @@ def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
             )
         if size % processes:
             raise ValueError(f"stages.{name}.{key} is {size}, which does not divide into {processes} processes")
+        if size // processes % stage.accumulate:
+            raise ValueError(
+                f"stages.{name}.accumulate is {stage.accumulate}, but each of {processes} processes has "
+                f"{size // processes} of {key} {size}, which does not divide into so many; give another number"
+            )
     if stage.sampling == "class_aware_4" and stage.batch_size // processes % 4:
         raise ValueError(
             f"stages.{name}.batch_size is {stage.batch_size} with sampling class_aware_4, which gives each "

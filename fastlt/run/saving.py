@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 
 from fastlt.device.random_states import random_states, restore_random_states
 from fastlt.models import Classifier
-from fastlt.models.trained_state import load_trained_state, trained_state
+from fastlt.models.trained_state import WEIGHTS, load_trained_state, trained_state
 from fastlt.recipe import Standing, changes, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
@@ -35,6 +36,7 @@ class SavedRun:
 
     shared, own: the parts of `Step.state_dict` that all processes have in common, and those of this one.
     backends: see `StageLoaders`. buffers: of the model, by name. random: of `random_states`.
+    average, average_buffers: of the average of the model's weights, empty where there is none.
     changes: in what the recipe is another one than when it was saved, a line each; those that a result has to tell of.
     """
 
@@ -45,13 +47,22 @@ class SavedRun:
     buffers: dict[str, Any]
     random: dict[str, Any]
     changes: list[str]
+    average: dict[str, Any]
+    average_buffers: dict[str, Any]
 
-    def restore(self, step: Step) -> None:
-        """Put the step, its model and the default random generators where they were. Changes them in place."""
+    def restore(self, step: Step, average: Classifier | None = None) -> None:
+        """Put the step, its model and the default random generators where they were. Changes them in place.
+
+        average: of the model's weights, likewise.
+        """
         step.load_state_dict({**self.shared, **self.own})
         restore_random_states(self.random)
         for name, buffer in step.model.moving_buffers().items():
             buffer.copy_(self.buffers[name])
+        if average is not None:
+            load_trained_state(average, self.average)
+            for name, buffer in average.moving_buffers().items():
+                buffer.copy_(self.average_buffers[name])
 
 
 class Checkpoints:
@@ -94,13 +105,17 @@ class Checkpoints:
         keep = self.context.recipe.checkpoints_kept
         on_main(self.context.accelerator, lambda: checkpoint.save(path, state, keep=keep))
 
-    def save_last(self, stage: str, step: Step, progress: Progress, backends: dict[str, str]) -> None:
-        """Write `last.pt`, on the main process; all of them take part."""
+    def save_last(
+        self, stage: str, step: Step, progress: Progress, backends: dict[str, str], average: Classifier | None = None
+    ) -> None:
+        """Write `last.pt`, on the main process; all of them take part. average: of the model's weights."""
         context, state = self.context, step.state_dict()
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": random_states()}
         own["backends"] = backends
         # BatchNorm's running statistics are those of each process's own batches.
         own["buffers"] = {k: b.cpu() for k, b in step.model.moving_buffers().items()}
+        if average is not None:
+            own["average_buffers"] = {k: b.cpu() for k, b in average.moving_buffers().items()}
         processes = gather_object([own])
         numbers = dict(vars(progress))
         state = {
@@ -109,6 +124,7 @@ class Checkpoints:
             "class_weights": numbers.pop("class_weights"),
             "progress": numbers,
             "stage_name": stage,
+            **({} if average is None else {"average": trained_state(average)}),
             **self.origin,
         }
         self._save(last_checkpoint(context.folder), state)
@@ -141,6 +157,8 @@ class Checkpoints:
             buffers=mine["buffers"],
             random=mine["random"],
             changes=told,
+            average=state.get("average", {}),
+            average_buffers=mine.get("average_buffers", {}),
         )
 
     def _check_origin(self, path: Path, state: dict[str, Any]) -> list[str]:
@@ -168,10 +186,16 @@ class Checkpoints:
             )
         return [change.line for change in found if change.told]
 
-    def save_model(self, select: str, stage: str, model: Classifier, progress: Progress) -> None:
-        """Write a model of a stage that was just validated, on the main process; select: see `stage_checkpoint`."""
+    def save_model(self, select: str, stage: str, models: Mapping[str, Classifier], progress: Progress) -> None:
+        """Write a model of a stage that was just validated, on the main process; select: see `stage_checkpoint`.
+
+        models: of `Stage.models`: the selected weights, and those that are kept beside them under their name.
+        """
+        model, *_ = models.values()
+        beside = {name: trained_state(other)[WEIGHTS] for name, other in list(models.items())[1:]}
         state = {
             **trained_state(model),
+            **beside,
             "top1": progress.score("last"),
             "score": progress.score(select),
             "iteration": progress.iteration,
@@ -179,10 +203,13 @@ class Checkpoints:
         }
         self._save(stage_checkpoint(self.context.folder, select, stage), state)
 
-    def load_model(self, select: str, stage: str, model: Classifier) -> dict[str, Any]:
-        """Put the weights that `save_model` wrote into `model`; returns their "top1" and "iteration"."""
+    def load_model(self, select: str, stage: str, model: Classifier, weights: str = WEIGHTS) -> dict[str, Any]:
+        """Put the weights that `save_model` wrote into `model`; returns their "top1" and "iteration".
+
+        weights: "model", the selected ones, or the name of those that are kept beside them.
+        """
         saved = self._load(stage_checkpoint(self.context.folder, select, stage))
-        load_trained_state(model, saved)
+        load_trained_state(model, {**saved, WEIGHTS: saved[weights]})
         return {key: saved[key] for key in ("top1", "iteration")}
 
     def _check_best(self, stage: str, progress: Progress) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from fastlt.device.compiled import Compiler
@@ -39,12 +41,16 @@ TrainingImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that is ready to be trained. Its lengths are in iterations."""
+    """A stage that is ready to be trained. Its lengths are in iterations.
+
+    ema: the moving average of the model's weights, where the recipe has one.
+    """
 
     name: str
     recipe: StageRecipe
     step: Step
     loaders: StageLoaders
+    ema: ModelEmaV3 | None
 
     @property
     def per_epoch(self) -> int:
@@ -62,6 +68,25 @@ class Stage:
     @property
     def evaluate_every(self) -> int:
         return self.recipe.evaluate_every * self.unit
+
+    @property
+    def average(self) -> Classifier | None:
+        """The model with the averaged weights."""
+        return None if self.ema is None else cast("Classifier", self.ema.module)
+
+    @property
+    def models(self) -> dict[str, Classifier]:
+        """What evaluations measure, the selected one first: the model, "raw", and the average of its weights, "ema"."""
+        model = {"raw": self.step.model}
+        if self.recipe.ema is None or self.average is None:
+            return model
+        both = {**model, "ema": self.average}
+        return {name: both[name] for name in (self.recipe.ema.select, self.recipe.ema.beside)}
+
+    def end(self, iteration: int) -> None:
+        """After an iteration, counted from 1: let the average follow."""
+        if self.ema is not None:
+            self.ema.update(self.step.model, iteration)
 
     def begin(self, iteration: int) -> None:
         """Before an iteration: tell the step of a new epoch, and set the learning rate."""
@@ -104,9 +129,12 @@ def build_stage(
         reducer=context.reducer,
         compiler=Compiler(context.compile),
         trained_classes=stage_classes(context, stage),
+        clip=stage.clip,
+        accumulate=stage.accumulate,
         stage_models={earlier: stage_model(context, earlier) for earlier in kind.models_of_stages(options)},
     )
-    return Stage(name, stage, kind(parts, options), loaders)
+    ema = None if stage.ema is None else stage.ema.start(model)
+    return Stage(name, stage, kind(parts, options), loaders, ema)
 
 
 def planned(context: RunContext) -> list[PlannedStage]:

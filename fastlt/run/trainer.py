@@ -17,11 +17,12 @@ from fastlt.device.compiled import ready
 from fastlt.device.openmp import why_neighbours_slow
 from fastlt.models.head_init import CLASS_MEAN, ZEROS, read_rows, set_head
 from fastlt.models.trained_state import check_frozen_part
+from fastlt.recipe import unlike_model
 from fastlt.run.checkpoint import write_atomically, write_json
 from fastlt.run.class_history import ClassHistory
 from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence
-from fastlt.run.evaluation import Evaluation
+from fastlt.run.evaluation import Evaluation, prefixed
 from fastlt.run.feature_cache import compute_features
 from fastlt.run.finite import not_finite
 from fastlt.run.folder import class_history_file, inputs_file, log_file, predictions_file, recipe_file, result_file
@@ -55,7 +56,7 @@ class Trainer:
         self.context = context
         self.model = new_model(context)
         check_model(context, self.model)
-        for line in advice_on_network(context.recipe, self.model):
+        for line in [*unlike_model(context.recipe), *advice_on_network(context.recipe, self.model)]:
             context.say(line)
         self.log, self.trackers = RunLog(log_file(context.folder), enabled=context.main), Trackers(context)
         self.class_history = ClassHistory(class_history_file(context.folder), enabled=context.main)
@@ -143,7 +144,7 @@ class Trainer:
             model = self.checkpoints.load_model(select, stage, self.model)
             same = next((s for s, m in measured.items() if m["iteration"] == model["iteration"]), None)
             if same is None:
-                metrics, predicted[select] = self.evaluation.predict(self.model, "test")
+                metrics, predicted[select] = self._predict_test(select, stage)
             else:
                 metrics, predicted[select] = measured[same]["test"], predicted[same]
             measured[select] = {**model, "test": metrics}
@@ -151,6 +152,20 @@ class Trainer:
         splits = {"test": predicted[selected], "meta": validation}
         on_main(self.context.accelerator, lambda: write_predictions(predictions_file(self.folder), splits))
         return measured
+
+    def _predict_test(self, select: str, stage: str) -> tuple[dict[str, Any], Predictions]:
+        """The test split measured with the loaded model of a stage, and what it predicts.
+
+        The metrics of the weights that were kept beside it are among those of the model, see `prefixed`.
+        """
+        recipe = self.context.recipe.stages[stage]
+        metrics, predictions = self.evaluation.predict(self.model, "test", recipe.eval_adjustment)
+        if recipe.ema is None:
+            return metrics, predictions
+        self.checkpoints.load_model(select, stage, self.model, recipe.ema.beside)
+        others = self.evaluation.evaluate(self.model, "test", adjustment=recipe.eval_adjustment)
+        self.checkpoints.load_model(select, stage, self.model)
+        return metrics | prefixed(recipe.ema.beside, others), predictions
 
     def _write_begin(self) -> None:
         """What a run folder says before the first iteration, and whenever the run goes on."""
@@ -200,7 +215,7 @@ class Trainer:
             try:
                 self._iterate(stage, bar)
                 # Also by a run that resumes here: it may have been stopped before this.
-                self.checkpoints.save_model("last", name, self.model, self.progress)
+                self.checkpoints.save_model("last", name, stage.models, self.progress)
             finally:
                 bar.close()
                 self.time_left.end()
@@ -218,7 +233,7 @@ class Trainer:
         with self.stopping.waiting():  # a loader may read a whole split into memory
             stage = self.build_stage(name, None if saved is None else saved.backends, new_head=new)
         if saved is not None:
-            saved.restore(stage.step)
+            saved.restore(stage.step, stage.average)
         elif stage.step.needs.first_pass:
             self.stopwatch.start()
             self.evaluation.first_pass(stage.step)
@@ -245,13 +260,14 @@ class Trainer:
                 # Several processes would have to agree first.
                 if self.stopping.received and output is not None and self.context.reducer.world_size == 1:
                     self._check_finite(stage, output)
-                    self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
+                    self._save_last(stage)
                 raise
             stage.begin(progress.iteration)
             if iterate is None:
                 iterate = self.compiled(stage, batch, meta_batch)
             output = iterate(batch, meta_batch)
             progress.count(len(batch) * self.context.reducer.world_size)
+            stage.end(progress.iteration)
             at_end = progress.iteration == stage.iterations
             log_now = at_end or progress.iteration % self.context.recipe.log_every == 0
             if log_now:
@@ -270,7 +286,7 @@ class Trainer:
                     self._validate(stage, output)
             if evaluate or stop or save_is_due:
                 with stopwatch.aside("saving"):
-                    self.checkpoints.save_last(stage.name, stage.step, progress, stage.loaders.backends)
+                    self._save_last(stage)
             if stop:
                 raise Interrupted(stop, progress.iteration, stage.name)
             stopwatch.start()
@@ -310,7 +326,10 @@ class Trainer:
 
     def _validate(self, stage: Stage, output: StepOutput) -> None:
         """Measure the validation split, and keep the model where it may be the stage's."""
-        progress, values = self.progress, self.evaluation.evaluate(self.model, "meta")
+        progress, values, adjustment = self.progress, {}, stage.recipe.eval_adjustment
+        for name, model in stage.models.items():
+            metrics = self.evaluation.evaluate(model, "meta", adjustment=adjustment)
+            values |= prefixed(name, metrics) if values else metrics
         accuracy = values.pop("per_class_accuracy")
         per_class = {name: value.tolist() for name, value in output.per_class.items()}
         if values["ece"] is None:
@@ -322,9 +341,12 @@ class Trainer:
         at_end = progress.iteration == stage.iterations
         for select in progress.validated(values["top1"], at_end=at_end):
             if select in ("best", stage.recipe.select):
-                self.checkpoints.save_model(select, stage.name, self.model, progress)
+                self.checkpoints.save_model(select, stage.name, stage.models, progress)
         groups = "  ".join(f"{k} {percent(values[k])}" for k in ("top1", "many", "medium", "few"))
         self.context.say(f"{stage.name} {progress.iteration}: validation {groups}")
+
+    def _save_last(self, stage: Stage) -> None:
+        self.checkpoints.save_last(stage.name, stage.step, self.progress, stage.loaders.backends, stage.average)
 
     def _check_finite(self, stage: Stage, output: StepOutput) -> None:
         """FloatingPointError, on every process, unless the loss and all that a checkpoint would hold are finite."""

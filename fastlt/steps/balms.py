@@ -17,7 +17,7 @@ from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepOptions, StepParts
 from fastlt.steps.decoupled import CrtStep
 from fastlt.steps.meta import MetaStep
-from fastlt.steps.needs import LogitsPrior, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -93,6 +93,7 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
     """
 
     needs = Needs(meta_batch=True, trained_model=True)
+    allows = Allows()
     logits_prior = LogitsPrior("uniform", "the learned sampling rates are taken to have balanced the classes")
 
     Options = BalmsOptions

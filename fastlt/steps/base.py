@@ -20,6 +20,7 @@ from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier
 from fastlt.models.trained_state import load_trained_state, trained_state
+from fastlt.optim import Clip
 from fastlt.ranges import check_ranges
 from fastlt.state import Batch, ClassCounts, StepOutput
 from fastlt.steps.needs import Allows, LogitsPrior, Needs
@@ -48,6 +49,8 @@ class StepParts:
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
     compiler: what the step's forward, backward and tangent passes are compiled by.
     trained_classes: bool (C,), the classes whose images the batches hold; None for all of them.
+    clip: how gradients are clipped before the optimizer's step; None is not at all.
+    accumulate: the number of micro-batches whose gradients make the step of one batch.
     stage_models: of the earlier stages that the method's `models_of_stages` names.
     """
 
@@ -64,6 +67,8 @@ class StepParts:
     reducer: Reducer = field(default_factory=Reducer)
     compiler: Compiler = field(default_factory=Compiler)
     trained_classes: np.ndarray | None = None
+    clip: Clip | None = None
+    accumulate: int = 1
     stage_models: dict[str, StageModel] = field(default_factory=dict)
 
 
@@ -76,6 +81,28 @@ class StepOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+class GradientSum:
+    """Objectives and their gradients, added up one after the other.
+
+    value: 0-d. gradients: one tensor a parameter, zeros where unused. Both are constants.
+    """
+
+    value: Tensor
+    gradients: list[Tensor]
+
+    def __init__(self) -> None:
+        self.gradients = []
+
+    def add(self, objective: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Add an objective (0-d) and its gradient; frees its graph."""
+        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
+        if not self.gradients:
+            self.value, self.gradients = objective.detach(), list(gradients)
+            return
+        self.value = self.value + objective.detach()
+        torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]  # public all the same
 
 
 OptionsT = TypeVar("OptionsT", bound=StepOptions, default=StepOptions)
@@ -267,6 +294,31 @@ class Step(Replayable, Generic[OptionsT]):
         self.reducer.mean_([weight])
         return losses.mean() / weight.to(losses.dtype)
 
+    def micro_batches(self, size: int) -> list[slice]:
+        """The equal parts in which a batch of `size` samples goes through the network, one after the other."""
+        length = size // self.parts.accumulate
+        assert length * self.parts.accumulate == size, (size, self.parts.accumulate)
+        return [slice(start, start + length) for start in range(0, size, length)]
+
+    def minimise(self, inputs: Tensor, labels: Tensor, objective: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """One optimizer step down the mean of `objective` over the micro-batches of a batch; returns it, 0-d.
+
+        objective: takes the losses of a micro-batch and its place in the batch to a mean over them, 0-d. The gradient
+        is that of the whole batch; BatchNorm normalises with each micro-batch, and its statistics move with each.
+        """
+        parts = self.micro_batches(len(labels))
+        if len(parts) == 1:
+            value = objective(self.losses(inputs, labels), parts[0])
+            self.descend(value)
+            return value.detach()
+        sums = GradientSum()
+        for part in parts:
+            value = objective(self.losses(inputs[part], labels[part]), part) / len(parts)
+            sums.add(value, self.parameters)
+        self.reducer.mean_(sums.gradients)
+        self.apply(sums.gradients)
+        return sums.value
+
     def gradients(self, objective: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""
         gradients = torch.autograd.grad(
@@ -279,6 +331,8 @@ class Step(Replayable, Generic[OptionsT]):
         """One optimizer step with these gradients of `self.parameters`."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = laid_out(gradient, parameter)
+        if self.parts.clip is not None:
+            self.parts.clip(self.parameters, list(self.model.head.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

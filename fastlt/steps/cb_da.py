@@ -38,7 +38,7 @@ class CbDaStep(MetaStep[CbDaOptions]):
     normalised. For a run that starts from a trained model, give `from_epoch: 0`.
     """
 
-    allows = Allows(compilation=True)
+    allows = Allows(compilation=True, accumulation=True)
     logits_prior = LogitsPrior("weighted", "the corrections of single samples are left out, the class weights count")
 
     Options = CbDaOptions
@@ -69,9 +69,8 @@ class CbDaStep(MetaStep[CbDaOptions]):
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         run = self.training_pass(batch)
         if not self.uses_meta_batch():
-            objective = run.losses.mean()
-            self.descend(objective)
-            return StepOutput(objective.detach())
+            self.apply(self.weighted_gradients(run, None, self.parameters))
+            return StepOutput(run.losses.detach().mean())
         assert meta_batch is not None, "needs.meta_batch is not set"
         weights = self.balanced[run.labels]
         size = len(run.labels) * self.reducer.world_size

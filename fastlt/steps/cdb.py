@@ -49,7 +49,7 @@ class CdbStep(Step[CdbOptions]):
     """
 
     needs = Needs(class_accuracy=True)
-    allows = Allows(compilation=True)
+    allows = Allows(compilation=True, accumulation=True)
     logits_prior = LogitsPrior("weighted", "class weights, which change while a model is trained, count as logged last")
 
     Options = CdbOptions
@@ -69,10 +69,9 @@ class CdbStep(Step[CdbOptions]):
         accuracy = self.class_accuracy.update(self.model)
         tau = dynamic_tau(accuracy) if isinstance(self.options.tau, str) else self.options.tau
         weights = torch.ones_like(accuracy) if self.untrained else cdb_weights(accuracy, tau)
-        losses = self.losses(self.parts.augment(batch.images), batch.labels)
-        objective = (weights[batch.labels] * losses).mean()
-        self.descend(objective)
-        return StepOutput(objective.detach(), per_class={"weight": weights, "meta_accuracy": accuracy})
+        inputs, labels = self.parts.augment(batch.images), batch.labels
+        objective = self.minimise(inputs, labels, lambda losses, part: (weights[labels[part]] * losses).mean())
+        return StepOutput(objective, per_class={"weight": weights, "meta_accuracy": accuracy})
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "untrained": self.untrained}

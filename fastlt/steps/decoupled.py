@@ -18,7 +18,7 @@ from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
 from fastlt.ranges import at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
-from fastlt.steps.needs import LogitsPrior, Needs
+from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
@@ -29,6 +29,7 @@ class DecoupledStep(Step[OptionsT]):
     """
 
     needs = Needs(trained_model=True)
+    allows = Allows(accumulation=True)
 
     @classmethod
     def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
@@ -66,11 +67,11 @@ class DecoupledStep(Step[OptionsT]):
             return self.loss(self.model.head(self.model.dropout(features)), labels)
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        objective = self.mean_loss(self.losses(self.parts.augment(batch.images), batch.labels), batch.labels)
-        self.descend(objective)
+        inputs, labels = self.parts.augment(batch.images), batch.labels
+        objective = self.minimise(inputs, labels, lambda losses, part: self.mean_loss(losses, labels))
         head = self.model.head
         return StepOutput(
-            objective.detach(),
+            objective,
             per_class={"scale": head.scale.detach().clone()} if isinstance(head, ScaledHead) else {},
         )
 
@@ -185,6 +186,7 @@ class TauNormStep(DecoupledStep[TauNormOptions]):
     """
 
     needs = Needs(trained_model=True, trained_head=True)
+    allows = Allows(ema=False)
     logits_prior = LogitsPrior("uniform", "tau, chosen on validation, is taken to have removed the class frequencies")
 
     Options = TauNormOptions

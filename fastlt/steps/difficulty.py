@@ -43,7 +43,7 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     """Algorithm 1 of the supplement, one iteration; the inner loss is any per-sample loss ("Ours + Bal. Softmax")."""
 
     needs = Needs(meta_batch=True, class_accuracy=True)
-    allows = Allows(compilation=True)
+    allows = Allows(compilation=True, accumulation=True)
 
     Options = DifficultyOptions
 

@@ -27,7 +27,7 @@ class ExpertStep(PlainStep):
     of its model with it, counts right what the expert knows and everything else as wrong.
     """
 
-    allows = Allows(compilation=True, experts=True, some_classes=True)
+    allows = Allows(compilation=True, experts=True, some_classes=True, accumulation=True)
 
     @classmethod
     def check_stage(cls, options: StepOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:

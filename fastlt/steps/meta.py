@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from fastlt.names import pick
 from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
 from fastlt.ranges import at_least, check_ranges, within
 from fastlt.state import Batch, StepOutput
-from fastlt.steps.base import OptionsT, Step, StepOptions, StepParts
+from fastlt.steps.base import GradientSum, OptionsT, Step, StepOptions, StepParts
 from fastlt.steps.needs import LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -50,6 +51,8 @@ class TrainingPass:
     record: of the forward, for the tangent or to release activations; None where neither is done.
     gradients: of every loss, where samples do not couple; None where lookahead, tangent and update take passes of their
         own.
+    parts: the passes of the micro-batches where the batch has several. No losses have a graph then: what is
+        differentiated is computed again, one micro-batch at a time, see `MetaStep.losses_again`.
     """
 
     inputs: Tensor
@@ -58,6 +61,7 @@ class TrainingPass:
     random_state: Mapping[str, Tensor] | None
     record: ForwardRecord | None = None
     gradients: PerSampleGradients | None = None
+    parts: tuple[TrainingPass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ class MetaStep(Step[OptionsT]):
         return self.parts.compiler(meta_gradient.tangents_at(self.network, self.loss))
 
     def why_not_compiled(self) -> str | None:
+        if self.parts.accumulate > 1 and self.parts.compiler.mode == "inductor":
+            return "the passes of micro-batches are computed again, which is not compiled by inductor"
         if meta_gradient.is_stochastic(self.network):
             return "the network draws random numbers, and compiled passes over one batch would not draw the same"
         return super().why_not_compiled()
@@ -174,6 +180,8 @@ class MetaStep(Step[OptionsT]):
     def training_pass(self, batch: Batch) -> TrainingPass:
         """Augment a batch and run it forward, and back where its samples do not couple."""
         inputs = self.inputs(self.parts.augment(batch.images))
+        if self.parts.accumulate > 1:
+            return self._pass_in_parts(inputs, batch.labels)
         # Whatever the model: not every one that draws shows it from outside. Some 20 us on a CPU.
         random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
         if self._keeps(inputs):
@@ -192,6 +200,22 @@ class MetaStep(Step[OptionsT]):
         with record.recording():
             losses = self.losses(inputs, batch.labels)
         return TrainingPass(inputs, batch.labels, losses, random_state, record)
+
+    def _pass_in_parts(self, inputs: Tensor, labels: Tensor) -> TrainingPass:
+        """The forward passes of the micro-batches, for their losses and for BatchNorm's running statistics alone."""
+        parts = []
+        for part in self.micro_batches(len(labels)):
+            random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
+            with torch.no_grad():
+                losses = self.losses(inputs[part], labels[part])
+            parts.append(TrainingPass(inputs[part], labels[part], losses, random_state))
+        return TrainingPass(inputs, labels, torch.cat([part.losses for part in parts]), None, parts=tuple(parts))
+
+    def losses_again(self, part: TrainingPass) -> Tensor:
+        """The losses of a micro-batch with their graph, from the same random draws; leaves no trace in buffers."""
+        losses = meta_gradient.functional_losses(self.network, self.loss, part.inputs, part.labels)
+        with self._drawn_by(part), self.parts.autocast():
+            return losses(meta_gradient.trainable_parameters(self.network))
 
     def _keeps(self, inputs: Tensor) -> bool:
         """Whether one pass keeps what lookahead, tangent and update need; tries the network with the first batch."""
@@ -236,17 +260,32 @@ class MetaStep(Step[OptionsT]):
         return self.gradient_at(run, gradients, meta_batch, lr)
 
     def weighted_gradients(
-        self, run: TrainingPass, weights: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False
+        self, run: TrainingPass, weights: Tensor | None, parameters: Sequence[Tensor], *, retain_graph: bool = False
     ) -> list[Tensor]:
         """The gradient of (1/b) sum_i w_i l_i, averaged over processes: a tensor a parameter.
 
-        weights: (b,), constant. retain_graph: whether the gradients with other weights are asked for later.
+        weights: (b,), constant; None is 1 for each. retain_graph: whether those with other weights are asked for
+            later.
         """
+        if run.parts:
+            return self._gradients_in_parts(run, weights, parameters)
         if run.gradients is None:
-            return self.gradients((weights * run.losses).mean(), parameters, retain_graph=retain_graph)
+            objective = (run.losses if weights is None else weights * run.losses).mean()
+            return self.gradients(objective, parameters, retain_graph=retain_graph)
+        weights = torch.ones_like(run.losses) if weights is None else weights
         gradients = run.gradients.weighted(weights / len(run.labels), parameters)
         self.reducer.mean_(gradients)
         return gradients
+
+    def _gradients_in_parts(
+        self, run: TrainingPass, weights: Tensor | None, parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        sums = GradientSum()
+        for place, part in zip(self.micro_batches(len(run.labels)), run.parts, strict=True):
+            losses = self.losses_again(part)
+            sums.add((losses if weights is None else weights[place] * losses).mean() / len(run.parts), parameters)
+        self.reducer.mean_(sums.gradients)
+        return sums.gradients
 
     def gradient_at(
         self, run: TrainingPass, gradients: list[Tensor], meta_batch: Batch, lr: float | Tensor | None = None
@@ -285,11 +324,17 @@ class MetaStep(Step[OptionsT]):
         return [p.mul_(factor) for p, factor in zip(diagonal, self.lr_factors, strict=True)]
 
     def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor, run: TrainingPass):
-        """The meta loss (0-d) at the lookahead and its gradient there; in parts, where images do not couple."""
-        if run.gradients is None or not self.trains_most or len(labels) < 2 * META_PARTS:
+        """The meta loss (0-d) at the lookahead and its gradient there.
+
+        In parts, where images do not couple and most of the network is trained, or where a batch has micro-batches.
+        """
+        parts = self.parts.accumulate
+        if run.gradients is not None and self.trains_most and len(labels) >= 2 * META_PARTS:
+            parts = META_PARTS
+        if parts == 1:
             return self._gradient_of_meta_images(ahead, inputs, labels)
         meta_loss, direction = inputs.new_zeros(()), [torch.zeros_like(p) for p in ahead.values()]
-        for part, of_part in zip(inputs.chunk(META_PARTS), labels.chunk(META_PARTS), strict=True):
+        for part, of_part in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
             loss, gradients = self._gradient_of_meta_images(ahead, part, of_part)
             meta_loss = meta_loss + loss * (len(part) / len(inputs))
             torch._foreach_add_(direction, gradients, alpha=len(part) / len(inputs))
@@ -315,10 +360,16 @@ class MetaStep(Step[OptionsT]):
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         if run.gradients is not None:
             return run.gradients.tangents(self.ahead, direction)
+        if run.parts:
+            return torch.cat([self._tangent(part, direction) for part in run.parts])
+        with self._drawn_by(run):
+            return self._tangent_of_pass(run, direction)
+
+    def _drawn_by(self, run: TrainingPass) -> AbstractContextManager[None]:
+        """Inside, the network draws what it drew in a training pass."""
         if run.random_state is None:
-            return self._tangent_of_pass(run, direction)
-        with meta_gradient.replayed_randomness(run.random_state, run.inputs.device):
-            return self._tangent_of_pass(run, direction)
+            return nullcontext()
+        return meta_gradient.replayed_randomness(run.random_state, run.inputs.device)
 
     def _tangent_of_pass(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         # Outside autocast, but for `low_tangent`: along one direction, a bfloat16 tangent was 1e-2 off, this one 1e-4.
@@ -411,6 +462,10 @@ class LearnedWeightStep(MetaStep[LearnedT]):
     @classmethod
     def check_stage(cls, options: LearnedT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = super().check_stage(options, stage, recipe)
+        if stage.accumulate > 1:
+            why = f"with accumulate {stage.accumulate}, which keeps no activations; leave it out"
+            mistakes += [f"options.lean: is true {why}"] if options.lean else []
+            mistakes += [f"options.tangent: is autocast {why}"] if options.tangent == "autocast" else []
         if options.lean and recipe.compile == "inductor":
             mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
         if options.tangent == "autocast":

@@ -37,6 +37,8 @@ class Allows:
     some_classes: the stage's `classes`, training on a part of the classes.
     features: `data.cached_views`, training on features of a frozen backbone in the place of images.
     trained_part: `model.train`, `model.norm` and `model.adapt`, training a part of the network.
+    accumulation: the stage's `accumulate`, a batch in micro-batches.
+    ema: the stage's `ema`, a moving average of the weights.
     """
 
     compilation: bool = False
@@ -44,6 +46,8 @@ class Allows:
     some_classes: bool = False
     features: bool = True
     trained_part: bool = True
+    accumulation: bool = False
+    ema: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ class PlainStep(Step):
     A loss that averages by its weights (LDAM's re-weighting) does so here.
     """
 
-    allows = Allows(compilation=True, experts=True)
+    allows = Allows(compilation=True, experts=True, accumulation=True)
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        objective = self.mean_loss(self.losses(self.parts.augment(batch.images), batch.labels), batch.labels)
-        self.descend(objective)
-        return StepOutput(objective.detach())
+        inputs, labels = self.parts.augment(batch.images), batch.labels
+        return StepOutput(self.minimise(inputs, labels, lambda losses, part: self.mean_loss(losses, labels)))

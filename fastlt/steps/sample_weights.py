@@ -47,7 +47,7 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
     over the whole batch and every process makes the same step on V.
     """
 
-    allows = Allows(compilation=True)
+    allows = Allows(compilation=True, accumulation=True)
     logits_prior = LogitsPrior("batches", "the weights of single samples are left out: they have no one value a class")
 
     def make_net(self) -> SampleNet:

@@ -5,55 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_steps import BETA, COUNTS, EPS, Float64Augment, make_step, some
 from reference import forward
-
-from fastlt import optim
-from fastlt.losses import build_loss
-from fastlt.meta.class_accuracy import ClassAccuracy
-from fastlt.models import build_model
-from fastlt.state import Batch, ClassCounts
-from fastlt.steps import STEPS, StepParts
-
-CLASSES, LR, BETA, EPS, DECAY = 4, 3e-3, 0.97, 1e-8, 0.05
-COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))
-
-
-class Float64Augment:
-    def __call__(self, images, dtype=None):
-        return images.double() / 127.5 - 1
-
-    def state_dict(self):
-        return {}
-
-
-def some(count):
-    labels = torch.randint(0, CLASSES, (count,))
-    return Batch(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), labels, torch.arange(count))
-
-
-def make_step(method, network, optimizer, layer_decay=None, **options):
-    torch.manual_seed(0)
-    model = build_model(network, num_classes=CLASSES, image_size=32).double().train()
-    kind = STEPS[method]
-    groups = optim.parameter_groups(
-        model, [{"params": list(model.parameters())}], weight_decay=DECAY, layer_decay=layer_decay, decay="weights"
-    )
-    for group in groups:
-        group["lr"] = LR * group.get("lr_factor", 1.0)
-    more = {} if optimizer == "sgd" else {"options": {"betas": [0.9, BETA], "eps": EPS}}
-    everything = some(12)
-    parts = StepParts(
-        model=model,
-        loss=build_loss("balanced_softmax", COUNTS),
-        optimizer=optim.make_optimizer(optimizer, groups, lr=LR, device=torch.device("cpu"), **more),
-        augment=Float64Augment(),
-        meta_augment=Float64Augment(),
-        class_counts=COUNTS,
-        class_accuracy=ClassAccuracy(everything.images, everything.labels, CLASSES, prepare=Float64Augment())
-        if kind.needs.class_accuracy
-        else None,
-    )
-    return kind(parts, kind.Options(**options))
 
 
 def slow_preconditioner(step, gradients):

@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastlt.augment import build_augment
 from fastlt.device import compiled
-from fastlt.device.compiled import Compiler, load_optimizer, make_sgd, mode_for, ready
+from fastlt.device.compiled import Compiler, load_optimizer, mode_for, ready
 from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
+from fastlt.optim import Clip, make_optimizer
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
@@ -30,7 +31,7 @@ CLASSES = 4
 COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))
 
 
-def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", frozen=None, **options):
+def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", frozen=None, optimizer="sgd", **options):
     """frozen: "norms", whose statistics then do not couple the samples of a batch, or all of the "backbone"."""
     torch.manual_seed(0)
     # As small as a network with BatchNorm can be: compiling takes longer with every layer.
@@ -47,7 +48,17 @@ def make_step(method, compiler, drop_rate=0.0, refresh="exact", device="cpu", fr
     parts = StepParts(
         model=model,
         loss=build_loss("cross_entropy", COUNTS),
-        optimizer=make_sgd([{"params": trained}], compiler.mode, 0.1, torch.device(device), momentum=0.9),
+        optimizer=make_optimizer(
+            optimizer,
+            [{"params": trained}],
+            lr=0.1,
+            device=torch.device(device),
+            mode=compiler.mode,
+            # So large that a gradient near zero is no matter of its sign.
+            options={} if optimizer == "sgd" else {"eps": 1e-2},
+        ),
+        clip=options.pop("clip", None),
+        accumulate=options.pop("accumulate", 1),
         augment=augment(0),
         meta_augment=augment(1),
         class_counts=COUNTS,
@@ -187,6 +198,10 @@ GRAPHED = {
     "sample_difficulty": ("sample_difficulty", "exact", {}, 1),
     "cb_da": ("cb_da", "exact", {"from_epoch": 1}, 2),
     "expert": ("expert", "exact", {}, 1),
+    "clipped": ("plain", "exact", {"clip": Clip(norm=0.1)}, 1),
+    "adamw": ("plain", "exact", {"optimizer": "adamw", "clip": Clip(agc=0.01), "accumulate": 2}, 1),
+    "preconditioned": ("difficulty", "exact", {"optimizer": "adamw", "clip": Clip(value=0.01)}, 1),
+    "accumulated": ("difficulty", "exact", {"accumulate": 2}, 1),
 }
 
 
@@ -306,6 +321,11 @@ def test_what_cannot_be_a_graph_is_told_before_anything_is_tried():
     assert ready(step, *batches(0)) == (step, "CUDA graphs need a CUDA device")
     step = make_step("difficulty", Compiler("cudagraph"), approximate=Approximation(every=2))
     assert "not alike" in ready(step, *batches(0), Captured(step))[1]
+
+
+def test_an_optimizer_that_counts_in_python_is_not_captured():
+    step = make_step("plain", Compiler("cudagraph"), optimizer="lamb")
+    assert ready(step, *batches(0), Captured(step))[1] == "Lamb counts its steps in Python, which is not captured"
 
 
 def test_a_run_says_what_it_compiled_and_ends_as_without(digits_words, capsys, monkeypatch):

@@ -63,6 +63,11 @@ def ref_cross_entropy(z, y):
     return -math.log(softmax(z)[y])
 
 
+def ref_smoothed(z, y, eps):
+    every = [ref_cross_entropy(z, k) for k in range(len(z))]
+    return (1 - eps) * every[y] + eps * sum(every) / len(every)
+
+
 def ref_balanced_softmax(z, y):
     terms = [n * math.exp(v) for n, v in zip(COUNTS, z, strict=True)]
     return -math.log(terms[y] / sum(terms))
@@ -90,6 +95,13 @@ def ref_smoothing(z, y):
 CASES = {
     "cross_entropy": ("cross_entropy", {}, ref_cross_entropy),
     "balanced_softmax": ("balanced_softmax", {}, ref_balanced_softmax),
+    "smoothed": ("cross_entropy", {"label_smoothing": 0.2}, lambda z, y: ref_smoothed(z, y, 0.2)),
+    "tau": ("balanced_softmax", {"tau": 0.5}, lambda z, y: ref_cross_entropy(z + 0.5 * np.log(COUNTS), y)),
+    "smoothed_tau": (
+        "balanced_softmax",
+        {"tau": 2, "label_smoothing": 0.1},
+        lambda z, y: ref_smoothed(z + 2 * np.log(COUNTS), y, 0.1),
+    ),
     "focal": ("focal", {"gamma": 2}, ref_focal),
     "cb_softmax": ("class_balanced", {"beta": 0.99}, lambda z, y: cb_weights(0.99)[y] * ref_cross_entropy(z, y)),
     "cb_sigmoid": (
@@ -461,7 +473,7 @@ def test_losses_without_counts_take_balanced_training_sets_and_are_the_same_ther
     [
         ("ballanced_softmax", {}, "did you mean 'balanced_softmax'"),
         ("focal", {"gama": 1}, "option of loss focal 'gama': allowed are gamma; did you mean 'gamma'"),
-        ("cross_entropy", {"gamma": 1}, "takes no options, but 'gamma' is given"),
+        ("cross_entropy", {"gamma": 1}, "option of loss cross_entropy 'gamma': allowed are label_smoothing"),
     ],
 )
 def test_wrong_names(name, options, message):

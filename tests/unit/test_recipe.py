@@ -329,3 +329,58 @@ def test_shots_are_thresholds_or_ranks():
     assert recipe.data.shots == ShotRanks((3, 4, 3))
     with pytest.raises(RecipeError, match=r"data\.shots"):
         load_recipe("digits_lt", ["data.shots={ranks: [3, 4]}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([f"{STAGE}.optimizer=adamv"], "stages.end_to_end.optimizer: unknown optimizer 'adamv'.*did you mean"),
+        (
+            [f"{STAGE}.optimizer=adamw", f"{STAGE}.optimizer_options.beta=1"],
+            "end_to_end.optimizer_options.beta: unknown",
+        ),
+        ([f"{STAGE}.min_lr=0.2", f"{STAGE}.schedule=cosine"], "end_to_end.min_lr: is 0.2; allowed: not above lr, 0.1"),
+        ([f"{STAGE}.min_lr=0.01"], "end_to_end.min_lr: is 0.01 with schedule 'constant'"),
+        ([f"{STAGE}.clip={{norm: 1, value: 1}}"], "end_to_end.clip: .*norm and value of norm"),
+        ([f"{STAGE}.clip={{norm: 0}}"], "end_to_end.clip.norm: is 0; allowed: a number > 0"),
+        ([f"{STAGE}.accumulate=3"], "end_to_end.accumulate: is 3, but batch_size 128 does not divide"),
+        (
+            [f"{STAGE}.method=difficulty", f"{STAGE}.accumulate=4", f"{STAGE}.meta_batch_size=10"],
+            "end_to_end.accumulate: is 4, but meta_batch_size 10 does not divide",
+        ),
+        ([f"{STAGE}.method=mixup", f"{STAGE}.accumulate=2"], "end_to_end.accumulate: is 2, but method 'mixup'.*plain"),
+        ([f"{STAGE}.loss=equalization", f"{STAGE}.accumulate=2"], "end_to_end.accumulate: .*draws for a batch"),
+        (
+            [f"{STAGE}.method=difficulty", f"{STAGE}.accumulate=2", f"{STAGE}.options.lean=true"],
+            "end_to_end.options.lean: is true with accumulate 2",
+        ),
+        (
+            [f"{STAGE}.method=difficulty", f"{STAGE}.options.lookahead=preconditioned"],
+            "end_to_end.options.lookahead: is 'preconditioned' with optimizer 'sgd'.*adamw",
+        ),
+        (
+            [f"{STAGE}.method=mwn", f"{STAGE}.optimizer=lion", f"{STAGE}.options.lookahead=preconditioned"],
+            "end_to_end.options.lookahead: is 'preconditioned' with optimizer 'lion'",
+        ),
+    ],
+)
+def test_what_the_optimizer_of_a_stage_does_not_allow_is_refused(write, words, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(BASE), words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "options.lookahead is sgd, with optimizer sgd"),
+        ([f"{STAGE}.optimizer=adamw"], "options.lookahead is preconditioned, with optimizer adamw"),
+        ([f"{STAGE}.optimizer=lamb"], "options.lookahead is sgd, with optimizer lamb"),
+        (
+            [f"{STAGE}.optimizer=adamw", f"{STAGE}.options.lookahead=sgd"],
+            "options.lookahead is sgd, with optimizer adamw",
+        ),
+    ],
+)
+def test_a_recipe_tells_which_lookahead_follows(write, words, expected):
+    recipe = load_recipe(write(BASE), [f"{STAGE}.method=difficulty", *words])
+    assert recipe.follows() == [f"{STAGE}.{expected}"]
