@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastlt.names import shortened
 from fastlt.ranges import at_least
 
 
@@ -71,6 +73,22 @@ class ClassCounts:
         assert self.counts.ndim == 1, self.counts.shape
         assert self.counts.dtype == np.int64, self.counts.dtype
         assert len(self.names) == len(self.counts)
+
+    @classmethod
+    def of(
+        cls,
+        counts: Sequence[int] | np.ndarray | Tensor,
+        names: Sequence[str] | None = None,
+        shots: tuple[int, int] | ShotRanks = (100, 20),
+    ) -> ClassCounts:
+        """The counts of any sequence of whole numbers, by label; names: by default the labels.
+
+        ValueError for a class without an image.
+        """
+        array = np.asarray(counts, dtype=np.int64)
+        if array.ndim != 1 or not len(array) or array.min() < 1:
+            raise ValueError(f"class counts are one number a class, each of 1 or more; these are {shortened(counts)}")
+        return cls(array, tuple(names or map(str, range(len(array)))), shots)
 
     @property
     def num_classes(self) -> int:

@@ -21,10 +21,11 @@ def trained_state(model: Classifier) -> dict[str, Any]:
     backbone that began as a pretrained one.
     """
     weights = model.state_dict()
-    if model.frozen_part is None:
+    frozen_part = getattr(model, "frozen_part", None)  # a network that is not ours has none
+    if frozen_part is None:
         return {WEIGHTS: weights}
     kept = {name: value for name, value in weights.items() if name not in model.frozen}
-    return {WEIGHTS: kept, FROZEN: asdict(model.frozen_part)}
+    return {WEIGHTS: kept, FROZEN: asdict(frozen_part)}
 
 
 def load_trained_state(model: Classifier, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 from fastlt.parent_process import end_with_parent
@@ -38,11 +39,15 @@ def fork_server(preloaded: list[str]) -> BaseContext:
             f"the folder for temporary files, {Path(folder).parent}, has too long a path for the socket of the torch "
             "loader's workers; set TMPDIR to a shorter one, or data.num_workers=0"
         )
-    os.environ[PARENT] = f"{os.getpid()}:{folder}"
     # Semaphores that exist when a kill comes and are not yet registered can be told from others' then.
     multiprocessing.current_process()._config["semprefix"] = _semaphores(os.getpid())  # pyright: ignore
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *preloaded])
+    os.environ[PARENT] = f"{os.getpid()}:{folder}"
+    try:
+        ensure_running()
+    finally:
+        del os.environ[PARENT]  # it is for the server; what else this process starts has another one
     return context
 
 

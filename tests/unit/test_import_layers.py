@@ -20,7 +20,7 @@ LAYERS = [
     {"fastlt.meta", "fastlt.models", "fastlt.optim", "loaders.sources"},
     {"fastlt.steps", "loaders.stored"},
     {"loaders.readers"},
-    {"fastlt.recipe", "loaders.factory"},
+    {"fastlt.batches", "fastlt.recipe", "loaders.factory"},
     {"fastlt.run"},
     {"fastlt.report", "fastlt.ensemble", "fastlt.export", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"},
     {"fastlt"},  # the public names; __version__ too, for the command

@@ -13,8 +13,26 @@ import pytest
 import fastlt
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["Batch", "ClassCounts", "Prediction", "Predictions", "Predictor", "StepOutput"]
-NAMES += ["build_augment", "build_loss", "build_model", "load", "load_recipe"]
+NAMES = [
+    "Batch",
+    "Batches",
+    "ClassCounts",
+    "FinishedRun",
+    "Prediction",
+    "Predictions",
+    "Predictor",
+    "StepOutput",
+    "TrainingStep",
+    "build_augment",
+    "build_loader",
+    "build_loss",
+    "build_model",
+    "build_sampler",
+    "build_step",
+    "fit",
+    "load",
+    "load_recipe",
+]
 
 
 def test_these_are_the_public_names():
