@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from fastlt.paths import expand
 
@@ -25,12 +27,23 @@ def make_parser(doc: str | None, name: str, prog: str, usage: str | None = None)
     name: how the docstring writes the command, `fastlt report`. prog: how the user called it, that or `report.py`, a
     script of tools/; the examples and the usage line show the user's own.
     """
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=prog,
         usage=usage,
         description=show(doc, name, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Where words `key.sub=value` are taken, it says that they have no dashes."""
+
+    def error(self, message: str) -> NoReturn:
+        stray = re.match(r"unrecognized arguments: --(\S+)", message)
+        if stray and any(action.dest == "overrides" for action in self._actions):
+            key, _, value = stray[1].partition("=")
+            message += f"; a key of the recipe is written without dashes, {key}={value or 'VALUE'}"
+        super().error(message)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

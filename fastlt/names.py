@@ -17,9 +17,23 @@ def shortened(value: object) -> str:
 
 
 def nearest(word: str, valid: Iterable[str]) -> str | None:
-    """The valid word closest to `word`, or None when nothing is near."""
-    matches = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    """The valid word closest to `word`, or None when nothing is near.
+
+    Capitals and dashes do not count, and initials do: `CE` is near cross_entropy.
+    """
+    plain = {_plain(one): one for one in valid}
+    matches = difflib.get_close_matches(_plain(word), list(plain), n=1, cutoff=0.5)
+    if matches:
+        return plain[matches[0]]
+    return next((one for key, one in plain.items() if _plain(word) == _initials(key)), None)
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_").replace(" ", "_")
+
+
+def _initials(word: str) -> str:
+    return "".join(part[:1] for part in word.split("_"))
 
 
 def unknown(kind: str, word: object, valid: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fastlt.models.known_networks import network_like, network_of_run
 from fastlt.models.weight_files import Tensors, first_few, read_weights
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,12 @@ def _shapes(state: Tensors, own: Tensors) -> str:
     return f"in the file {one(state)}; here {one(own)}"
 
 
+def _told(path: str | Path, state: Tensors) -> str:
+    """Of which network a file is, as far as can be told: a part of a sentence, or ""."""
+    what = network_of_run(path) or network_like(state)
+    return "" if what is None else f"; the file is of {what}"
+
+
 def _check_match(state: Tensors, own: Tensors, path: str | Path) -> None:
     """ValueError, a line of a few names, unless names and shapes are those of the network."""
     problems = {
@@ -147,8 +154,8 @@ def _check_match(state: Tensors, own: Tensors, path: str | Path) -> None:
     found = [f"{len(names)} {kind}: {first_few(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(
-            f"checkpoint {path} is not of this model, which has {len(own)} weights; {'; '.join(found)}. Set model.name "
-            "and its options to those of the file, or give another file"
+            f"checkpoint {path} is not of this model, which has {len(own)} weights{_told(path, state)}; "
+            f"{'; '.join(found)}. Set model.name and its options to those of the file, or give another file"
         )
 
 

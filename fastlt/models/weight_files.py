@@ -76,6 +76,11 @@ def read_weights(path: str | Path) -> Tensors:
     return _tensors_of(_read_torch(path), path)
 
 
+def read_saved(path: str | Path) -> Any:
+    """All that a file of torch.save holds, with a `Stranger` for what is no tensor and no container; None of others."""
+    return _read_torch(Path(path)) if zipfile.is_zipfile(path) else None
+
+
 def first_few(names: Iterable[str], most: int = 3) -> str:
     """The first names of many, and how many there are."""
     names = list(names)

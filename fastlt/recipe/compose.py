@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlt.names import nearest
 from fastlt.recipe.checks import check
 from fastlt.recipe.from_model import take_from_model
 from fastlt.recipe.locations import find_base, find_recipe
-from fastlt.recipe.schema import Recipe, recipe_from_tree
+from fastlt.recipe.schema import ALIASES, Recipe, recipe_from_tree
 from fastlt.recipe.typed_yaml import build, describe
 from fastlt.recipe.yaml_text import RecipeError, parse
 
 LARGEST = 1 << 20  # bytes of a recipe file
+OTHER_LENGTH = {"iterations": "epochs", "epochs": "iterations"}  # of a stage, which has one of them
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -23,8 +27,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     tree = compose(path)
-    for word in overrides:
-        apply_override(tree, word)
+    words = [Override.read(word) for word in overrides]
+    of_files = list(stages_of(tree))
+    for name, stage in stages_of(tree).items():
+        given = {word.key[2]: word.value for word in words if word.key[:2] == ("stages", name) and len(word.key) == 3}
+        for unit in OTHER_LENGTH.keys() & given:
+            replace_length(stage, unit, given[unit], given.keys())
+    for word in words:
+        word.apply(tree)
+    _refuse_stray_stages(tree, of_files, words)
     tree.setdefault("name", path.stem)
     if isinstance(tree.get("stages"), dict):
         tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage is not None}
@@ -34,7 +45,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "of the meta-step first, which are products of two of them; set precision=bf16, which has float32's range"
         )
     take_from_model(tree)
-    recipe = build(Recipe, tree)
+    recipe = build(Recipe, tree, ALIASES)
     mistakes = check(recipe)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
@@ -61,8 +72,49 @@ def compose(path: Path) -> dict[str, Any]:
         part = read_yaml(file)
         if "base" in part:
             raise RecipeError(f"{file}: has a base of its own; bases go one level deep, name both in {path}")
-        tree = merge(tree, part)
-    return merge(tree, own)
+        tree = _on_top(tree, part)
+    return _on_top(tree, own)
+
+
+def _on_top(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`merge` of two files, where a length of a stage in one unit replaces that in the other."""
+    stages = stages_of(base)
+    for name, stage in stages_of(over).items():
+        for unit in OTHER_LENGTH:
+            if name in stages and unit in stage:
+                replace_length(stages[name], unit, stage[unit], set(stage))
+    return merge(base, over)
+
+
+def stages_of(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages of a tree that are mappings, by name; other values are refused later."""
+    stages = tree.get("stages")
+    return {k: v for k, v in stages.items() if isinstance(v, dict)} if isinstance(stages, dict) else {}
+
+
+def replace_length(stage: dict[str, Any], unit: str, length: Any, given: Set[str]) -> None:
+    """Let `unit`, iterations or epochs, be the unit of a stage that has its length in the other one. Changes `stage`.
+
+    warmup, milestones and evaluate_every, which are in that unit too, keep their share of the length. given: the keys
+    that are set anew with it and so stay.
+    """
+    other = OTHER_LENGTH[unit]
+    before = stage.get(other)
+    if length is None or before is None or other in given:
+        return
+    del stage[other]
+    if not all(isinstance(one, int) and one > 0 for one in (before, length)):
+        return  # refused later
+    share = length / before
+    scaled: dict[str, Callable[[Any], Any]] = {
+        "warmup": lambda warmup: warmup * share,
+        "milestones": lambda milestones: [one * share for one in milestones],
+        "evaluate_every": lambda every: max(1, round(every * share)),
+    }
+    stage.setdefault("evaluate_every", 1)
+    for key in scaled.keys() & stage.keys() - given:
+        with contextlib.suppress(TypeError):  # no numbers: refused later
+            stage[key] = scaled[key](stage[key])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -97,20 +149,49 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(tree: dict[str, Any], word: str) -> None:
-    """Set one `key.sub=value` word in `tree`; the value is read as YAML. RecipeError when the word has another form."""
-    key, sep, text = word.partition("=")
-    if not sep or not key or any(not part for part in key.split(".")):
-        raise RecipeError(f"{word!r} is not an override: write key.sub=value, for example data.root=/images seed=1")
-    value = parse(text, f"the word {key}=…", key)
-    *parents, last = key.split(".")
-    node = tree
-    for depth, part in enumerate(parents):
-        child = node.get(part)
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            where = ".".join(parents[: depth + 1])
-            raise RecipeError(f"{word!r}: {where} is {describe(child)}, it has no keys to override; set {where} itself")
-        node = child
-    node[last] = value
+@dataclass(frozen=True)
+class Override:
+    """A word `key.sub=value`. key: its parts. value: read as YAML. word: as it was written."""
+
+    key: tuple[str, ...]
+    value: Any
+    word: str
+
+    @classmethod
+    def read(cls, word: str) -> Override:
+        """RecipeError when the word has another form."""
+        key, sep, text = word.partition("=")
+        if not sep or not key or any(not part for part in key.split(".")):
+            raise RecipeError(f"{word!r} is not an override: write key.sub=value, for example data.root=/images seed=1")
+        return cls(tuple(key.split(".")), parse(text, f"the word {key}=…", key), word)
+
+    def apply(self, tree: dict[str, Any]) -> None:
+        """Set the value in `tree`; RecipeError when the key lies below one that has no keys."""
+        *parents, last = self.key
+        node = tree
+        for depth, part in enumerate(parents):
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                where = ".".join(parents[: depth + 1])
+                raise RecipeError(
+                    f"{self.word!r}: {where} is {describe(child)}, it has no keys to override; set {where} itself"
+                )
+            node = child
+        node[last] = self.value
+
+
+def _refuse_stray_stages(tree: Mapping[str, Any], of_files: Sequence[str], words: Sequence[Override]) -> None:
+    """RecipeError for words that set keys of a stage that is in no file, and do not make one: it has no method."""
+    mistakes = []
+    for name, stage in stages_of(tree).items():
+        word = next((word for word in words if word.key[:2] == ("stages", name)), None)
+        if name in of_files or "method" in stage or word is None:
+            continue
+        meant = of_files[0] if len(of_files) == 1 else nearest(name, of_files)
+        hint = "" if meant is None else f"; did you mean {'.'.join(('stages', meant, *word.key[2:]))}?"
+        there = f"the stages of the recipe are {', '.join(of_files)}" if of_files else "the recipe has no stages"
+        mistakes.append(f"{'.'.join(word.key)}: there is no stage {name!r}, {there}{hint}")
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))

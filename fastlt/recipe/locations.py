@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from fastlt.paths import expand
@@ -29,14 +30,20 @@ def find_recipe(word: str | Path) -> Path:
     A file that is there goes before a shipped one. RecipeError when there is neither.
     """
     path = expanded(str(word))
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        has = f"; the recipe of the run in it is {inside}" if inside.is_file() else ""
+        raise RecipeError(f"{word}: is a folder{has or '; give the path of a recipe file'}")
     if path.exists():
         return path
     shipped = shipped_recipes().get(str(word).removesuffix(".yaml"))
     if shipped is not None:
         return shipped
+    if re.fullmatch(r"[\w.]+=.*", str(word)):
+        raise RecipeError(f"{word}: is an override and no recipe; the recipe comes first: digits_lt {word}")
     raise RecipeError(
         f"{word}: cannot be read (no such file); give the path of a recipe file, or the name of one that fastlt ships"
-        f"{_nearest(path.name.removesuffix('.yaml'), shipped_names())}"
+        f"{_nearest(path.name.removesuffix('.yaml').removesuffix('.yml'), shipped_names())}"
     )
 
 

@@ -45,9 +45,10 @@ TOP = f"""\
 
 A recipe is a YAML file with the keys below. Words `key.sub=value` after the file on the command line override keys,
 as in `fastlt train recipes/cifar10_lt.yaml data.root=data/raw stages.end_to_end.lr=0.1`. `base: [FILE, ...]` puts the
-file's own keys on top of other files; mappings merge key by key, and lists replace. Unknown keys, wrong types and
-impossible combinations are refused before any data is read. The run folder keeps the recipe with every default filled
-in.
+file's own keys on top of other files; mappings merge key by key, and lists replace. `epochs` of a stage replaces the
+`iterations` of a base, and the other way round. `warmup`, `milestones` and `evaluate_every` of the base then keep their
+share of the length, unless they are given too. Unknown keys, wrong types and impossible combinations are refused before
+any data is read. The run folder keeps the recipe with every default filled in.
 
 A key with an asterisk changes no result: a run that goes on may have another value than before. The rules of the other
 keys are in [reliability](reliability.md#resuming).

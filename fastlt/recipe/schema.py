@@ -38,6 +38,47 @@ ON_RESUME = "on_resume"
 HARMLESS, ROUNDING = {ON_RESUME: "harmless"}, {ON_RESUME: "rounding"}
 SAME_CONTENT, LONGER, LOWER = {ON_RESUME: "same_content"}, {ON_RESUME: "longer"}, {ON_RESUME: "lower"}
 
+# What other libraries call our keys: by these names users look for them.
+ALIASES = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "optim": "optimizer",
+    "scheduler": "schedule",
+    "lr_scheduler": "schedule",
+    "sampler": "sampling",
+    "criterion": "loss",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "steps": "iterations",
+    "max_steps": "iterations",
+    "backbone": "model.name",
+    "arch": "model.name",
+    "architecture": "model.name",
+    "weights": "checkpoint",
+    "resume_from": "checkpoint",
+    "dataset": "source",
+    "data_dir": "root",
+    "img_size": "image_size",
+    "imgsz": "image_size",
+    "input_size": "image_size",
+    "workers": "num_workers",
+    "transforms": "augment",
+    "augmentation": "augment",
+    "augmentations": "augment",
+    "amp": "precision",
+    "mixed_precision": "precision",
+    "dtype": "precision",
+    "output": "runs",
+    "output_dir": "runs",
+    "save_dir": "runs",
+    "project": "runs",
+    "log_interval": "log_every",
+    "logger": "trackers",
+    "log_with": "trackers",
+    "lambda": "driver_weight",
+}
+
 
 @dataclass(frozen=True)
 class StorageRecipe:

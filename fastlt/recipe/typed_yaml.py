@@ -10,8 +10,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, Union, cast
 
 from fastlt.names import nearest, shortened, unknown
 from fastlt.paths import PATH, expand
@@ -21,6 +22,7 @@ from fastlt.recipe.yaml_text import RecipeError
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 TYPED_BY, ONE_OF = "typed_by", "one_of"
+MOST_PLACES = 3  # at which a message says that a key can be
 
 
 def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
@@ -33,13 +35,70 @@ def one_of(names: Iterable[str]) -> dict[str, Any]:
     return {ONE_OF: tuple(names)}
 
 
-def build(cls: type[T], tree: Any, where: str = "") -> T:
-    """An instance of the dataclass `cls` from a mapping; RecipeError that lists every mistake below `where`."""
-    mistakes: list[str] = []
-    value = _convert(cls, tree, where, mistakes)
+class _Mistakes(list[str]):
+    """Lines of a message. places: the full names of all keys, by their last part and by what else they are called."""
+
+    def __init__(self, places: Mapping[str, list[str]]) -> None:
+        super().__init__()
+        self.places = places
+
+    def apart(self) -> _Mistakes:
+        """Others, to be added or dropped."""
+        return _Mistakes(self.places)
+
+
+def build(cls: type[T], tree: Any, aliases: Mapping[str, str] = MappingProxyType({})) -> T:
+    """An instance of the dataclass `cls` from a mapping; RecipeError that lists every mistake.
+
+    aliases: words that users may write for a key, and the key, its last part alone or with more of them.
+    """
+    mistakes = _Mistakes(_places(cls, tree, aliases))
+    value = _convert(cls, tree, "", mistakes)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return value
+
+
+def _places(cls: type, tree: Any, aliases: Mapping[str, str]) -> dict[str, list[str]]:
+    """Where in `tree` each key can be, with the real names of a mapping of names."""
+    found: dict[str, list[str]] = {}
+    for place in _keys_below(cls, tree, ""):
+        found.setdefault(place.rpartition(".")[2], []).append(place)
+    for alias, key in aliases.items():
+        places = found.get(key.rpartition(".")[2], [])
+        found.setdefault(alias, [place for place in places if f".{place}".endswith(f".{key}")])
+    return found
+
+
+def _keys_below(kind: Any, tree: Any, prefix: str) -> Iterator[str]:
+    """The full names of the keys that a mapping of this type can have."""
+    tree = tree if isinstance(tree, Mapping) else {}
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and dataclasses.is_dataclass(arguments[1]):
+        for name, part in tree.items():
+            yield from _keys_below(arguments[1], part, f"{prefix}{name}.")
+    elif dataclasses.is_dataclass(kind):
+        hints = types_of(cast("type", kind))
+        for field in dataclasses.fields(kind):
+            below = hints[field.name]
+            if TYPED_BY in field.metadata:
+                key, types = field.metadata[TYPED_BY]
+                below = types.get(tree.get(key)) if isinstance(tree.get(key), str) else None
+            yield f"{prefix}{field.name}"
+            yield from _keys_below(below, tree.get(field.name), f"{prefix}{field.name}.")
+
+
+def _meant(key: str, prefix: str, known: list[str], places: Mapping[str, list[str]]) -> str:
+    """The end of a message about a key that is unknown here: where it is known, or the nearest one that is."""
+    guess = nearest(key, known)
+    found = places.get(key, [])
+    if not found and guess is None:
+        found = places.get(nearest(key, places) or "", [])
+    if prefix:  # of the same stage, if there are such
+        parts = prefix.split(".")[:2]
+        found = [place for place in found if place.split(".")[:2] == parts] or found
+    meant = found[:MOST_PLACES] or ([] if guess is None else [prefix + guess])
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def to_tree(value: Any) -> Any:
@@ -70,7 +129,7 @@ def describe(value: Any) -> str:
     return f"{kinds.get(type(value), type(value).__name__)} ({shortened(value)})"
 
 
-def _convert(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
+def _convert(kind: Any, value: Any, where: str, mistakes: _Mistakes) -> Any:
     """`value` as `kind`; a mistake is noted and None returned."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -96,13 +155,13 @@ def _convert(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
     return _convert_scalar(kind, value, where, mistakes)
 
 
-def _convert_union(options: tuple, value: Any, where: str, mistakes: list[str]) -> Any:
+def _convert_union(options: tuple, value: Any, where: str, mistakes: _Mistakes) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(o for o in options if o is not type(None))
-    attempts: list[list[str]] = []
+    attempts: list[_Mistakes] = []
     for option in options:
-        tried: list[str] = []
+        tried = mistakes.apart()
         converted = _convert(option, value, where, tried)
         if not tried:
             return converted
@@ -122,7 +181,7 @@ def _has_form(kind: Any, value: Any) -> bool:
     return isinstance(value, (list, tuple)) and typing.get_origin(kind) in (list, tuple)
 
 
-def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -> Any:
+def _convert_dataclass(cls: type, value: Any, where: str, mistakes: _Mistakes) -> Any:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
@@ -131,8 +190,7 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
     prefix = f"{where}." if where else ""
     for key in value:
         if key not in known:
-            guess = nearest(str(key), known)
-            hint = f"; did you mean {prefix}{guess}?" if guess else ""
+            hint = _meant(str(key), prefix, known, mistakes.places)
             allowed = ", ".join(known) if known else "none"
             mistakes.append(
                 f"{prefix}{key}: unknown key (value {shortened(value[key])}); allowed keys here: {allowed}{hint}"
@@ -157,7 +215,7 @@ def _convert_dataclass(cls: type, value: Any, where: str, mistakes: list[str]) -
         return None
 
 
-def _convert_field(field: dataclasses.Field, kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
+def _convert_field(field: dataclasses.Field, kind: Any, value: Any, where: str, mistakes: _Mistakes) -> Any:
     """A value by the type of its field, in the range and with the path that the metadata of the field state."""
     before = len(mistakes)
     converted = _convert(kind, value, where, mistakes)
@@ -176,7 +234,7 @@ def _convert_field(field: dataclasses.Field, kind: Any, value: Any, where: str, 
     return converted
 
 
-def _convert_typed_by(field: dataclasses.Field, value: Mapping, prefix: str, mistakes: list[str]) -> Any:
+def _convert_typed_by(field: dataclasses.Field, value: Mapping, prefix: str, mistakes: _Mistakes) -> Any:
     """The field whose type another key names, see `typed_by`; an absent one is read as an empty mapping."""
     key, types = field.metadata[TYPED_BY]
     name = value.get(key)
@@ -185,29 +243,32 @@ def _convert_typed_by(field: dataclasses.Field, value: Mapping, prefix: str, mis
     if name not in types:
         mistakes.append(f"{prefix}{key}: {unknown(key, name, types)}")
         return None
-    own: list[str] = []
+    own = mistakes.apart()
     converted = _convert(types[name], value.get(field.name), prefix + field.name, own)
     mistakes.extend(f"{mistake} ({field.name} of {key} {name!r})" for mistake in own)
     return converted
 
 
-def _convert_sequence(origin: type, arguments: tuple, value: Any, where: str, mistakes: list[str]) -> Any:
+def _convert_sequence(origin: type, arguments: tuple, value: Any, where: str, mistakes: _Mistakes) -> Any:
     fixed = origin is tuple and Ellipsis not in arguments
     if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
-        return _wrong(mistakes, where, value, f"a list of {len(arguments)} values" if fixed else "a list")
+        like = "" if isinstance(value, (list, tuple, Mapping)) or value is None else f", such as [{value}]"
+        allowed = f"a list of {len(arguments)} values" if fixed else "a list"
+        return _wrong(mistakes, where, value, allowed + like)
     kinds = arguments if fixed else (arguments[0],) * len(value)
     return origin(
         [_convert(k, v, f"{where}[{i}]", mistakes) for i, (k, v) in enumerate(zip(kinds, value, strict=True))]
     )
 
 
-def _convert_scalar(kind: type, value: Any, where: str, mistakes: list[str]) -> Any:
+def _convert_scalar(kind: type, value: Any, where: str, mistakes: _Mistakes) -> Any:
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a string; whoever writes it means a number.
         try:
             value = float(value)
         except ValueError:
-            return _wrong(mistakes, where, value, "a number")
+            comma = re.fullmatch(r"[-+]?\d+,\d+", value)
+            return _wrong(mistakes, where, value, f"a number, as {value.replace(',', '.')}" if comma else "a number")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
@@ -218,7 +279,7 @@ def _convert_scalar(kind: type, value: Any, where: str, mistakes: list[str]) -> 
     return _wrong(mistakes, where, value, _name(kind))
 
 
-def _wrong(mistakes: list[str], where: str, value: Any, allowed: str) -> None:
+def _wrong(mistakes: _Mistakes, where: str, value: Any, allowed: str) -> None:
     mistakes.append(f"{where}: is {describe(value)}; allowed: {allowed}")
 
 

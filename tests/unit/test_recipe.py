@@ -20,7 +20,7 @@ from fastlt.recipe import (
     differences,
     load_recipe,
 )
-from fastlt.recipe.compose import apply_override, merge
+from fastlt.recipe.compose import Override, merge
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from fastlt.steps.difficulty import DifficultyStep
@@ -266,7 +266,7 @@ def test_a_missing_key_is_named_with_its_type(write):
 @pytest.mark.parametrize("word", ["seed", "=1", "data..root=1", "seed=[1"])
 def test_a_word_that_is_no_override_is_refused(word):
     with pytest.raises(RecipeError, match=r"override|YAML"):
-        apply_override({}, word)
+        Override.read(word).apply({})
 
 
 def test_an_override_below_a_value_is_refused(write):
