@@ -59,7 +59,9 @@ def _resnet(state: Tensors) -> str | None:
     if not blocks[3]:
         return f"cifar_resnet{6 * blocks[0] + 2}"
     bottleneck = any(re.search(r"layer1\.0\.conv3\.weight$", name) for name in state)
-    return RESNETS.get((tuple(blocks), bottleneck), f"a ResNet with {', '.join(map(str, blocks))} blocks in its layers")
+    one, two, three, four = blocks
+    known = RESNETS.get(((one, two, three, four), bottleneck))
+    return known or f"a ResNet with {', '.join(map(str, blocks))} blocks in its layers"
 
 
 def _vit(state: Tensors) -> str | None:
