@@ -323,7 +323,7 @@ def test_a_process_that_gets_a_second_signal_leaves_no_traceback(place):
         "import sys, time\n"
         "from fastlt.run.evaluation import Evaluation\n"
         "from fastlt.train import main\n"
-        "Evaluation.evaluate = lambda *a: (print('evaluating', flush=True), time.sleep(600))\n"
+        "Evaluation.evaluate = lambda *a, **k: (print('evaluating', flush=True), time.sleep(600))\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     words = [sys.executable, "-c", script, str(RECIPE), *place.words("held")]

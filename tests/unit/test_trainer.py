@@ -231,9 +231,12 @@ def run_with_scores(words, scores):
     trainer, seen = make(words, f"{STAGE}.iterations={len(scores)}", f"{STAGE}.evaluate_every=1"), []
     evaluate, left = trainer.evaluation.evaluate, list(scores)
 
-    def scored(model, split, *recorder):
+    def scored(model, split, *recorder, **adjustment):
         seen.append(split)
-        return {**evaluate(model, split, *recorder), **({"top1": left.pop(0)} if split == "meta" and left else {})}
+        return {
+            **evaluate(model, split, *recorder, **adjustment),
+            **({"top1": left.pop(0)} if split == "meta" and left else {}),
+        }
 
     trainer.evaluation.evaluate = scored
     return trainer, trainer.fit(), seen
