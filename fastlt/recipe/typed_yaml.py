@@ -97,6 +97,8 @@ def _meant(key: str, prefix: str, known: list[str], places: Mapping[str, list[st
     if prefix:  # of the same stage, if there are such
         parts = prefix.split(".")[:2]
         found = [place for place in found if place.split(".")[:2] == parts] or found
+    # A key of a stage before one of its options that has the same name.
+    found = [place for place in found if place.count(".") == min(other.count(".") for other in found)]
     meant = found[:MOST_PLACES] or ([] if guess is None else [prefix + guess])
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
 

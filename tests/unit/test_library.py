@@ -121,7 +121,7 @@ def test_the_step_is_that_of_the_trainer_bit_for_bit(digits_words):
         model,
         optimizer,
         context.counts,
-        meta_set=[(normaliser(context.recipe.data)(meta.images), meta.labels)],
+        meta_set=[(normaliser(context)(meta.images), meta.labels)],
         loss="balanced_softmax",
     )
     mine.step.net.load_state_dict(step.net.state_dict())

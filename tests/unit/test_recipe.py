@@ -160,7 +160,6 @@ MISTAKES = [
     (f"{STAGE}.weight_decay=inf", [f"{STAGE}.weight_decay", "no finite number (inf)"]),
     (f"{STAGE}.milestones=[.nan]", [f"{STAGE}.milestones[0]", "no finite number"]),
     ("checkpoint_every_s=.nan", ["checkpoint_every_s", "no finite number"]),
-    (f"{STAGE}.epochs=3", [STAGE, "iterations and epochs"]),
     (f"{STAGE}.iterations=null", [STAGE, "neither"]),
     (f"{STAGE}.iterations=0", [f"{STAGE}.iterations", ">= 1"]),
     (f"{STAGE}.lr=0", [f"{STAGE}.lr", "> 0"]),

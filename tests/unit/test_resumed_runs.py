@@ -303,7 +303,7 @@ def test_reports_name_what_they_cannot_read_and_other_data(place, capsys, caplog
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_with_its_code(place, number, monkeypatch):
-    def twice(*_):
+    def twice(*_, **__):
         for _ in range(2):
             os.kill(os.getpid(), number)
 

@@ -185,14 +185,15 @@ def test_a_result_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["labels.npz", "train.beton"])
 def test_data_that_may_not_be_read_are_not_called_damaged(digits, monkeypatch, name):
-    def denied(path, *_, **__):
+    where, target = (np, "load") if name == "labels.npz" else (Path, "open")
+    call = getattr(where, target)
+
+    def denied(path, *arguments, **more):
         if Path(path).name == name:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return call(path, *_, **__)
+        return call(path, *arguments, **more)
 
-    target = "load" if name == "labels.npz" else "memmap"
-    call = getattr(np, target)
-    monkeypatch.setattr(np, target, denied)
+    monkeypatch.setattr(where, target, denied)
     dataset = ConvertedDataset.open(digits)
     read = {"labels.npz": lambda: dataset.labels("train"), "train.beton": lambda: dataset.stored("train", "ffcv")}
     with pytest.raises(ValueError, match=f"{name} cannot be read: Permission denied") as refusal:
