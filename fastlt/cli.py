@@ -26,6 +26,7 @@ COMMANDS = {
     "train": Command("fastlt.train", "train what a recipe describes"),
     "launch": Command("fastlt.commands.launch", "train in several processes, one for each device"),
     "check": Command("fastlt.commands.check", "check a recipe and print it with every default filled in"),
+    "inspect": Command("fastlt.commands.inspect", "look at a data set, and get a recipe that fits"),
     "convert": Command("fastlt.commands.convert", "convert a data set once, so that training reads it at full speed"),
     "verify": Command("fastlt.commands.verify", "read a converted data set back and check all of it"),
     "predict": Command("fastlt.commands.predict", "predict the classes of images with a trained network"),

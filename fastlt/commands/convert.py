@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,11 +26,10 @@ from typing import TYPE_CHECKING
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
 from fastlt.arguments import make_parser, path, whole, worker_count
 from fastlt.commands import verify
+from fastlt.commands.data_options import add_data_options, choices, open_chosen, refuse_foreign_options
 from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
-from loaders.order.longtail import CONVENTIONS
-from loaders.sources import SOURCES, Source, open_source, sources_taking
-from loaders.sources.cut import DEFAULT_SPLIT, check_split, split_text
+from loaders.sources import SOURCES, sources_taking
 from loaders.sources.duplicates import KINDS
 from loaders.sources.messages import shortened
 from loaders.sources.source import absent_classes
@@ -42,21 +40,6 @@ if TYPE_CHECKING:
 
 NAME = "fastlt convert"
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
-# Options that some sources have no use for, and the argument of `open_source` that they become.
-ARGUMENT_OF = {
-    "root": "root",
-    "train_list": "train_list",
-    "meta_list": "meta_list",
-    "test_list": "test_list",
-    "image_column": "image_column",
-    "label_column": "label_column",
-    "split_column": "split_column",
-    "split": "split",
-    "split_seed": "split_seed",
-    "convention": "convention",
-    "no_download": "download",
-    "allow_duplicates": "allow_duplicates",
-}
 WITH_VERIFY = ("verify", "workers", "quiet")
 
 
@@ -89,21 +72,7 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--verify", type=path, metavar="DIR", help="read a converted data set back and check all of it")
     parser.add_argument("--format", choices=FORMATS, default="ffcv", help="ffcv (default), dali's shards, or both")
 
-    data = parser.add_argument_group("which images")
-    data.add_argument("--root", type=path, metavar="DIR", help="folder with the images (not needed for digits)")
-    for split in ("train", "meta", "test"):
-        what = "lines of `relative/path label`, a table, or COCO's JSON, by the source"
-        data.add_argument(f"--{split}-list", type=path, metavar="FILE", help=f"the {split} images: {what}")
-    for what in ("image", "label", "split"):
-        data.add_argument(f"--{what}-column", metavar="NAME", help=f"of a table: its column of {what}s")
-    data.add_argument("--split", type=shares, metavar="T/V/E", help="draw train, validation and test: 0.8/0.1/0.1")
-    data.add_argument("--split-seed", type=whole(0), default=0, metavar="N", help="of what is drawn (0)")
-    data.add_argument("--num-classes", type=whole(1), metavar="C", help="what the data set must have")
-    data.add_argument("--imbalance", type=imbalance, metavar="IF", help="cut a long tail, largest over smallest class")
-    data.add_argument("--convention", choices=sorted(CONVENTIONS), help="how CIFAR is cut (default: paper)")
-    data.add_argument("--meta-per-class", type=whole(1), default=10, metavar="N", help="validation images (10)")
-    data.add_argument("--no-download", action="store_true", help="do not fetch CIFAR when it is not under --root")
-
+    add_data_options(parser)
     storage = parser.add_argument_group("how they are stored")
     storage.add_argument("--mode", choices=MODES, default="raw", help="default: raw, the fastest to read")
     storage.add_argument("--max-resolution", type=whole(1), metavar="PIXELS", help="scale longer sides down to this")
@@ -131,10 +100,7 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
         parser.error("a source and --out DIR are needed (or --verify DIR)")
     elif arguments.source not in SOURCES:
         parser.error(unknown("source", arguments.source, SOURCES))
-    for name, argument in ARGUMENT_OF.items():
-        sources = sources_taking(argument)
-        if getattr(arguments, name) != parser.get_default(name) and arguments.source not in (None, *sources):
-            parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only, not for {arguments.source}")
+    refuse_foreign_options(parser, arguments, arguments.source)
     if arguments.mode == "raw" and arguments.jpeg_quality is not None:
         parser.error("--jpeg-quality has no meaning for raw pixels: add --mode jpg or proportion, or leave it out")
     if arguments.mode == "proportion" and "dali" in FORMATS[arguments.format]:
@@ -144,50 +110,12 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     return arguments
 
 
-def imbalance(word: str) -> float:
-    """A reader of imbalance factors, as `whole`."""
-    try:
-        factor = float(word)
-    except ValueError:
-        factor = math.nan
-    if not 1 <= factor < math.inf:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 (balanced) on")
-    return factor
-
-
-def shares(word: str) -> tuple[float, float, float]:
-    """A reader of the shares of train, validation and test, as `whole`."""
-    try:
-        train, meta, test = (float(part) for part in word.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{word!r} is not the shares of train, validation and test, such as {split_text(DEFAULT_SPLIT)}"
-        ) from None
-    try:
-        check_split((train, meta, test))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return train, meta, test
-
-
 def run_convert(arguments: argparse.Namespace) -> int:
     """Convert, unless what is asked for is already there."""
     out = arguments.out
     quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
     options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
-    chosen = {
-        "train_list": arguments.train_list,
-        "meta_list": arguments.meta_list,
-        "test_list": arguments.test_list,
-        "image_column": arguments.image_column,
-        "label_column": arguments.label_column,
-        "split_column": arguments.split_column,
-        "split": arguments.split,
-        "split_seed": arguments.split_seed,
-        "imbalance_factor": arguments.imbalance,
-        "convention": arguments.convention or "paper",
-        "meta_per_class": arguments.meta_per_class,
-    }
+    chosen = choices(arguments)
     from loaders.stored.atomic_folder import check_target
     from loaders.stored.convert import conversion_request, convert
     from loaders.stored.dataset import ConvertedDataset
@@ -223,18 +151,6 @@ def run_convert(arguments: argparse.Namespace) -> int:
     )
     report(dataset)
     return 0
-
-
-def open_chosen(arguments: argparse.Namespace, chosen: dict) -> Source:
-    """The source that the command line describes; `chosen`: the options by which its images are chosen."""
-    return open_source(
-        arguments.source,
-        root=arguments.root,
-        download=not arguments.no_download,
-        num_classes=arguments.num_classes,
-        allow_duplicates=arguments.allow_duplicates,
-        **chosen,
-    )
 
 
 def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chosen: dict) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,6 +24,7 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 178_956_970  # Pillow's own limit of what may be decoded: 0.5 GiB of RGB
 MAX_BYTES = 1 << 31  # of a file that is read
 ORIENTATION_TAG = 0x0112
+TIFF_SIZE = (0x0100, 0x0101)  # tags of width and height
 # How JPEG, PNG, GIF, TIFF and JPEG 2000 begin; BMP, PPM and TGA have too little that is theirs alone.
 SIGNATURES = (
     b"\xff\xd8\xff",
@@ -72,16 +75,42 @@ def decode_bytes(data: bytes) -> np.ndarray:
     the EXIF orientation is applied, and of an animation the first frame is taken.
     Raises ValueError with the reason when they are no whole image.
     """
+    with _reasons(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
+        with _open(io.BytesIO(data)) as image:
+            _check_pixels(image)
+            image.load()
+            if image.format in ("JPEG", "MPO") and not _has_end(data):
+                raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
+            return upright_rgb(image)
+
+
+def header_size(file: IO[bytes]) -> tuple[int, int]:
+    """(height, width) of the image that `decode_bytes` would give, by its header alone.
+
+    Pillow may warn of broken EXIF blocks. Raises ValueError with the reason when the header cannot be read.
+    """
+    with _reasons(), _open(file) as image:
+        _check_pixels(image)
+        width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow have turned the size already
+            tags: Mapping[int, int] = vars(image)["tag_v2"]
+            width, height = (int(tags[tag]) for tag in TIFF_SIZE)
+        elif "exif" not in image.info:  # Pillow would decode a PNG in search of an EXIF block behind its pixels
+            return height, width
+        return (width, height) if 5 <= _orientation(image) <= 8 else (height, width)
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Pillow's errors inside become a ValueError with the reason."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
-            with _open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-                image.load()
-                if image.format in ("JPEG", "MPO") and not _has_end(data):
-                    raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
-                return upright_rgb(image)
+        yield
     except ValueError:
         raise
     except Image.UnidentifiedImageError:
@@ -171,7 +200,7 @@ def _has_end(data: bytes) -> bool:
     return data.rfind(END_OF_IMAGE, places[-1] if places else 2) >= 0
 
 
-def _open(file: io.BytesIO) -> Image.Image:
+def _open(file: IO[bytes]) -> Image.Image:
     Image.init()  # Pillow registers the rarer formats late, and a list of formats must name registered ones
     return Image.open(file, formats=FORMATS)
 

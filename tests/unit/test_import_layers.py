@@ -22,7 +22,8 @@ LAYERS = [
     {"loaders.readers"},
     {"fastlt.batches", "fastlt.recipe", "loaders.factory"},
     {"fastlt.run"},
-    {"fastlt.report", "fastlt.ensemble", "fastlt.export", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"},
+    {"fastlt.report", "fastlt.ensemble", "fastlt.export", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"}
+    | {"fastlt.inspection"},
     {"fastlt"},  # the public names; __version__ too, for the command
     {"fastlt.commands"},
     {"fastlt.train", "fastlt.cli"},

@@ -115,7 +115,7 @@ def test_from_the_folder_to_a_training(here, capsys):
     assert "warning: the test split has no image of 1 of 4 classes: dog" in said
     assert RECIPE is not None
     Path("mine.yaml").write_text(re.sub("^    ", "", RECIPE.group(1), flags=re.MULTILINE))
-    after = [command for command in COMMANDS if not command.startswith("fastlt convert")]
+    after = [command for command in COMMANDS if not command.startswith(("fastlt convert", "fastlt inspect"))]
     assert [command.split()[1] for command in after] == ["verify", "check", "train"]
     run(after[0])
     run(after[1])
@@ -125,6 +125,17 @@ def test_from_the_folder_to_a_training(here, capsys):
     assert result["class_names"] == list(PER_CLASS)
     said = capsys.readouterr().out
     assert "warning: the meta split has no image of 1 of 4 classes: dog; their accuracy counts as the mean" in said
+
+
+def test_looking_at_them(here, capsys):
+    to_picture, to_json = (command for command in COMMANDS if command.startswith("fastlt inspect"))
+    run(to_picture, "--quiet")
+    assert "4 classes, 24 to 2 training images, imbalance factor 12" in capsys.readouterr().out
+    assert (here / "classes.png").stat().st_size
+    assert cli.main(["check", "suggested.yaml"]) == 0
+    capsys.readouterr()
+    run(to_json, "--quiet")
+    assert json.loads(capsys.readouterr().out)["source"] == "table"
 
 
 @pytest.mark.parametrize("command", OTHERS, ids=lambda command: command.split()[2])
