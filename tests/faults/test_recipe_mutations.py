@@ -18,7 +18,7 @@ import yaml
 
 from fastlt.recipe import RecipeError, load_recipe
 from fastlt.recipe.compose import compose
-from fastlt.recipe.locations import SHIPPED, shipped_names
+from fastlt.recipe.locations import shipped_names, shipped_recipes
 
 LONGEST_MESSAGE = 3000
 # As texts of YAML: other types, extremes, odd syntax.
@@ -112,13 +112,13 @@ def mutations(random_: random.Random, folder: Path) -> Iterator[tuple[str, str |
     everything = reference_keys()
     while True:
         name = random_.choice(names)
-        tree = compose(SHIPPED / f"{name}.yaml")
+        tree = compose(shipped_recipes()[name])
         keys = [*keys_of(tree)] if random_.random() < 0.6 else everything
         key, value = random_.choice(keys), random_.choice(VALUES)
         kind = random_.choice(["word", "word", "value", "left out", "misspelt", "twice", "text", "bytes"])
         what = f"{name} {kind} {key} {value[:80]!a}"
         if kind == "word":
-            yield what, key, SHIPPED / f"{name}.yaml", [f"{key}={value}"]
+            yield what, key, shipped_recipes()[name], [f"{key}={value}"]
             continue
         text = yaml.safe_dump(tree, sort_keys=False)
         data = changed_text(text, kind, key.split(".")[-1], value, random_)
@@ -155,7 +155,7 @@ def reference_keys() -> list[str]:
 
 def present(name: str, folder: Path) -> list[str]:
     """Words by which the files that a shipped recipe names are there."""
-    source = compose(SHIPPED / f"{name}.yaml")["data"]["source"]
+    source = compose(shipped_recipes()[name])["data"]["source"]
     for file in ("train.txt", "test.txt"):
         (folder / file).touch()
     lists = [f"data.{split}_list={folder / f'{split}.txt'}" for split in ("train", "test")]
@@ -195,7 +195,7 @@ def campaign(seed: int, count: int, folder: Path) -> tuple[Counter, list[str]]:
     for _, (what, key, file, words) in zip(range(count), mutations(random.Random(seed), folder), strict=False):
         name = what.split()[0]
         if name not in before:
-            before[name] = set((answer(SHIPPED / f"{name}.yaml", present(name, folder)) or "").split("\n"))
+            before[name] = set((answer(shipped_recipes()[name], present(name, folder)) or "").split("\n"))
         try:
             message = answer(file, [*present(name, folder), *words])
         except Exception as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,17 @@ class ThreadReducer(Reducer):
 def run_ranks(world_size: int, work: Callable[[Reducer], object]) -> list:
     """What `work(reducer)` returns on each of `world_size` ranks."""
     meeting = Meeting(world_size, threading.Barrier(world_size), [None] * world_size)
-    with ThreadPoolExecutor(world_size) as pool:
+    with ThreadPoolExecutor(world_size) as pool, same_attention_afterwards():
         ranks = [pool.submit(work, ThreadReducer(r, world_size, meeting)) for r in range(world_size)]
         return [rank.result(timeout=120) for rank in ranks]
+
+
+@contextmanager
+def same_attention_afterwards() -> Iterator[None]:
+    """Attention kernels are chosen for the whole process: threads that choose in turns may leave another choice."""
+    kernels = torch.backends.cuda
+    before = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()
+    yield
+    kernels.enable_flash_sdp(before[0])
+    kernels.enable_mem_efficient_sdp(before[1])
+    kernels.enable_math_sdp(before[2])
