@@ -7,7 +7,6 @@ a validation takes 130 kB, a fifth of what it would take as text.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import IO
 
 import numpy as np
 
-from fastlt.run.checkpoint import RunFileError, not_written, write_atomically
+from fastlt.run.appended_file import AppendedFile
+from fastlt.run.checkpoint import RunFileError
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +55,8 @@ class ClassRecord:
         return cls(int(array["iteration"]), str(array["stage"]), {name: array[name] for name in names})
 
 
-class ClassHistory:
-    """Appends to `class_history.npy`; on resuming, forgets what was recorded after the checkpoint.
-
-    Only the main process writes (`enabled`); the others count along.
-    """
-
-    def __init__(self, path: Path, *, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
-        self.file = None
+class ClassHistory(AppendedFile):
+    """Appends to `class_history.npy`; on resuming, forgets what was recorded after the checkpoint."""
 
     def open(self, upto_iteration: int) -> None:
         """Start writing, keeping the records up to and including `upto_iteration`."""
@@ -73,26 +66,13 @@ class ClassHistory:
         if broken:
             log.warning("%s: %s; the records before are kept", self.path, broken)
         kept = [record.to_bytes() for record in records if record.iteration <= upto_iteration]
-        write_atomically(self.path, b"".join(kept))
-        self.file = self.path.open("ab")
+        self.begin(b"".join(kept))
 
     def write(self, iteration: int, stage: str, values: Mapping[str, Sequence[float | None] | np.ndarray]) -> None:
         """One record: (C,) values by name, on the host; None is NaN. RunFileError."""
-        if self.file is None:
-            return
-        record = ClassRecord(iteration, stage, {name: np.asarray(v, dtype=np.float32) for name, v in values.items()})
-        try:
-            self.file.write(record.to_bytes())
-            self.file.flush()
-        except OSError as error:
-            raise RunFileError(not_written(self.path, error)) from None
-
-    def close(self) -> None:
-        """Close the file; writing again needs `open`."""
         if self.file is not None:
-            file, self.file = self.file, None
-            with contextlib.suppress(OSError):  # of what could not be written; `write` has said so
-                file.close()
+            columns = {name: np.asarray(v, dtype=np.float32) for name, v in values.items()}
+            self.append(ClassRecord(iteration, stage, columns).to_bytes())
 
 
 def read_class_history(path: Path) -> tuple[list[ClassRecord], str]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastlt.recipe import DataRecipe
 from fastlt.run.dataset import existing_dataset
-from loaders.order.crop import CropSpec, crop_boxes
+from loaders.order.crop import CropSpec
 from loaders.protocol import StoredDataset
 from loaders.sources.decode import decode_image
-from loaders.stored.ffcv_kernels import resize_crop
+from loaders.stored import as_stored
 
 
 def validation_images(data: DataRecipe, count: int, dataset: StoredDataset | None = None) -> Tensor:
@@ -41,11 +41,8 @@ def images_of_files(paths: Sequence[Path], data: DataRecipe) -> Tensor:
 
 def cut(image: np.ndarray, data: DataRecipe) -> np.ndarray:
     """The part of an image that evaluation looks at, resized by area: uint8 (H, W, 3) to (S, S, 3)."""
-    spec = CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio)
-    height, width = np.array([image.shape[0]]), np.array([image.shape[1]])
-    box = crop_boxes(spec, height, width, np.random.default_rng(0))[0]
     out = np.empty((data.image_size, data.image_size, 3), dtype=np.uint8)
-    resize_crop(np.ascontiguousarray(image), box, out)
+    as_stored.cut(image, CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio), out)
     return out
 
 

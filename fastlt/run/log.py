@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
@@ -17,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastlt import strict_json
-from fastlt.run.checkpoint import RunFileError, not_written, write_atomically
+from fastlt.run.appended_file import AppendedFile
+from fastlt.run.checkpoint import RunFileError
 from fastlt.run.folder import damaged_log_file
 from fastlt.state import ClassCounts
 
@@ -27,15 +27,8 @@ IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 SHOWN = 5  # broken lines that a message names
 
 
-class RunLog:
-    """Appends one JSON object a line to `log.jsonl`; on resuming, forgets what was logged after the checkpoint.
-
-    Only the main process writes (`enabled`); the others count along.
-    """
-
-    def __init__(self, path: Path, *, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
-        self.file = None
+class RunLog(AppendedFile):
+    """Appends one JSON object a line to `log.jsonl`; on resuming, forgets what was logged after the checkpoint."""
 
     def open(self, upto_iteration: int) -> None:
         """Start writing, keeping the lines up to and including `upto_iteration` (counted over all stages)."""
@@ -47,25 +40,12 @@ class RunLog:
             kept_as = shutil.copy2(self.path, damaged_log_file(self.path.parent))
             log.warning("%s: %s; the other lines are kept, and the file as it was is %s", self.path, broken, kept_as)
         kept = [line for line in lines if line["iteration"] <= upto_iteration]
-        write_atomically(self.path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
-        self.file = self.path.open("a", encoding="utf-8")
+        self.begin("".join(strict_json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, kind: str, iteration: int, **values: Any) -> None:
         """One line: `kind` is "train" or "evaluation"; values are JSON-ready, null where not finite. RunFileError."""
-        if self.file is None:
-            return
-        try:
-            self.file.write(strict_json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise RunFileError(not_written(self.path, error)) from None
-
-    def close(self) -> None:
-        """Close the file; writing again needs `open`."""
         if self.file is not None:
-            file, self.file = self.file, None
-            with contextlib.suppress(OSError):  # of what could not be written; `write` has said so
-                file.close()
+            self.append((strict_json.dumps({"kind": kind, "iteration": iteration, **values}) + "\n").encode())
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], str]:

@@ -34,6 +34,7 @@ RUN_LAYERS = [
     {"features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
     | {"shifted_crops"},
     {"checkpoint", "dataset", "lock"},
+    {"appended_file"},
     {"class_history", "divergence", "predictions"},
     {"recorded"},
     {"context", "cut_images", "trained"},
