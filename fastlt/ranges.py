@@ -38,7 +38,7 @@ def at_least(low: float) -> dict[str, Any]:
 
 
 def above(low: float) -> dict[str, Any]:
-    """The metadata of a field whose number is larger than `low`."""
+    """The metadata of a field whose number is larger than `low`; of a mapping, each of its numbers."""
     return {RANGE: Range(low, above=True)}
 
 
@@ -49,7 +49,7 @@ def within(low: float, high: float, *, above: bool = False, below: bool = False)
 
 def out_of_range(metadata: Mapping[str, Any], value: Any) -> Range | None:
     """The range that `value`, or one of its items, is out of; None where it is in, is None, or has no range."""
-    numbers = value if isinstance(value, (list, tuple)) else [value]
+    numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
     allowed = metadata.get(RANGE)
     if allowed is None or all(number in allowed for number in numbers if isinstance(number, (int, float))):
         return None

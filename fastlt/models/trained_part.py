@@ -5,12 +5,12 @@ The head, and what a method puts beside the network, is trained whatever is chos
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastlt.models.parameter_names import BACKBONE, matching, nearest_names
 
 WORDS = ("all", "head", "norms")
 
@@ -67,22 +67,15 @@ def _own(layer: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 
 def _matching(backbone: nn.Module, pattern: str, names: list[str]) -> list[str]:
-    own = pattern.removeprefix("backbone.")
+    own = pattern.removeprefix(BACKBONE)
     if pattern == "backbone":
         return names
-    found = [name for name in names if any(fnmatchcase(part, own) for part in _with_modules(name))]
+    found = matching(names, own)
     if not found:
-        candidates = list(dict.fromkeys(part for name in names for part in reversed(_with_modules(name))))
-        near = difflib.get_close_matches(own, candidates, n=3, cutoff=0.5)
+        near = nearest_names(names, own)
         top = [name for name, child in backbone.named_children() if next(child.parameters(), None) is not None]
         hint = f"; did you mean {' or '.join(near)}?" if near else f". Its modules are {', '.join(top)}"
         raise ValueError(
             f"model.train: {pattern!r} matches no parameter and no module with parameters of the backbone{hint}"
         )
     return found
-
-
-def _with_modules(name: str) -> list[str]:
-    """The name of a parameter, and of each module that it is in, the inner one first."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastlt.optim.averaging import Ema
 from fastlt.optim.clipping import Clip
 from fastlt.optim.factory import OPTIMIZERS, check_optimizer, make_optimizer, optimizer_class
-from fastlt.optim.groups import check_layer_decay, parameter_groups
+from fastlt.optim.groups import check_layer_decay, check_lr_factors, parameter_groups
 from fastlt.optim.preconditioner import PRECONDITIONED, PRECONDITIONERS, preconditioner
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Clip",
     "Ema",
     "check_layer_decay",
+    "check_lr_factors",
     "check_optimizer",
     "make_optimizer",
     "optimizer_class",

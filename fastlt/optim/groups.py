@@ -1,14 +1,17 @@
-"""Groups of parameters by weight decay and by layer, as timm makes them."""
+"""Groups of parameters by weight decay and by layer, as timm makes them, and by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from fastlt.models import Classifier
+from fastlt.models.parameter_names import matching, nearest_names
 
 LAST = "head"  # the name of the last layer in a network that says none
 
@@ -42,6 +45,37 @@ def check_layer_decay(model: Classifier, name: str) -> None:
         )
 
 
+def check_lr_factors(model: Classifier, lr_factors: Mapping[str, float]) -> None:
+    """ValueError for a pattern that decides the rate of no parameter of `model`, as a method has prepared it."""
+    names = [name for name, _ in model.named_parameters()]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    taken = {pattern: set(matching(names, pattern)) for pattern in lr_factors}
+    for one, other in combinations(lr_factors, 2):
+        if taken[one] & taken[other] and len(taken[one]) == len(taken[other]):
+            raise ValueError(
+                f"lr_factors: {one!r} and {other!r} both match {min(taken[one] & taken[other])}, and neither is the "
+                "narrower one; name what each of them is for"
+            )
+    deciding = {pattern for name, pattern in _narrowest(names, lr_factors).items() if name in trained}
+    for pattern in lr_factors:
+        if pattern in deciding:
+            continue
+        if taken[pattern] & trained:
+            raise ValueError(f"lr_factors: narrower patterns take all parameters of {pattern!r}; leave it out")
+        near = nearest_names([name for name in names if name in trained], pattern)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"lr_factors: {pattern!r} matches no parameter that is trained, and no module with such parameters{hint}"
+        )
+
+
+def _narrowest(names: list[str], patterns: Iterable[str]) -> dict[str, str]:
+    """The names that patterns take, each with that one of its patterns which takes the fewest names."""
+    taken = {pattern: matching(names, pattern) for pattern in patterns}
+    ordered = sorted(taken, key=lambda pattern: -len(taken[pattern]))
+    return {name: pattern for pattern in ordered for name in taken[pattern]}
+
+
 def parameter_groups(
     model: Classifier,
     groups: list[dict[str, Any]],
@@ -49,27 +83,32 @@ def parameter_groups(
     weight_decay: float,
     decay: str = "all",
     layer_decay: float | None = None,
+    lr_factors: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """The groups of a method, each split by weight decay and by layer; the same groups where neither is asked for.
+    """The groups of a method, each split by weight decay and by rate; the same groups where nothing of it is asked for.
 
     decay: all, or weights: norms, biases, other vectors, and what the network itself excludes have no weight decay.
     layer_decay: the rate of a layer over that of the layer after it; the "lr_factor" of a group is multiplied by it.
-        The groups of the last layer come first, so that the first rate is that of the stage.
+    lr_factors: patterns of names and by what the "lr_factor" is multiplied too; of several the narrowest one counts.
+    Parts of a group whose rate is not multiplied come first, so that the first rate is that of the stage.
     """
-    if decay == "all" and layer_decay is None:
+    if decay == "all" and layer_decay is None and not lr_factors:
         return groups
     view = _AsOfTimm(model)
     decays = _weight_decays(view, weight_decay) if decay == "weights" else {}
     scales = {} if layer_decay is None else _layer_scales(view, layer_decay)
-    split: dict[tuple[int, float, float], dict[str, Any]] = {}
+    parameters = dict(model.named_parameters())
+    by_name = {parameters[name]: lr_factors[one] for name, one in _narrowest([*parameters], lr_factors).items()}
+    split: dict[tuple[int, bool, float, float], dict[str, Any]] = {}
     for index, group in enumerate(groups):
         for parameter in group["params"]:
-            scale, own_decay = scales.get(parameter, 1.0), decays.get(parameter, weight_decay)
+            scale = scales.get(parameter, 1.0) * by_name.get(parameter, 1.0)
+            own_decay = decays.get(parameter, weight_decay)
             new = {**group, "params": [], "weight_decay": own_decay}
             if scale != 1:
                 new["lr_factor"] = group.get("lr_factor", 1.0) * scale
-            split.setdefault((index, -scale, own_decay), new)["params"].append(parameter)
-    return [split[key] for key in sorted(split, key=lambda key: (key[0], key[1]))]
+            split.setdefault((index, scale != 1, -scale, own_decay), new)["params"].append(parameter)
+    return [split[key] for key in sorted(split, key=lambda key: key[:3])]
 
 
 def _weight_decays(view: _AsOfTimm, weight_decay: float) -> dict[Tensor, float]:

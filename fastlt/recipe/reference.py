@@ -287,6 +287,8 @@ def _words(kind: Any) -> str:
         return f"mapping with {keys}" if title is None else f"mapping, [below](#{_anchor(title)})"
     if origin is dict and dataclasses.is_dataclass(arguments[1]):
         return "mapping of names to [stages](#stagesname)"
+    if origin is dict and arguments[1] is float:
+        return "mapping of names to numbers"
     return {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}.get(kind, "mapping")
 
 

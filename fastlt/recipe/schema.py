@@ -288,6 +288,8 @@ class StageRecipe:
     decay: all parameters have the weight decay, or weights alone: norms, biases and what the network itself excludes
         (position embeddings, for example) have none.
     layer_decay: the learning rate of a layer over that of the layer after it, the head being the last; null is 1.
+    lr_factors: patterns of names of modules and parameters, such as {backbone: 0.1, layer4: 1}, and the factor of the
+        learning rate for these parameters; of several patterns that match, the one with the fewest matches counts.
     clip: of the gradients before the optimizer's step; null is not at all. The lookahead of a meta-step is not clipped.
     accumulate: the number of micro-batches that a batch, and a meta batch, is divided into; the step is that of the
         whole batch, but BatchNorm normalises with each micro-batch.
@@ -327,6 +329,7 @@ class StageRecipe:
     weight_decay: float = field(default=1e-4, metadata=at_least(0))
     decay: Literal["all", "weights"] = "all"
     layer_decay: float | None = field(default=None, metadata=within(0, 1, above=True))
+    lr_factors: dict[str, float] = field(default_factory=dict, metadata=above(0))
     clip: Clip | None = None
     accumulate: int = field(default=1, metadata=at_least(1))
     ema: Ema | None = None

@@ -225,7 +225,7 @@ def _convert_field(field: dataclasses.Field, kind: Any, value: Any, where: str, 
         return None
     allowed = out_of_range(field.metadata, converted)
     if allowed is not None:
-        number = "numbers" if isinstance(converted, (list, tuple)) else _name(kind)
+        number = "numbers" if isinstance(converted, (list, tuple, dict)) else _name(kind)
         mistakes.append(f"{where}: is {shortened(value)}; allowed: {number} {allowed}")
         return None
     if converted is not None and PATH.items() <= field.metadata.items():

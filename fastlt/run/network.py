@@ -12,7 +12,7 @@ from fastlt.models import Classifier
 from fastlt.models.adapters import idle_adapters
 from fastlt.models.trained_part import has_batch_norm
 from fastlt.models.weight_files import first_few
-from fastlt.optim import check_layer_decay
+from fastlt.optim import check_layer_decay, check_lr_factors
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
 from fastlt.steps.meta import MetaStep, meta_cross_entropy
@@ -29,11 +29,13 @@ def check_network(recipe: Recipe, model: Classifier, processes: int = 1) -> None
             STEPS[stage.method].check_model(model, stage.options)
         except ValueError as error:
             raise ValueError(f"stages.{name}.options: {error}") from None
-        if stage.layer_decay is not None:
-            try:
+        try:
+            if stage.layer_decay is not None:
                 check_layer_decay(model, recipe.model.name)
-            except ValueError as error:
-                raise ValueError(f"stages.{name}.{error}") from None
+            if stage.lr_factors:
+                check_lr_factors(_prepared(recipe, stage, model), stage.lr_factors)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.{error}") from None
         _check_single_images(recipe, name, stage, model, processes)
 
 

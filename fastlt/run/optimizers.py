@@ -21,7 +21,12 @@ def stage_optimizer(
     return make_optimizer(
         stage.optimizer,
         parameter_groups(
-            model, groups, weight_decay=stage.weight_decay, decay=stage.decay, layer_decay=stage.layer_decay
+            model,
+            groups,
+            weight_decay=stage.weight_decay,
+            decay=stage.decay,
+            layer_decay=stage.layer_decay,
+            lr_factors=stage.lr_factors,
         ),
         lr=stage.lr,
         device=context.device,

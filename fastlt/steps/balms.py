@@ -15,7 +15,7 @@ from fastlt.meta import gradient as meta_gradient
 from fastlt.ranges import at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepOptions, StepParts
-from fastlt.steps.decoupled import CrtStep
+from fastlt.steps.decoupled import CrtStep, rates_by_layer
 from fastlt.steps.meta import MetaStep
 from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
@@ -100,7 +100,7 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
 
     @classmethod
     def check_stage(cls, options: BalmsOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        mistakes = []
+        mistakes = rates_by_layer(stage)
         if stage.sampling != "instance":
             mistakes.append(
                 f"sampling: is {stage.sampling!r}; balms learns its own class sampling rates, and draws by them from "
@@ -116,8 +116,6 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
             mistakes.append("nesterov: is true; balms looks one step of SGD with plain momentum ahead: set it to false")
         if stage.optimizer != "sgd":
             mistakes.append(f"optimizer: is {stage.optimizer!r}; balms looks one step of SGD ahead: set optimizer: sgd")
-        if stage.layer_decay is not None:
-            mistakes.append("layer_decay: is set, but balms trains the head alone; leave it out")
         if stage.decay != "all":
             mistakes.append("decay: is 'weights'; balms looks one step with one weight decay ahead: set decay: all")
         return mistakes

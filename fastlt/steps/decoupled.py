@@ -22,6 +22,12 @@ from fastlt.steps.needs import Allows, LogitsPrior, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
 
+def rates_by_layer(stage: StageSettings) -> list[str]:
+    """The mistakes of a stage that trains the head alone and is to have rates by layer."""
+    keys = [key for key in ("layer_decay", "lr_factors") if getattr(stage, key)]
+    return [f"{key}: is set, but method {stage.method!r} trains the head alone; leave it out" for key in keys]
+
+
 class DecoupledStep(Step[OptionsT]):
     """SGD on the mean loss of a head over frozen features: one forward of the backbone, nothing backward through it.
 
@@ -33,8 +39,9 @@ class DecoupledStep(Step[OptionsT]):
 
     @classmethod
     def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        if stage.layer_decay is not None:
-            return [f"layer_decay: is set, but method {stage.method!r} trains the head alone; leave it out"]
+        by_layer = rates_by_layer(stage)
+        if by_layer:
+            return by_layer
         loss = LOSSES.get(stage.loss)
         if stage.sampling == "instance" and loss is not None and not loss.corrects_prior:
             return [
@@ -193,7 +200,7 @@ class TauNormStep(DecoupledStep[TauNormOptions]):
 
     @classmethod
     def check_stage(cls, options: TauNormOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        mistakes = []
+        mistakes = rates_by_layer(stage)
         size = len(options.grid)
         if stage.iterations != size or stage.evaluate_every != 1:
             mistakes.append(

@@ -145,7 +145,7 @@ class MetaStep(Step[OptionsT]):
 
     @functools.cached_property
     def lr_factors(self) -> list[float]:
-        """The learning rate of each of `self.ahead` over `lr`, which is the first group's: not 1 with layer_decay."""
+        """The learning rate of each of `self.ahead` over `lr`, the first group's: layer_decay, lr_factors."""
         groups = self.optimizer.param_groups
         factor_of = {p: group.get("lr_factor", 1.0) for group in groups for p in group["params"]}
         return [factor_of[p] / groups[0].get("lr_factor", 1.0) for p in self.ahead.values()]
@@ -313,7 +313,7 @@ class MetaStep(Step[OptionsT]):
     def lookahead_diagonal(self, gradients: list[Tensor]) -> meta_gradient.Diagonal | None:
         """P of the lookahead phi - lr P grad, for each of `self.ahead`; None where it is the identity.
 
-        The preconditioner of the optimizer if the stage asks for it, times the rate of the parameter's layer over `lr`.
+        The preconditioner of the optimizer if the stage asks for it, times the rate of the parameter over `lr`.
         """
         ahead = list(self.ahead.values())
         diagonal = preconditioner(self.optimizer, ahead, gradients) if self.preconditions else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
@@ -39,7 +41,15 @@ def without_batch_norm():
 
 
 def make_step(
-    method, network, optimizer="sgd", layer_decay=None, loss="balanced_softmax", clip=None, accumulate=1, **options
+    method,
+    network,
+    optimizer="sgd",
+    layer_decay=None,
+    loss="balanced_softmax",
+    clip=None,
+    accumulate=1,
+    lr_factors=MappingProxyType({}),
+    **options,
 ):
     """A step with weights, images of the meta set and a Difficulty-Net that the same arguments give again."""
     torch.manual_seed(0)
@@ -50,7 +60,8 @@ def make_step(
     kind.prepare_model(model, made, seed=0)
     kind.set_train_mode(model, made)
     groups = kind.parameter_groups(model, made)
-    groups = optim.parameter_groups(model, groups, weight_decay=DECAY, layer_decay=layer_decay, decay="weights")
+    rates = {"layer_decay": layer_decay, "lr_factors": lr_factors}
+    groups = optim.parameter_groups(model, groups, weight_decay=DECAY, decay="weights", **rates)
     for group in groups:
         group["lr"] = LR * group.get("lr_factor", 1.0)
     more = {"options": {"betas": [0.9, BETA], "eps": EPS}} if optimizer in ("adam", "adamw", "lamb") else {}

@@ -58,6 +58,8 @@ def slow_weight_gradient(step, weights, batch, meta_batch, preconditioned):
         ("cifar_resnet8", "lamb", None, {}, False),
         ("convnext_atto", "adamw", 0.6, {}, True),
         ("convnext_atto", "sgd", 0.6, {}, False),
+        ("cifar_resnet8", "sgd", None, {"lr_factors": {"backbone": 0.1, "layer3": 2}}, False),
+        ("cifar_resnet8", "adamw", None, {"lr_factors": {"backbone": 0.1, "layer3": 2}}, True),
     ],
 )
 def test_it_equals_double_backward_of_that_very_function(

@@ -121,6 +121,8 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
             words += ["data.shots=[9, 5]", f"{where}.batch_size=4"]  # of the classes, one, one and two are such
         if STEPS[stage.method].needs.meta_batch:
             words += [f"{where}.meta_batch_size=4"]
+        if stage.lr_factors:
+            words += [f"{where}.lr_factors={{backbone: 0.1, layer3: 1}}"]  # of the small network
     result = Trainer(prepare(load_recipe(path, words))).fit()
     assert result["iterations"] == 2 * len(recipe.stages)
     assert 0 <= result["top1"] <= 1

@@ -243,6 +243,7 @@ def test_a_third_stage_resumes_on_the_model_that_the_second_built(digits_words):
 # Refusals
 
 REFUSED = {
+    "rates": ([f"stages.second={STAGES['crt'].replace('method', 'lr_factors: {head: 2}, method')}"], "the head alone"),
     "first": (["stages.end_to_end=null", f"stages.second={STAGES['crt']}"], "'crt' without a stage before it"),
     "sampling": ([f"stages.second={STAGES['crt'].replace('class_balanced', 'instance')}"], "class_balanced"),
     "loss": ([f"stages.second={STAGES['las'].replace('label_aware_smoothing', 'cross_entropy')}"], "method lws"),

@@ -14,6 +14,7 @@ from fastlt import optim
 from fastlt.device.compiled import load_optimizer
 from fastlt.models import build_model
 from fastlt.optim.factory import options_of
+from fastlt.recipe import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -122,6 +123,74 @@ def test_decays_and_layers_are_those_of_timm(name):
         assert own[parameter] == decays[other], n
     assert groups[0].get("lr_factor", 1.0) == 1, "the first rate is that of the stage"
     assert sum(len(g["params"]) for g in groups) == len(names)
+
+
+def test_rates_by_name_are_those_of_the_narrowest_pattern_that_matches():
+    model = build_model("convnext_atto", num_classes=5)
+    head_first = [{"params": list(model.head.parameters())}, {"params": list(model.backbone.parameters())}]
+    head_first[1]["lr_factor"] = 0.5  # of the method
+    factors = {"head": 1, "stages.3": 2, "*.bias": 3, "backbone": 0.1}  # of 4, 24, 55 and more parameters
+    groups = optim.parameter_groups(model, head_first, weight_decay=0.1, lr_factors=factors)
+    found = by_parameter(groups, "lr_factor", 1.0)
+    expected = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(("head.", "backbone.head.")):  # the norm before the head is in the backbone
+            factor = 1.0
+        elif name.startswith("backbone.stages.3."):
+            factor = 2.0
+        else:
+            factor = 3.0 if name.endswith(".bias") else 0.1
+        expected[parameter] = pytest.approx(factor * (0.5 if name.startswith("backbone.") else 1))
+    assert found == expected
+    assert {g.get("lr_factor", 1.0) for g in groups} == {0.05, 0.5, 1.0, 1.5}
+    assert all(g["weight_decay"] == 0.1 for g in groups)
+    assert groups[0].get("lr_factor", 1.0) == 1, "the first rate is that of the stage"
+
+
+def test_rates_by_name_and_by_layer_are_multiplied():
+    model = build_model("convnext_atto", num_classes=5)
+    whole = [{"params": list(model.parameters())}]
+    by_layer = optim.parameter_groups(model, whole, weight_decay=0.1, layer_decay=0.7)
+    both = optim.parameter_groups(model, whole, weight_decay=0.1, layer_decay=0.7, lr_factors={"stem": 10})
+    before, after = by_parameter(by_layer, "lr_factor", 1.0), by_parameter(both, "lr_factor", 1.0)
+    stem = set(model.backbone.stem.parameters())
+    assert all(after[p] == pytest.approx((10 if p in stem else 1) * before[p]) for p in model.parameters())
+
+
+def test_the_first_rate_is_that_of_the_stage_where_others_are_larger():
+    model = build_model("cifar_resnet8", num_classes=3)
+    groups = optim.parameter_groups(
+        model, [{"params": list(model.parameters())}], weight_decay=0, lr_factors={"head": 9}
+    )
+    assert [group.get("lr_factor", 1.0) for group in groups] == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"layer9": 0.1}, "lr_factors: 'layer9' matches no parameter that is trained.*did you mean layer3"),
+        ({"backbone.layer1": 0.1, "head": 2}, "lr_factors: 'backbone.layer1' matches no parameter that is trained"),
+        ({"head.*": 2, "backbone": 0.1, "*": 0.3}, r"lr_factors: narrower patterns take all parameters of '\*'"),
+        ({"head.weight": 2, "*d.weight": 0.1}, r"'head.weight' and '\*d.weight' both match head.weight"),
+    ],
+    ids=["nothing", "frozen", "of others", "equal"],
+)
+def test_a_pattern_that_decides_no_rate_is_refused(factors, message):
+    model = build_model("cifar_resnet8", num_classes=3)
+    model.backbone.layer1.requires_grad_(False)
+    with pytest.raises(ValueError, match=message):
+        optim.check_lr_factors(model, factors)
+
+
+def test_the_release_of_difficulty_net_trains_the_last_block_and_the_head_of_its_resnet_152_faster():
+    recipe = load_recipe("places_lt_as_released")
+    factors = recipe.stages["end_to_end"].lr_factors
+    model = build_model("resnet152", num_classes=3, head="cosine")
+    optim.check_lr_factors(model, factors)
+    groups = optim.parameter_groups(model, [{"params": list(model.parameters())}], weight_decay=0, lr_factors=factors)
+    found = by_parameter(groups, "lr_factor", 1.0)
+    for name, parameter in model.named_parameters():
+        assert found[parameter] == (1 if name.startswith(("head.", "backbone.layer4.2.")) else 0.1), name
 
 
 def test_groups_stay_as_they_are_by_default():

@@ -342,6 +342,7 @@ def test_shots_are_thresholds_or_ranks():
         ([f"{STAGE}.min_lr=0.01"], "end_to_end.min_lr: is 0.01 with schedule 'constant'"),
         ([f"{STAGE}.clip={{norm: 1, value: 1}}"], "end_to_end.clip: .*norm and value of norm"),
         ([f"{STAGE}.clip={{norm: 0}}"], "end_to_end.clip.norm: is 0; allowed: a number > 0"),
+        ([f"{STAGE}.lr_factors={{head: 0}}"], "end_to_end.lr_factors: is {'head': 0}; allowed: numbers > 0"),
         ([f"{STAGE}.accumulate=3"], "end_to_end.accumulate: is 3, but batch_size 128 does not divide"),
         (
             [f"{STAGE}.method=difficulty", f"{STAGE}.accumulate=4", f"{STAGE}.meta_batch_size=10"],

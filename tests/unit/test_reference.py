@@ -82,6 +82,7 @@ def test_a_key_without_a_description_is_noticed():
         (float | str, "number or text"),
         (tuple[float, float], "list of 2 numbers"),
         (list[str], "list of names"),
+        (dict[str, float], "mapping of names to numbers"),
         (bool, "`true`, `false`"),
     ],
 )

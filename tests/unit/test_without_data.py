@@ -63,6 +63,10 @@ def test_a_batch_that_can_be_normalised_is_taken(words):
         (["model.drop_path_rate=0.1", "model.name=vgg11_bn"], "leave drop_path_rate at 0"),
         (["model.checkpoint=w.pt", f"{STAGE}.batch_size=8"], "not of this model"),
         (
+            ["model.train=[layer4]", f"{STAGE}.batch_size=8", f"{STAGE}.lr_factors={{layer3: 0.1, head: 1}}"],
+            rf"{STAGE}\.lr_factors: 'layer3' matches no parameter that is trained, .*did you mean layer4",
+        ),
+        (
             [
                 f"{STAGE}.method=difficulty",
                 f"{STAGE}.batch_size=8",
