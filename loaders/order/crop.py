@@ -17,7 +17,8 @@ class CropSpec:
     """How an image becomes (size, size) on the host.
 
     kind: "none" keeps the stored image; "center" takes the central square of side ratio * min(H, W);
-        "random_resized" takes a random rectangle (train only). Both resize to (size, size) by area interpolation.
+        "random_resized" takes a random rectangle (train only). Both resize to (size, size): by area interpolation
+        where the rectangle shrinks, and bilinearly where a side of it grows.
     size: output side in pixels, >= 1 unless kind is "none".
     ratio: side of the central square over min(H, W), in (0, 1].
     scale: range of the random rectangle's area over the image's.

@@ -26,7 +26,7 @@ from loaders.order.plan import EpochPlan
 from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.beton import Beton
 from loaders.stored.damage import DamageError
-from loaders.stored.ffcv_kernels import keep_torch_threads
+from loaders.stored.ffcv_kernels import enlarging, keep_torch_threads
 from loaders.stored.image_header import jpeg_size
 
 BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
@@ -53,7 +53,7 @@ def _compiled_loop() -> Callable[..., int]:
         return cast("Callable[..., Any]", njit(function, nogil=True, error_model="numpy"))  # numba's stubs deny that
 
     decode_c, resize_c, copy_c = compiled(imdecode), compiled(resize_crop), compiled(memcpy)
-    size_of = compiled(jpeg_size)
+    size_of, enlarge = compiled(jpeg_size), enlarging()
 
     @compiled
     def loop(storage, offsets, sizes, is_jpeg, heights, widths, index, boxes, images, scratch):
@@ -73,7 +73,9 @@ def _compiled_loop() -> Callable[..., int]:
                     return k
             else:
                 image = data.reshape(height, width, 3)
-            if not as_stored:
+            if not as_stored and (crop_height < images.shape[1] or crop_width < images.shape[2]):
+                enlarge(image, top, left, crop_height, crop_width, images[k])
+            elif not as_stored:
                 resize_c(image, top, top + crop_height, left, left + crop_width, images[k])
             elif not is_jpeg[i]:
                 copy_c(image, images[k])

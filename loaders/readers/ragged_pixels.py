@@ -38,11 +38,11 @@ class RaggedPixels:
                 self.pixels[first[images[0]] : ends].copy_(torch.from_numpy(host))
 
     def crops(self, places: Tensor, boxes: Tensor, groups: Groups, size: int) -> Tensor:
-        """Each image's rectangle, resized to (size, size) by area interpolation: uint8 (N, size, size, 3).
+        """Each image's rectangle, resized to (size, size): uint8 (N, size, size, 3).
 
         places: int64 (N,), which images.  boxes: int64 (N, 4) as (top, left, height, width), inside the images.
         groups: the rows of these that are `shrinking`, with `most_taps` of them, at least; and the others, with None.
-        The same weights as OpenCV's INTER_AREA, by which the backends on the host resize, to one level of rounding.
+        The same weights as the backends on the host have, see `resize_crop`, to one level of rounding.
         """
         out = torch.empty((len(places), size, size, 3), dtype=torch.uint8, device=boxes.device)
         for rows, taps in groups:
@@ -95,12 +95,11 @@ def _taps(length: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def _two_taps(length: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """`_taps` of other images, (N, size, 2): an output lies between two neighbours."""
-    length, output, inverse, scale = _scales(length, size)
-    first = (output * scale).floor()
-    # OpenCV's order of rounding, and its single precision: they decide floors where outputs meet sources.
-    second = ((output + 1) - (first + 1) * inverse).float()
-    second = torch.where(second <= 0, 0.0, second - second.floor())
+    """`_taps` of other images, (N, size, 2): an output lies between two neighbours, see `enlarging`."""
+    length, output, _, scale = _scales(length, size)
+    at = torch.minimum(((output + 0.5) * scale - 0.5).clamp_(min=0), length - 1)
+    first = at.floor()
+    second = (at - first).float()
     place = torch.cat((first, torch.minimum(first + 1, length - 1)), dim=2)
     return place.long(), torch.cat((1 - second, second), dim=2)
 

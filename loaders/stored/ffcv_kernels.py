@@ -1,13 +1,16 @@
-"""FFCV's two C kernels and how to import FFCV without its side effects.
+"""FFCV's two C kernels, how to import FFCV without its side effects, and how images are enlarged.
 
-Every host backend decodes JPEGs and resizes with the very functions FFCV's own loader calls, so that a picture has the
-same pixels whichever backend delivers it.
+Every host backend decodes JPEGs and shrinks images with the very functions FFCV's own loader calls, so that a picture
+has the same pixels whichever backend delivers it. FFCV enlarges by OpenCV's area interpolation too, which then repeats
+pixels; here what grows is interpolated between pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -48,8 +51,67 @@ def decode_jpeg(encoded: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
+@functools.cache
+def enlarging() -> Callable[[np.ndarray, int, int, int, int, np.ndarray], None]:
+    """Bilinear interpolation as numba compiles it, once a process; it runs without the interpreter's lock.
+
+    Called with an image uint8 (H, W, 3), top, left, height and width of a rectangle in it, and `out` uint8 (h, w, 3),
+    overwritten. The centres of the outer pixels lie half a pixel inside the edges, as in OpenCV's INTER_LINEAR and
+    torch's `align_corners=False`; float32, rounded. Where one side shrinks, its pixels are not averaged.
+    """
+    with keep_torch_threads():
+        from numba import njit
+
+    def compiled(function: Callable) -> Callable[..., Any]:
+        return cast("Callable[..., Any]", njit(function, nogil=True, error_model="numpy"))  # numba's stubs deny that
+
+    @compiled
+    def place(output, scale, length):
+        """The source before an output, and the share of the one after it."""
+        at = (output + 0.5) * scale - 0.5
+        first = int(np.floor(at))
+        if first < 0:
+            return 0, np.float32(0)
+        if first >= length - 1:
+            return length - 1, np.float32(0)
+        return first, np.float32(at - first)
+
+    @compiled
+    def interpolate_row(row, left, firsts, shares, out):
+        last = len(row) - 1
+        for x in range(len(firsts)):
+            first = left + firsts[x]
+            second, share = min(first + 1, last), shares[x]
+            for c in range(3):
+                before = np.float32(row[first, c])
+                out[3 * x + c] = before + share * (np.float32(row[second, c]) - before)
+
+    @compiled
+    def enlarge(image, top, left, height, width, out):
+        rows, columns = out.shape[0], out.shape[1]
+        firsts, shares = np.empty(columns, np.int64), np.empty(columns, np.float32)
+        for x in range(columns):
+            firsts[x], shares[x] = place(x, width / columns, width)
+        upper, lower = np.empty(3 * columns, np.float32), np.empty(3 * columns, np.float32)
+        held = -2  # the row in `upper`; `lower` holds the next
+        for y in range(rows):
+            first, share = place(y, height / rows, height)
+            if first == held + 1:
+                upper, lower = lower, upper
+            elif first != held:
+                interpolate_row(image[top + first], left, firsts, shares, upper)
+            if first != held:
+                interpolate_row(image[top + min(first + 1, height - 1)], left, firsts, shares, lower)
+                held = first
+            line = out[y].reshape(-1)
+            for x in range(3 * columns):
+                line[x] = np.uint8(upper[x] + share * (lower[x] - upper[x]) + np.float32(0.5))
+
+    return enlarge
+
+
 def resize_crop(image: np.ndarray, box: Sequence[int], out: np.ndarray) -> None:
-    """Writes the rectangle `box` of `image`, resized by area interpolation, into `out`.
+    """Writes the rectangle `box` of `image`, resized, into `out`: by area where it shrinks, else as `enlarging` does.
 
     image: uint8 (H, W, 3), contiguous.  box: (top, left, height, width).  out: uint8 (h, w, 3), contiguous,
         overwritten.
@@ -57,5 +119,7 @@ def resize_crop(image: np.ndarray, box: Sequence[int], out: np.ndarray) -> None:
     top, left, height, width = (int(value) for value in box)
     if (height, width) == out.shape[:2]:
         out[:] = image[top : top + height, left : left + width]
-    else:
+    elif height >= out.shape[0] and width >= out.shape[1]:
         kernels().resize_crop(image, top, top + height, left, left + width, out)
+    else:
+        enlarging()(image, top, left, height, width, out)
