@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import timm
 import torch
@@ -42,7 +42,7 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
     frozen: names of the backbone's parameters that no method trains. frozen_norms: names of its BatchNorm layers that
     stay in eval mode when the model is put into train mode. Both begin with "backbone."; see
     `fastlt.models.trained_part`. frozen_part: frozen weights of a pretrained backbone, which checkpoints go without.
-    takes_features: whether the backbone has been passed before: then "images" are its features, float (N, D, 1, 1).
+    takes_features: see `drop_backbone`.
     """
 
     backbone: BackboneT
@@ -66,6 +66,15 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(images)))
+
+    def drop_backbone(self) -> None:
+        """From now on "images" are the features of the frozen backbone, float (N, D, 1, 1), and the model goes without.
+
+        What it trains, and what a checkpoint keeps, is as before.
+        """
+        self.takes_features = True
+        self.backbone = cast("BackboneT", nn.Identity())
+        self.frozen = self.frozen_norms = frozenset()
 
     def unfreeze(self) -> None:
         """Let every parameter require a gradient but those that are `frozen`."""

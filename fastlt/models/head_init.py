@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,16 @@ def check_head_init(init: str, model: Classifier) -> None:
             f"{head.out_features} classes and {head.in_features} features; write one row a class, in the order of the "
             "labels, in the space of the pooled features"
         )
+
+
+def init_head(head: Head, init: str, class_means: Callable[[], Tensor]) -> None:
+    """Let a head begin as `model.head_init` says, in place. class_means: gives the mean features (C, D)."""
+    if init == CLASS_MEAN:
+        set_head(head, class_means(), means=True)
+    elif init == ZEROS:
+        set_head(head, torch.zeros(head.out_features, head.in_features), means=False)
+    else:
+        set_head(head, read_rows(init), means=False)
 
 
 @torch.no_grad()

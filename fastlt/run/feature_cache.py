@@ -34,6 +34,7 @@ DECIDES = (  # keys of `data` on which features depend, beside the content of th
     *("image_size", "mean", "std", "train_crop", "eval_crop", "eval_ratio", "crop_scale", "crop_aspect"),
     *("augment", "meta_augment", "dali_augment"),
 )
+PIXELS = 2  # raised when a version of fastlt makes other pixels of the same image
 MOST_OF_MEMORY = 0.5  # of what is free on the device
 
 
@@ -70,7 +71,7 @@ class _Source:
         self.decides = {
             "backbone": content_hash(model.backbone.state_dict()),
             "name": context.recipe.model.name,
-            "contents": context.inputs.inputs.data.to_tree(),
+            "pixels": PIXELS,
             "precision": context.recipe.precision,
             **{key: data[key] for key in DECIDES},
         }
@@ -89,7 +90,9 @@ class _Source:
     def _path(self, split: str, view: int | None) -> Path:
         # Only what is drawn depends on the seed.
         drawn = None if view is None else [view, self.context.recipe.seed]
-        text = json.dumps([self.decides, split, drawn], sort_keys=True)
+        # Data sets that differ in another split share the features of this one.
+        contents = {kind: of_kind.get(split) for kind, of_kind in self.context.inputs.inputs.data.contents.items()}
+        text = json.dumps([self.decides, contents, split, drawn], sort_keys=True)
         return Path(self.context.recipe.runs) / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
 
     def _read(self, path: Path) -> Tensor | None:

@@ -169,7 +169,8 @@ def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) ->
             torch.manual_seed(1_000_003 * recipe.seed + position)
             model = new_model(context)
     STEPS[stage.method].prepare_model(model, stage.options, seed=recipe.seed)
-    model.takes_features = context.features is not None
+    if context.features is not None:
+        model.drop_backbone()
     if recipe.sync_batch_norm and context.reducer.world_size > 1:
         synchronise_batch_norm(model, context.reducer)
     return model

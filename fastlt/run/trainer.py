@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from fastlt.device.compiled import ready
 from fastlt.device.openmp import why_neighbours_slow
-from fastlt.models.head_init import CLASS_MEAN, ZEROS, read_rows, set_head
+from fastlt.models.head_init import init_head
 from fastlt.models.trained_state import check_frozen_part
 from fastlt.recipe import unlike_model
 from fastlt.run.checkpoint import write_atomically, write_json
@@ -184,8 +183,11 @@ class Trainer:
         backends: see `StageLoaders`. new_head: whether the head begins as `model.head_init` says.
         """
         self.model = prepare_model(self.context, self.model, self.context.recipe.stages[name])
-        if new_head:
-            self._init_head()
+        init = self.context.recipe.model.head_init
+        if new_head and init is not None:
+            self.stopwatch.start()
+            init_head(self.model.head, init, lambda: self.evaluation.class_means(self.model))
+            self.stopwatch.lap()
         return build_stage(
             self.context,
             name,
@@ -193,18 +195,6 @@ class Trainer:
             training_images=self.evaluation.training_images,
             backends=backends,
         )
-
-    def _init_head(self) -> None:
-        """Let the head of a new network begin as the recipe says."""
-        init, head = self.context.recipe.model.head_init, self.model.head
-        if init == CLASS_MEAN:
-            self.stopwatch.start()
-            set_head(head, self.evaluation.class_means(self.model), means=True)
-            self.stopwatch.lap()
-        elif init == ZEROS:
-            set_head(head, torch.zeros(head.out_features, head.in_features), means=False)
-        elif init is not None:
-            set_head(head, read_rows(init), means=False)
 
     def _run_stage(self, name: str) -> None:
         try:

@@ -103,7 +103,7 @@ def test_training_on_features_is_training_through_the_network(head_words, more):
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert result["per_class_accuracy"] == same["per_class_accuracy"]
-    assert features.model.backbone.conv1.weight.grad is None
+    assert not list(features.model.backbone.parameters())  # passes do not look at what is not trained
 
 
 def test_a_resumed_run_agrees_bit_for_bit(head_words):
