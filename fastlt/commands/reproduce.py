@@ -10,6 +10,7 @@ the last are a run of their own, and the whole run goes on from its end, as if i
 several runs ends with `fastlt ensemble` on them. All runs of one seed come before those of the next. TABLE.md, .csv
 and .json are written to --out. The published numbers, and which recipe belongs to which row, are in
 fastlt/reproduce/paper_tables.yaml.
+`frozen` trains heads on frozen features instead, with options of its own: `fastlt reproduce frozen --help`.
 `--data` names folders with CIFAR's files or converted data sets.
 Exit code: 0 done, 1 when a run failed, 2 for a mistake on the command line, 130 when stopped.
 """
@@ -21,18 +22,22 @@ import sys
 from pathlib import Path
 
 from fastlt.arguments import make_parser, path
+from fastlt.commands import reproduce_frozen
 from fastlt.reproduce.availability import resolve
 from fastlt.reproduce.execution import run_cells, say_what_is_missing
 from fastlt.reproduce.output import listing, markdown, write_files
 from fastlt.reproduce.tables import chosen, load_table, table_names
 
 NAME = "fastlt reproduce"
+FROZEN = "frozen"
 
 
 def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code."""
+    if words[:1] == [FROZEN]:
+        return reproduce_frozen.main(words[1:], f"{prog} {FROZEN}")
     parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("table", help=f"one of {', '.join(table_names())}")
+    parser.add_argument("table", help=f"one of {', '.join([*table_names(), FROZEN])}")
     parser.add_argument("--list", action="store_true", help="say what could run, and run nothing")
     parser.add_argument("--data", nargs="+", type=path, default=[], metavar="DIR", help="folders to look for data in")
     parser.add_argument("--scale", choices=("short", "paper"), default="paper", help="short: one small budget for all")

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from fastlt.names import pick
-from fastlt.recipe.locations import SHIPPED
+from fastlt.recipe.locations import SHIPPED, shipped_recipes
 from fastlt.state import ClassCounts, ShotRanks
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        return SHIPPED / f"{self.recipe}.yaml"
+        return shipped_recipes().get(self.recipe, SHIPPED / f"{self.recipe}.yaml")
 
     def percentages(self, shots: ShotRanks | None = None) -> list[float]:
         """Our value under each seed that has one. shots: groups to measure it on, in place of those of the runs."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from fastlt.models import build_model
 from fastlt.recipe import load_recipe
 from fastlt.run.dataset import conversion_command
 from fastlt.run.preflight import prepare
@@ -24,6 +26,15 @@ RECIPES = sorted(FOLDER.rglob("*.yaml"))
 ROWS = [p for p in RECIPES if p.parent.name != "base"]
 CLASSES = 4
 NETWORKS = ("digits_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "places_lt", "inaturalist2018")
+
+
+@pytest.fixture(scope="session")
+def vit_weights(tmp_path_factory):
+    """A file with weights of a small transformer."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "vit.pt"
+    torch.save(build_model("vit_tiny_patch16_224", num_classes=CLASSES, image_size=32).state_dict(), file)
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +72,9 @@ def test_a_recipe_parses_and_its_header_gives_the_command_and_the_cost(path):
     assert recipe.name == path.stem
     assert f"accelerate launch fastlt/train.py recipes/{path.relative_to(FOLDER)}" in header(path)
     assert "Cost:" in header(path)
-    if recipe.data.source == "list_file":
+    if recipe.data.source in ("list_file", "image_folder"):
         # The command that converts stands in the row or in its base.
-        bases = yaml.safe_load(path.read_text())["base"]
+        bases = yaml.safe_load(path.read_text()).get("base", [])
         text = header(path) + "".join(header(FOLDER / base) for base in bases)
         command, *options = conversion_command(recipe.data, Path(recipe.data.converted)).split(" --")
         assert f"#   {command} --out " in text
@@ -92,8 +103,9 @@ def each_combination_once() -> list:
 
 
 @pytest.mark.parametrize("path", each_combination_once())
-def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
+def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, vit_weights, tmp_path):
     recipe = load_recipe(path)
+    tuned = path.parent.name == "finetune"  # what they train is part of a pretrained network
     small = recipe.data.image_size <= 32
     words = [
         f"runs={tmp_path}",
@@ -102,7 +114,8 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, tmp_path):
         f"data.converted={digits if small else tiny_jpegs}",
         "data.num_classes=null",
         # Rows differ in method, not in network: one row of each data set builds the network it names.
-        *([] if path.stem in NETWORKS else ["model.name=cifar_resnet8"]),
+        *([] if path.stem in NETWORKS else [f"model.name={'vit_tiny_patch16_224' if tuned else 'cifar_resnet8'}"]),
+        *([f"model.checkpoint={vit_weights}", "data.imbalance_factor=null"] if tuned else []),
         "data.image_size=8" if recipe.data.source == "digits" else f"data.image_size={min(32, recipe.data.image_size)}",
     ]
     if small:

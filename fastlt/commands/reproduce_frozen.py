@@ -1,0 +1,165 @@
+"""Train every method that can train a head on the features of a frozen, pretrained backbone, and compare them.
+
+    fastlt reproduce frozen --data DIR                                  # CIFAR-10-LT, EfficientNet-Lite0
+    fastlt reproduce frozen --data DIR --weights FILE --seeds 3         # its weights from a file
+    fastlt reproduce frozen --recipe mine.yaml --rows Cross-entropy "Balanced softmax"
+    fastlt reproduce frozen --list
+
+Features are computed once, below --out/.features; a run then takes seconds, and --jobs of them run at once. Runs that
+are done are not run again: the same command goes on. frozen.md, .csv and .json are written to --out. Each method is
+shown at its own best rate of --lr by validation, and at the common rate. Images of the validation set are the meta set
+too: methods that learn weights on it see it while they train.
+Exit code: 0 done, 1 when a process of the runs ended, 2 for a mistake on the command line, 130 when stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastlt.arguments import make_parser, path, positive
+from fastlt.recipe import Recipe, load_recipe
+from fastlt.reproduce.availability import CIFAR_FILES, find_data
+from fastlt.reproduce.frozen import STAGE, Method, base_recipe, open_context, plan, read_methods, stage_epochs
+from fastlt.reproduce.frozen_pool import Task, make_tasks, run_tasks
+from fastlt.reproduce.frozen_tables import as_record, markdown, rows
+from fastlt.run.checkpoint import write_atomically, write_json
+from fastlt.run.fit import process_as_before
+from loaders.stored.forked_workers import available_cores
+
+NAME = "fastlt reproduce frozen"
+RATES = (0.01, 0.02, 0.05)
+FACTORS = (10.0, 50.0, 100.0, 200.0)
+WRITE_EVERY_S = 30.0
+
+
+def main(words: list[str], prog: str = NAME) -> int:
+    """Run the command line `words`; returns the exit code."""
+    parser = make_parser(__doc__, NAME, prog)
+    parser.add_argument("--list", action="store_true", help="name the rows, and run nothing")
+    parser.add_argument(
+        "--recipe", default=str(base_recipe()), help="a recipe with data.cached_views (default: CIFAR-10-LT)"
+    )
+    parser.add_argument("--data", nargs="+", type=path, default=[], metavar="DIR", help="folders to look for data in")
+    parser.add_argument("--backbone", metavar="NAME", help="a network of timm (default: the recipe's)")
+    parser.add_argument("--weights", type=path, metavar="FILE", help="its weights (default: those that timm fetches)")
+    parser.add_argument("--imbalance", nargs="+", type=float, metavar="F", help="of CIFAR (default: 10 50 100 200)")
+    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES), help="rates (default: 0.01 0.02 0.05)")
+    parser.add_argument(
+        "--common-lr", type=float, metavar="LR", help="one of --lr (default: the recipe's, or the middle)"
+    )
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run")
+    parser.add_argument("--jobs", type=positive, default=available_cores(), help="runs at once (default: a core each)")
+    parser.add_argument(
+        "--out", type=path, default=Path("runs/frozen"), help="where features, results and tables are kept"
+    )
+    given = parser.parse_args(words)
+    methods = read_methods(given.rows)
+    if given.list:
+        print("\n".join(method.name for method in methods))
+        return 0
+    shared = [*_model_words(given), f"runs={given.out.resolve()}", "name=frozen", *given.set]
+    recipe = load_recipe(given.recipe, shared)
+    common = _common_rate(given.common_lr, sorted(set(given.lr)), recipe)
+    is_cifar = recipe.data.source in CIFAR_FILES
+    if given.imbalance and not is_cifar:
+        raise ValueError(f"--imbalance is for CIFAR, and {recipe.name} has source {recipe.data.source!r}; leave it out")
+    factors = (given.imbalance or FACTORS) if is_cifar else (None,)
+    named = {f"{recipe.data.source}, imbalance {f:g}" if f else recipe.name: f for f in factors}
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    table = _Table(given.out, methods, common)
+    try:
+        for data, factor in named.items():
+            cut = [] if factor is None else [f"data.imbalance_factor={factor:g}"]
+            tasks = _tasks(given, methods, data, [*shared, *cut])
+            table.tasks[data] = tasks
+            with tqdm(desc=data, total=len(tasks), initial=sum(t.file.is_file() for t in tasks), unit="run") as bar:
+                run_tasks(tasks, given.jobs, lambda _: table.update(bar))
+            table.write()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        table.write()
+    print(table.text)
+    return 0
+
+
+def _model_words(given: argparse.Namespace) -> list[str]:
+    words = [] if given.backbone is None else [f"model.name={given.backbone}"]
+    if given.weights is not None:
+        words += ["model.pretrained=false", f"model.checkpoint={given.weights.resolve()}"]
+    return words
+
+
+def _common_rate(asked: float | None, rates: Sequence[float], recipe: Recipe) -> float:
+    """The rate that is common to all methods."""
+    if asked is None:
+        return recipe.stages[STAGE].lr if recipe.stages[STAGE].lr in rates else rates[len(rates) // 2]
+    if asked not in rates:
+        raise ValueError(f"--common-lr is {asked:g}: give one of --lr, {', '.join(f'{r:g}' for r in rates)}")
+    return asked
+
+
+def _tasks(given: argparse.Namespace, methods: Sequence[Method], data: str, words: list[str]) -> list[Task]:
+    """The runs of a data set, whose features are computed first, with all cores."""
+    recipe = load_recipe(given.recipe, words)
+    found = find_data(recipe, [folder.resolve() for folder in given.data])
+    if found is None:
+        where = ", ".join(map(str, given.data)) or "data/"
+        raise ValueError(f"data not found: {recipe.data.source} in {where}; name their folder: --data DIR")
+    words = [*words, *found]
+    with process_as_before():
+        context = open_context(load_recipe(given.recipe, words))
+    runs = plan(recipe, methods, sorted(set(given.lr)), given.seeds, stage_epochs(context))
+    threads = max(1, available_cores() // given.jobs)
+    return make_tasks(Path(given.recipe), [*words, f"num_threads={threads}"], runs, context, given.out / "results")
+
+
+class _Table:
+    """The files of the table, rewritten now and then while runs end.
+
+    tasks: by data set, those that have been planned.
+    """
+
+    def __init__(self, out: Path, methods: Sequence[Method], common: float) -> None:
+        self.out, self.methods, self.common = out, methods, common
+        self.tasks: dict[str, list[Task]] = {}
+        self.text = ""
+        self.written = 0.0
+
+    def update(self, bar: tqdm) -> None:
+        """A run is over."""
+        bar.update()
+        if time.monotonic() - self.written > WRITE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """frozen.md, frozen.csv and frozen.json of all results that are there."""
+        self.written = time.monotonic()
+        records = []
+        for data, tasks in self.tasks.items():
+            found = ((task.run, task.result()) for task in tasks)
+            results = {(run.method, run.lr, run.seed): result for run, result in found if result is not None}
+            records += [as_record(data, row) for row in rows(self.methods, results, self.common)]
+        if not records:
+            return
+        self.text = markdown("Heads on frozen features", records, self.methods[0].name)
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        write_atomically(self.out / "frozen.md", self.text.encode())
+        write_atomically(self.out / "frozen.csv", buffer.getvalue().encode())
+        write_json(self.out / "frozen.json", records)

@@ -1,0 +1,96 @@
+"""The runs on frozen features in a few processes: results are files, so that a stopped table goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlt.parent_process import end_with_parent
+from fastlt.recipe import load_recipe
+from fastlt.reproduce.frozen import HeadRun, open_context, train_head
+from fastlt.reproduce.plan import not_default
+from fastlt.run.checkpoint import read_json, write_json
+from fastlt.run.context import RunContext
+from fastlt.run.fit import process_as_before
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run with the words of its data set, and the file of its result."""
+
+    recipe: Path
+    data_words: tuple[str, ...]
+    run: HeadRun
+    file: Path
+
+    def result(self) -> dict[str, Any] | None:
+        """What the file says; None before the run is over."""
+        return read_json(self.file) if self.file.is_file() else None
+
+
+def make_tasks(
+    recipe: Path, data_words: Sequence[str], runs: Sequence[HeadRun], context: RunContext, folder: Path
+) -> list[Task]:
+    """The tasks of a data set. A result is found again under the same recipe, words, images and weights alone."""
+    with process_as_before():
+        base = not_default(load_recipe(recipe, data_words))
+    identity = {"recipe": base, "inputs": context.inputs.inputs.to_tree()}
+    for key in ("name", "runs"):
+        base.pop(key, None)
+    base["data"].pop("converted", None)
+    return [
+        Task(recipe, tuple(data_words), run, folder / f"{_digest({**identity, 'words': run.words})}.json")
+        for run in runs
+    ]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None]) -> None:
+    """Train what has no result yet, in `jobs` processes; `done` is called after each run.
+
+    A KeyboardInterrupt waits for the runs that have begun. RuntimeError when a process ends by itself.
+    """
+    missing = [task for task in tasks if not task.file.is_file()]
+    # A fork of this process would share its OpenMP threads, which are not there after a fork.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),)) as pool:
+        futures: dict[Future[None], Task] = {pool.submit(_train, task): task for task in missing}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done(futures[future])
+        except BrokenProcessPool:
+            raise RuntimeError("a process that trained heads ended by itself, for want of memory maybe") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+_contexts: dict[tuple[str, ...], RunContext] = {}  # of this process: that of its latest data set
+
+
+def _begin(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the parent decides
+    end_with_parent(parent)
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
+
+def _train(task: Task) -> None:
+    if task.data_words not in _contexts:
+        _contexts.clear()  # of one data set at a time, whose features fill memory
+        _contexts[task.data_words] = open_context(load_recipe(task.recipe, task.data_words))
+    words = [*task.data_words, *task.run.words]
+    write_json(task.file, train_head(_contexts[task.data_words], task.recipe, words))
