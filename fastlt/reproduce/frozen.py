@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import set_seed
 
 from fastlt.models.head_init import init_head
 from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.names import pick
 from fastlt.recipe import Recipe, load_recipe
 from fastlt.recipe.locations import shipped_recipes
-from fastlt.run.context import RunContext, make_accelerator, make_context
+from fastlt.run.context import RunContext, make_accelerator, make_context, with_recipe
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.feature_cache import compute_features
 from fastlt.run.loading import endless, iterations_per_epoch
@@ -147,8 +146,7 @@ def train_head(context: RunContext, path: Path, words: Sequence[str]) -> dict[st
     "train_s"; and "problem", a sentence where numbers were not finite, else None.
     """
     recipe = load_recipe(path, words)
-    context = replace(context, recipe=recipe)
-    set_seed(recipe.seed)
+    context = with_recipe(context, recipe)
     model, evaluation, weights = new_model(context), Evaluation(context), None
     started = time.perf_counter()
     for position, (name, stage_recipe) in enumerate(recipe.stages.items()):

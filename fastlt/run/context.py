@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +64,12 @@ class RunContext:
         """One line for the person who watches, above the progress bar."""
         if self.main:
             tqdm.write(text)
+
+
+def with_recipe(context: RunContext, recipe: Recipe) -> RunContext:
+    """The same surroundings for another recipe on the same data, with the generators seeded as for its own run."""
+    set_seed(recipe.seed)
+    return replace(context, recipe=recipe)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

@@ -105,7 +105,7 @@ def each_combination_once() -> list:
 @pytest.mark.parametrize("path", each_combination_once())
 def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, vit_weights, tmp_path):
     recipe = load_recipe(path)
-    tuned = path.parent.name == "finetune"  # what they train is part of a pretrained network
+    tuned = path.parent.name == "finetune" and recipe.model.pretrained  # what is trained may be a part
     small = recipe.data.image_size <= 32
     words = [
         f"runs={tmp_path}",
@@ -115,7 +115,7 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, vit_weights, t
         "data.num_classes=null",
         # Rows differ in method, not in network: one row of each data set builds the network it names.
         *([] if path.stem in NETWORKS else [f"model.name={'vit_tiny_patch16_224' if tuned else 'cifar_resnet8'}"]),
-        *([f"model.checkpoint={vit_weights}", "data.imbalance_factor=null"] if tuned else []),
+        *([f"model.checkpoint={vit_weights}", "data.imbalance_factor=null", "data.root=null"] if tuned else []),
         "data.image_size=8" if recipe.data.source == "digits" else f"data.image_size={min(32, recipe.data.image_size)}",
     ]
     if small:
@@ -125,7 +125,7 @@ def test_a_recipe_trains_two_iterations(path, digits, tiny_jpegs, vit_weights, t
     for name, stage in recipe.stages.items():
         where = f"stages.{name}"
         words += [f"{where}.epochs=null", f"{where}.iterations=2", f"{where}.evaluate_every=2", f"{where}.batch_size=8"]
-        words += [f"{where}.warmup=0", f"{where}.schedule=constant", f"{where}.milestones=[]"]
+        words += [f"{where}.warmup=0", f"{where}.schedule=constant", f"{where}.milestones=[]", f"{where}.min_lr=0"]
         if stage.method == "tau_norm":
             words += [f"{where}.options.taus=[0, 1]", f"{where}.evaluate_every=1"]
         if getattr(stage.options, "attention_side", 0):
