@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fastlt.models.known_networks import network_like, network_of_run
+from fastlt.models.known_networks import left_out_of, network_like, network_of_run
 from fastlt.models.weight_files import Tensors, first_few, read_weights
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def load_weights(classifier: nn.Module, path: str | Path) -> bool:
     """
     own = classifier.state_dict()
     state = named_as_ours(read_weights(path), classifier, path)
+    _refuse_part(state, own, path)
     given_head = {name for name in state if name.startswith("head.")}
     own_head = {name for name in own if name.startswith("head.")}
     fits = given_head == own_head and all(state[name].shape == own[name].shape for name in own_head)
@@ -138,6 +139,17 @@ def _told(path: str | Path, state: Tensors) -> str:
     """Of which network a file is, as far as can be told: a part of a sentence, or ""."""
     what = network_of_run(path) or network_like(state)
     return "" if what is None else f"; the file is of {what}"
+
+
+def _refuse_part(state: Tensors, own: Tensors, path: str | Path) -> None:
+    """ValueError for a checkpoint of fastlt that keeps the trained part of a network alone."""
+    missing = [n for n in own if n.startswith(OURS) and n not in state and not n.endswith(COUNTER)]
+    rest = left_out_of(path) if missing else None
+    if rest is not None:
+        raise ValueError(
+            f"checkpoint {path} keeps the trained part of its network alone, and the rest was {rest}; give "
+            "model/model.safetensors of the same run, which holds all weights"
+        )
 
 
 def _check_match(state: Tensors, own: Tensors, path: str | Path) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FROZEN = "frozen"  # under which a checkpoint says so
+
 
 @dataclass(frozen=True)
 class FrozenPart:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastlt.models.frozen_part import FROZEN
 from fastlt.models.weight_files import Tensors, read_saved
 
 # Blocks of the layers of a ResNet, whether they are bottlenecks, and its name.
@@ -41,6 +42,15 @@ def network_of_run(path: str | Path) -> str | None:
     if not isinstance(recipe, Mapping) or not isinstance(model, Mapping) or "name" not in model:
         return None
     return f"{model['name']}, a checkpoint of the run {recipe.get('name')!r}"
+
+
+def left_out_of(path: str | Path) -> str | None:
+    """What a checkpoint of fastlt leaves out that keeps the trained part of a network alone; None for other files."""
+    saved = read_saved(path)
+    frozen = saved.get(FROZEN) if isinstance(saved, Mapping) else None
+    if not isinstance(frozen, Mapping) or not {"name", "source"} <= frozen.keys():
+        return None
+    return f"{frozen['name']} from {frozen['source']}"
 
 
 def network_like(state: Tensors) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fastlt.models.classifier import Classifier
-from fastlt.models.frozen_part import FrozenPart
+from fastlt.models.frozen_part import FROZEN, FrozenPart
 
-WEIGHTS, FROZEN = "model", "frozen"
+WEIGHTS = "model"
 
 
 def trained_state(model: Classifier) -> dict[str, Any]:

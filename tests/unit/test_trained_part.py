@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_trainer import assert_same, comparable, stop_after
 from torch import nn
 
 from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
 from fastlt.models import Classifier, build_model
+from fastlt.models.timm_network import timm_network
 from fastlt.models.trained_part import frozen_norms, trained_parameters
+from fastlt.models.trained_state import trained_state
 from fastlt.recipe import RecipeError, load_recipe
 from fastlt.run import preflight
 from fastlt.run.network import advice_on_network
@@ -326,6 +329,23 @@ def test_experts_of_a_part_teach_a_student(digits_words, tmp_path):
 
 
 # Refusals, before any data is read
+
+
+@pytest.mark.parametrize("train", ["head", "norms"])
+def test_a_checkpoint_of_a_part_is_no_network_to_begin_with(train, tmp_path, caplog):
+    torch.save(build_model("cifar_resnet8", num_classes=3).backbone.state_dict(), tmp_path / "backbone.pt")
+    part = build_model("cifar_resnet8", num_classes=3, checkpoint=tmp_path / "backbone.pt", train=train)
+    torch.save(trained_state(part), tmp_path / "last.pt")
+    caplog.clear()
+    told = r"last\.pt keeps the trained part of its network alone, and the rest was cifar_resnet8 from .*backbone\.pt"
+    with pytest.raises(ValueError, match=told):
+        build_model("cifar_resnet8", num_classes=3, checkpoint=tmp_path / "last.pt")
+    assert not caplog.records
+    # The file that is named instead.
+    save_file(timm_network(part, "cifar_resnet8", 32).state_dict(), tmp_path / "model.safetensors")
+    whole = build_model("cifar_resnet8", num_classes=3, checkpoint=tmp_path / "model.safetensors")
+    for name, value in part.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(
