@@ -175,7 +175,7 @@ def compare_listing(there: ConvertedDataset, arguments: argparse.Namespace, chos
 
 def report(dataset: ConvertedDataset) -> None:
     """Say what was made: images and bytes per split, the classes, what was left out and what is there twice."""
-    from loaders.stored.manifest import DUPLICATES, SKIPPED
+    from loaders.stored.manifest import DUPLICATES, KEPT, SKIPPED
 
     splits = dataset.manifest["splits"]
     for name, split in splits.items():
@@ -183,7 +183,9 @@ def report(dataset: ConvertedDataset) -> None:
         size = sum(f["bytes"] for path, f in dataset.manifest["files"].items() if path.startswith(of_split))
         low, high = (f"{width}x{height}" for height, width in (split["image_size"]["min"], split["image_size"]["max"]))
         pixels = low if split["image_size"]["same"] else f"{low} to {high}"
-        print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB; {split['provenance']}")
+        count = dataset.manifest[KEPT][dataset.formats[0]][name]
+        kept = f", {count:,} of them the source's own files" if count else ""
+        print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB{kept}; {split['provenance']}")
     print(f"{dataset.root}: {classes_text(dataset.class_names, splits['train']['class_counts'])}")
     for warning in absent_classes(dataset.class_names, {name: of["class_counts"] for name, of in splits.items()}):
         print(warning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
@@ -25,6 +24,7 @@ from loaders.sources.split import EncodedImages, FileSplit, Split
 from loaders.stored.damage import DamageError
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.forked_workers import available_cores, chunks_of
+from loaders.stored.image_check import content_key
 from loaders.stored.manifest import DUPLICATES
 from loaders.stored.progress import progress_bar
 
@@ -270,7 +270,7 @@ def _look_at_files(paths: Sequence[str], workers: int, advance: Advance) -> _Loo
         alike = files[(often[which] > 1) & (file_bytes[files] > 0)]
         keys = np.zeros(len(paths), dtype=np.uint64)
         # A file of a size of its own equals no other: any number of its own tells its names from other files.
-        keys[files] = [_key(b"%d:%d" % file) for file in first]
+        keys[files] = [content_key(b"%d:%d" % file) for file in first]
         hashed = pool.map(lambda chunk: [_hash(paths[int(alike[i])]) for i in chunk], chunks_of(len(alike)))
         keys[alike] = [key for part in hashed for key in part]
     for i in np.flatnonzero(same != np.arange(len(paths))).tolist():
@@ -320,14 +320,9 @@ def _header(path: str) -> tuple[int, int] | str:
 def _hash(path: str) -> int:
     """The key of a file's contents; 0 where it cannot be read."""
     try:
-        return _key(Path(path).read_bytes())
+        return content_key(Path(path).read_bytes())
     except OSError:
         return 0
-
-
-def _key(data: bytes) -> int:
-    """64 bits, as in `loaders.stored.image_check`; never 0."""
-    return int.from_bytes(hashlib.sha1(data, usedforsecurity=False).digest()[:8], "little") or 1
 
 
 def _look_at_contents(splits: Sequence[Split], advance: Advance) -> _Looked:
@@ -345,7 +340,7 @@ def _look_at_contents(splits: Sequence[Split], advance: Advance) -> _Looked:
                 else:
                     pixels = split.image(i)
                     data, sizes[place] = pixels.tobytes(), pixels.shape[:2]
-                file_bytes[place], keys[place] = len(data), _key(data)
+                file_bytes[place], keys[place] = len(data), content_key(data)
             except ValueError as error:
                 reasons[place] = str(error)
             place += 1

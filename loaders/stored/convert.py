@@ -28,6 +28,7 @@ from loaders.stored.image_check import (
     BadImage,
     ImageCheck,
     check_splits,
+    content_key,
     refuse_bad_images,
     refuse_empty_classes,
     refuse_same_contents,
@@ -37,6 +38,7 @@ from loaders.stored.manifest import (
     CONTENTS,
     DUPLICATES,
     IMAGES,
+    KEPT,
     LABELS,
     SCHEMA,
     SKIPPED,
@@ -63,13 +65,15 @@ def conversion_request(
     image_column: str | None = None,
     label_column: str | None = None,
     split_column: str | None = None,
+    class_names: str | Path | None = None,
     options: FfcvOptions,
 ) -> dict[str, Any]:
     """What identifies a converted data set: the images asked for and how they are stored, not where they came from."""
     lists = {"train_list": train_list, "meta_list": meta_list, "test_list": test_list}
     columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
     # Data sets of earlier versions have none of these: left out where they say nothing, they stay equal to themselves.
-    newer = {"split": split, "split_seed": split_seed, **columns}
+    names = Path(class_names).name if class_names else None
+    newer = {"split": split, "split_seed": split_seed, **columns, "class_names": names}
     return {
         "source": source,
         **{key: Path(path).name if path else None for key, path in lists.items()},
@@ -142,6 +146,7 @@ def convert(
         if any(bad.values()):
             write_skipped(work / SKIPPED, bad)
         contents = {kind: {name: _content_sha256(work, name, kind) for name in SPLITS} for kind in formats}
+        kept = {kind: {name: _kept_files(work, name, kind, checks[name]) for name in SPLITS} for kind in formats}
         if any(duplicates.counts().values()):
             write_duplicates(work / DUPLICATES, source, duplicates)
         manifest = {
@@ -159,6 +164,7 @@ def convert(
             "listing_sha256": listing_sha256,
             "skipped": sum(len(images) for images in bad.values()),
             CONTENTS: contents,
+            KEPT: kept,
             "duplicates": duplicates.counts(),
             "files": describe_files(work, progress),
             "versions": versions(),
@@ -171,6 +177,14 @@ def convert(
 def _content_sha256(work: Path, split: str, kind: str) -> str:
     stored = open_split(split_file(work, split, kind))
     return content_sha256(stored, stored.encoded)
+
+
+def _kept_files(work: Path, split: str, kind: str, check: ImageCheck) -> int:
+    """How many images are stored as the source has them, byte by byte."""
+    if check.digests is None:
+        return 0
+    stored, of_source = open_split(split_file(work, split, kind)), check.digests[check.good].tolist()
+    return sum(content_key(stored.encoded(i).data) == key for i, key in enumerate(of_source))
 
 
 def _check_images(

@@ -30,7 +30,9 @@ LABELS, IMAGES = "labels.npz", "images.tsv"
 SKIPPED, DUPLICATES = "skipped.txt", "duplicates.txt"
 SHOWN_FILES = 5  # how many damaged files a message names
 SEAL = "manifest_sha256"
-CONTENTS = "contents"  # by format and split, the `content_sha256` of its images; older data sets have none
+# By format and split: the `content_sha256` of its images, and how many are files of the source as they were. Older data
+# sets have neither.
+CONTENTS, KEPT = "contents", "kept_files"
 MANIFEST_KEYS = {
     "source": str,
     "class_names": list,

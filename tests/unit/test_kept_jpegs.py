@@ -106,6 +106,8 @@ def test_both_formats_hold_the_same_files_and_those_that_serve_are_the_originals
         assert (stored == data) == (name in KEPT), name
         assert stored.startswith(b"\xff\xd8"), name
     assert beton.is_jpeg.all()
+    for kind in ("ffcv", "dali"):
+        assert dataset.manifest["kept_files"][kind] == dict.fromkeys(("train", "meta", "test"), len(KEPT))
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
@@ -155,6 +157,7 @@ def test_raw_and_proportion_store_no_originals_in_a_beton(tmp_path):
         made = convert(source, tmp_path / mode, options=options, request={}, allow_duplicates=True, progress=False)
         beton = made.stored("train", "ffcv")
         assert all(beton.encoded(i).tobytes() != jpeg() for i in range(2))
+        assert made.manifest["kept_files"] == {"ffcv": {"train": 0, "meta": 0, "test": 0}}
     np.testing.assert_array_equal(
         ConvertedDataset.open(tmp_path / "raw").stored("train", "ffcv").image(0), decode_bytes(jpeg())
     )
@@ -199,3 +202,4 @@ def test_real_small_jpegs_keep_their_bytes(real_data, tmp_path):
         assert beton.encoded(i).tobytes() == shards.encoded(i).tobytes()
         kept += beton.encoded(i).tobytes() == (root / path).read_bytes()
     assert kept > 290
+    assert {of["train"] for of in made.manifest["kept_files"].values()} == {kept}
