@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from fastlt.report.runs import Run
 from fastlt.report.seeds import Group, deviation
 from fastlt.report.wrong_images import most_confidently_wrong, picture, rare_classes, test_images
 from fastlt.run.predictions import Predictions
+from fastlt.state import ClassCounts
 
 SHOTS = ("many", "medium", "few")
 METRICS = {
@@ -257,18 +258,19 @@ def without_predictions(series: Sequence[Series]) -> list[Block]:
     return [TextBlock(f"{text}`fastlt report {missing[0]} --measure --out report.html`.", warning=True)]
 
 
-def predictions_of(group: Group) -> list[Predictions]:
-    """Of the test images, of each run of the group that kept them."""
-    return [run.predictions["test"] for run in group.predicted]
+def predicted(series: Sequence[Series]) -> Iterator[tuple[Series, list[Predictions], ClassCounts]]:
+    """Those with predictions, these of the test images of each run, and the training images of the classes."""
+    for one in series:
+        found, counts = [run.predictions["test"] for run in one.group.predicted], one.group.counts
+        if found:
+            assert counts is not None, "a finished run says how many images its classes have"
+            yield one, found, counts
 
 
 def confusions(series: Sequence[Series]) -> Section:
     """Which classes are taken for which."""
     blocks = without_predictions(series)
-    for one in series:
-        predictions, counts = predictions_of(one.group), one.group.counts
-        if not predictions or counts is None:
-            continue
+    for one, predictions, counts in predicted(series):
         name = one.file
         title = "What test images were taken for, %"
         blocks.append(HeadingBlock(one.name))
@@ -301,29 +303,25 @@ def confusions(series: Sequence[Series]) -> Section:
 def reliabilities(series: Sequence[Series]) -> Section:
     """Reliability diagrams with the expected calibration error."""
     blocks = without_predictions(series)
-    for one in series:
-        predictions = predictions_of(one.group)
-        if predictions:
-            made = calibration(predictions)
-            error = Column("", 2).text(measured(made.errors, 100))
-            title = f"{one.label}: ECE {error} %"
-            blocks.append(figure(f"reliability_{one.file}", figures.reliability(made, title)))
-    if any(one.group.predicted for one in series):
+    drawn = []
+    for one, predictions, _ in predicted(series):
+        made = calibration(predictions)
+        error = Column("", 2).text(measured(made.errors, 100))
+        title = f"{one.label}: ECE {error} %"
+        drawn.append(figure(f"reliability_{one.file}", figures.reliability(made, title)))
+    if drawn:
         text = (
             "Test images in 15 bins by the probability of the likeliest class. A bar below the dotted line: the model "
             "is surer than it is right. ECE is the mean distance, each image counting the same."
         )
-        blocks.insert(0, TextBlock(text))
+        blocks = [TextBlock(text), *blocks, *drawn]
     return Section("Reliability", blocks)
 
 
 def wrong_images(series: Sequence[Series]) -> Section:
     """The most confidently wrong test images of rare classes."""
     blocks = without_predictions(series)
-    for one in series:
-        predictions, counts = predictions_of(one.group), one.group.counts
-        if not predictions or counts is None:
-            continue
+    for one, predictions, counts in predicted(series):
         rare, kind = rare_classes(counts)
         wrong = most_confidently_wrong(predictions, rare)
         blocks.append(HeadingBlock(one.name))
@@ -420,12 +418,11 @@ def numbers_alone(series: Sequence[Series]) -> list[TableBlock]:
     """The numbers behind figures that no table of the page has."""
     runs = [run for one in series for run in one.group.runs]
     tables = [curve_table(runs), history_table(runs)]
-    for one in series:
-        if one.group.predicted:
-            made = calibration(predictions_of(one.group))
-            columns = [Column("bin", 0), Column("confidence", 6), Column("accuracy", 6), Column("images", 0)]
-            rows = [[k, *row] for k, row in enumerate(zip(made.confidence, made.accuracy, made.images, strict=True))]
-            tables.append(TableBlock(f"reliability_{one.file}", columns, rows))
+    for one, predictions, _ in predicted(series):
+        made = calibration(predictions)
+        columns = [Column("bin", 0), Column("confidence", 6), Column("accuracy", 6), Column("images", 0)]
+        rows = [[k, *row] for k, row in enumerate(zip(made.confidence, made.accuracy, made.images, strict=True))]
+        tables.append(TableBlock(f"reliability_{one.file}", columns, rows))
     return [table for table in tables if table.rows]
 
 
