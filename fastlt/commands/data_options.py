@@ -20,6 +20,7 @@ ARGUMENT_OF = {
     "image_column": "image_column",
     "label_column": "label_column",
     "split_column": "split_column",
+    "class_names": "class_names",
     "split": "split",
     "split_seed": "split_seed",
     "convention": "convention",
@@ -37,6 +38,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         data.add_argument(f"--{split}-list", type=path, metavar="FILE", help=f"the {split} images: {what}")
     for what in ("image", "label", "split"):
         data.add_argument(f"--{what}-column", metavar="NAME", help=f"of a table: its column of {what}s")
+    data.add_argument("--class-names", type=path, metavar="FILE", help="names of the classes: lines of `class name`")
     data.add_argument("--split", type=shares, metavar="T/V/E", help="draw train, validation and test: 0.8/0.1/0.1")
     data.add_argument("--split-seed", type=whole(0), default=0, metavar="N", help="of what is drawn (0)")
     data.add_argument("--num-classes", type=whole(1), metavar="C", help="what the data set must have")
@@ -64,6 +66,7 @@ def choices(arguments: argparse.Namespace) -> dict[str, Any]:
         "image_column": arguments.image_column,
         "label_column": arguments.label_column,
         "split_column": arguments.split_column,
+        "class_names": arguments.class_names,
         "split": arguments.split,
         "split_seed": arguments.split_seed,
         "imbalance_factor": arguments.imbalance,

@@ -120,8 +120,9 @@ def show(arguments: argparse.Namespace, converted: bool, why: str) -> None:
             source, printable(arguments.data), workers=arguments.workers, progress=not arguments.quiet
         )
         data = data_of_options(arguments)
+    command = None
     if arguments.recipe is not None:
-        suggestion = write_recipe(arguments.recipe, profile, data, arguments.backbone)
+        suggestion, command = write_recipe(arguments.recipe, profile, data, arguments.backbone)
     else:
         suggestion = suggest(profile, data, arguments.backbone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,28 +131,36 @@ def show(arguments: argparse.Namespace, converted: bool, why: str) -> None:
         print(strict_json.dumps(to_tree(profile, loading, suggestion, why), indent=1))
     else:
         width = shutil.get_terminal_size().columns
-        print(to_text(profile, loading, suggestion, width=width, encoding=sys.stdout.encoding))
+        written = arguments.recipe is not None
+        print(to_text(profile, loading, suggestion, width=width, encoding=sys.stdout.encoding, written=written))
     if arguments.picture is not None:
         from fastlt.inspection.picture import draw
 
         draw(profile, arguments.picture)
-    for file in (arguments.picture, arguments.recipe):
-        if file is not None and not arguments.json:
-            print(file)
+    if arguments.json:
+        return
+    if arguments.picture is not None:
+        print(arguments.picture)
+    if arguments.recipe is not None:
+        print(f"{arguments.recipe} is written. Now:")
+        for words in (command, f"fastlt train {arguments.recipe}"):
+            if words is not None:
+                print(f"  {words}")
 
 
 def data_of_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The keys of a recipe's data for a converted data set: what it was made from."""
-    from fastlt.recipe import CHOICE_KEYS
+    from fastlt.recipe import CHOICE_KEYS, FILE_KEYS
 
     request = manifest["request"]
-    given = {key: request[key] for key in CHOICE_KEYS if request.get(key) is not None and not key.endswith("_list")}
+    given = {key: request[key] for key in CHOICE_KEYS if request.get(key) is not None and key not in FILE_KEYS}
     return {"source": manifest["source"], "converted": str(folder), **without_defaults(given)}
 
 
 def data_of_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys of a recipe's data for the images that the command line chooses."""
     from fastlt.inspection.suggestion import folder_for
+    from fastlt.recipe import FILE_KEYS
 
     data: dict[str, Any] = {"source": arguments.source}
     if arguments.root is not None:
@@ -159,7 +168,7 @@ def data_of_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if not SOURCES[arguments.source].small:
         data["converted"] = str(folder_for(arguments.data))
     given = {key: value for key, value in choices(arguments).items() if value is not None}
-    for key in ("train_list", "meta_list", "test_list"):
+    for key in FILE_KEYS:
         if key in given:
             given[key] = str(given[key])
     if "split" in given:

@@ -232,9 +232,12 @@ def folder_for(place: Path) -> Path:
     return folder if not folder.exists() or (folder / "manifest.json").is_file() else Path("data") / f"{name}_converted"
 
 
-def write_recipe(path: Path, profile: Profile, data: Mapping[str, Any], backbone: str | None) -> Suggestion:
+def write_recipe(
+    path: Path, profile: Profile, data: Mapping[str, Any], backbone: str | None
+) -> tuple[Suggestion, str | None]:
     """Write the suggested recipe to a file that is not there yet, after `fastlt check`'s checks of it.
 
+    Returns it, and the command that converts its data set; None where nothing is to be converted by hand.
     ValueError for a file that is there, and for what the checks refuse.
     """
     suggestion = suggest(profile, data, backbone)
@@ -243,7 +246,9 @@ def write_recipe(path: Path, profile: Profile, data: Mapping[str, Any], backbone
             check_reachable(suggestion.model["name"])
         except ValueError:
             suggestion = suggest(profile, data, backbone, fetchable=False)
-    text = _text(path, profile, suggestion)
+    body = dump(suggestion.tree)
+    command = _conversion(path, profile, body)
+    text = _header(path, profile, suggestion, command) + body
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         draft.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -251,7 +256,7 @@ def write_recipe(path: Path, profile: Profile, data: Mapping[str, Any], backbone
     refuse_existing(path)
     with path.open("x", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
-    return suggestion
+    return suggestion, command
 
 
 def refuse_existing(path: Path) -> None:
@@ -260,15 +265,14 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"--recipe {path} is there already, and is not overwritten: give another name")
 
 
-def _text(path: Path, profile: Profile, suggestion: Suggestion) -> str:
+def _header(path: Path, profile: Profile, suggestion: Suggestion, command: str | None) -> str:
+    """The comment above a recipe. command: that converts its data set."""
     counts = profile.class_counts
     lines = [
         f"{profile.place}: {len(profile.class_names):,} classes, {len(profile.splits['train']):,} training images, "
         f"imbalance factor {counts.imbalance_factor:.4g}. Written by `fastlt inspect`."
     ]
-    body = dump(suggestion.tree)
     header = _comment(lines)
-    command = _conversion(path, profile, body)
     if command:
         header += f"# Convert once:\n#   {command}\n"
     header += f"# Then:\n#   fastlt train {path}\n"
@@ -281,7 +285,7 @@ def _text(path: Path, profile: Profile, suggestion: Suggestion) -> str:
             "mean, std and eval_ratio are those of timm's configuration of the weights. It resamples images by "
             f"{suggestion.interpolation} interpolation, and fastlt's loaders by area."
         )
-    return header + _comment(more) + body
+    return header + _comment(more)
 
 
 def _conversion(path: Path, profile: Profile, body: str) -> str | None:

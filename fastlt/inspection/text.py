@@ -23,9 +23,18 @@ ASCII = {BLOCK: "#", "…": "...", "×": "x"}
 
 
 def to_text(
-    profile: Profile, loading: Loading | None, suggestion: Suggestion, *, width: int, encoding: str | None
+    profile: Profile,
+    loading: Loading | None,
+    suggestion: Suggestion,
+    *,
+    width: int,
+    encoding: str | None,
+    written: bool = False,
 ) -> str:
-    """The lines for a console of so many columns; where its encoding lacks a sign, ASCII stands for it."""
+    """The lines for a console of so many columns; where its encoding lacks a sign, ASCII stands for it.
+
+    written: whether the suggested recipe is in a file.
+    """
     width = max(NARROWEST, min(width, WIDEST))
     parts = [
         *_splits(profile),
@@ -38,7 +47,7 @@ def to_text(
         "",
         *_loading(profile, loading),
         "",
-        *_recipe(suggestion),
+        *_recipe(suggestion, written),
     ]
     lines = []
     for line in (_shown(part, encoding) for part in parts):
@@ -145,7 +154,7 @@ def _files(profile: Profile) -> list[str]:
         lines.append("exact duplicates: none")
     for kind, count in groups.items():
         images = profile.copies.images.get(kind, 0)
-        lines.append(f"exact duplicates {KINDS[kind]}: {count:,} groups of {images:,} images")
+        lines.append(f"exact duplicates {KINDS[kind]}: {count:,} {'groups' if count > 1 else 'group'} of {images:,} images")
         named = [names for known, names in profile.copies.named if known == kind]
         lines += [f"  {some(names, ' = ')}" for names in named[:3]]
     return lines
@@ -187,12 +196,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def _recipe(suggestion: Suggestion) -> Sequence[str]:
+def _recipe(suggestion: Suggestion, written: bool) -> Sequence[str]:
     stage, data = suggestion.stage, suggestion.data
+    how = "" if written else "; --recipe FILE.yaml writes it"
     return [
         f"suggested recipe: {suggestion.model['name']}, {data['image_size']} pixels, {stage['method']} with "
-        f"{stage['loss']}, {stage['epochs']} epochs, batch {stage['batch_size']}, lr {stage['lr']:g}; "
-        "--recipe FILE.yaml writes it",
+        f"{stage['loss']}, {stage['epochs']} epochs, batch {stage['batch_size']}, lr {stage['lr']:g}{how}",
         *(f"  {reason}" for reason in suggestion.reasons),
     ]
 

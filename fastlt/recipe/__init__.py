@@ -6,7 +6,7 @@ from fastlt.recipe.from_model import unlike_model
 from fastlt.recipe.resuming import Change, Standing, changes
 from fastlt.recipe.schema import (
     CHOICE_KEYS,
-    LIST_KEYS,
+    FILE_KEYS,
     AccuracyRecipe,
     DataRecipe,
     ModelRecipe,
@@ -22,7 +22,7 @@ from fastlt.recipe.yaml_text import RecipeError
 
 __all__ = [
     "CHOICE_KEYS",
-    "LIST_KEYS",
+    "FILE_KEYS",
     "AccuracyRecipe",
     "Change",
     "DataRecipe",

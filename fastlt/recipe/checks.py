@@ -18,7 +18,7 @@ from fastlt.models.adapters import read_adapter
 from fastlt.models.head_init import CLASS_MEAN, ZEROS
 from fastlt.names import shortened
 from fastlt.optim import check_optimizer
-from fastlt.recipe.schema import LIST_KEYS, Recipe, StageRecipe
+from fastlt.recipe.schema import FILE_KEYS, Recipe, StageRecipe
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, Step
 from loaders.order.crop import CropSpec
@@ -151,7 +151,7 @@ def workers(recipe: Recipe) -> Iterator[str]:
 
 def files(recipe: Recipe) -> Iterator[str]:
     data, takes = recipe.data, SOURCES[recipe.data.source].takes
-    for key in (*LIST_KEYS, "image_column", "label_column", "split_column", "split", "split_seed"):
+    for key in (*FILE_KEYS, "image_column", "label_column", "split_column", "split", "split_seed"):
         if getattr(data, key) and key not in takes:
             able = " and ".join(sources_taking(key))
             yield f"data.{key}: is set, but data.source is {data.source!r}; it goes with {able}"
@@ -162,7 +162,7 @@ def files(recipe: Recipe) -> Iterator[str]:
         for key in ("root", "train_list"):
             if key in takes and getattr(data, key) is None:
                 yield f"data.{key}: is not set; data.source {data.source!r} without conversion reads the images by it"
-    for key in LIST_KEYS:
+    for key in FILE_KEYS:
         if key in takes and getattr(data, key) and not Path(getattr(data, key)).is_file():
             yield f"data.{key}: {getattr(data, key)} is not a file"
     if data.root is not None and not Path(data.root).is_dir() and not SOURCES[data.source].small:

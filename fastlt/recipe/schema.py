@@ -22,10 +22,10 @@ from fastlt.steps.settings import StageSettings
 from loaders.readers import AUTO, BACKENDS
 from loaders.sources import SOURCES
 
-LIST_KEYS = ("train_list", "meta_list", "test_list")
+FILE_KEYS = ("train_list", "meta_list", "test_list", "class_names")
 # Which images a data set has, beside its source and where that lies.
 CHOICE_KEYS = (
-    *LIST_KEYS,
+    *FILE_KEYS,
     *("image_column", "label_column", "split_column", "split", "split_seed"),
     *("imbalance_factor", "convention", "meta_per_class"),
 )
@@ -115,6 +115,8 @@ class DataRecipe:
     image_column: of a table, the column of paths or images; null finds it by its usual names.
     label_column: of a table, the column of labels; null finds it by its usual names.
     split_column: of a table of all images, the column of splits; null finds it by its usual names.
+    class_names: file with other names for the classes, of a source that reads files: lines of a class, as its folder or
+        the list calls it, and its name; or a name a line, in the order of the labels.
     split: shares of train, validation and test in the images of each class that are in no split yet, with 0 for a split
         that the data bring; null draws [0.8, 0.1, 0.1] where there is no test set.
     split_seed: of the images that are drawn.
@@ -162,6 +164,7 @@ class DataRecipe:
     image_column: str | None = field(default=None, metadata=SAME_CONTENT)
     label_column: str | None = field(default=None, metadata=SAME_CONTENT)
     split_column: str | None = field(default=None, metadata=SAME_CONTENT)
+    class_names: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
     split: tuple[float, float, float] | None = field(default=None, metadata=within(0, 1))
     split_seed: int = field(default=0, metadata=within(0, LARGEST_SEED))
     num_classes: int | None = field(default=None, metadata=SAME_CONTENT | at_least(1))

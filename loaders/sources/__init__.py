@@ -7,12 +7,13 @@ import inspect
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from fastlt.names import pick
 from loaders.order.longtail import CONVENTIONS
 from loaders.sources.cifar import CIFAR10, CIFAR100, open_cifar
+from loaders.sources.classes import named_classes
 from loaders.sources.coco import open_coco
 from loaders.sources.cut import Cut, Shares
 from loaders.sources.digits import open_digits
@@ -55,8 +56,9 @@ class SourceKind:
     def takes(self) -> tuple[str, ...]:
         """The names of the arguments that mean something to it."""
         own = inspect.signature(self.open).parameters
-        # Files of equal contents are looked for in every data set of files.
-        return tuple(dict.fromkeys(n for one in own for n in ((*_OF_CUT, DUPLICATES) if one == "cut" else (one,))))
+        # Files of equal contents are looked for in every data set of files, and all of these may name their classes.
+        of_files = (*_OF_CUT, DUPLICATES, CLASS_NAMES)
+        return tuple(dict.fromkeys(n for one in own for n in (of_files if one == "cut" else (one,))))
 
     @property
     def takes_cut(self) -> bool:
@@ -64,7 +66,7 @@ class SourceKind:
         return "cut" in inspect.signature(self.open).parameters
 
 
-DUPLICATES = "allow_duplicates"
+DUPLICATES, CLASS_NAMES = "allow_duplicates", "class_names"
 _OF_CUT = tuple(key.name for key in fields(Cut))
 
 
@@ -106,6 +108,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     split_column: str | None = None,
+    class_names: str | Path | None = None,
     allow_duplicates: bool = False,
 ) -> Source:
     """Find a data set and cut it into the splits "train", "meta" and "test"; nothing is decoded yet.
@@ -117,6 +120,7 @@ def open_source(
     convention: "paper" or "ldam", how CIFAR is cut (`loaders.order.longtail`).
     meta_per_class, imbalance_factor, split, split_seed: see `Cut`. Digits are drawn by split_seed, too.
     image_column, label_column, split_column: of a table, when they have other names than usual.
+    class_names: a file with other names for the classes, see `named_classes`; for sources that take `Cut`.
     allow_duplicates: whether one file may be in two splits or under two labels, for sources of files.
     Raises ValueError, saying what to do, when the data are missing or not what they should be.
     """
@@ -147,6 +151,8 @@ def open_source(
     if kind.takes_cut:
         arguments["cut"] = Cut(**{name: arguments[name] for name in _OF_CUT})
     source = kind.open(**{name: arguments[name] for name in inspect.signature(kind.open).parameters})
+    if class_names is not None and CLASS_NAMES in kind.takes:
+        source = replace(source, class_names=named_classes(Path(os.path.expanduser(class_names)), source.class_names))
     if num_classes is not None and num_classes != source.num_classes:
         raise ValueError(f"{name} has {source.num_classes} classes, num_classes says {num_classes}: correct it")
     return source

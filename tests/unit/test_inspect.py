@@ -267,12 +267,15 @@ def test_weights_that_cannot_be_had_are_said(tmp_path, monkeypatch):
 def test_the_recipe_can_be_trained_and_is_never_overwritten(photos, capsys):
     (photos / "cow" / "same.jpg").write_bytes((photos / "bee" / "00.jpg").read_bytes())
     assert inspect("photos", "--split", "0.5/0.2/0.3", "--recipe", "mine.yaml", "--picture", "classes.svg") == 0
-    assert "difficulty" not in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "difficulty" not in told.err
+    assert "--recipe" not in told.out
     text = Path("mine.yaml").read_text()
     assert Path("classes.svg").read_text().count("<svg") == 1
     assert cli.main(["check", "mine.yaml"]) == 0
     command = next(line for line in text.splitlines() if "fastlt convert" in line).removeprefix("#")
     assert "--allow-duplicates" in command
+    assert told.out.splitlines()[-2:] == [f"  {command.strip()}", "  fastlt train mine.yaml"]
     assert cli.main([*shlex.split(command)[1:], "--quiet"]) == 0
     recipe = load_recipe("mine.yaml")
     assert (recipe.data.num_classes, recipe.data.converted) == (3, "data/photos")

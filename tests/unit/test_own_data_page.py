@@ -116,10 +116,12 @@ def test_from_the_folder_to_a_training(here, capsys):
     assert RECIPE is not None
     Path("mine.yaml").write_text(re.sub("^    ", "", RECIPE.group(1), flags=re.MULTILINE))
     after = [command for command in COMMANDS if not command.startswith(("fastlt convert", "fastlt inspect"))]
-    assert [command.split()[1] for command in after] == ["verify", "check", "train"]
+    assert [command.split()[1] for command in after] == ["verify", "check", "train", "report"]
     run(after[0])
     run(after[1])
     run(after[2], *SHORT)
+    run(after[3])
+    assert "Most confused pairs" in (here / "report.html").read_text()
     result = json.loads((here / "runs" / "mine" / "result.json").read_text())
     assert result["classes_evaluated"]["all"] == 3
     assert result["class_names"] == list(PER_CLASS)
