@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": Command("fastlt.commands.convert", "convert a data set once, so that training reads it at full speed"),
     "verify": Command("fastlt.commands.verify", "read a converted data set back and check all of it"),
     "predict": Command("fastlt.commands.predict", "predict the classes of images with a trained network"),
+    "evaluate": Command("fastlt.commands.evaluate", "measure a trained network on further images of known classes"),
     "report": Command("fastlt.commands.report", "compare runs: a table, or a page with figures"),
     "export": Command("fastlt.commands.export", "write a trained model for timm, ONNX or torch"),
     "ensemble": Command("fastlt.commands.ensemble", "evaluate finished runs together"),

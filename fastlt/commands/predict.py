@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Only what a usage error needs; torch takes seconds and is imported when there is work for it.
-from fastlt.arguments import make_parser, path, positive, worker_count
+from fastlt.arguments import make_parser, path, positive
+from fastlt.commands.model_options import (
+    add_model_options,
+    assumptions,
+    check_model_options,
+    fitted_temperature,
+    load_model,
+)
 from fastlt.paths import expand
 
 if TYPE_CHECKING:
@@ -36,24 +43,14 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     import torch
 
-    from fastlt.device.host_memory import keep_freed_memory
-    from fastlt.inference import load
     from fastlt.inference.inputs import gathered
-    from fastlt.inference.predictor import checked_temperature, checked_threshold
+    from fastlt.inference.predictor import checked_threshold
     from fastlt.run.checkpoint import write_atomically
 
-    if arguments.temperature is not None:
-        checked_temperature(arguments.temperature)
     checked_threshold(arguments.abstain)
     images = gathered(images)
-    model = load(arguments.run, device=arguments.device)
-    if model.device.type == "cpu":
-        keep_freed_memory()
-    temperature = arguments.temperature
-    if temperature == "validation":
-        fitted = model.fit_temperature(adjusted=arguments.prior is not None)
-        print(fitted, file=sys.stderr)
-        temperature = fitted.value
+    model = load_model(arguments)
+    temperature = fitted_temperature(arguments, model)
     started = time.perf_counter()
     with torch.inference_mode():
         predictions = model.predict(
@@ -86,37 +83,11 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes of each image (default: 5)")
     parser.add_argument("--csv", type=path, metavar="FILE", help="write a table, a line an image")
     parser.add_argument("--json", type=path, metavar="FILE", help="write one JSON object")
-
-    decision = parser.add_argument_group("how classes are decided")
-    decision.add_argument(
-        "--prior",
-        metavar="PRIOR",
-        help="class shares where the images come from: training, uniform, or a CSV or JSON file of `class,count`; by "
-        "default the network's logits are taken as they are",
-    )
-    decision.add_argument(
-        "--temperature",
-        metavar="T",
-        help="by which logits are divided: a number, or validation, which fits it on the validation set (default: 1)",
-    )
+    decision = add_model_options(parser)
     decision.add_argument("--abstain", type=float, metavar="P", help="predict nothing below this probability")
 
-    run = parser.add_argument_group("the run")
-    run.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images at a time (default: 128)")
-    run.add_argument("--workers", type=worker_count, metavar="N", help="threads that decode (default: all cores)")
-    run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    run.add_argument("--quiet", action="store_true", help="no progress bar")
-
     arguments = parser.parse_args(words)
-    for option in ("csv", "json"):
-        file = getattr(arguments, option)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            what = "is a folder" if file.is_dir() else f"lies in no folder that exists ({file.parent})"
-            parser.error(f"--{option} {file} {what}: give a file")
-    if arguments.csv is not None and arguments.csv == arguments.json:
-        parser.error(f"--csv and --json are both {arguments.csv}: give two files")
-    if arguments.prior is not None:
-        arguments.prior = expand(arguments.prior)
+    check_model_options(parser, arguments)
     return arguments
 
 
@@ -159,16 +130,12 @@ def as_json(
 
 def summarise(arguments: argparse.Namespace, model: Predictor, predictions: Predictions, seconds: float) -> None:
     """On stderr: what was taken for granted, how many images and how fast, and which could not be read."""
-    from loaders.sources.messages import printable
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    for note in model.notes:
-        say(f"note: {note}")
-    if arguments.prior is not None:
-        for assumption in model.carried.assumptions:
-            say(f"assumed of the logits' prior: {assumption}")
+    for line in assumptions(arguments, model):
+        say(line)
     read = f"{len(predictions):,} images in {seconds:.1f} s, {len(predictions) / seconds:,.0f} a second"
     if arguments.abstain is not None:
         read += f"; {100 * predictions.coverage:.1f} % predicted, the others are below {arguments.abstain:g}"
@@ -176,7 +143,7 @@ def summarise(arguments: argparse.Namespace, model: Predictor, predictions: Pred
     if predictions.unreadable:
         say(f"{len(predictions.unreadable):,} could not be read:")
         for one in predictions.unreadable[:SHOWN]:
-            say(f"  {printable(one.source or str(one.position))}: {one.reason}")
+            say(f"  {one.called}: {one.reason}")
         more = len(predictions.unreadable) - SHOWN
         if more > 0:
             files = [str(file) for file in (arguments.csv, arguments.json) if file is not None]

@@ -18,6 +18,7 @@ from fastlt.inference.transform import EvaluationTransform, ReadableImage
 from fastlt.paths import expand
 from loaders.sources.decode import EXTENSIONS, looks_like_image
 from loaders.sources.image_folder import is_system_file, is_system_folder
+from loaders.sources.messages import printable
 from loaders.stored.ffcv_kernels import kernels
 
 AHEAD = 2  # batches that are decoded ahead of the one that the network works on
@@ -31,6 +32,11 @@ class Unreadable:
     source: str | None
     position: int
     reason: str
+
+    @property
+    def called(self) -> str:
+        """As `Prediction.called`."""
+        return str(self.position) if self.source is None else printable(self.source)
 
 
 @dataclass(frozen=True)

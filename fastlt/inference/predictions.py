@@ -45,6 +45,11 @@ class Prediction:
         """Of the most probable class, also where the network abstained."""
         return self.probabilities[0]
 
+    @property
+    def called(self) -> str:
+        """Its path, as it can be printed; its position where it has none."""
+        return str(self.position) if self.source is None else printable(self.source)
+
     def __str__(self) -> str:
         ranked = zip(self.names, self.probabilities, strict=True)
         said = ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked)
@@ -132,9 +137,9 @@ class Predictions(Sequence[Prediction]):
             of_classes = [
                 cell for name, p in zip(one.names, one.probabilities, strict=True) for cell in (name, f"{p:.6g}")
             ]
-            lines.writerow([_called(one), one.name or "", f"{one.probability:.6g}", *of_classes, ""])
+            lines.writerow([one.called, one.name or "", f"{one.probability:.6g}", *of_classes, ""])
         for one in self.unreadable:
-            lines.writerow([_called(one), "", "", *[""] * len(ranked), one.reason])
+            lines.writerow([one.called, "", "", *[""] * len(ranked), one.reason])
         return text.getvalue()
 
     def to_tree(self) -> dict[str, Any]:
@@ -144,7 +149,7 @@ class Predictions(Sequence[Prediction]):
             "coverage": self.coverage,
             "predictions": [
                 {
-                    "image": _called(one),
+                    "image": one.called,
                     "prediction": one.name,
                     "abstained": one.abstained,
                     "classes": list(one.names),
@@ -153,9 +158,5 @@ class Predictions(Sequence[Prediction]):
                 }
                 for one in self
             ],
-            "unreadable": [{"image": _called(one), "reason": one.reason} for one in self.unreadable],
+            "unreadable": [{"image": one.called, "reason": one.reason} for one in self.unreadable],
         }
-
-
-def _called(image: Prediction | Unreadable) -> str:
-    return str(image.position) if image.source is None else printable(image.source)

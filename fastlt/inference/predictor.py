@@ -6,18 +6,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlt.inference.evaluation import Evaluation, evaluation
 from fastlt.inference.inputs import CutBatch, Unreadable, cut_batches, gathered, name_of
+from fastlt.inference.labels import class_labels, labelled_below
 from fastlt.inference.predictions import Predictions
 from fastlt.inference.priors import CarriedPrior, Prior, deployed_prior
 from fastlt.inference.temperature import Temperature, fit_temperature
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.meta.class_accuracy import evaluation_mode
+from fastlt.models import Classifier
 from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import Batch, ClassCounts, upload
 from loaders.sources.messages import printable, some
@@ -106,7 +110,7 @@ class Predictor:
         places: list[np.ndarray] = []
 
         def highest() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch, logits in self._forward(found, batch_size, workers, progress):
+            for batch, logits in self._forward(self._network, found, batch_size, workers, progress):
                 unreadable.extend(batch.unreadable)
                 places.append(batch.positions)
                 yield torch.log_softmax(logits / divisor + offset, dim=1).topk(top, dim=1)
@@ -132,14 +136,62 @@ class Predictor:
 
         images: as in `predict`; ValueError when one of them cannot be read.
         """
+        return self._of_all(self._network, images, batch_size, workers, progress)
 
-        def all_logits() -> Iterator[tuple[Tensor]]:
-            for batch, logits in self._forward(self._inputs(images), batch_size, workers, progress):
-                if batch.unreadable:
-                    raise ValueError(f"an image could not be read: {_reasons(batch.unreadable)}")
-                yield (logits,)
+    def features(
+        self, images: Any, *, batch_size: int = BATCH_SIZE, workers: int | None = None, progress: bool = False
+    ) -> Tensor:
+        """The pooled features that the head gets, float32 (N, D) on the host; those of experts one after the other.
 
-        return torch.cat([logits for (logits,) in _on_host(all_logits())])
+        images: as in `predict`; ValueError when one of them cannot be read. With five crops, the mean over them.
+        """
+        model = self.model
+        if not isinstance(model, Classifier):
+            raise ValueError(f"a {type(model).__name__} has no features: load the folder of a run")
+
+        def pooled(inputs: Tensor) -> Tensor:
+            if not len(inputs):  # none of a batch could be read
+                return inputs.flatten(1)
+            found = model.features(inputs)
+            return found if found.ndim == 2 else found.transpose(0, 1).flatten(1)
+
+        return self._of_all(partial(self._compute, pooled), images, batch_size, workers, progress)
+
+    def evaluate(
+        self,
+        images: Any,
+        labels: Sequence[str] | Sequence[int] | None = None,
+        *,
+        class_names: str | os.PathLike[str] | None = None,
+        prior: Prior | None = None,
+        temperature: float | str | None = None,
+        batch_size: int = BATCH_SIZE,
+        workers: int | None = None,
+        progress: bool = False,
+    ) -> Evaluation:
+        """How well the network does on images whose classes are known.
+
+        images: as in `predict`, with `labels`; or a folder with one folder a class, named as in `classes`.
+        labels: the class of each image, by name or number. class_names: of a folder whose folders have other names, the
+            file that `fastlt convert --class-names` read.
+        prior, temperature, workers, progress: as in `predict`.
+        Images that cannot be read are left out, and named in the predictions. ValueError for unknown classes.
+        """
+        if labels is None:
+            images, of_images = labelled_below(images, self.classes, class_names)
+        else:
+            images = self._inputs(images)
+            of_images = class_labels(labels, self.classes, len(images))
+        found = self.predict(
+            images,
+            5,
+            prior=prior,
+            temperature=temperature,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+        return evaluation(found, of_images[found.positions], self.counts)
 
     def fit_temperature(self, *, adjusted: bool = False) -> Temperature:
         """The temperature that fits the validation set best.
@@ -214,22 +266,44 @@ class Predictor:
             )
         return tensor
 
+    def _of_all(
+        self, compute: Callable[[Tensor], Tensor], images: Any, batch_size: int, workers: int | None, progress: bool
+    ) -> Tensor:
+        """What `compute` makes of every image, on the host; ValueError when one of them cannot be read."""
+
+        def batches() -> Iterator[tuple[Tensor]]:
+            for batch, computed in self._forward(compute, self._inputs(images), batch_size, workers, progress):
+                if batch.unreadable:
+                    raise ValueError(f"an image could not be read: {_reasons(batch.unreadable)}")
+                yield (computed,)
+
+        return torch.cat([computed for (computed,) in _on_host(batches())])
+
     def _forward(
-        self, images: Tensor | list[Any], batch_size: int, workers: int | None, progress: bool
+        self,
+        compute: Callable[[Tensor], Tensor],
+        images: Tensor | list[Any],
+        batch_size: int,
+        workers: int | None,
+        progress: bool,
     ) -> Iterator[tuple[CutBatch, Tensor]]:
-        """Each batch of the images, and its logits, float32 on the device."""
+        """Each batch of the images, and what `compute` makes of it, on the device."""
         _at_least_one("batch_size", batch_size)
         with progress_bar("predict", len(images), progress) as advance:
             for batch, inputs in self._batches(images, batch_size, workers):
-                yield batch, self._network(inputs)
+                yield batch, compute(inputs)
                 advance(len(batch.positions) + len(batch.unreadable))
 
     def _network(self, inputs: Tensor) -> Tensor:
         """The logits of normalised images (n, 3, S, S), n >= 0: float32 (n, C), on the device."""
         if not len(inputs):
             return inputs.new_zeros(0, len(self.classes))
+        return self._compute(self.model, inputs)
+
+    def _compute(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """A function of images as evaluation calls it, the mean over five crops where the test had them: float32."""
         with evaluation_mode(self.model), self.autocast():
-            return mean_logits(self.model, inputs, self.image_size).float()
+            return mean_logits(function, inputs, self.image_size).float()
 
     def _batches(
         self, images: Tensor | list[Any], batch_size: int, workers: int | None

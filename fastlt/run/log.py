@@ -127,7 +127,14 @@ def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int =
     With more than `max_classes` classes only the largest and the smallest ones are listed. Where classes have no image
     in the test split, a column says over how many the means are.
     """
-    tested = result.get("classes_evaluated") or {"all": counts.num_classes}  # earlier runs did not count them
+    lines = group_lines(result, counts)
+    lines[-1] += f"   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
+    return "\n".join([*lines, *selection_lines(result), *class_lines(result, counts, max_classes)])
+
+
+def group_lines(metrics: dict[str, Any], counts: ClassCounts) -> list[str]:
+    """Accuracy overall and by shots, then what else is measured of all images."""
+    tested = metrics.get("classes_evaluated") or {"all": counts.num_classes}  # earlier runs did not count them
     partly = tested["all"] < counts.num_classes
     heading = f"{'tested':>9}" if partly else ""
     lines = [f"{'':16}{'classes':>9}{heading}{'images':>9}{'top-1 %':>10}"]
@@ -135,24 +142,31 @@ def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int =
     rows = [("overall", "top1", "all", every), ("class mean", "balanced_accuracy", "all", every)]
     rows += [(f"{group}-shot", group, group, mask) for group, mask in counts.shot_masks().items()]
     for name, metric, group, mask in rows:
-        if metric == "balanced_accuracy" and percent(result.get(metric)) in ("-", percent(result["top1"])):
+        if metric == "balanced_accuracy" and percent(metrics.get(metric)) in ("-", percent(metrics["top1"])):
             continue  # of a balanced test split it is the row above
         of_test = f"{tested[group]:>9}" if partly else ""
         images = int(counts.counts[mask].sum())
-        lines.append(f"{name:16}{int(mask.sum()):>9}{of_test}{images:>9}{percent(result[metric]):>10}")
+        lines.append(f"{name:16}{int(mask.sum()):>9}{of_test}{images:>9}{percent(metrics[metric]):>10}")
     lines.append(
-        f"\ntop-5 {percent(result['top5'])} %   macro-F1 {percent(result['macro_f1'])} %   "
-        f"ECE {percent(result['ece'])} %   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
+        f"\ntop-5 {percent(metrics['top5'])} %   macro-F1 {percent(metrics['macro_f1'])} %   "
+        f"ECE {percent(metrics['ece'])} %"
     )
-    lines.extend(selection_lines(result))
-    weights = result.get("class_weights")
-    lines.append(f"\n{'class':24}{'images':>8}{'weight':>9}{'top-1 %':>10}")
+    return lines
+
+
+def class_lines(
+    metrics: dict[str, Any], counts: ClassCounts, max_classes: int = 40, all_in: str = "result.json"
+) -> list[str]:
+    """Every class with its training images and accuracy, and of a result with its weight; see `result_table`."""
+    weights, of_result = metrics.get("class_weights"), "class_weights" in metrics
+    heading = f"{'weight':>9}" if of_result else ""
+    lines = [f"\n{'class':24}{'images':>8}{heading}{'top-1 %':>10}"]
     order = sorted(range(counts.num_classes), key=lambda c: -counts.counts[c])
     shown = order if len(order) <= max_classes else order[: max_classes // 2] + order[-max_classes // 2 :]
     for position, c in enumerate(shown):
         if len(shown) < len(order) and position == max_classes // 2:
-            lines.append(f"... {len(order) - len(shown)} more classes in result.json ...")
-        weight = "-" if weights is None else f"{weights[c]:.3f}"
-        accuracy = percent(result["per_class_accuracy"][c])
-        lines.append(f"{counts.names[c][:23]:24}{int(counts.counts[c]):>8}{weight:>9}{accuracy:>10}")
-    return "\n".join(lines)
+            lines.append(f"... {len(order) - len(shown)} more classes in {all_in} ...")
+        weight = f"{'-' if weights is None else f'{weights[c]:.3f}':>9}" if of_result else ""
+        accuracy = percent(metrics["per_class_accuracy"][c])
+        lines.append(f"{counts.names[c][:23]:24}{int(counts.counts[c]):>8}{weight}{accuracy:>10}")
+    return lines

@@ -29,6 +29,7 @@ def here(root, trainer, tmp_path, monkeypatch):  # noqa: F811
     for number, name in enumerate(CLASSES, 1):
         (tmp_path / "photos").mkdir(exist_ok=True)
         shutil.copy(root / "test" / name / "1.jpg", tmp_path / "photos" / f"{number}.jpg")
+    shutil.copytree(root / "val", tmp_path / "labelled")
     (tmp_path / "list.txt").write_text("photos/3.jpg\nphotos/1.jpg\n")
     (tmp_path / "deployed.csv").write_text("".join(f"{name},{10 + k}\n" for k, name in enumerate(CLASSES)))
     monkeypatch.chdir(tmp_path)
@@ -53,7 +54,8 @@ def test_the_commands_do_what_the_page_says(here, capsys):
     assert first.out.startswith("photos/1.jpg: ")
     assert first.out.count("%") == len(CLASSES)
     assert any("fitted on" in out.err for command, out in printed.items() if command.endswith("validation"))
-    for file in ("sure.csv", "runs/mine/mine.onnx", "model.pt2"):
+    assert json.loads((here / "measured.json").read_text())["images"] == 12
+    for file in ("wrong.csv", "sure.csv", "runs/mine/mine.onnx", "model.pt2"):
         assert (here / file).is_file()
 
 

@@ -1,0 +1,83 @@
+"""Which model of a run, how it decides and on what it runs: what `fastlt predict` and `fastlt evaluate` share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from fastlt.arguments import positive, worker_count
+from fastlt.paths import expand
+
+if TYPE_CHECKING:
+    from fastlt.inference import Predictor
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Two groups of options; returns the one about decisions."""
+    decision = parser.add_argument_group("how classes are decided")
+    decision.add_argument(
+        "--prior",
+        metavar="PRIOR",
+        help="class shares where the images come from: training, uniform, or a CSV or JSON file of `class,count`; by "
+        "default the network's logits are taken as they are",
+    )
+    decision.add_argument(
+        "--temperature",
+        metavar="T",
+        help="by which logits are divided: a number, or validation, which fits it on the validation set (default: 1)",
+    )
+    run = parser.add_argument_group("the network")
+    run.add_argument(
+        "--checkpoint",
+        choices=("last", "best", "smoothed"),
+        help="which model of the last stage (default: the run's result)",
+    )
+    run.add_argument("--precision", choices=("fp32", "bf16"), help="of its computation (default: the run's)")
+    run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    run.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images at a time (default: 128)")
+    run.add_argument("--workers", type=worker_count, metavar="N", help="threads that decode (default: all cores)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    return decision
+
+
+def check_model_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """A usage error for a file to write that cannot be one."""
+    for option in ("csv", "json"):
+        file = getattr(arguments, option)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            what = "is a folder" if file.is_dir() else f"lies in no folder that exists ({file.parent})"
+            parser.error(f"--{option} {file} {what}: give a file")
+    if arguments.csv is not None and arguments.csv == arguments.json:
+        parser.error(f"--csv and --json are both {arguments.csv}: give two files")
+    if arguments.prior is not None:
+        arguments.prior = expand(arguments.prior)
+
+
+def load_model(arguments: argparse.Namespace) -> Predictor:
+    """The network that the options name; ValueError for what is not there."""
+    from fastlt.device.host_memory import keep_freed_memory
+    from fastlt.inference import load
+    from fastlt.inference.predictor import checked_temperature
+
+    if arguments.temperature is not None:
+        checked_temperature(arguments.temperature)
+    model = load(arguments.run, arguments.device, select=arguments.checkpoint, precision=arguments.precision)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    return model
+
+
+def fitted_temperature(arguments: argparse.Namespace, model: Predictor) -> float | str | None:
+    """The temperature that the options say; one that is fitted is told on stderr."""
+    if arguments.temperature != "validation":
+        return arguments.temperature
+    fitted = model.fit_temperature(adjusted=arguments.prior is not None)
+    print(fitted, file=sys.stderr)
+    return fitted.value
+
+
+def assumptions(arguments: argparse.Namespace, model: Predictor) -> list[str]:
+    """What was taken for granted, a line each."""
+    prior = model.carried.assumptions if arguments.prior is not None else ()
+    return [*(f"note: {note}" for note in model.notes), *(f"assumed of the logits' prior: {of}" for of in prior)]
