@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,15 +24,17 @@ from fastlt.run.trained import TrainedRun
 def export(runs: Sequence[TrainedRun], to: str, images: Tensor, out: Path, *, preprocess: bool) -> float:
     """Write a network, or the mean of several, to a file; returns the largest difference of its logits.
 
+    An ONNX file with more than 2 GB of weights has them beside it, in a file that ends in .data.
     images: uint8 (N, 3, S, S), N > 1, by which it is checked, all at once and the first alone. ValueError when logits
     differ by more than 1e-4 or the network cannot be written in this form; nothing is left behind then.
     """
-    form, part = FORMS[to], part_file(out)
+    form, folder = FORMS[to], part_file(out)
+    part = folder / out.name
     network: nn.Module = Exported(runs[0], preprocess=preprocess) if len(runs) == 1 else ExportedMean(runs)
     given = images if preprocess else normalise(images, runs[0].mean, runs[0].std).contiguous()
     expected = expected_logits(runs, images)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         try:
             form.write(network, given, part, description(runs, preprocess=preprocess))
         except (OSError, ValueError, MemoryError):
@@ -48,11 +51,12 @@ def export(runs: Sequence[TrainedRun], to: str, images: Tensor, out: Path, *, pr
                 f"the logits of {out.name} differ from the trained model's by {difference:.2g}, more than {LIMIT:g} is "
                 "allowed; nothing was written"
             )
-        part.replace(out)
+        for file in sorted(folder.iterdir(), key=lambda file: file == part):  # what another refers to goes first
+            file.replace(out.with_name(file.name))
     except OSError as error:
         raise RunFileError(not_written(out, error)) from None
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return difference
 
 
@@ -91,6 +95,7 @@ def description(runs: Sequence[TrainedRun], *, preprocess: bool) -> dict[str, An
         "output": "logits" if len(runs) == 1 else "log of the mean probability",
         "image_size": first.image_size,
         "crop": f"{first.eval_crop}, {ratio:.6g} of the shorter side",
+        "crop_ratio": ratio,
         "mean": list(first.mean),
         "std": list(first.std),
     }

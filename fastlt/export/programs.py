@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 Program = Callable[[Tensor], Tensor]
-LARGEST_ONNX = 2_000_000_000  # bytes; protobuf, in which the file is written, has no larger messages
+# Bytes; protobuf, in which an ONNX file is written, has no larger messages: more weights are put into a file beside it.
+LARGEST_ONNX = 2_000_000_000
 META = "fastlt.json"  # what torch's files hold beside the network
 
 
@@ -26,7 +27,8 @@ class Form:
 
     suffix: of the file.
     packages: what has to be installed for it, with the extra of fastlt that brings them.
-    write: network, images that it takes (N, 3, S, S), path, and what the file says of the model.
+    write: network, images that it takes (N, 3, S, S), path, and what the file says of the model. It may write a second
+        file, which the first refers to by its name, into the same folder.
     read: the path to a function of images (N, 3, S, S), any N, to logits (N, C).
     """
 
@@ -47,10 +49,6 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, about: Mapping[s
     import onnx
 
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    if size > LARGEST_ONNX:
-        raise ValueError(
-            f"the network has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2; export it --to torch"
-        )
     with _quiet():
         program = torch.onnx.export(
             network,
@@ -62,12 +60,10 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path, about: Mapping[s
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
     for key, value in about.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    program.save(path, external_data=size > LARGEST_ONNX)
+    onnx.checker.check_model(path)
 
 
 def _read_onnx(path: Path) -> Program:

@@ -127,6 +127,30 @@ def test_files_are_read_where_fastlt_cannot_be_imported(runs, tmp_path, capsys):
     assert out == "equal\n"
 
 
+def test_weights_that_an_onnx_file_cannot_hold_lie_beside_it(runs, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(programs, "LARGEST_ONNX", 1000)
+    trained, images, expected = in_hand(runs / "linear")
+    assert checked.export([trained], "onnx", images, tmp_path / "m.onnx", preprocess=True) <= 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert (tmp_path / "m.onnx.data").stat().st_size > (tmp_path / "m.onnx").stat().st_size
+    np.savez(tmp_path / "images.npz", images=images, logits=expected)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    out = without_fastlt(
+        """
+        import json, numpy as np, onnxruntime
+        saved = np.load("images.npz")
+        session = onnxruntime.InferenceSession("elsewhere/m.onnx")
+        assert json.loads(session.get_modelmeta().custom_metadata_map["crop_ratio"]) == 1
+        print(np.abs(session.run(["logits"], {"images": saved["images"]})[0] - saved["logits"]).max() <= 1e-5)
+        """,
+        tmp_path,
+    )
+    assert out == "True\n"
+
+
 def test_without_preprocessing_it_takes_normalised_images(runs, tmp_path, capsys):
     _, images, expected = in_hand(runs / "cosine")
     text = told(capsys, runs / "cosine", "--to", "torchscript", "--out", tmp_path / "m.pt")

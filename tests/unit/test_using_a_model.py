@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_inference import CLASSES, root, trainer  # noqa: F401  fixtures
 
+import fastlt
 from fastlt import cli
 from fastlt.losses import LOSSES
 from fastlt.steps import STEPS
@@ -60,6 +61,8 @@ def test_the_commands_do_what_the_page_says(here, capsys):
 
 
 def test_the_python_runs_in_the_order_of_the_page(here, capsys):
+    pytest.importorskip("onnxruntime", reason="the page reads an export")
+    assert cli.main(["export", "runs/mine", "--to", "onnx", "--preprocess"]) == 0
     names: dict[str, object] = {}
     for block in PYTHON:
         exec(compile(block, "docs/using_a_model.md", "exec"), names)
@@ -67,6 +70,8 @@ def test_the_python_runs_in_the_order_of_the_page(here, capsys):
     assert "photos/1.jpg" in printed
     assert "fitted on" in printed
     assert "\n0.9 " in printed
+    predicted = fastlt.load("runs/mine", device="cpu").predict("photos/1.jpg")[0].name
+    assert printed.splitlines()[-1] == f"ONNX: {predicted}"
 
 
 @pytest.mark.parametrize("name", [*LOSSES, *STEPS])
