@@ -12,24 +12,26 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import timm
-import timm.data
 import torch
 from torch import Tensor, nn
 
 from fastlt.arguments import make_parser, path, positive
+from fastlt.augment import normalise
+from fastlt.models import build_model
+from fastlt.models.classifier import check_model
+from fastlt.models.pretrained import config_of, input_config
 from loaders.order.crop import CropSpec
-from loaders.sources import FileSplit, Source
+from loaders.sources import FileSplit
 from loaders.sources.decode import EXTENSIONS
 from loaders.stored.as_stored import cut
 from loaders.stored.beton import Beton
-from loaders.stored.convert import convert
-from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.ffcv_format import FfcvOptions, write_beton
 from loaders.stored.image_check import check_images
-from loaders.stored.tar_shards import TarShards
+from loaders.stored.progress import progress_bar
 
 NAME = "fastlt benchmark conversion"
 RATIO = 0.875  # of the central crop's side to the shorter side
@@ -59,19 +61,25 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     if not paths:
         raise ValueError(f"{words.images} has no image: give a folder of images")
     split = FileSplit(words.images, paths, np.zeros(len(paths), dtype=np.int64), "benchmark")
-    split = split.subset(check_images(split).good)
-    model = timm.create_model(words.model, checkpoint_path=str(words.weights)).eval()
-    originals = _crops(split, words.size)
-    before = _probabilities(model, originals)
+    model, prepare = _trained(words.model, words.weights, words.size)
+    check = check_images(split)
+    split, check = split.subset(check.good), check.of(check.good)
+    if not len(split):
+        raise ValueError(f"none of the {len(paths)} images below {words.images} can be decoded")
     rows = {}
-    for name, options in WAYS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            one = split.subset(np.arange(1))
-            source = Source("benchmark", ("one class",), {"train": split, "meta": one, "test": one})
-            out = Path(folder) / "out"
-            made = convert(source, out, options=options, request={}, allow_duplicates=True, progress=False)
-            crops = _crops(made.stored("train", "ffcv"), words.size)
-        rows[name] = _difference(before, _probabilities(model, crops), originals, crops)
+    with progress_bar("stored and compared", len(split) * len(WAYS), not words.json) as advance:
+        originals = _crops(split, words.size)
+        before = _probabilities(model, prepare, originals)
+        for name, options in WAYS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "images.beton"
+                write_beton(file, split, options, check=check)
+                crops = _crops(Beton.open(file), words.size)
+            changed, after = (crops != originals).any(axis=(1, 2, 3)), before.clone()
+            if changed.any():
+                after[torch.from_numpy(changed)] = _probabilities(model, prepare, crops[changed])
+            rows[name] = _difference(before, after, originals, crops)
+            advance(len(split))
     if words.json:
         print(json.dumps({"images": len(split), "model": words.model, "size": words.size, "rows": rows}))
     else:
@@ -85,7 +93,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     return 0
 
 
-def _crops(images: FileSplit | Beton | TarShards, size: int) -> np.ndarray:
+def _crops(images: FileSplit | Beton, size: int) -> np.ndarray:
     """The central crops, uint8 (N, size, size, 3)."""
     crop = CropSpec("center", size, ratio=RATIO)
     crops = np.empty((len(images), size, size, 3), dtype=np.uint8)
@@ -94,13 +102,22 @@ def _crops(images: FileSplit | Beton | TarShards, size: int) -> np.ndarray:
     return crops
 
 
+def _trained(name: str, weights: Path, size: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The network with its head, and what normalises uint8 images (N, 3, S, S) for it. ValueError for other weights."""
+    check_model(name, False, None)
+    config = config_of(name)
+    prepared, classes = input_config(config), config.get("num_classes", 1000)
+    model = build_model(name, num_classes=classes, checkpoint=weights, image_size=size).eval()
+    if not model.head_is_trained:
+        raise ValueError(f"{weights} has no head for the {classes} classes of {name}: there would be no decisions")
+    return model, lambda images: normalise(images, prepared.mean, prepared.std)
+
+
 @torch.inference_mode()
-def _probabilities(model: nn.Module, crops: np.ndarray) -> Tensor:
+def _probabilities(model: nn.Module, prepare: Callable[[Tensor], Tensor], crops: np.ndarray) -> Tensor:
     """The softmax of each crop, float32 (N, C)."""
-    config = timm.data.resolve_data_config(model=model)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     batches = torch.from_numpy(crops).permute(0, 3, 1, 2).split(BATCH)
-    return torch.cat([model((batch / 255 - mean) / std).softmax(1) for batch in batches])
+    return torch.cat([model(prepare(batch)).softmax(1) for batch in batches])
 
 
 def _difference(before: Tensor, after: Tensor, originals: np.ndarray, crops: np.ndarray) -> dict[str, float]:

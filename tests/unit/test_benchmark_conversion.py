@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -30,3 +31,24 @@ def test_each_way_of_storing_is_compared_with_the_originals(tmp_path, monkeypatc
     assert found["rows"]["raw"] == {"pixels": 0, "other_top1": 0, "probability": 0, "largest": 0}
     assert found["rows"]["small"]["pixels"] > 1
     assert found["rows"]["small"]["largest"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "resnet10q"], "resnet10q"),
+        (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--weights", "headless.pth"], "has no head for the 1000 classes of resnet10t"),
+        (["--images", "."], "has no image"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_message(tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(smooth_images([(40, 40)], seed=1)[0]).save("images/a.png")
+    torch.save(timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict(), "headless.pth")
+    words = ["--images", "images", "--model", "resnet10t", "--weights", "headless.pth"]
+    if "--images" in more:
+        (tmp_path / "images" / "a.png").unlink()
+    assert cli.main(["benchmark", "conversion", *words, *more]) == 2
+    assert message in capsys.readouterr().err
