@@ -154,7 +154,8 @@ def _files(profile: Profile) -> list[str]:
         lines.append("exact duplicates: none")
     for kind, count in groups.items():
         images = profile.copies.images.get(kind, 0)
-        lines.append(f"exact duplicates {KINDS[kind]}: {count:,} {'groups' if count > 1 else 'group'} of {images:,} images")
+        what = "groups" if count > 1 else "group"
+        lines.append(f"exact duplicates {KINDS[kind]}: {count:,} {what} of {images:,} images")
         named = [names for known, names in profile.copies.named if known == kind]
         lines += [f"  {some(names, ' = ')}" for names in named[:3]]
     return lines
