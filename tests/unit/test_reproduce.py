@@ -175,6 +175,7 @@ def test_the_listing_names_every_row_its_recipe_and_what_is_missing(tmp_path, ca
     assert "imagenet_lt_ours_las+imagenet_lt_ours_las_cosine data not found: list_file" in told
     with monkeypatch.context() as patch:
         patch.setattr(tables, "shipped_recipes", dict)
+        patch.setattr(tables, "SHIPPED", tmp_path)
         assert cli.main(["reproduce", "table11", "--list"]) == 0
     told = capsys.readouterr().out
     for recipe in ("imagenet_lt_ride_4", "imagenet_lt_ours_las"):
