@@ -9,6 +9,7 @@ import torch
 from test_trainer import STAGE, assert_same, comparable, log_lines, make, stop_after
 
 from fastlt.losses.base import log_prior
+from fastlt.models import build_model
 from fastlt.recipe import RecipeError
 from fastlt.run.loading import endless
 from fastlt.run.stopping import Interrupted
@@ -63,13 +64,26 @@ def test_both_are_evaluated_and_saved_and_one_is_selected(digits_words, select):
         assert found["top1"] == result["top1" if name == select else f"{name}_top1"]
 
 
-def test_a_run_with_an_average_resumes_bit_for_bit(digits_words):
-    whole = make(digits_words, EMA, "name=whole")
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(5)
+    torch.save(build_model("cifar_resnet8", num_classes=10).state_dict(), tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+@pytest.mark.parametrize("trained", ["all", "norms", "head", "features"])
+def test_a_run_with_an_average_resumes_bit_for_bit(digits_words, weights, trained):
+    words = [EMA]
+    if trained != "all":  # checkpoints keep the trained part
+        words += [f"model.checkpoint={weights}", f"model.train={trained.replace('features', 'head')}"]
+    if trained == "features":
+        words += ["data.cached_views=1", "data.augment=[]"]
+    whole = make(digits_words, *words, "name=whole")
     whole.fit()
-    stopped = stop_after(make(digits_words, EMA, "name=stopped"), 8)
+    stopped = stop_after(make(digits_words, *words, "name=stopped"), 8)
     with pytest.raises(Interrupted):
         stopped.fit()
-    resumed = make(digits_words, EMA, "name=stopped")
+    resumed = make(digits_words, *words, "name=stopped")
     resumed.fit()
     assert_same(comparable(whole.folder), comparable(resumed.folder))
     results = [json.loads((f / "result.json").read_text()) for f in (whole.folder, resumed.folder)]
