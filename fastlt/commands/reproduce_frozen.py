@@ -81,7 +81,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     try:
         for data, factor in named.items():
             cut = [] if factor is None else [f"data.imbalance_factor={factor:g}"]
-            tasks = _tasks(given, methods, data, [*shared, *cut])
+            tasks = _tasks(given, methods, [*shared, *cut])
             table.tasks[data] = tasks
             with tqdm(desc=data, total=len(tasks), initial=sum(t.file.is_file() for t in tasks), unit="run") as bar:
                 run_tasks(tasks, given.jobs, lambda _: table.update(bar))
@@ -112,7 +112,7 @@ def _common_rate(asked: float | None, rates: Sequence[float], recipe: Recipe) ->
     return asked
 
 
-def _tasks(given: argparse.Namespace, methods: Sequence[Method], data: str, words: list[str]) -> list[Task]:
+def _tasks(given: argparse.Namespace, methods: Sequence[Method], words: list[str]) -> list[Task]:
     """The runs of a data set, whose features are computed first, with all cores."""
     recipe = load_recipe(given.recipe, words)
     found = find_data(recipe, [folder.resolve() for folder in given.data])
