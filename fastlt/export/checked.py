@@ -107,7 +107,7 @@ def takes(runs: Sequence[TrainedRun], *, preprocess: bool) -> str:
     shape = f"(N, 3, {first.image_size}, {first.image_size})"
     cut = "whole images"
     if first.eval_crop == "center":
-        cut = f"the central square of {first.eval_ratio:.4g} of the shorter side, resized by area"
+        cut = f"the central square of {first.eval_ratio:.4g} of the shorter side, shrunk by area or enlarged bilinearly"
     if preprocess:
         return f"uint8 {shape} RGB, {cut}; they are normalised inside"
     mean, std = (", ".join(f"{x:g}" for x in of) for of in (first.mean, first.std))

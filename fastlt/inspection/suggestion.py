@@ -283,7 +283,7 @@ def _header(path: Path, profile: Profile, suggestion: Suggestion, command: str |
     if suggestion.interpolation:
         more.append(
             "mean, std and eval_ratio are those of timm's configuration of the weights. It resamples images by "
-            f"{suggestion.interpolation} interpolation, and fastlt's loaders by area."
+            f"{suggestion.interpolation} interpolation, and fastlt's loaders shrink by area."
         )
     return header + _comment(more)
 

@@ -80,7 +80,7 @@ def unlike_model(recipe: Recipe) -> list[str]:
         if any(abs(a - b) >= ALIKE for a, b in zip(ours, of_model, strict=True))
     ]
     if data.train_crop != "none" or data.eval_crop != "none":
-        others.append(f"resampling by area for {theirs.interpolation}")
+        others.append(f"shrinking by area for {theirs.interpolation}")
     if not others:
         return []
     return [

@@ -40,7 +40,7 @@ def images_of_files(paths: Sequence[Path], data: DataRecipe) -> Tensor:
 
 
 def cut(image: np.ndarray, data: DataRecipe) -> np.ndarray:
-    """The part of an image that evaluation looks at, resized by area: uint8 (H, W, 3) to (S, S, 3)."""
+    """The part of an image that evaluation looks at, resized: uint8 (H, W, 3) to (S, S, 3)."""
     out = np.empty((data.image_size, data.image_size, 3), dtype=np.uint8)
     as_stored.cut(image, CropSpec(data.eval_crop, data.image_size, ratio=data.eval_ratio), out)
     return out

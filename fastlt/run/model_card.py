@@ -28,7 +28,7 @@ with torch.no_grad():
 names = model.pretrained_cfg["label_names"]
 ```
 
-Logits are those of the trained model. timm resizes images by another filter than the training, which resized by area: a
+Logits are those of the trained model. timm resizes images by another filter than the training, which shrank by area: a
 probability can differ a little. `fastlt.load` cuts and resizes as the training did.
 """
 OF_FASTLT = """

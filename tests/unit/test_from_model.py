@@ -92,7 +92,7 @@ def test_a_difference_to_the_weights_is_said_in_one_line(load):
     (line,) = unlike_model(load("data.mean=[0.485, 0.456, 0.406]", "data.eval_crop=center"))
     assert "data.mean [0.485, 0.456, 0.406] for [0.5, 0.5, 0.5]" in line
     assert "data.eval_ratio 0.875 for 0.9" in line
-    assert "resampling by area for bicubic" in line
+    assert "shrinking by area for bicubic" in line
     assert "data.std" not in line
     assert unlike_model(load("model.pretrained=false", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]")) == []
 
