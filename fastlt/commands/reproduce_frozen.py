@@ -6,9 +6,9 @@
     fastlt reproduce frozen --list
 
 Features are computed once, below --out/.features; a run then takes seconds, and --jobs of them run at once. Runs that
-are done are not run again: the same command goes on. frozen.md, .csv and .json are written to --out. Each method is
-shown at its own best rate of --lr by validation, and at the common rate. Images of the validation set are the meta set
-too: methods that learn weights on it see it while they train.
+are done are not run again: the same command goes on. frozen.md, .csv and .json are written to --out, and those of
+--ablation as frozen_ablation. Each method is shown at its own best rate of --lr by validation, and at the common rate.
+Images of the validation set are the meta set too: methods that learn weights on it see it while they train.
 Exit code: 0 done, 1 when a process of the runs ended, 2 for a mistake on the command line, 130 when stopped.
 """
 
@@ -57,6 +57,7 @@ def main(words: list[str], prog: str = NAME) -> int:
         "--common-lr", type=float, metavar="LR", help="one of --lr (default: the recipe's, or the middle)"
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument("--ablation", action="store_true", help="the parts of Difficulty-Net in place of the methods")
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run")
     parser.add_argument("--jobs", type=positive, default=available_cores(), help="runs at once (default: a core each)")
@@ -64,7 +65,7 @@ def main(words: list[str], prog: str = NAME) -> int:
         "--out", type=path, default=Path("runs/frozen"), help="where features, results and tables are kept"
     )
     given = parser.parse_args(words)
-    methods = read_methods(given.rows)
+    methods = read_methods(given.rows, "ablation" if given.ablation else "rows")
     if given.list:
         print("\n".join(method.name for method in methods))
         return 0
@@ -77,7 +78,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     factors = (given.imbalance or FACTORS) if is_cifar else (None,)
     named = {f"{recipe.data.source}, imbalance {f:g}" if f else recipe.name: f for f in factors}
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    table = _Table(given.out, methods, common)
+    table = _Table(given.out / ("frozen_ablation" if given.ablation else "frozen"), methods, common)
     try:
         for data, factor in named.items():
             cut = [] if factor is None else [f"data.imbalance_factor={factor:g}"]
@@ -130,11 +131,11 @@ def _tasks(given: argparse.Namespace, methods: Sequence[Method], words: list[str
 class _Table:
     """The files of the table, rewritten now and then while runs end.
 
-    tasks: by data set, those that have been planned.
+    file: without the ending. tasks: by data set, those that have been planned.
     """
 
-    def __init__(self, out: Path, methods: Sequence[Method], common: float) -> None:
-        self.out, self.methods, self.common = out, methods, common
+    def __init__(self, file: Path, methods: Sequence[Method], common: float) -> None:
+        self.file, self.methods, self.common = file, methods, common
         self.tasks: dict[str, list[Task]] = {}
         self.text = ""
         self.written = 0.0
@@ -146,7 +147,7 @@ class _Table:
             self.write()
 
     def write(self) -> None:
-        """frozen.md, frozen.csv and frozen.json of all results that are there."""
+        """FILE.md, .csv and .json of all results that are there."""
         self.written = time.monotonic()
         records = []
         for data, tasks in self.tasks.items():
@@ -160,6 +161,6 @@ class _Table:
         writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        write_atomically(self.out / "frozen.md", self.text.encode())
-        write_atomically(self.out / "frozen.csv", buffer.getvalue().encode())
-        write_json(self.out / "frozen.json", records)
+        write_atomically(self.file.with_suffix(".md"), self.text.encode())
+        write_atomically(self.file.with_suffix(".csv"), buffer.getvalue().encode())
+        write_json(self.file.with_suffix(".json"), records)

@@ -50,9 +50,9 @@ class Method:
     adjusted: bool = False
 
 
-def read_methods(names: Sequence[str] | None = None) -> list[Method]:
-    """The rows of the table, or those of these names; ValueError for a name that it does not have."""
-    methods = {row["name"]: Method(**row) for row in yaml.safe_load(METHODS.read_text(encoding="utf-8"))["rows"]}
+def read_methods(names: Sequence[str] | None = None, table: str = "rows") -> list[Method]:
+    """The rows of a table, "rows" or "ablation", or those of these names; ValueError for a name that it does not have."""
+    methods = {row["name"]: Method(**row) for row in yaml.safe_load(METHODS.read_text(encoding="utf-8"))[table]}
     for name in names or ():
         pick("row", name, methods)
     return [m for m in methods.values() if names is None or m.name in names or m.of in names]

@@ -54,7 +54,9 @@ def test_every_loss_sampling_and_method_has_a_row_or_a_reason():
     assert reasons.keys() <= STEPS.keys() | set(known)
 
 
-@pytest.mark.parametrize("method", [row for row in ROWS if row.of is None], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "method", [row for row in (*ROWS, *read_methods(table="ablation")[4:]) if row.of is None], ids=lambda row: row.name
+)
 def test_a_row_trains(method, words):
     context = open_context(load_recipe(RECIPE, words))
     (run,) = plan(context.recipe, [method], [0.02], 1, stage_epochs(context))
