@@ -51,7 +51,7 @@ class Method:
 
 
 def read_methods(names: Sequence[str] | None = None, table: str = "rows") -> list[Method]:
-    """The rows of a table, "rows" or "ablation", or those of these names; ValueError for a name that it does not have."""
+    """The rows of a table, "rows" or "ablation", or those of these names; ValueError for an unknown name."""
     methods = {row["name"]: Method(**row) for row in yaml.safe_load(METHODS.read_text(encoding="utf-8"))[table]}
     for name in names or ():
         pick("row", name, methods)
