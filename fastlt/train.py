@@ -51,10 +51,9 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
 
         recipe = load_recipe(words.recipe, words.overrides)
         if words.check:
-            from fastlt.run.preflight import check_without_data
+            from fastlt.run.preflight import checked_text
 
-            check_without_data(recipe)
-            print(recipe.to_yaml(), end="")
+            print(checked_text(recipe), end="")
             return 0
         from fastlt.run.model_folder import mend_run_model
         from fastlt.run.preflight import prepare

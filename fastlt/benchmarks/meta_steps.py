@@ -24,6 +24,7 @@ from fastlt.augment import Augment, normalise
 from fastlt.device.compiled import Compiler, adam_options, laid_out, make_sgd, ready
 from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
+from fastlt.meta.bounded_accuracy import BoundedAccuracy, class_accuracy
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import DifficultyNet, class_weights
 from fastlt.meta.per_sample import Trial
@@ -41,7 +42,10 @@ WINDOW = 10
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained on what; `make_problem` draws it from a seed."""
+    """What is trained on what; `make_problem` draws it from a seed.
+
+    hidden: width of Difficulty-Net, None by the rule. images_per_step: of rolling accuracies, None for a tenth.
+    """
 
     model: Classifier
     net: DifficultyNet
@@ -52,6 +56,8 @@ class Problem:
     memory_format: torch.memory_format
     precision: str
     compile: str = "none"
+    hidden: int | None = None
+    images_per_step: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,11 +92,13 @@ def make_problem(
     precision: str,
     device: str,
     compile: str = "none",
+    hidden: int | None = None,
+    images_per_step: int | None = None,
     **trained: Any,
 ) -> Problem:
     """Random images and labels, a network as it is initialised, accuracies between 0.2 and 0.9.
 
-    trained: what of the network is trained, as `build_model` takes it.
+    hidden, images_per_step: see `Problem`. trained: what of the network is trained, as `build_model` takes it.
     """
     torch.manual_seed(0)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -102,7 +110,7 @@ def make_problem(
 
     return Problem(
         model=model.to(device).to(memory_format=memory_format).train(),
-        net=DifficultyNet(num_classes).to(device),
+        net=DifficultyNet(num_classes, hidden).to(device),
         accuracy=torch.linspace(0.9, 0.2, num_classes, device=device),
         batch=Batch(*draw(batch, torch.randint(num_classes, (batch,))), torch.arange(batch)),
         meta_batch=Batch(*draw(meta_batch, torch.randint(num_classes, (meta_batch,))), torch.arange(meta_batch)),
@@ -110,6 +118,8 @@ def make_problem(
         memory_format=memory_format,
         precision=precision,
         compile=compile,
+        hidden=hidden,
+        images_per_step=images_per_step,
     )
 
 
@@ -196,7 +206,7 @@ class OwnStep(Way):
             compiler=Compiler(problem.compile),
         )
         if method == "difficulty":
-            step = DifficultyStep(parts, DifficultyOptions(driver_weight=0.0, **options))
+            step = DifficultyStep(parts, DifficultyOptions(driver_weight=0.0, hidden=problem.hidden, **options))
             step.net.load_state_dict(problem.net.state_dict())
         else:
             step = STEPS[method](parts, None)
@@ -345,18 +355,20 @@ def apply(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradie
 
 
 def _rolling(problem: Problem) -> OwnStep:
-    way = OwnStep(problem, "difficulty", _refreshed(problem, "rolling"))
-    way.cycle = WINDOW
+    accuracy = _refreshed(problem, "rolling", problem.images_per_step)
+    way = OwnStep(problem, "difficulty", accuracy)
+    way.cycle = 1 if isinstance(accuracy, BoundedAccuracy) else WINDOW
     return way
 
 
-def _refreshed(problem: Problem, refresh: str) -> ClassAccuracy:
-    return ClassAccuracy(
+def _refreshed(problem: Problem, refresh: str, images_per_step: int | None = None) -> ClassAccuracy:
+    return class_accuracy(
         *problem.meta_set,
         problem.num_classes,
         prepare=Normalise(problem),
         refresh=refresh,
         window=WINDOW,
+        images_per_step=images_per_step,
         autocast=problem.autocast,
     )
 

@@ -3,7 +3,7 @@
 plain            descent on the mean loss: what a step costs without a learned weighting
 ours_frozen      fastlt's step, the class accuracies given: the cost of the exact meta-gradient alone
 ours_exact       ... with the accuracies measured on the whole meta set (10 images a class) in every step
-ours_rolling     ... on a tenth of it in every step
+ours_rolling     ... on a tenth of it in every step, or on --images-per-step images
 double_backward  the same gradient by torch's create_graph
 higher, torchopt the same gradient by these packages
 
@@ -117,6 +117,12 @@ def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=128, metavar="N", help="training batch (default: 128)")
     parser.add_argument("--meta-batch", type=positive, default=128, metavar="N", help="meta batch (default: 128)")
     parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS", help="default: 32")
+    parser.add_argument(
+        "--hidden", type=positive, metavar="H", help="width of Difficulty-Net (default: the rule for the classes)"
+    )
+    parser.add_argument(
+        "--images-per-step", type=positive, metavar="N", help="meta images that ours_rolling scores (default: a tenth)"
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
     parser.add_argument("--threads", type=worker_count, metavar="N", help="CPU threads of torch (default: all)")
     parser.add_argument(
@@ -154,6 +160,8 @@ def problem_of(words: argparse.Namespace, **changes: int) -> Problem:
         precision=words.precision,
         device=words.device,
         compile=words.compile,
+        hidden=words.hidden,
+        images_per_step=words.images_per_step,
         train=words.train[0] if words.train[0] in WORDS else words.train,
         norm=words.norm,
         adapt=None if words.adapt is None else parse_yaml(words.adapt, "--adapt"),
@@ -295,7 +303,8 @@ def ask_child(name: str, words: argparse.Namespace) -> int | None:
         return None
     layout = "--channels-last" if words.channels_last else "--no-channels-last"
     command = [sys.executable, "-W", "ignore", "-m", *NAME.split(), "--peak-of", name, layout, "--device", words.device]
-    for key in ("backbone", "classes", "batch", "meta_batch", "image_size", "precision", "threads", "norm", "adapt"):
+    passed = ("backbone", "classes", "batch", "meta_batch", "image_size", "precision", "threads", "norm", "adapt")
+    for key in (*passed, "hidden", "images_per_step"):
         if getattr(words, key) is not None:
             command += [f"--{key.replace('_', '-')}", str(getattr(words, key))]
     command += ["--train", *words.train]

@@ -1,5 +1,5 @@
 """Check a recipe and print it with every default filled in; nothing is trained and no data are read.
-Comments behind it say what follows from the network.
+Comments behind it say what follows from the network and the number of classes.
 
     fastlt check recipes/cifar10_lt.yaml data.root=DIR seed=1
 
@@ -20,12 +20,8 @@ def main(words: list[str], prog: str = NAME) -> int:
     arguments = parser.parse_intermixed_args(words)
 
     # Imported late: a mistake on the command line answers before torch has loaded.
-    from fastlt.recipe import load_recipe, unlike_model
-    from fastlt.run.preflight import check_without_data
+    from fastlt.recipe import load_recipe
+    from fastlt.run.preflight import checked_text
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    lines = check_without_data(recipe)
-    print(recipe.to_yaml(), end="")
-    for line in [*recipe.follows(), *unlike_model(recipe), *lines]:
-        print(f"# {line}")
+    print(checked_text(load_recipe(arguments.recipe, arguments.overrides)), end="")
     return 0

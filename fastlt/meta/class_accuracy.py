@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from fastlt.device.replay import Replayable
 from fastlt.meta.frozen_prefix import FrozenPrefix, find_prefix, moving_statistics
 
 REFRESHES = ("exact", "rolling", "epoch")
+Part = slice | Tensor  # images of a process, by their places in its order: int64 (n,) on the device
 # Up to this size the images are kept as the network takes them. CIFAR-100-LT's 1000 are 12 MB, ImageNet-LT's 10,000
 # would be 6 GB and are prepared batch by batch.
 PREPARED_BYTES = 256 * 2**20
@@ -51,6 +52,12 @@ def stratified_order(labels: Tensor) -> Tensor:
     return by_class[torch.argsort(rank, stable=True)]
 
 
+def shares(correct: Tensor, total: Tensor, absent: Tensor) -> Tensor:
+    """correct / total (C,); classes where `absent`, bool (C,), have the mean of the others."""
+    known = correct / total.clamp_min(1)  # 0 for absent classes
+    return torch.where(absent, known.sum() / (~absent).sum(), known)
+
+
 class ClassAccuracy(Replayable):
     """Scores the meta set with the current network and reports the accuracy of each class.
 
@@ -60,6 +67,7 @@ class ClassAccuracy(Replayable):
     A class without an image in the meta set has the mean accuracy of the others: where nothing is known of a class, it
     is taken to be as difficult as the average one.
     prepare: uint8 images -> what the network takes, image by image. autocast: makes the context of the forward passes.
+    shown: goes through the batches of a first pass over all images, as `tqdm` does.
 
     refresh: how much of the meta set is scored when `update` is called once an iteration.
         exact: all of it (step 2 of Algorithm 1).
@@ -79,6 +87,7 @@ class ClassAccuracy(Replayable):
         batch_size: int = 1024,
         reducer: Reducer | None = None,
         autocast: Callable[[], AbstractContextManager[object]] | None = None,
+        shown: Callable[[Sequence[slice]], Iterable[slice]] = iter,
     ) -> None:
         assert refresh in REFRESHES, refresh
         assert window >= 1, window
@@ -97,7 +106,7 @@ class ClassAccuracy(Replayable):
         self.prefix: FrozenPrefix | None = None
         self.kept: Tensor | None = None  # its outputs for all images, in the state `kept_of`
         self.kept_of: Hashable = None
-        self.refresh, self.window, self.batch_size = refresh, window, batch_size
+        self.refresh, self.window, self.batch_size, self.shown = refresh, window, batch_size, shown
         self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
         self.latest = torch.zeros(num_classes, dtype=torch.float32, device=images.device)
         self.stale = False  # whether `latest` is not what `correct` says
@@ -112,7 +121,8 @@ class ClassAccuracy(Replayable):
         """Score what is due with `model` in eval mode, its buffers untouched, and return A: float32 (C,) in [0, 1]."""
         part = self.due_part()
         if part is not None:
-            self._score(model, *part)
+            batches = self._batches(*part)
+            self._score(model, self.shown(batches) if self.due else batches, part[1] - part[0])
         if part is not None or self.stale:
             self.latest.copy_(self.accuracy())
         self.advance()
@@ -144,22 +154,27 @@ class ClassAccuracy(Replayable):
     def set_counters(self, counters: tuple[int, bool, bool]) -> None:
         self.calls, self.due, self.stale = counters
 
+    def advice(self) -> Sequence[str]:
+        """What the user is told of it at the start of a stage."""
+        return ()
+
     def of(self, model: nn.Module) -> Tensor:
         """A of another model: float32 (C,). What `accuracy` reports stays the results of the model that is trained."""
         kept = self.correct.clone()
-        self._score(model, 0, len(self.labels), keeps=False)
+        self._score(model, self._batches(0, len(self.labels)), len(self.labels), keeps=False)
         accuracy = self.accuracy()
         self.correct.copy_(kept)
         return accuracy
 
     def accuracy(self) -> Tensor:
         """A from the latest result of every image: float32 (C,)."""
-        correct = torch.zeros(self.num_classes, device=self.correct.device).index_add_(0, self.labels, self.correct)
+        correct = self._by_class(self.correct)
         self.reducer.sum_([correct])
-        if self.absent is None:
-            return correct / self.total
-        known = correct / self.total.clamp_min(1)  # 0 for absent classes
-        return torch.where(self.absent, known.sum() / (~self.absent).sum(), known)
+        return correct / self.total if self.absent is None else shares(correct, self.total, self.absent)
+
+    def _by_class(self, values: Tensor) -> Tensor:
+        """The sums over the images of each class (C,) of a value for every image of this process."""
+        return torch.zeros(self.num_classes, device=values.device).index_add_(0, self.labels, values)
 
     def _prepared(self, prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Prepare all images now, if they fit; returns what is left to do with a batch of them.
@@ -172,18 +187,27 @@ class ClassAccuracy(Replayable):
         self.images = prepare(self.images)
         return lambda images: images
 
-    def _score(self, model: nn.Module, start: int, stop: int, *, keeps: bool = True) -> None:
-        if start == stop:
+    def _batches(self, start: int, stop: int) -> list[slice]:
+        firsts = range(start, stop, self.batch_size)
+        return [slice(first, min(first + self.batch_size, stop)) for first in firsts]
+
+    def _score(self, model: nn.Module, parts: Iterable[Part], count: int, *, keeps: bool = True) -> None:
+        """Keep for each of the `count` images in `parts` whether it is classified right."""
+        if not count:
             return
         kept = self._kept_outputs(model) if keeps else None
-        with evaluation_mode(model), self.autocast(), self._forward(model, stop - start, kept) as logits_of:
-            for first in range(start, stop, self.batch_size):
-                part = slice(first, min(first + self.batch_size, stop))
+        with evaluation_mode(model), self.autocast(), self._forward(model, count, kept) as logits_of:
+            for part in parts:
                 logits = logits_of(part)
                 self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
 
+    def _inputs(self, part: Part) -> Tensor:
+        """What the network takes of a part."""
+        images = self.images[part]
+        return self.prepare(images if isinstance(part, slice) else images.contiguous(memory_format=torch.channels_last))
+
     @contextmanager
-    def _forward(self, model: nn.Module, count: int, kept: Tensor | None) -> Iterator[Callable[[slice], Tensor]]:
+    def _forward(self, model: nn.Module, count: int, kept: Tensor | None) -> Iterator[Callable[[Part], Tensor]]:
         """The eval pass of `model` for a part of `count` images, from the outputs that are kept if there are any.
 
         BatchNorm is folded where there are enough images. The plan for it is made once, on one image whose logits are
@@ -192,16 +216,16 @@ class ClassAccuracy(Replayable):
         if kept is not None:
             assert self.prefix is not None
             prefix = self.prefix
-            yield lambda part: prefix(self.prepare(self.images[part]), kept[part])
+            yield lambda part: prefix(self._inputs(part), kept[part])
             return
         if count < FOLD_FROM:
-            yield lambda part: model(self.prepare(self.images[part]))
+            yield lambda part: model(self._inputs(part))
             return
         if self.folded is None or self.folded.model is not model:
             self.folded = FoldedForward(model, self.prepare(self.images[:1]))
         folded = self.folded
         with folded.weights():
-            yield lambda part: folded(self.prepare(self.images[part]))
+            yield lambda part: folded(self._inputs(part))
 
     def _kept_outputs(self, model: nn.Module) -> Tensor | None:
         """The outputs of the frozen prefix of `model` for all images; None where there is none, or no room.
@@ -224,8 +248,7 @@ class ClassAccuracy(Replayable):
                 self.kept = prefix.one.new_empty(len(self.images), *prefix.one.shape[1:])
             with evaluation_mode(model), self.autocast():
                 # Into the same memory: a captured iteration may read it.
-                for first in range(0, len(self.images), self.batch_size):
-                    part = slice(first, first + self.batch_size)
+                for part in self.shown(self._batches(0, len(self.images))):
                     self.kept[part] = prefix.outputs(self.prepare(self.images[part]))
             self.kept_of = state
         return self.kept

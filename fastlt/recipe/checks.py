@@ -352,6 +352,15 @@ def accumulation(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         yield f"accumulate: is {parts} with loss {stage.loss!r}, which draws for a batch as a whole; set accumulate: 1"
 
 
+def scoring(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    accuracy = stage.accuracy
+    if accuracy.images_per_step is not None and accuracy.refresh != "rolling":
+        yield (
+            f"accuracy.images_per_step: is {accuracy.images_per_step} with refresh {accuracy.refresh!r}, which scores "
+            "the whole meta set at once; set accuracy.refresh: rolling, or leave it out"
+        )
+
+
 def averaging(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if stage.ema is not None and not STEPS[stage.method].allows.ema:
         yield (
@@ -454,6 +463,7 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     method,
     allowed_by_method,
     accumulation,
+    scoring,
     averaging,
     adjustment,
     trained_part_of_method,

@@ -248,12 +248,16 @@ class AccuracyRecipe:
     refresh: exact scores all of the meta set in every iteration, rolling scores one slice of it, and epoch scores all
         of it once an epoch.
     window: the number of slices of refresh rolling; no result is older than that many iterations.
+    images_per_step: with refresh rolling, the most images that an iteration scores, over all processes; the slices are
+        as many as that takes, and at least window. No full scoring comes first: a class that has not been scored yet
+        has the mean accuracy of the others. null is no bound.
     batch_size: images that are scored at once.
     precision: of the passes that score the meta set; null is the recipe's precision.
     """
 
     refresh: Literal["exact", "rolling", "epoch"] = "exact"
     window: int = field(default=10, metadata=at_least(1))
+    images_per_step: int | None = field(default=None, metadata=at_least(1))
     batch_size: int = field(default=1024, metadata=at_least(1))
     precision: Literal["fp32", "bf16"] | None = None
 

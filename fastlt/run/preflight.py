@@ -15,8 +15,9 @@ from fastlt.models import Classifier, build_model, check_padded_pooling
 from fastlt.models.head_init import check_head_init
 from fastlt.models.pretrained import check_reachable
 from fastlt.names import shortened
-from fastlt.recipe import Recipe, StageRecipe
+from fastlt.recipe import Recipe, StageRecipe, unlike_model
 from fastlt.run.context import RunContext, make_accelerator, make_context
+from fastlt.run.cost import scoring, theta
 from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
 from fastlt.run.loading import augmentations, batch_size, crop_spec, evaluation_side, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
@@ -258,8 +259,8 @@ def check_model(context: RunContext, model: Classifier) -> None:
 def check_without_data(recipe: Recipe) -> list[str]:
     """ValueError for all that a run of the recipe on this machine refuses before it looks at its data.
 
-    Returns what the recipe alone does not tell, a line each: see `meta_steps`. Builds the network and reads its
-    weights from a file. Writes nothing, and fetches nothing.
+    Returns what the recipe alone does not tell, a line each: see `meta_steps`, `scoring` and `theta`. Builds the
+    network and reads its weights from a file. Writes nothing, and fetches nothing.
     """
     check_folder(recipe)
     check_trackers(recipe)
@@ -271,4 +272,10 @@ def check_without_data(recipe: Recipe) -> list[str]:
     classes = recipe.data.num_classes or SOME_CLASSES
     model = build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
     check_network(recipe, model)
-    return meta_steps(recipe, model)
+    return [*meta_steps(recipe, model), *scoring(recipe), *theta(recipe)]
+
+
+def checked_text(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default and what follows from it as comments; refuses as `check_without_data`."""
+    lines = check_without_data(recipe)
+    return recipe.to_yaml() + "".join(f"# {line}\n" for line in [*recipe.follows(), *unlike_model(recipe), *lines])

@@ -11,9 +11,11 @@ from typing import cast
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fastlt.device.compiled import Compiler
 from fastlt.losses import build_loss
+from fastlt.meta.bounded_accuracy import class_accuracy
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, build_model
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
@@ -36,6 +38,7 @@ from fastlt.run.progress import PlannedStage
 from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 
+BAR_AFTER_S = 2.0  # a shorter pass over the meta set shows no progress
 TrainingImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
@@ -189,16 +192,18 @@ def stage_model(context: RunContext, name: str) -> StageModel:
 
 def _class_accuracy(context: RunContext, stage: StageRecipe) -> ClassAccuracy:
     everything = whole_split(context, "meta")
-    return ClassAccuracy(
+    return class_accuracy(
         everything.images,
         everything.labels,
         context.counts.num_classes,
         prepare=normaliser(context),
         refresh=stage.accuracy.refresh,
         window=stage.accuracy.window,
+        images_per_step=stage.accuracy.images_per_step,
         batch_size=stage.accuracy.batch_size,
         reducer=context.reducer,
         autocast=_accuracy_autocast(context, stage),
+        shown=partial(tqdm, desc="scoring the meta set", delay=BAR_AFTER_S, leave=False, disable=not context.main),
     )
 
 

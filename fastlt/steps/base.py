@@ -200,7 +200,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     def advice(self) -> Sequence[str]:
         """What the user is told at the start of the stage: things that cost something and can be changed."""
-        return ()
+        return () if self.parts.class_accuracy is None else self.parts.class_accuracy.advice()
 
     def start_epoch(self, epoch: int) -> None:
         """Called by the trainer before the first iteration of every epoch."""

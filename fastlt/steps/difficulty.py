@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from fastlt.meta import gradient as meta_gradient
-from fastlt.meta.difficulty import DRIVER_TARGETS, DifficultyNet, class_weights, difficulty_gradient_loss
+from fastlt.meta.difficulty import (
+    DRIVER_TARGETS,
+    DifficultyNet,
+    advice_on_width,
+    class_weights,
+    difficulty_gradient_loss,
+)
 from fastlt.names import pick
 from fastlt.ranges import at_least
 from fastlt.state import Batch
@@ -21,7 +27,8 @@ from fastlt.steps.needs import Allows, Needs
 class DifficultyOptions(LearnedWeightOptions):
     """Options of the methods difficulty and sample_difficulty.
 
-    hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes.
+    hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes, auto the
+        rule up to 4,096 classes and 2,048 beyond.
     meta_weight: weight of the meta loss in Eq. 10; at 0 the driver loss alone trains the network, as in the authors'
         release, which loses the meta-gradient.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
@@ -29,7 +36,7 @@ class DifficultyOptions(LearnedWeightOptions):
         `fastlt.meta.difficulty.driver_target`.
     """
 
-    hidden: int | None = field(default=None, metadata=WIDTH)
+    hidden: int | Literal["auto"] | None = field(default=None, metadata=WIDTH)
     meta_weight: float = field(default=1.0, metadata=at_least(0))
     driver_weight: float = field(default=0.3, metadata=at_least(0))
     driver_target: Literal["relative", "absolute"] = "relative"
@@ -49,6 +56,10 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
 
     def make_net(self) -> DifficultyNet:
         return DifficultyNet(self.parts.class_counts.num_classes, self.options.hidden)
+
+    def advice(self) -> list[str]:
+        width = advice_on_width(self.parts.class_counts.num_classes, self.options.hidden)
+        return [*super().advice(), *([] if width is None else [width])]
 
     def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
         """What D sees is A_t, taken before the batch moves BatchNorm's statistics."""

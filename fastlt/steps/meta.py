@@ -504,7 +504,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
 
     def advice(self) -> list[str]:
         holes = why_holes_stay() if self.lean and self.parameters[0].device.type == "cpu" else None
-        return [] if holes is None else [f"options.lean: {holes}"]
+        return [*super().advice(), *([] if holes is None else [f"options.lean: {holes}"])]
 
     def why_not_compiled(self) -> str | None:
         if self.parts.compiler.mode == "cudagraph" and self.options.approximate.every > 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastlt.meta.difficulty import driver_loss, hidden_width
+from fastlt.meta.difficulty import chosen_width, driver_loss
 from fastlt.state import Batch
 from fastlt.steps.difficulty import DifficultyOptions
 from fastlt.steps.meta import WIDTH, LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass
@@ -120,7 +120,7 @@ class SampleDifficultyStep(SampleWeightStep[DifficultyOptions]):
         return self.options.meta_weight
 
     def widths(self) -> tuple[int, ...]:
-        width = self.options.hidden or hidden_width(self.parts.class_counts.num_classes)
+        width = chosen_width(self.parts.class_counts.num_classes, self.options.hidden)
         return (width, width)
 
     def regulariser(self, values: Tensor, losses: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastlt.augment import Augment
 from fastlt.device.distributed import Reducer
 from fastlt.losses import PerSampleLoss, build_loss
-from fastlt.meta.class_accuracy import REFRESHES, ClassAccuracy, evaluation_mode
+from fastlt.meta.bounded_accuracy import class_accuracy
+from fastlt.meta.class_accuracy import REFRESHES, evaluation_mode
 from fastlt.models import Classifier
 from fastlt.names import pick, unknown
 from fastlt.state import Batch, ClassCounts, StepOutput, upload
@@ -124,6 +125,7 @@ def build_step(
     meta_batch_size: int | None = None,
     refresh: str = "exact",
     window: int = 10,
+    images_per_step: int | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     seed: int = 0,
     **options: Any,
@@ -142,6 +144,7 @@ def build_step(
         without an image counts as one of mean accuracy.
     meta_batch_size: images of a meta batch; None is as many as the training batch has.
     refresh, window: how much of the meta set is scored in an iteration, see `ClassAccuracy`.
+    images_per_step: with refresh="rolling", the most images that an iteration scores, see `BoundedAccuracy`.
     autocast: makes the context of forward passes, such as `lambda: torch.autocast("cuda", torch.bfloat16)`.
     seed: of the meta batches.
     options: of the method, see docs/recipes.md.
@@ -154,6 +157,8 @@ def build_step(
             raise ValueError(unknown(f"option of method {method}", name, names))
     if refresh not in REFRESHES:
         raise ValueError(unknown("refresh", refresh, REFRESHES))
+    if images_per_step is not None and (refresh != "rolling" or images_per_step < 1):
+        raise ValueError(f"images_per_step is {images_per_step}: give 1 or more, with refresh='rolling'")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model is wrapped in DistributedDataParallel: give model.module, the step averages gradients")
     _check_parameters(model, optimizer)
@@ -168,13 +173,14 @@ def build_step(
         _check_logits(model, images, counts)
         meta = MetaBatches(images, labels, meta_batch_size, seed + reducer.rank)
         if kind.needs.class_accuracy:
-            accuracy = ClassAccuracy(
+            accuracy = class_accuracy(
                 images,
                 labels,
                 counts.num_classes,
                 prepare=lambda images: images,
                 refresh=refresh,
                 window=window,
+                images_per_step=images_per_step,
                 reducer=reducer,
                 autocast=autocast,
             )

@@ -31,7 +31,7 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
+    {"cost", "features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
     | {"shifted_crops"},
     {"checkpoint", "dataset", "lock"},
     {"appended_file"},
