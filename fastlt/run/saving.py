@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastlt.models import Classifier
 from fastlt.models.trained_state import WEIGHTS, load_trained_state, trained_state
 from fastlt.recipe import Standing, changes, recipe_from_tree
 from fastlt.run import checkpoint
+from fastlt.run.background import BackgroundSaves
 from fastlt.run.context import RunContext
 from fastlt.run.folder import divergence_file, last_checkpoint, recipe_file, stage_checkpoint, versions
 from fastlt.run.inputs import RunInputs
@@ -66,10 +67,15 @@ class SavedRun:
 
 
 class Checkpoints:
-    """Writes and reads the files in `checkpoints/` of the run folder."""
+    """Writes and reads the files in `checkpoints/` of the run folder.
+
+    They are written in the background. Every process calls `finish` before a file is read, and before a run says that
+    it has saved one.
+    """
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+        self.background = BackgroundSaves()
         self.last_saved = time.monotonic()
         self.saved: tuple[str, int] | None = None
         # Whose checkpoints these are.
@@ -83,8 +89,16 @@ class Checkpoints:
         return f"The last checkpoint in {self.context.folder} is of iteration {iteration} of stage {stage}, from before"
 
     def due(self) -> bool:
-        """Whether it is time for another checkpoint, by this process's clock."""
-        return time.monotonic() - self.last_saved > self.context.recipe.checkpoint_every_s
+        """Whether it is time for another checkpoint, by this process's clock, or for the error of the one before."""
+        return self.background.failed or time.monotonic() - self.last_saved > self.context.recipe.checkpoint_every_s
+
+    def finish(self) -> None:
+        """Wait until all that was saved is written; every process learns of a ValueError."""
+        on_main(self.context.accelerator, self.background.finish)
+
+    def close(self) -> None:
+        """Wait until all that this process saved is written; no other process is asked."""
+        self.background.close()
 
     def _load(self, path: Path) -> dict[str, Any]:
         """The newest whole version of a file; every process reads the one that the main process found.
@@ -100,15 +114,18 @@ class Checkpoints:
         found = on_main(context.accelerator, newest)
         return read["state"] if read else checkpoint.load(found, context.device)
 
-    def _save(self, path: Path, state: dict[str, Any]) -> None:
-        """Write a file on the main process; the others wait, and learn of its ValueError."""
+    def _save(self, path: Path, state: dict[str, Any], then: Callable[[], object] | None = None) -> None:
+        """Let a file be written on the main process; the others learn of the ValueError of an earlier one.
+
+        then: called when the file is there.
+        """
         keep = self.context.recipe.checkpoints_kept
-        on_main(self.context.accelerator, lambda: checkpoint.save(path, state, keep=keep))
+        on_main(self.context.accelerator, lambda: self.background.save(path, state, keep=keep, then=then))
 
     def save_last(
         self, stage: str, step: Step, progress: Progress, backends: dict[str, str], average: Classifier | None = None
     ) -> None:
-        """Write `last.pt`, on the main process; all of them take part. average: of the model's weights."""
+        """Let `last.pt` be written, on the main process; all of them take part. average: of the model's weights."""
         context, state = self.context, step.state_dict()
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": random_states()}
         own["backends"] = backends
@@ -127,10 +144,16 @@ class Checkpoints:
             **({} if average is None else {"average": trained_state(average)}),
             **self.origin,
         }
-        self._save(last_checkpoint(context.folder), state)
-        self.last_saved, self.saved = time.monotonic(), (stage, progress.iteration)
-        if context.main:
+        saved = stage, progress.iteration
+
+        def written() -> None:
+            self.saved = saved
             divergence_file(context.folder).unlink(missing_ok=True)
+
+        self._save(last_checkpoint(context.folder), state, written)
+        self.last_saved = time.monotonic()
+        if not context.main:
+            self.saved = saved
 
     def load_last(self) -> SavedRun | None:
         """The run to resume, if there is one; ValueError when it is damaged or of another number of processes."""
@@ -187,9 +210,10 @@ class Checkpoints:
         return [change.line for change in found if change.told]
 
     def save_model(self, select: str, stage: str, models: Mapping[str, Classifier], progress: Progress) -> None:
-        """Write a model of a stage that was just validated, on the main process; select: see `stage_checkpoint`.
+        """Let a model of a stage be written that was just validated, on the main process.
 
-        models: of `Stage.models`: the selected weights, and those that are kept beside them under their name.
+        select: see `stage_checkpoint`. models: of `Stage.models`: the selected weights, and those that are kept beside
+        them under their name.
         """
         model, *_ = models.values()
         beside = {name: trained_state(other)[WEIGHTS] for name, other in list(models.items())[1:]}

@@ -91,6 +91,7 @@ class Trainer:
         try:
             return self._fit()
         finally:
+            self.checkpoints.close()
             self.log.close()
             self.class_history.close()
             self.trackers.finish()
@@ -206,6 +207,7 @@ class Trainer:
                 self._iterate(stage, bar)
                 # Also by a run that resumes here: it may have been stopped before this.
                 self.checkpoints.save_model("last", name, stage.models, self.progress)
+                self.checkpoints.finish()
             finally:
                 bar.close()
                 self.time_left.end()
@@ -251,6 +253,7 @@ class Trainer:
                 if self.stopping.received and output is not None and self.context.reducer.world_size == 1:
                     self._check_finite(stage, output)
                     self._save_last(stage)
+                    self.checkpoints.finish()
                 raise
             stage.begin(progress.iteration)
             if iterate is None:
@@ -278,6 +281,7 @@ class Trainer:
                 with stopwatch.aside("saving"):
                     self._save_last(stage)
             if stop:
+                self.checkpoints.finish()
                 raise Interrupted(stop, progress.iteration, stage.name)
             stopwatch.start()
 
@@ -359,6 +363,7 @@ class Trainer:
 
     def _diverged(self, stage: Stage, places: list[str]) -> FloatingPointError:
         """The error for a run whose numbers are not finite any more; recorded for whoever goes on with it."""
+        self.checkpoints.finish()  # a checkpoint that is written removes the record
         divergence = Divergence(stage.name, self.progress.iteration, places[:3])
         on_main(self.context.accelerator, lambda: divergence.write(self.folder))
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""

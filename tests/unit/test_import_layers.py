@@ -34,7 +34,7 @@ RUN_LAYERS = [
     {"cost", "features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
     | {"shifted_crops"},
     {"checkpoint", "dataset", "lock"},
-    {"appended_file"},
+    {"appended_file", "background"},
     {"class_history", "divergence", "predictions"},
     {"recorded"},
     {"context", "cut_images", "trained"},
