@@ -225,8 +225,9 @@ class OwnStep(Way):
             self.step()
             return None
         seen: list[Tensor] = []
-        net = self.of_fastlt.net
-        hook = self.of_fastlt.net_optimizer.register_step_pre_hook(
+        net, optimizer = self.of_fastlt.net, self.of_fastlt.net_optimizer
+        assert isinstance(optimizer, torch.optim.Adam), "one process has all of Adam's state"
+        hook = optimizer.register_step_pre_hook(
             lambda *_: seen.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
         )
         self.step()

@@ -21,6 +21,8 @@ from fastlt.device.replay import Capture, CudaCapture, GraphedStep, ReplayedPart
 from fastlt.state import Batch, StepOutput
 
 MODES = ("none", "inductor", "cudagraph")
+# Weights from which Adam is fused: those of Difficulty-Net for 1,450 classes.
+FUSED_FROM = 2**23
 
 
 def mode_for(asked: str, device: torch.device, processes: int) -> str:
@@ -124,11 +126,14 @@ def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
-def adam_options(mode: str, device: torch.device) -> dict[str, Any]:
-    """The implementation of Adam: a captured iteration counts its steps on the device."""
+def adam_options(mode: str, device: torch.device, weights: int = 0) -> dict[str, Any]:
+    """The implementation of Adam: a captured iteration counts its steps on the device.
+
+    weights: how many it moves. Of many, the fused one goes through memory once, and rounds otherwise in the last bit.
+    """
     if mode == "cudagraph":
         return {"fused": True, "capturable": device.type == "cuda"}
-    return {"foreach": True}
+    return {"fused": True} if weights >= FUSED_FROM else {"foreach": True}
 
 
 # Options of a group that say how torch computes a step, and not what.

@@ -14,6 +14,7 @@ from fastlt.meta.difficulty import RULE_UP_TO, WIDEST_TRIED, DifficultyNet, advi
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
 from fastlt.steps.difficulty import DifficultyOptions, DifficultyStep
+from fastlt.steps.meta import SHARDED_FROM
 
 # Weights of the network that is timed: 16 MB, more than the caches of a core hold. Larger ones take as long a weight.
 PROBED, ROUNDS = 2**22, 3
@@ -61,9 +62,10 @@ def _theta(recipe: Recipe, stage: StageRecipe) -> Iterator[str]:
     weights = number_of_weights(classes, width)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = f" (auto: the rule up to {RULE_UP_TO:,} classes, {WIDEST_TRIED:,} beyond)" if hidden == "auto" else ""
+    among = " (which several processes divide among them)" if weights >= SHARDED_FROM else ""
     yield (
         f"options.hidden: is {width:,}{auto}; theta has {weights:,} weights, {_bytes(BYTES * weights)} "
-        f"with gradient and Adam's state, {_bytes(SAVED_BYTES * weights)} of a checkpoint, about "
+        f"with gradient and Adam's state{among}, {_bytes(SAVED_BYTES * weights)} of a checkpoint, about "
         f"{_milliseconds(classes, width, device)} ms an iteration on {device}"
     )
     advice = advice_on_width(classes, hidden)
@@ -82,8 +84,8 @@ def _milliseconds(classes: int, width: int, device: torch.device) -> str:
     probed = max(1, min(width, PROBED // (2 * classes)))
     with torch.random.fork_rng(devices=[]):
         net = DifficultyNet(classes, probed).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), **adam_options("none", device))
-    seen, seconds = torch.rand(classes, device=device), []
+    optimizer = torch.optim.Adam(net.parameters(), **adam_options("none", device, number_of_weights(classes, width)))
+    seen, seconds = torch.full((classes,), 0.5, device=device), []
     for _ in range(1 + ROUNDS):
         _wait(device)
         started = time.perf_counter()

@@ -126,7 +126,7 @@ class Checkpoints:
         self, stage: str, step: Step, progress: Progress, backends: dict[str, str], average: Classifier | None = None
     ) -> None:
         """Let `last.pt` be written, on the main process; all of them take part. average: of the model's weights."""
-        context, state = self.context, step.state_dict()
+        context, state = self.context, step.gather_state(step.state_dict())
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": random_states()}
         own["backends"] = backends
         # BatchNorm's running statistics are those of each process's own batches.

@@ -227,6 +227,10 @@ class Step(Replayable, Generic[OptionsT]):
             "second_augment": parts.second_augment.state_dict() if parts.second_augment else None,
         }
 
+    def gather_state(self, state: dict) -> dict:
+        """`state_dict` with what only other processes hold of it, on the main process; every process calls it."""
+        return state
+
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""
         parts = self.parts

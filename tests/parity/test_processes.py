@@ -13,7 +13,7 @@ from pathlib import Path
 import balms_reference
 import pytest
 import torch
-from two_processes import BATCH_NORMS, CASES, COUNTS, ITERATIONS, Scaled, balms_batches, balms_step, train
+from two_processes import BATCH_NORMS, CASES, COUNTS, ITERATIONS, SHAPES, Scaled, balms_batches, balms_step, train
 
 from fastlt.device.distributed import Reducer
 from fastlt.run.predictions import read_predictions
@@ -67,6 +67,44 @@ def test_two_processes_draw_their_shares_as_the_reference_of_balms_does(ranks):
         first, second = (r["balms"][name] for r in ranks)
         assert torch.equal(first, second), f"{name} differs between the processes"
         assert torch.allclose(first, expected, rtol=1e-9, atol=1e-11), name
+
+
+def test_sharded_adam_takes_the_steps_of_adam_and_its_state_goes_to_any_number_of_processes(ranks):
+    """Against torch's Adam in one process, over both halves: the second one began from the gathered state."""
+    torch.manual_seed(3)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    adam = torch.optim.Adam(parameters, lr=0.1, weight_decay=0.01, foreach=True)
+    for part in ("first", "later"):
+        for _ in range(ITERATIONS):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape)
+            adam.step()
+        first, second = (r["sharded_adam"][part] for r in ranks)
+        for ours, expected, others in zip(first["parameters"], parameters, second["parameters"], strict=True):
+            assert torch.equal(ours, others)
+            assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-7)
+        assert second["whole"]["state"] == {}
+        assert [len(r["share"]["exp_avg"]) for r in (first, second)] == [37, 37]
+        whole = adam.state_dict()
+        assert first["whole"]["param_groups"] == whole["param_groups"]
+        for i, entry in whole["state"].items():
+            assert first["whole"]["state"][i].keys() == entry.keys()
+            for name, value in entry.items():
+                ours = first["whole"]["state"][i][name]
+                assert ours.shape == value.shape
+                assert torch.allclose(ours, value, rtol=1e-6, atol=1e-7), (i, name)
+    # An Adam in one process goes on from it.
+    alone = torch.optim.Adam(parameters, lr=0.1, weight_decay=0.01, foreach=True)
+    alone.load_state_dict(first["whole"])
+    alone.step()
+
+
+def test_a_difficulty_net_whose_adam_is_sharded_learns_the_same(ranks):
+    for part, tensors in train("difficulty", "exact", "group", Reducer()).items():
+        for name, alone in tensors.items():
+            first, second = (r["sharded theta"][part][name] for r in ranks)
+            assert torch.equal(first, second), f"{part}.{name} differs between the processes"
+            assert torch.allclose(first.double(), alone.double(), rtol=1e-10, atol=1e-12), f"{part}.{name}"
 
 
 # What an iteration waits for: the gradient of the update, alone in plain training; the lookahead's and the meta

@@ -24,8 +24,9 @@ from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, ExpertClassifier, LinearHead
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
+from fastlt.optim import ShardedAdam
 from fastlt.state import Batch, ClassCounts
-from fastlt.steps import STEPS, StepParts
+from fastlt.steps import STEPS, StepParts, meta
 
 CLASSES, ITERATIONS = 5, 6
 # method (with `options.lean` where it says so), how A is refreshed where the method wants it, and what normalises:
@@ -215,6 +216,35 @@ def train_balms(reducer: Reducer) -> dict:
     return {**step.model.head.state_dict(), "rates": step.rate_logits.detach()}
 
 
+SHAPES = [(7, 5), (7,), (3, 7), (2, 0), (11,)]  # of the parameters of a ShardedAdam: 74 numbers, 37 a process
+
+
+def sharded_adam(reducer: Reducer) -> dict:
+    """Parameters, the whole state of Adam and this process's share of it after some steps, and after some more.
+
+    The later ones are taken by another optimizer, which starts from the whole state.
+    """
+    torch.manual_seed(3)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    results = {}
+    before = None
+    for part in ("first", "later"):
+        optimizer = ShardedAdam(parameters, lr=0.1, weight_decay=0.01, foreach=True)
+        if before is not None:
+            optimizer.load_state_dict(before)
+        for _ in range(ITERATIONS):
+            optimizer.step([torch.randn(shape) for shape in SHAPES])
+        gathered = [optimizer.gathered()]
+        results[part] = {
+            "parameters": [p.detach().clone() for p in parameters],
+            "share": optimizer.state_dict()["share"],
+            "whole": gathered[0],
+        }
+        dist.broadcast_object_list(gathered)
+        before = gathered[0]
+    return results
+
+
 class Counter:
     """Counts the calls of torch's collectives."""
 
@@ -246,6 +276,9 @@ def main(rank: str, folder: str) -> None:
         results["-".join(case)] = train(*case, reducer)
         results["-".join(case)]["collectives"] = counter.an_iteration()
     results["balms"] = train_balms(reducer)
+    results["sharded_adam"] = sharded_adam(reducer)
+    with patch.object(meta, "SHARDED_FROM", 0):
+        results["sharded theta"] = train("difficulty", "exact", "group", reducer)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
