@@ -14,7 +14,7 @@ from loaders.protocol import BatchLoader, StoredDataset, StoredSplit
 from loaders.readers import AUTO, AUTO_READS, BACKENDS, backends_that
 from loaders.readers.dali_augment import build_dali_augment
 from loaders.readers.free_memory import free_share, readable
-from loaders.readers.resident_loader import is_ragged, resident_bytes
+from loaders.readers.resident_loader import is_ragged, kept_bytes
 from loaders.stored import SOURCE_FILES
 from loaders.stored.damage import DamageError
 
@@ -40,6 +40,7 @@ def make_loader(
     classes: np.ndarray | None = None,
     dali_augment: str | Mapping | None = None,
     keep_last: bool = False,
+    order: np.ndarray | None = None,
 ) -> BatchLoader:
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
@@ -55,6 +56,7 @@ def make_loader(
     classes: bool (C,), the classes whose images are read, as if the split held no others; None for all of them.
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
     keep_last: whether a training epoch, too, gives each image exactly once, the last batch being smaller.
+    order: the images of an evaluation over all processes, see `EpochPlan`.
 
     In evaluation all backends give the same pixels of the same stored images. Two formats of one data set differ where
     the source is JPEGs, whose shards are the original files: from raw .beton files, which hold Pillow's pixels, by 1
@@ -88,6 +90,7 @@ def make_loader(
         view=view,
         classes=classes,
         keep_last=keep_last,
+        order=order,
     )
     device = torch.device(device)
     reason = f"{backend}: asked for"
@@ -154,7 +157,7 @@ def choose_backend(
     """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch."""
     if device.type == "cpu" and is_ragged(plan.crop, plan.heights, plan.widths):
         return reader, f"{reader}: images differ in size, and to cut random crops out of them in memory is a GPU's work"
-    needed = resident_bytes(plan.crop, plan.heights, plan.widths)
+    needed = kept_bytes(plan)
     if memory_budget_bytes is None:
         budget, origin = (
             int(RESIDENT_SHARE * free_share(device, plan.world_size)),

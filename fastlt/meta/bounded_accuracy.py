@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class BoundedAccuracy(ClassAccuracy):
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | Callable[[Tensor], Tensor],
         labels: Tensor,
         num_classes: int,
         *,
@@ -98,7 +98,12 @@ class BoundedAccuracy(ClassAccuracy):
 
 
 def class_accuracy(
-    images: Tensor, labels: Tensor, num_classes: int, *, images_per_step: int | None = None, **options: Any
+    images: Tensor | Callable[[Tensor], Tensor],
+    labels: Tensor,
+    num_classes: int,
+    *,
+    images_per_step: int | None = None,
+    **options: Any,
 ) -> ClassAccuracy:
     """A ClassAccuracy with these options, or where `images_per_step` is given, a BoundedAccuracy."""
     if images_per_step is None:

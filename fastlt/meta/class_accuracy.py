@@ -61,9 +61,11 @@ def shares(correct: Tensor, total: Tensor, absent: Tensor) -> Tensor:
 class ClassAccuracy(Replayable):
     """Scores the meta set with the current network and reports the accuracy of each class.
 
-    images: uint8 (M, 3, H, W) on the device; labels: int64 (M,). Each process keeps a share of them and the counts
-    are summed over processes. Per-image results stay on the device; nothing here waits for it. What the network
-    makes of the images before its first trained parameter is computed once.
+    images: uint8 (M, 3, H, W) on the device, or a function that reads a process's share of them: it is given the order
+    int64 (M,) of all, and returns those at every `world_size`-th place, from its rank on. labels: int64 (M,) on the
+    device. Each process keeps its share, and the counts are summed over processes. Per-image results stay on the
+    device; nothing here waits for it. What the network makes of the images before its first trained parameter is
+    computed once.
     A class without an image in the meta set has the mean accuracy of the others: where nothing is known of a class, it
     is taken to be as difficult as the average one.
     prepare: uint8 images -> what the network takes, image by image. autocast: makes the context of the forward passes.
@@ -77,7 +79,7 @@ class ClassAccuracy(Replayable):
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | Callable[[Tensor], Tensor],
         labels: Tensor,
         num_classes: int,
         *,
@@ -95,8 +97,10 @@ class ClassAccuracy(Replayable):
         total = torch.bincount(labels, minlength=num_classes)
         absent = total == 0
         self.absent = absent if absent.any() else None
-        mine = stratified_order(labels)[self.reducer.rank :: self.reducer.world_size]
-        self.images = images[mine].contiguous(memory_format=torch.channels_last)
+        order = stratified_order(labels)
+        mine = order[self.reducer.rank :: self.reducer.world_size]
+        share = images[mine] if isinstance(images, Tensor) else images(order)
+        self.images = share.contiguous(memory_format=torch.channels_last)
         self.labels = labels[mine]
         self.total = total
         self.num_classes = num_classes
@@ -107,8 +111,8 @@ class ClassAccuracy(Replayable):
         self.kept: Tensor | None = None  # its outputs for all images, in the state `kept_of`
         self.kept_of: Hashable = None
         self.refresh, self.window, self.batch_size, self.shown = refresh, window, batch_size, shown
-        self.correct = torch.zeros(len(mine), dtype=torch.float32, device=images.device)
-        self.latest = torch.zeros(num_classes, dtype=torch.float32, device=images.device)
+        self.correct = torch.zeros(len(mine), dtype=torch.float32, device=labels.device)
+        self.latest = torch.zeros(num_classes, dtype=torch.float32, device=labels.device)
         self.stale = False  # whether `latest` is not what `correct` says
         self.calls = 0
         self.due = True

@@ -91,6 +91,30 @@ def whole_split(context: RunContext, split: str) -> Batch:
     return Batch(*(torch.cat([getattr(p, key) for p in parts]) for key in ("images", "labels", "index")))
 
 
+def read_share(context: RunContext, split: str, order: Tensor) -> Tensor:
+    """This process's share of a split on the device, cropped as for evaluation: uint8 (n, 3, H, W), channels_last.
+
+    order: int64 (M,), places in the split; of M the share is every `world_size`-th, from the rank on. Each image is read
+    once and goes to its place: there is one copy, beside a batch of the loader. Features are float32 (n, D, 1, 1).
+    """
+    mine = order[context.reducer.rank :: context.reducer.world_size]
+    if context.features is not None:
+        return context.features.of(split, train=False)[0][mine][:, :, None, None]
+    side = evaluation_side(context.recipe.data, split)
+    images = torch.empty(
+        (len(mine), 3, side, side), dtype=torch.uint8, device=context.device, memory_format=torch.channels_last
+    )
+    size = min(EVALUATION_BATCH, max(1, len(mine)))
+    loader, start = open_loader(context, split, size, train=False, order=order.cpu().numpy()), 0
+    try:
+        for batch in loader.epoch(0):
+            images[start : start + len(batch)] = batch.images
+            start += len(batch)
+    finally:
+        loader.close()
+    return images
+
+
 def open_loader(
     context: RunContext,
     split: str,
@@ -103,6 +127,7 @@ def open_loader(
     view: int = 0,
     classes: np.ndarray | None = None,
     keep_last: bool = False,
+    order: np.ndarray | None = None,
 ) -> BatchLoader:
     """A loader of this process's share of a split, or of the `whole` of it.
 
@@ -139,6 +164,7 @@ def open_loader(
         classes=classes,
         dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         keep_last=keep_last,
+        order=order,
     )
 
 

@@ -30,8 +30,8 @@ from fastlt.run.loading import (
     make_augment,
     normaliser,
     open_stage_loaders,
+    read_share,
     stage_classes,
-    whole_split,
 )
 from fastlt.run.optimizers import set_learning_rate, stage_optimizer
 from fastlt.run.progress import PlannedStage
@@ -191,10 +191,9 @@ def stage_model(context: RunContext, name: str) -> StageModel:
 
 
 def _class_accuracy(context: RunContext, stage: StageRecipe) -> ClassAccuracy:
-    everything = whole_split(context, "meta")
     return class_accuracy(
-        everything.images,
-        everything.labels,
+        partial(read_share, context, "meta"),
+        torch.from_numpy(context.dataset.labels("meta")).to(context.device),
         context.counts.num_classes,
         prepare=normaliser(context),
         refresh=stage.accuracy.refresh,

@@ -28,6 +28,8 @@ class EpochPlan:
     view: plans that differ in nothing else visit the same images under other random crops.
     classes: bool (C,), the classes whose images are visited, as if the split held no others; None for all of them.
     keep_last: whether training, too, covers each image exactly once, in a smaller last batch.
+    order: int64 (n,), the positions that an evaluation visits over all processes, in this order and as often as each is
+        there; None for all of them in split order.
 
     Training on many images, each epoch is planned by a thread of its own during the epoch before, and the plans of both
     are held: 24 bytes an image that this process sees, each.
@@ -47,10 +49,12 @@ class EpochPlan:
     view: int = 0
     classes: np.ndarray | None = None
     keep_last: bool = False
+    order: np.ndarray | None = None
     _ahead: dict[int, _Planning] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
+        assert self.order is None or not self.train, "training draws its order"
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size}: must be at least 1")
         if self.crop.kind == "random_resized" and not self.train:
@@ -134,7 +138,9 @@ class EpochPlan:
 
     @cached_property
     def _members(self) -> np.ndarray:
-        """Positions of the images that are visited at all, in split order."""
+        """Positions of the images that are visited at all, in split order, or in the order of an evaluation's own."""
+        if self.order is not None:
+            return self.order
         if self.classes is None:
             return np.arange(len(self.labels))
         return np.flatnonzero(self.classes[self.labels])
