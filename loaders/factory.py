@@ -95,7 +95,7 @@ def make_loader(
     device = torch.device(device)
     reason = f"{backend}: asked for"
     if backend == AUTO:
-        backend, reason = choose_backend(plan, device, memory_budget_bytes, _streaming(dataset))
+        backend, reason = choose_backend(plan, device, memory_budget_bytes, streaming_backend(dataset))
     loader = BACKENDS[backend].load()(stored, plan, device, num_workers, **options)
     loader.reason = reason
     return loader
@@ -118,7 +118,7 @@ def check_loader(
     stored, device = _open(dataset, split, backend), torch.device(device)
     plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train, world_size=world_size)
     if backend == AUTO:
-        backend, _ = choose_backend(plan, device, reader=_streaming(dataset))
+        backend, _ = choose_backend(plan, device, reader=streaming_backend(dataset))
     BACKENDS[backend].load().check(stored, plan, device)
     return plan.output_shape
 
@@ -146,7 +146,7 @@ def _reads(backend: str) -> tuple[str, ...]:
     return AUTO_READS if backend == AUTO else BACKENDS[backend].reads
 
 
-def _streaming(dataset: StoredDataset) -> str:
+def streaming_backend(dataset: StoredDataset) -> str:
     """The backend for what is read epoch by epoch."""
     return next(name for name, backend in BACKENDS.items() if backend.streams in dataset.formats)
 

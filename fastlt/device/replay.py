@@ -30,6 +30,7 @@ class Replayable:
     counters, set_counters: capturing runs the Python of an iteration before the operations run; its counters are put
         back then.
     advance: moves the counters as one iteration does; called after each replay.
+    fetch: brings what the next iteration reads to where a replay reads it; called before each replay.
     The answers here are those of `replayed_part`, or, without one, that nothing is decided and nothing counted.
     """
 
@@ -59,6 +60,12 @@ class Replayable:
         if part is not None:
             part.advance()
 
+    def fetch(self) -> None:
+        """Have what the next iteration reads in its place."""
+        part = self.replayed_part()
+        if part is not None:
+            part.fetch()
+
 
 class ReplayedParts(Protocol):
     """What replaying a step needs of its parts; see `fastlt.steps.StepParts`."""
@@ -81,6 +88,7 @@ class ReplayedStep(Protocol):
     def counters(self) -> Any: ...
     def set_counters(self, counters: Any) -> None: ...
     def advance(self) -> None: ...
+    def fetch(self) -> None: ...
 
 
 class CudaCapture:
@@ -139,6 +147,7 @@ class GraphedStep:
             assert parts.meta_augment is not None
             overwrite(self.meta_batch, meta_batch)
             parts.meta_augment.hold(self.meta_batch.images)
+        step.fetch()
         variant = step.variant()
         if variant not in self.graphs:
             counters = step.counters()

@@ -41,8 +41,8 @@ class BoundedAccuracy(ClassAccuracy):
         assert refresh == "rolling", refresh
         assert images_per_step >= 1, images_per_step
         self.meta_images, self.images_per_step = len(labels), images_per_step
-        window = rounds(len(labels), window, images_per_step)
-        super().__init__(images, labels, num_classes, refresh=refresh, window=window, **options)
+        self.window = rounds(len(labels), window, images_per_step)
+        super().__init__(images, labels, num_classes, refresh=refresh, window=self.window, **options)
         self.scored = torch.zeros_like(self.correct)  # 1 for images that have a result
         self.place = torch.empty(-(-len(self.labels) // self.window), dtype=torch.int64, device=self.labels.device)
         self._go_to_place()
@@ -53,9 +53,10 @@ class BoundedAccuracy(ClassAccuracy):
         torch.arange(start, start + len(self.place), out=self.place)
 
     def advice(self) -> Sequence[str]:
+        scored = -(-self.meta_images // self.window)
         return [
-            f"class accuracies: {min(self.images_per_step, self.meta_images):,} of {self.meta_images:,} meta images are "
-            f"scored in an iteration, no result is older than {self.window:,} iterations"
+            f"class accuracies: {scored:,} of {self.meta_images:,} meta images are scored in an iteration; no result "
+            f"is older than {self.window:,} iterations"
         ]
 
     def update(self, model: nn.Module) -> Tensor:

@@ -17,9 +17,12 @@ from fastlt.run.context import RunContext
 from fastlt.run.features import FeatureLoader
 from fastlt.state import Batch
 from fastlt.steps import STEPS
-from loaders.factory import make_loader
+from loaders.factory import RESIDENT_SHARE, make_loader, streaming_backend
 from loaders.order.crop import CropSpec
 from loaders.protocol import BatchLoader
+from loaders.readers import AUTO
+from loaders.readers.base_loader import default_workers
+from loaders.readers.free_memory import free_share
 from loaders.readers.two_views import TwoViewLoader
 
 EVALUATION_BATCH = 512
@@ -31,6 +34,7 @@ STREAMS = ("train", "meta", "second")
 class StageLoaders:
     """The training batches of this process in a stage, and its meta batches where the method wants them.
 
+    slices: of the meta set, where its accuracies are decoded slice by slice.
     backends: by split, the backend that `auto` chose. Random crops of images of one size are made by some backends and
         left to the augmentation by others, so a run that is resumed has to keep its backends.
     """
@@ -38,12 +42,13 @@ class StageLoaders:
     train: BatchLoader
     meta: BatchLoader | None
     backends: dict[str, str]
+    slices: BatchLoader | None = None
 
     def close(self) -> None:
-        """Close both."""
-        self.train.close()
-        if self.meta is not None:
-            self.meta.close()
+        """Close all."""
+        for loader in (self.train, self.meta, self.slices):
+            if loader is not None:
+                loader.close()
 
 
 def open_stage_loaders(
@@ -94,8 +99,8 @@ def whole_split(context: RunContext, split: str) -> Batch:
 def read_share(context: RunContext, split: str, order: Tensor) -> Tensor:
     """This process's share of a split on the device, cropped as for evaluation: uint8 (n, 3, H, W), channels_last.
 
-    order: int64 (M,), places in the split; of M the share is every `world_size`-th, from the rank on. Each image is read
-    once and goes to its place: there is one copy, beside a batch of the loader. Features are float32 (n, D, 1, 1).
+    order: int64 (M,), places in the split; the share is every `world_size`-th of them, from the rank on. Each image is
+    read once and goes to its place: there is one copy, beside a batch of the loader. Features: float32 (n, D, 1, 1).
     """
     mine = order[context.reducer.rank :: context.reducer.world_size]
     if context.features is not None:
@@ -113,6 +118,26 @@ def read_share(context: RunContext, split: str, order: Tensor) -> Tensor:
     finally:
         loader.close()
     return images
+
+
+def open_slices(context: RunContext, index: Tensor, size: int) -> BatchLoader:
+    """A loader of the images at these places of the meta set in batches of `size`, all of them for this process.
+
+    No pixels are kept in memory; an epoch is a round.
+    """
+    loader = context.recipe.data.loader
+    backend = streaming_backend(context.dataset) if loader in (AUTO, "resident") else loader
+    return open_loader(context, "meta", size, train=False, whole=True, backend=backend, order=index.cpu().numpy())
+
+
+def is_streamed(context: RunContext, stage: StageRecipe) -> bool:
+    """Whether this process's share of the meta set stays encoded: it is scored in slices and too large for memory."""
+    if stage.accuracy.images_per_step is None or context.features is not None:
+        return False
+    world_size = context.reducer.world_size
+    share = -(-len(context.dataset.labels("meta")) // world_size)
+    pixels = 3 * share * evaluation_side(context.recipe.data, "meta") ** 2
+    return pixels > RESIDENT_SHARE * free_share(context.device, world_size)
 
 
 def open_loader(
@@ -135,6 +160,7 @@ def open_loader(
     """
     data = context.recipe.data
     rank, world_size = (0, 1) if whole else (context.reducer.rank, context.reducer.world_size)
+    share = default_workers(context.reducer.world_size)  # also of a process that reads as if it were alone
     if context.features is not None:
         return FeatureLoader(
             context.features.of(split, train=train),
@@ -160,7 +186,7 @@ def open_loader(
         rank=rank,
         world_size=world_size,
         view=view,
-        num_workers=data.num_workers,
+        num_workers=share if whole and data.num_workers is None else data.num_workers,
         classes=classes,
         dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         keep_last=keep_last,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -17,6 +17,7 @@ from fastlt.device.compiled import Compiler
 from fastlt.losses import build_loss
 from fastlt.meta.bounded_accuracy import class_accuracy
 from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.meta.streamed_accuracy import StreamedAccuracy
 from fastlt.models import Classifier, build_model
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.models.trained_state import leaves_out_weights, load_trained_state
@@ -26,9 +27,12 @@ from fastlt.run.context import RunContext
 from fastlt.run.folder import stage_checkpoint, versions
 from fastlt.run.loading import (
     StageLoaders,
+    endless,
+    is_streamed,
     iterations_per_epoch,
     make_augment,
     normaliser,
+    open_slices,
     open_stage_loaders,
     read_share,
     stage_classes,
@@ -37,6 +41,7 @@ from fastlt.run.optimizers import set_learning_rate, stage_optimizer
 from fastlt.run.progress import PlannedStage
 from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
+from loaders.protocol import BatchLoader
 
 BAR_AFTER_S = 2.0  # a shorter pass over the meta set shows no progress
 TrainingImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -117,10 +122,13 @@ def build_stage(
     stage = context.recipe.stages[name]
     kind, options = STEPS[stage.method], stage.options
     optimizer = stage_optimizer(context, stage, model, kind.parameter_groups(model, options))
-    loaders = open_stage_loaders(context, stage, backends)
+    loaders, accuracy = open_stage_loaders(context, stage, backends), None
+    if kind.needs.class_accuracy:
+        accuracy, slices = _class_accuracy(context, stage)
+        loaders = replace(loaders, slices=slices)
     parts = StepParts(
         model=model,
-        class_accuracy=_class_accuracy(context, stage) if kind.needs.class_accuracy else None,
+        class_accuracy=accuracy,
         loss=build_loss(stage.loss, context.counts, **stage.loss_options).to(context.device),
         optimizer=optimizer,
         augment=make_augment(context, "train", loaders.train),
@@ -190,20 +198,29 @@ def stage_model(context: RunContext, name: str) -> StageModel:
     return StageModel(model.requires_grad_(False).eval(), stage_classes(context, recipe.stages[name]))
 
 
-def _class_accuracy(context: RunContext, stage: StageRecipe) -> ClassAccuracy:
-    return class_accuracy(
-        partial(read_share, context, "meta"),
-        torch.from_numpy(context.dataset.labels("meta")).to(context.device),
-        context.counts.num_classes,
-        prepare=normaliser(context),
-        refresh=stage.accuracy.refresh,
-        window=stage.accuracy.window,
-        images_per_step=stage.accuracy.images_per_step,
-        batch_size=stage.accuracy.batch_size,
-        reducer=context.reducer,
-        autocast=_accuracy_autocast(context, stage),
-        shown=partial(tqdm, desc="scoring the meta set", delay=BAR_AFTER_S, leave=False, disable=not context.main),
-    )
+def _class_accuracy(context: RunContext, stage: StageRecipe) -> tuple[ClassAccuracy, BatchLoader | None]:
+    """The accuracies that a stage asks for, and the loader of their slices where the meta set stays encoded."""
+    labels, classes = torch.from_numpy(context.dataset.labels("meta")).to(context.device), context.counts.num_classes
+    options: dict[str, Any] = {
+        "prepare": normaliser(context),
+        "window": stage.accuracy.window,
+        "images_per_step": stage.accuracy.images_per_step,
+        "batch_size": stage.accuracy.batch_size,
+        "reducer": context.reducer,
+        "autocast": _accuracy_autocast(context, stage),
+        "shown": partial(tqdm, desc="scoring the meta set", delay=BAR_AFTER_S, leave=False, disable=not context.main),
+    }
+    if not is_streamed(context, stage):
+        images = partial(read_share, context, "meta")
+        return class_accuracy(images, labels, classes, refresh=stage.accuracy.refresh, **options), None
+    opened: list[BatchLoader] = []
+
+    def slices(index: Tensor, size: int) -> Callable[[int], Iterator[Tensor]]:
+        opened.append(open_slices(context, index, size))
+        return lambda start: (batch.images for batch in endless(opened[0], start))
+
+    accuracy = StreamedAccuracy(slices, labels, classes, image_size=context.recipe.data.image_size, **options)
+    return accuracy, opened[0]
 
 
 def _accuracy_autocast(context: RunContext, stage: StageRecipe) -> Callable[[], AbstractContextManager]:
