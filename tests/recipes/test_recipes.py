@@ -72,7 +72,7 @@ def test_a_recipe_parses_and_its_header_gives_the_command_and_the_cost(path):
     assert recipe.name == path.stem
     assert f"accelerate launch fastlt/train.py recipes/{path.relative_to(FOLDER)}" in header(path)
     assert "Cost:" in header(path)
-    if recipe.data.source in ("list_file", "image_folder"):
+    if recipe.data.source in ("list_file", "image_folder", "coco"):
         # The command that converts stands in the row or in its base.
         bases = yaml.safe_load(path.read_text()).get("base", [])
         text = header(path) + "".join(header(FOLDER / base) for base in bases)

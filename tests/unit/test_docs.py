@@ -22,7 +22,7 @@ CURRENT = [page for page in PAGES if NOTES not in page.parents and page.name != 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # In backticks or in a command: fastlt/meta/gradient.py, recipes/x.yaml, tests/unit/; not runs/ or data/ of a user.
 PATH = re.compile(r"(?<![\w/.])((?:fastlt|loaders|tools|tests|docs|recipes)/[\w./-]*[\w/])(?![\w/*{$])")
-RECIPE = re.compile(r"`((?:cifar10|cifar100|imagenet|places)_lt\w*|inaturalist2018\w*|digits_\w+|mine_\w+)`")
+RECIPE = re.compile(r"`((?:cifar10|cifar100|imagenet|places)_lt\w*|inaturalist20\w*|digits_\w+|mine_\w+)`")
 # Files that the reader is to write: `fastlt/losses/NAME.py`, and those that a page says so of.
 TO_BE_WRITTEN = re.compile(r"`([\w/.]+)`, a new file|# (recipes/mine\.yaml)|`([\w/]*NAME[\w.]*)`")
 
