@@ -136,7 +136,10 @@ def summarise(arguments: argparse.Namespace, model: Predictor, predictions: Pred
 
     for line in assumptions(arguments, model):
         say(line)
-    read = f"{len(predictions):,} images in {seconds:.1f} s, {len(predictions) / seconds:,.0f} a second"
+    rate = len(predictions) / seconds
+    read = f"{len(predictions):,} {'image' if len(predictions) == 1 else 'images'} in {seconds:.1f} s"
+    if rate >= 10:  # else the start took longer than the images
+        read += f", {rate:,.0f} a second"
     if arguments.abstain is not None:
         read += f"; {100 * predictions.coverage:.1f} % predicted, the others are below {arguments.abstain:g}"
     say(read)

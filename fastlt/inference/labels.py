@@ -65,7 +65,7 @@ def _numbers(names: Sequence[str], classes: Sequence[str], what: str, advice: st
     label_of = {name: label for label, name in enumerate(classes)}
     unknown = sorted(set(names) - label_of.keys())
     if unknown:
-        near = nearest(unknown[0], classes)
+        near = nearest(unknown[0], classes) if len(unknown) == 1 else None
         hint = f"; did you mean {near}?" if near else ""
         raise ValueError(
             f"{what} that are no classes of the network: {some(unknown, ', ')}. Its {len(classes):,} classes are "

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlt.models.classifier import Classifier
 from fastlt.models.frozen_part import FROZEN, FrozenPart
 
-WEIGHTS = "model"
+WEIGHTS, BACKBONE = "model", "backbone."
 
 
 def trained_state(model: Classifier) -> dict[str, Any]:
@@ -37,7 +37,12 @@ def load_trained_state(model: Classifier, state: Mapping[str, Any]) -> None:
     weights: dict[str, Tensor] = state[WEIGHTS]
     if leaves_out_weights(state):
         own = model.state_dict()
-        weights = {**{name: own[name] for name in model.frozen}, **weights}
+        of_backbone = {name for name in own if name.startswith(BACKBONE)}
+        # A run on features has no backbone to keep, neither weights nor statistics: all of it is frozen.
+        left_out = model.frozen if weights.keys() & of_backbone else of_backbone
+        if model.takes_features:
+            weights = {name: value for name, value in weights.items() if not name.startswith(BACKBONE)}
+        weights = {**{name: own[name] for name in left_out}, **weights}
     model.load_state_dict(weights)
 
 

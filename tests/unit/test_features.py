@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from fastlt.models import build_model
+from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.recipe import load_recipe
 from fastlt.run import feature_cache
+from fastlt.run.cut_images import validation_images
 from fastlt.run.features import FeatureLoader
 from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
+from fastlt.run.trained import load_trained
 from fastlt.run.trainer import Trainer
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
@@ -104,6 +107,29 @@ def test_training_on_features_is_training_through_the_network(head_words, more):
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert result["per_class_accuracy"] == same["per_class_accuracy"]
     assert not list(features.model.backbone.parameters())  # passes do not look at what is not trained
+    images = validation_images(features.context.recipe.data, 8)
+    for folder in (features.folder, features.folder / "model"):
+        loaded = load_trained(folder, torch.device("cpu"))
+        torch.testing.assert_close(
+            loaded.logits(images), load_trained(through.folder, loaded.device).logits(images), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_weights_go_between_a_network_and_one_without_its_backbone(tmp_path):
+    """A backbone with moved statistics, whose checkpoints keep these when it is there, and nothing when it is not."""
+    begun = build_model("cifar_resnet8", num_classes=3)
+    begun.train()(torch.randn(8, 3, 32, 32))
+    torch.save(begun.backbone.state_dict(), tmp_path / "backbone.pt")
+    whole, bare = (
+        build_model("cifar_resnet8", num_classes=3, checkpoint=tmp_path / "backbone.pt", train="head") for _ in range(2)
+    )
+    bare.drop_backbone()
+    for source, target in ((whole, bare), (bare, whole)):
+        torch.nn.init.normal_(source.head.weight)
+        load_trained_state(target, trained_state(source))
+        assert torch.equal(target.head.weight, source.head.weight)
+    for name, value in begun.backbone.state_dict().items():
+        assert torch.equal(whole.backbone.state_dict()[name], value), name
 
 
 def test_a_resumed_run_agrees_bit_for_bit(head_words):
