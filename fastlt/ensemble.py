@@ -24,7 +24,7 @@ from fastlt.run.dataset import default_folder
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
 from fastlt.run.recorded import written_inputs
-from fastlt.run.result import standard_error, versions
+from fastlt.run.result import processor_name, standard_error, versions
 from fastlt.run.trained import FinishedRun, load_trained, read_finished
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
@@ -172,6 +172,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
         "seed": common("seed"),
         "precision": common("precision"),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processor": processor_name(),
         "processes": 1,
         "threads": torch.get_num_threads(),
         "openmp": runtime(),

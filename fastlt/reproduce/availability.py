@@ -13,7 +13,8 @@ CIFAR_FILES = {"cifar10": "cifar-10-", "cifar100": "cifar-100-"}
 
 # `--scale short`: one budget for every row, so that rows can be compared with each other, not with the paper. A stage
 # that starts from fresh weights is what differs; one that goes on from it gets a quarter of it. Stages that descend
-# nothing (tau_norm) stay as they are. A table's or a row's own `short` words come after these.
+# nothing (tau_norm) stay as they are. A table's or a row's own `short` words come after these. The other scales have
+# nothing but such words.
 SHORT_ITERATIONS = 400
 
 
@@ -29,13 +30,8 @@ def resolve(cell: Cell, data: Sequence[Path], scale: str, extra: Sequence[str]) 
         cell.problem = f"no recipe yet: recipes/{cell.recipe}.yaml"
         return
     try:
-        if scale == "short":
-            cell.overrides = [
-                *cell.overrides,
-                *short_budget(load_recipe(cell.path, cell.overrides)),
-                *cell.short,
-            ]
-        cell.overrides = [*cell.overrides, *extra]
+        budget = short_budget(load_recipe(cell.path, cell.overrides)) if scale == "short" else []
+        cell.overrides = [*cell.overrides, *budget, *cell.scaled.get(scale, []), *extra]
         recipe = load_recipe(cell.path, cell.overrides)
     except ValueError as error:
         cell.problem = " ".join(str(error).split())

@@ -1,70 +1,142 @@
-"""The table as Markdown, CSV and JSON, and the listing of what can run."""
+"""The table as Markdown, CSV and JSON, its place in a document, and the listing of what can run."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fastlt.reproduce.tables import Cell
+from fastlt.reproduce.tables import SCALES, Cell
 from fastlt.run.checkpoint import write_atomically, write_json
 
+HEAD: tuple[str, ...] = (
+    "row",
+    "column",
+    "published",
+    "ours",
+    "difference",
+    "seeds",
+    "many",
+    "medium",
+    "few",
+    "ECE",
+    "model",
+    "time, s",
+)
+END = "<!-- end of the table -->"
 
-def markdown(title: str, cells: Sequence[Cell], scale: str, seeds: int) -> str:
-    """The table as Markdown: a line a cell that was run, then what was not run and why."""
-    budget = "the recipes' full length" if scale == "paper" else "one short budget for all"
-    devices = sorted({r["device"] for c in cells for r in c.results})
-    lines = [f"# {title}", "", f"In %, mean ± sample standard deviation over at most {seeds} seeds; {budget}.", ""]
-    lines[2] += f" Trained on {', '.join(devices)}." if devices else ""
-    lines += ["| row | column | paper | ours | seeds | difference | training, s |", "|---|---|---|---|---|---|---|"]
-    for cell in cells:
-        row = cell.as_row()
-        if row["ours"] is None:
-            continue
-        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
-        if row["ours_by_recipe_shots"] is not None and abs(row["ours_by_recipe_shots"] - row["ours"]) >= 0.005:
-            spread += f" ({row['ours_by_recipe_shots']:.2f} by the recipe's groups)"
-        difference = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
-        lines.append(
-            f"| {cell.row} | {cell.column} | {number(cell.paper, '.2f')} | {row['ours']:.2f}{spread} | {row['seeds']} "
-            f"| {difference} | {row['train_s']:.0f} |"
-        )
+
+def markdown(title: str, cells: Sequence[Cell], scale: str) -> str:
+    """The table as a page: a line a cell, then what was not run and why."""
+    lines = [f"# {title}", "", f"{SCALES[scale].capitalize()}. {_legend(cells)}", "", *table(cells)]
     reasons: dict[str, list[str]] = {}
     for cell in cells:
-        if cell.problem is not None:
-            reasons.setdefault(f"{cell.row}: {cell.problem}", []).append(cell.column)
+        reason = cell.why_not()
+        if reason is not None:
+            reasons.setdefault(f"{cell.row}: {reason}", []).append(cell.column)
     if reasons:
         lines += ["", "Not run:", ""]
         lines += [f"- {reason} ({', '.join(columns)})" for reason, columns in reasons.items()]
     return "\n".join(lines) + "\n"
 
 
-def number(value: float | None, form: str) -> str:
-    """A published number in a format; a dash where none was published."""
-    return "-" if value is None else format(value, form)
+def _legend(cells: Sequence[Cell]) -> str:
+    text = (
+        "In %, mean ± sample standard deviation over seeds; an empty cell has not been run, or nobody has published it."
+    )
+    devices = _devices(cells)
+    return f"{text} Trained on {', '.join(devices)}." if devices else text
+
+
+def _devices(cells: Sequence[Cell]) -> list[str]:
+    return sorted({row["device"] for row in (cell.as_row() for cell in cells) if row["device"] is not None})
+
+
+def table(cells: Sequence[Cell]) -> list[str]:
+    """The lines of the table, an empty field where there is no number; a column says where what was trained."""
+    head, lines = [*HEAD], [_fields(cell.as_row()) for cell in cells]
+    if len(_devices(cells)) > 1:
+        head = [*head, "hardware"]
+        lines = [[*line, cell.as_row()["device"] or ""] for line, cell in zip(lines, cells, strict=True)]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def _fields(row: Mapping[str, Any]) -> list[str]:
+    ours = number(row["ours"])
+    if row["std"] is not None:
+        ours += f" ± {row['std']:.2f}"
+    other = row["ours_by_recipe_shots"]
+    if other is not None and abs(other - row["ours"]) >= 0.005:
+        ours += f" ({other:.2f} by the recipe's groups)"
+    fields = [row["row"], row["column"], number(row["paper"]), ours, number(row["difference"], "+.2f")]
+    fields += [str(row["seeds"] or ""), *(number(row[key]) for key in ("many", "medium", "few", "ece"))]
+    return [*fields, row["select"] or "", number(row["wall_s"], ".0f")]
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number in a format; nothing where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def listing(cells: Sequence[Cell]) -> str:
-    """Every row with its recipe, the paper's numbers, and whether it can run here."""
+    """Every row with its recipe, the paper's numbers, how many seeds it is to have, and whether it can run here."""
     lines = []
     for row in dict.fromkeys(c.row for c in cells):
         mine = [c for c in cells if c.row == row]
         for recipe in dict.fromkeys(c.recipe for c in mine):
             part = [c for c in mine if c.recipe == recipe]
             states = list(dict.fromkeys(c.problem or "can run" for c in part))
-            numbers = ", ".join(f"{c.column}: {number(c.paper, 'g')}" for c in part)
+            numbers = ", ".join(f"{c.column}: {number(c.paper, 'g') or '-'}{_seeds(c)}" for c in part)
             lines.append(f"{row:22} {recipe:44} {'; '.join(states)}\n{'':22} paper: {numbers}")
     return "\n".join(lines)
 
 
-def write_files(out: Path, table: str, text: str, cells: Sequence[Cell]) -> None:
-    """TABLE.md, TABLE.csv and TABLE.json."""
+def _seeds(cell: Cell) -> str:
+    return f" ({cell.wanted} seeds)" if cell.wanted > 1 else ""
+
+
+def write_files(out: Path, name: str, text: str, cells: Sequence[Cell]) -> None:
+    """NAME.md, NAME.csv and NAME.json."""
     rows = [cell.as_row() for cell in cells]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(out / f"{table}.md", text.encode())
-    write_atomically(out / f"{table}.csv", buffer.getvalue().encode())
-    write_json(out / f"{table}.json", rows)
+    write_atomically(out / f"{name}.md", text.encode())
+    write_atomically(out / f"{name}.csv", buffer.getvalue().encode())
+    write_json(out / f"{name}.json", rows)
+
+
+def place(name: str, scale: str) -> str:
+    """The line of a document after which `write_into` puts a table, up to the line END."""
+    return f"<!-- fastlt reproduce {name} --scale {scale} -->"
+
+
+def check_place(document: Path, name: str, scale: str) -> None:
+    """ValueError when a document has no place for a table."""
+    _around(document, name, scale)
+
+
+def write_into(document: Path, name: str, scale: str, cells: Sequence[Cell]) -> None:
+    """Put the table in its place in a Markdown document, where an earlier one may stand."""
+    before, after = _around(document, name, scale)
+    middle = "\n".join([place(name, scale), "", _legend(cells), "", *table(cells), "", END])
+    write_atomically(document, (before + middle + after).encode())
+
+
+def _around(document: Path, name: str, scale: str) -> tuple[str, str]:
+    """What stands before the place of a table, and after it."""
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--into {document}: cannot be read ({error.strerror})") from None
+    before, begin, rest = text.partition(place(name, scale))
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"--into {document}: has no place for the table; put these two lines where it is to stand:\n"
+            f"{place(name, scale)}\n{END}"
+        )
+    return before, after

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.recipe import Recipe, is_harmless, load_recipe
+from fastlt.reproduce.cost import cost
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import atomic_file, read_json
+from fastlt.run.dataset import default_folder, ensure_converted
 from fastlt.run.folder import last_checkpoint, log_file, result_file
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.recorded import is_complete, readable_result
+from loaders.sources import SOURCES
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -42,9 +45,17 @@ class TrainingRun:
     def folder(self) -> Path:
         return self.recipe.folder.with_name(self.name)
 
+    def command(self, threads: int | None) -> list[str]:
+        """What trains it; threads: where it has to share the machine and the recipe does not say otherwise."""
+        given = {"num_threads": self.recipe.num_threads, "data.num_workers": self.recipe.data.num_workers}
+        words = [f"{key}={threads}" for key, value in given.items() if value is None and threads is not None]
+        return [sys.executable, str(TRAIN), str(self.path), *self.words, *words, f"name={self.name}"]
+
     @property
-    def command(self) -> list[str]:
-        return [sys.executable, str(TRAIN), str(self.path), *self.words, f"name={self.name}"]
+    def cost(self) -> float:
+        """About its time beside that of other runs, without the runs that it needs."""
+        stages = list(self.recipe.stages.values())
+        return cost(self.recipe, stages if self.first is None else stages[-1:])
 
     @property
     def needs(self) -> tuple[TrainingRun, ...]:
@@ -54,10 +65,14 @@ class TrainingRun:
         return (self.first,)
 
     def prepare(self) -> None:
-        """Make the run folder stand where the first run ended: the trainer resumes there, bit for bit.
+        """Convert its data, if a run may do that, and make its folder stand where the first run ended.
 
-        ValueError when another process trains there.
+        The trainer resumes there, bit for bit. ValueError when another process trains there, or the data are not there.
         """
+        data = self.recipe.data
+        if data.convert and SOURCES[data.source].small:
+            # Here, once: of several runs that begin at a time, each would want to convert.
+            ensure_converted(data, Path(data.converted) if data.converted else default_folder(data))
         if self.first is None or not self.needs:
             return
         last = last_checkpoint(self.first.folder)
@@ -88,10 +103,14 @@ class EnsembleRun:
     def folder(self) -> Path:
         return self.members[0].folder.with_name(self.name)
 
-    @property
-    def command(self) -> list[str]:
+    def command(self, threads: int | None) -> list[str]:
+        """What puts them together; threads: not used, it takes a moment."""
         folders = [str(member.folder) for member in self.members]
         return [sys.executable, "-m", "fastlt", "ensemble", *folders, "--out", str(self.folder)]
+
+    @property
+    def cost(self) -> float:
+        return 0.0
 
     @property
     def needs(self) -> tuple[TrainingRun, ...]:

@@ -6,6 +6,7 @@ import math
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,16 @@ def device_name(device: torch.device) -> str:
     return str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def processor_name() -> str:
+    """The model of the CPU as Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()
+
+
 def make_result(context: RunContext, progress: Progress, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Everything a reader needs: the metrics of the selected model on the test split, and how it came about.
 
@@ -93,6 +104,7 @@ def make_result(context: RunContext, progress: Progress, measured: dict[str, dic
         "seed": recipe.seed,
         "precision": recipe.precision,
         "device": device_name(context.device),
+        "processor": processor_name(),
         "processes": context.reducer.world_size,
         "threads": torch.get_num_threads(),
         "openmp": runtime(),

@@ -95,6 +95,7 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
     needs = Needs(meta_batch=True, trained_model=True)
     allows = Allows()
     logits_prior = LogitsPrior("uniform", "the learned sampling rates are taken to have balanced the classes")
+    plain_steps = 0.7
 
     Options = BalmsOptions
 

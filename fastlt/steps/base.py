@@ -117,11 +117,13 @@ class Step(Replayable, Generic[OptionsT]):
 
     needs, allows: what a recipe and the trainer have to know of a method before they make a step.
     logits_prior: what those who use its models have to know of their logits.
+    plain_steps: about the time of an iteration over that of method plain; the shortest runs of a table go first by it.
     """
 
     needs = Needs()
     allows = Allows()
     logits_prior = LogitsPrior()
+    plain_steps = 1.0
 
     Options: type[StepOptions] = StepOptions
 

@@ -36,6 +36,7 @@ class DecoupledStep(Step[OptionsT]):
 
     needs = Needs(trained_model=True)
     allows = Allows(accumulation=True)
+    plain_steps = 0.35
 
     @classmethod
     def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:

@@ -106,6 +106,7 @@ class MetaStep(Step[OptionsT]):
     """
 
     needs = Needs(meta_batch=True)
+    plain_steps = 3.5
 
     @classmethod
     def check_stage(cls, options: OptionsT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:

@@ -121,6 +121,7 @@ class PacoStep(Step[PacoOptions]):
     """
 
     needs = Needs(second_view=True)
+    plain_steps = 2.0
     # The key encoder normalises with its batch in every layer, and follows a network that moves as a whole.
     allows = Allows(trained_part=False, features=False, ema=False)
     logits_prior = LogitsPrior("batches", "the contrastive candidates are left out, the class centres alone count")

@@ -171,6 +171,7 @@ class RideRouterStep(Step[RideRouterOptions]):
 
     needs = Needs(trained_model=True, trained_head=True)
     allows = Allows(experts=True)
+    plain_steps = 0.35
     logits_prior = LogitsPrior("before")
 
     Options = RideRouterOptions

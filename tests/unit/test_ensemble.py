@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,11 +145,12 @@ def test_what_does_not_belong_together_is_refused(digits_words, digits, tmp_path
 def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(digits, tmp_path, capsys, monkeypatch):
     """Table 11's "Ours (2 experts)" on the digits, two iterations a stage, in this process."""
 
-    def here(words, output):
+    def here(words, output, nice):
         AcceleratorState._reset_state(reset_partial_state=True)
-        return cli.main(words[3:]) if words[1] == "-m" else train.main(words[2:])
+        code = cli.main(words[3:]) if words[1] == "-m" else train.main(words[2:])
+        return SimpleNamespace(poll=lambda: code)
 
-    monkeypatch.setattr(execution, "train", here)
+    monkeypatch.setattr(execution, "start", here)
     words = ["table11", "--rows", "Ours (2 experts)", "--columns", "ResNet-10", "--scale", "short"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set"]
     words += ["data.source=digits", "data.num_classes=10", f"data.converted={digits}", "data.image_size=8"]
@@ -162,7 +164,7 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
     assert told.count("running imagenet_lt_ours_las-") == 2
     assert told.count("running imagenet_lt_ours_las_cosine-") == 2
     assert told.count("running imagenet_lt_ours_las+imagenet_lt_ours_las_cosine-") == 1
-    (row,) = json.loads((tmp_path / "out" / "table11.json").read_text())
+    (row,) = json.loads((tmp_path / "out" / "table11_short.json").read_text())
     (path,) = (tmp_path / "runs").glob("imagenet_lt_ours_las+*/result.json")
     result = json.loads(path.read_text())
     heads = [load_recipe(path.parent.parent / m["run"] / "recipe.yaml").model.head for m in result["members"]]
@@ -178,6 +180,6 @@ def test_the_tables_row_trains_both_puts_them_together_and_does_neither_twice(di
     assert cli.main(["reproduce", *words]) == 0
     assert capsys.readouterr().err.count("running") == 1
 
-    monkeypatch.setattr(execution, "train", lambda words, output: 2)
+    monkeypatch.setattr(execution, "start", lambda *_: SimpleNamespace(poll=lambda: 2))
     assert cli.main(["reproduce", *words, "stages.end_to_end.lr=0.3"]) == 1
     assert "failed with code 2" in capsys.readouterr().out

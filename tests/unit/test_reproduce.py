@@ -8,8 +8,9 @@ import fcntl
 import json
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ import yaml
 
 import fastlt.train
 from fastlt import cli
-from fastlt.commands import reproduce
 from fastlt.recipe import load_recipe
 from fastlt.reproduce import availability, execution, output, tables
 from fastlt.reproduce.plan import plan_run
@@ -105,6 +105,72 @@ def test_every_cell_with_a_recipe_resolves(name, scale):
                 afresh = n == 0 or stage.start == "fresh"
                 # tau_norm descends nothing and keeps its length.
                 assert lengths[n] == (21 if stage.method == "tau_norm" else full if afresh else 100)
+
+
+SECOND = ("cRT", "LWS", "LAS")
+CAMPAIGN = {
+    **{row: {"100": 5, "10": 1, "200": 1} for row in ("CE", "Bal. Softmax", "Ours", "Ours + Bal. Softmax")},
+    "Ours, absolute driver target": {"100": 5},
+    **{
+        row: {"100": 3} for row in ("Focal Loss", "Class-Balanced Focal", "LDAM-DRW", "CDB-CE", "MWN", "mixup", *SECOND)
+    },
+    **{f"{first} + {row}": {"100": 3} for first in ("mixup", "Ours + Bal. Softmax") for row in SECOND},
+}
+
+
+def test_the_campaign_on_cifar_10_has_its_rows_columns_and_seeds():
+    planned: dict[str, dict[str, int]] = {}
+    for cell in tables.chosen(tables.load_table("cifar10_lt")[1], None, None):
+        planned.setdefault(cell.row, {})[cell.column] = cell.seeds
+    assert planned == CAMPAIGN
+    asked = tables.chosen(tables.load_table("cifar10_lt")[1], ["MiSLAS"], ["50"])
+    assert [cell.seeds for cell in asked] == [0], "what has no seeds is run when it is asked for"
+
+
+def test_the_quick_budget_is_one_for_all_rows_of_cifar_10():
+    for cell in tables.load_table("cifar10_lt")[1]:
+        availability.resolve(cell, [], "quick", [])
+        recipe = load_recipe(cell.path, cell.overrides)
+        assert (recipe.model.name, recipe.data.convention) == ("cifar_resnet32", "ldam")
+        assert recipe.data.imbalance_factor == float(cell.column)
+        assert recipe.data.augment == ["flip", {"random_crop": {"padding": 4}}]
+        first, *second = recipe.stages.values()
+        assert (first.iterations, first.batch_size, first.select) == (2900, 128, "last")
+        assert (first.lr, first.warmup, first.warmup_from, first.weight_decay) == (0.2, 200, 0, 5e-4)
+        assert (first.schedule, first.milestones, first.min_lr) == ("cosine", [], 0)
+        assert [stage.iterations for stage in second] == ([21] if cell.row == "τ-norm" else [700] * len(second))
+        if cell.row == "LDAM-DRW":
+            images = {"100": 12406, "50": 13996, "10": 20431, "200": 11203}[cell.column]
+            epochs = first.iterations / (images // first.batch_size)
+            assert first.loss_options["reweight_from_epoch"] == pytest.approx(0.8 * epochs, abs=1)
+
+
+@pytest.mark.parametrize("scale", ["quick", "paper"])
+def test_second_stages_share_the_run_of_their_first(scale, tmp_path):
+    def plan(row):
+        (cell,) = tables.chosen(tables.load_table("cifar10_lt")[1], [row], ["100"])
+        availability.resolve(cell, [], scale, [])
+        return plan_run(cell, tmp_path, 1)
+
+    for first, before in (("CE", ""), ("mixup", "mixup + "), ("Ours + Bal. Softmax", "Ours + Bal. Softmax + ")):
+        alone = plan(first)
+        for second in SECOND:
+            run = plan(before + second)
+            assert run.needs == (run.first,)
+            assert run.first.identity == alone.identity
+            assert run.cost < alone.cost / 5
+    assert plan("MiSLAS").first.identity == plan("mixup").identity
+    assert plan("Ours").cost > 3 * plan("CE").cost
+
+
+def test_processes_that_share_a_machine_share_its_threads(tmp_path):
+    (cell,) = tables.chosen(tables.load_table("cifar10_lt")[1], ["CE"], ["100"])
+    run = plan_run(cell, tmp_path, 0)
+    assert not [word for word in run.command(None) if "num_threads" in word or "num_workers" in word]
+    assert {"num_threads=3", "data.num_workers=3"} <= set(run.command(3))
+    cell.overrides = [*cell.overrides, "num_threads=1"]
+    words = plan_run(cell, tmp_path, 0).command(3)
+    assert ("num_threads=1" in words, "num_threads=3" in words, "data.num_workers=3" in words) == (True, False, True)
 
 
 def test_a_tables_short_words_hold_at_the_short_scale_only():
@@ -197,12 +263,28 @@ def test_the_listing_names_every_row_its_recipe_and_what_is_missing(tmp_path, ca
         (["table88"], "did you mean 'table8'"),
         (["table8", "--rows", "Our"], "did you mean 'Ours'"),
         (["table8", "--columns", "500"], "unknown column"),
-        (["table8", "--seeds", "0"], "at least 1"),
+        (["table8", "--seeds", "0"], "'0' is not a whole number from 1 on"),
+        (["table8", "--jobs", "none"], "'none' is not a whole number from 1 on"),
+        (["table8", "--nice", "20"], "'20' is not a whole number from 0 to 19"),
+        (["table8", "--scale", "quick"], "table8 has no such budget; take short or paper"),
+        (["table8", "--rows", "LDAM", "--columns", "50"], "table8 has no number there"),
+        (["table8", "--rates", "0.1"], "unknown row 'CE'"),
+        (["cifar10_lt", "--rates", "0.1", "--into", "x.md"], "leave one of them out"),
+        (["cifar10_lt", "--into", "x.md"], "--into x.md: cannot be read"),
     ],
 )
-def test_a_mistake_is_one_message(words, expected, capsys):
-    assert cli.main(["reproduce", *words]) == 2
+def test_a_mistake_is_one_message(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(["reproduce", *words]) == 2
     assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def exit_code(words: list[str]) -> int:
+    try:
+        return cli.main(words)
+    except SystemExit as ended:  # of argparse
+        return int(ended.code)
 
 
 SMALL = [
@@ -216,17 +298,27 @@ def few_iterations(*stages: str) -> list[str]:
     return [f"stages.{stage}.{key}" for stage in stages for key in keys]
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """The trainer without a process of its own: its imports take longer than these runs. Names what was trained."""
     trained = []
 
-    def train(words, output):
+    def start(words, output, nice):
         trained.append(next(w for w in words if w.startswith("name=")).removeprefix("name="))
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return fastlt.train.main(words[2:])
+            return Ended(fastlt.train.main(words[2:]))
 
-    monkeypatch.setattr(execution, "train", train)
+    monkeypatch.setattr(execution, "start", start)
     return trained
 
 
@@ -239,7 +331,7 @@ def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, ca
     told = capsys.readouterr()
     assert told.err.count("running cifar100_lt_crt-") == 2
     assert "cRT, 100, seed 0, for cifar100_lt_crt-" in told.err
-    rows = json.loads((tmp_path / "out" / "table8.json").read_text())
+    rows = json.loads((tmp_path / "out" / "table8_short.json").read_text())
     (crt,) = rows
     assert crt["seeds"] == 1
     result = json.loads((tmp_path / "runs" / crt["runs"] / "result.json").read_text())
@@ -247,16 +339,20 @@ def test_a_row_runs_is_not_run_again_and_leaves_three_files(digits, tmp_path, ca
     assert crt["ours"] == pytest.approx(100 * result["top1"])
     assert crt["difference"] == pytest.approx(crt["ours"] - 44.04)
     assert crt["train_s"] == result["train_s"]
-    table = (tmp_path / "out" / "table8.md").read_text()
+    table = (tmp_path / "out" / "table8_short.md").read_text()
     assert table.strip() in told.out
-    assert f"| cRT | 100 | 44.04 | {crt['ours']:.2f} | 1 | " in table
-    with (tmp_path / "out" / "table8.csv").open() as file:
+    groups = " | ".join(f"{100 * result[key]:.2f}" for key in ("many", "medium", "few", "ece"))
+    wall = result["train_s"] + sum(result["aside_s"].values())
+    line = f"| cRT | 100 | 44.04 | {crt['ours']:.2f} | {crt['difference']:+.2f} | 1 | {groups} | last | {wall:.0f} |"
+    assert line in table
+    assert f"{result['processor']} (1 thread)" in table
+    with (tmp_path / "out" / "table8_short.csv").open() as file:
         assert [r["row"] for r in csv.DictReader(file)] == [r["row"] for r in rows]
 
-    again = (tmp_path / "out" / "table8.json").read_text()
+    again = (tmp_path / "out" / "table8_short.json").read_text()
     assert cli.main(["reproduce", *words]) == 0
     assert "running" not in capsys.readouterr().err
-    assert (tmp_path / "out" / "table8.json").read_text() == again
+    assert (tmp_path / "out" / "table8_short.json").read_text() == again
 
 
 def comparable(folder: Path) -> tuple[dict, list, dict]:
@@ -288,7 +384,8 @@ def leaves(state, where: str = "") -> dict[str, object]:
 )
 def test_a_shared_first_stage_changes_nothing(alone, row, extra, digits, tmp_path, in_process):
     """Bit for bit the result, log and resume state of the run that trains both stages itself."""
-    common = ["--columns", "100", "--scale", "short", "--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--set"]
+    common = ["--columns", "100", "--scale", "short", "--seeds", "1", "--runs", str(tmp_path)]
+    common += ["--out", str(tmp_path / "out"), "--set"]
     common += [*SMALL, "data.convention=paper", f"data.converted={digits}", "log_every=1", *extra]
     common += few_iterations("end_to_end")
     if alone == "Ours":
@@ -296,7 +393,7 @@ def test_a_shared_first_stage_changes_nothing(alone, row, extra, digits, tmp_pat
     folders = {}
     for name, words in ((alone, []), (row, few_iterations("classifier"))):
         assert cli.main(["reproduce", "cifar10_lt", "--rows", name, *common, *words]) == 0
-        (cell,) = json.loads((tmp_path / "out" / "cifar10_lt.json").read_text())
+        (cell,) = json.loads((tmp_path / "out" / "cifar10_lt_short.json").read_text())
         folders[name] = tmp_path / cell["runs"]
     assert in_process == [folders[alone].name, folders[row].name]
     shared = folders[row]
@@ -312,72 +409,48 @@ def test_a_shared_first_stage_changes_nothing(alone, row, extra, digits, tmp_pat
 
 def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path, capsys, monkeypatch, in_process):
     words = ["cifar10_lt", "--rows", "CE", "--columns", "100", "--scale", "short", "--runs", str(tmp_path)]
-    words += ["--out", str(tmp_path), "--set", *SMALL, "data.convention=paper", f"data.converted={digits}"]
-    words += few_iterations("end_to_end")
+    words += ["--out", str(tmp_path), "--seeds", "1"]
+    words += ["--set", *SMALL, "data.convention=paper", f"data.converted={digits}", *few_iterations("end_to_end")]
     with monkeypatch.context() as patched:
         patched.setattr(Stopping, "agreed", lambda *_, log_now: (signal.SIGTERM, False))
-        assert cli.main(["reproduce", *words]) == 130
+        assert cli.main(["reproduce", *words]) == 1
     told = capsys.readouterr()
-    assert "the same command goes on from there" in told.err
-    assert "stopped before 1 of 1 seeds had their turn" in told.out
+    assert "was stopped; the same command goes on with it" in told.err
+    assert "- CE: was stopped; the same command goes on with it" in told.out
 
     # Stands for a trainer that outlived its parent: the log, and with it the lock, is its output.
     (log,) = tmp_path.glob("cifar10_lt_ce-*.log")
     with log.open("a") as output:
         fcntl.flock(output, fcntl.LOCK_EX)
         orphan = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
-    lock = fcntl.flock
+    waits = []
 
-    def end_the_orphan_when_waited_for(file, how):
-        if not how & fcntl.LOCK_NB:
-            orphan.stdin.close()
-        return lock(file, how)
+    def end_the_orphan(seconds):
+        waits.append(seconds)
+        orphan.stdin.close()
+        assert orphan.wait(timeout=60) == 0
 
-    monkeypatch.setattr(fcntl, "flock", end_the_orphan_when_waited_for)
+    monkeypatch.setattr(execution, "time", SimpleNamespace(sleep=end_the_orphan, monotonic=time.monotonic))
     assert cli.main(["reproduce", *words]) == 0
-    assert "waiting for cifar10_lt_ce-" in capsys.readouterr().err
-    assert orphan.wait(timeout=60) == 0
+    assert capsys.readouterr().err.count("waiting for cifar10_lt_ce-") == 1
+    assert len(waits) == 1
     assert "resuming" in log.read_text()
     assert len(in_process) == 2
 
 
-def test_a_stop_reaches_the_trainer_and_waits_for_its_checkpoint(tmp_path, monkeypatch, capsys):
-    """SIGTERM to reproduce.py becomes one SIGTERM to the trainer, which is then waited for."""
-    program = tmp_path / "trainer.py"
-    program.write_text(
-        "import os, signal, sys, time\n"
-        "def save(*_):\n    time.sleep(0.3); print('saved', flush=True); sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, save)\nprint('started', flush=True)\n"
-        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
-    )
-    log = tmp_path / "log"
-
-    def run_cells(*_):
-        with log.open("a") as output:
-            execution.train([sys.executable, str(program)], output)
-
-    monkeypatch.setattr(reproduce, "run_cells", run_cells)
-    before = signal.getsignal(signal.SIGTERM)
-    words = ["cifar10_lt", "--rows", "CE", "--runs", str(tmp_path), "--out", str(tmp_path)]
-    assert cli.main(["reproduce", *words]) == 130
-    assert log.read_text().split() == ["started", "saved"]
-    assert "the same command goes on from there" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys, in_process, monkeypatch):
     """What CE and LWS have in common fails, is tried once a seed, and Focal Loss still runs."""
-    train = execution.train
+    start = execution.start
 
-    def fail_ce(words, output):
+    def fail_ce(words, output, nice):
         if words[2].endswith("_ce.yaml"):
             in_process.append("CE")
             output.write("fastlt: the disk is full\n")
             output.flush()
-            return 2
-        return train(words, output)
+            return Ended(2)
+        return start(words, output, nice)
 
-    monkeypatch.setattr(execution, "train", fail_ce)
+    monkeypatch.setattr(execution, "start", fail_ce)
     words = ["cifar10_lt", "--columns", "100", "--rows", "CE", "LWS", "Focal Loss", "--scale", "short", "--seeds", "2"]
     words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set", *SMALL]
     words += [*few_iterations("end_to_end"), "data.convention=paper", f"data.converted={digits}"]
@@ -386,7 +459,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys,
     assert [name.split("-")[0] for name in in_process] == ["CE", "cifar10_lt_focal", "CE", "cifar10_lt_focal"]
     assert "- CE: failed with code 2: fastlt: the disk is full" in told.out
     assert "- LWS: failed with code 2: fastlt: the disk is full" in told.out
-    rows = {r["row"]: r for r in json.loads((tmp_path / "out" / "cifar10_lt.json").read_text())}
+    rows = {r["row"]: r for r in json.loads((tmp_path / "out" / "cifar10_lt_short.json").read_text())}
     assert {row: r["seeds"] for row, r in rows.items()} == {"CE": 0, "LWS": 0, "Focal Loss": 2}
     assert "| Focal Loss | 100 | 71.60 | " in told.out
     assert rows["Focal Loss"]["std"] is not None
@@ -400,14 +473,90 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(digits, tmp_path, capsys,
     assert "| Focal Loss | 100 | 71.60 | " in capsys.readouterr().out
 
 
+def test_results_that_were_brought_here_are_collected_and_put_into_a_document(
+    digits, tmp_path, capsys, monkeypatch, in_process
+):
+    """Runs that another machine has trained need no data here; what stands around the table in a document stays."""
+    common = ["cifar10_lt", "--scale", "quick", "--columns", "100", "--runs", str(tmp_path / "runs")]
+    common += ["--out", str(tmp_path / "out"), "--seeds", "1"]
+    words = ["--set", *SMALL[1:], "data.convention=paper", "data.image_size=8", *few_iterations("end_to_end")]
+    trained = [*words, "data.source=digits", f"data.converted={digits}"]
+    assert cli.main(["reproduce", *common, "--rows", "CE", *trained]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n" + output.place("cifar10_lt", "quick") + "\nold\n" + output.END + "\n\nafter\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(availability, "find_data", lambda *_: None)
+    here = ["data.source=digits", "data.converted=data/absent"]
+    capsys.readouterr()
+    assert (
+        cli.main(["reproduce", *common, "--rows", "CE", "mixup", "--collect", "--into", "page.md", *words, *here]) == 0
+    )
+    told = capsys.readouterr()
+    assert "running" not in told.err
+    assert "- mixup: data not found: digits, 10 classes, in data/ (100)" in told.out
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json"))
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    (ce,) = [line for line in lines if line.startswith("| CE |")]
+    assert f"| CE | 100 | 71.90 | {100 * result['top1']:.2f} | " in ce
+    assert "| mixup | 100 | 74.10 |  |  |  |" in page.read_text(), "an empty cell has not been run"
+    before = page.read_text()
+    assert (
+        cli.main(["reproduce", *common, "--rows", "CE", "mixup", "--collect", "--into", "page.md", *words, *here]) == 0
+    )
+    assert page.read_text() == before
+    page.write_text("nothing\n")
+    assert cli.main(["reproduce", *common, "--rows", "CE", "--collect", "--into", "page.md", *words, *here]) == 2
+    assert "page.md: has no place for the table" in capsys.readouterr().err
+    assert page.read_text() == "nothing\n"
+
+
+def test_rates_are_compared_on_validation_alone(digits, tmp_path, capsys, in_process):
+    words = [
+        "cifar10_lt",
+        "--scale",
+        "quick",
+        "--rates",
+        "0.3",
+        "0.001",
+        "--seeds",
+        "2",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    words += ["--out", str(tmp_path / "out"), "--set", *SMALL, "data.convention=paper", f"data.converted={digits}"]
+    words += few_iterations("end_to_end")
+    assert cli.main(["reproduce", *words]) == 0
+    told = capsys.readouterr().out
+    results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")]
+    rates = {}
+    for name in in_process:
+        recipe = load_recipe(tmp_path / "runs" / name / "recipe.yaml")
+        (result,) = [r for r in results if r["name"] == name]
+        rates.setdefault(recipe.stages["end_to_end"].lr, []).append(100 * result["validation_top1"])
+    assert {rate: len(values) for rate, values in rates.items()} == {0.3: 2, 0.001: 2}
+    best = max(rates, key=lambda rate: sum(rates[rate]))
+    for rate, values in rates.items():
+        mean = f"| CE | 100 | {rate:g} | {sum(values) / 2:.2f} ± {abs(values[0] - values[1]) / 2**0.5:.2f} | "
+        (line,) = [line for line in told.splitlines() if line.startswith(mean)]
+        assert line.endswith("| 2 | best |" if rate == best else "| 2 |  |")
+    assert (tmp_path / "out" / "cifar10_lt_quick_rates.md").read_text() in told
+    assert not list((tmp_path / "out").glob("*.json")), "no test number is told"
+
+
+def test_the_results_page_has_the_place_of_the_campaign():
+    output.check_place(ROOT / "docs" / "results.md", "cifar10_lt", "quick")
+
+
 def test_groups_by_rank_are_measured_from_the_accuracies_of_a_run():
     counts, accuracy = [9, 9, 9, 5, 5, 1], [0.9, 0.8, 0.7, 0.5, None, 0.1]
     result = {"many": 0.8, "class_counts": counts, "class_names": list("abcdef"), "per_class_accuracy": accuracy}
     result |= {"train_s": 1.0, "device": "cpu", "name": "x"}
-    cell = tables.Cell("row", "column", 84.0, "imagenet_lt", [], "many", shots=ShotRanks((2, 2, 2)), results=[result])
+    cell = tables.Cell("row", "column", 84.0, "imagenet_lt", [], "many", shots=ShotRanks((2, 2, 2)))
+    cell.results[0] = result
     assert cell.as_row()["ours"] == pytest.approx(85)  # of the tied largest, the first two
     assert cell.as_row()["ours_by_recipe_shots"] == pytest.approx(80)
-    assert "85.00 (80.00 by the recipe's groups)" in output.markdown("title", [cell], "paper", 1)
+    assert "85.00 (80.00 by the recipe's groups)" in output.markdown("title", [cell], "paper")
     assert tables.group_accuracy(result, "few", ShotRanks((2, 2, 2))) == pytest.approx(0.1), (
         "a class without images is left out"
     )
