@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def cut_batches(
         waiting.append((start, pixels, [pool.submit(_write, images, transform, start, pixels, part) for part in parts]))
 
     try:
-        for start, _ in zip(starts, range(1 + AHEAD), strict=False):
+        for start in islice(starts, 1 + AHEAD):
             begin(start)
         while waiting:
             first, pixels, tasks = waiting.popleft()

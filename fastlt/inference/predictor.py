@@ -117,6 +117,7 @@ class Predictor:
 
         log_p, indices = (torch.cat(part).numpy() for part in zip(*_on_host(highest()), strict=True))
         positions = np.concatenate(places)
+        assert len(positions) + len(unreadable) == len(found), (len(positions), len(unreadable), len(found))
         if not len(positions):
             raise ValueError(f"none of {len(unreadable)} images could be read: {_reasons(unreadable)}")
         return Predictions(

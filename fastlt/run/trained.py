@@ -5,7 +5,9 @@ Its model folder, `RUN/model`, says as much and holds the weights: it can be tak
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from fastlt.augment import normalise
 from fastlt.meta.class_accuracy import evaluation_mode
-from fastlt.models import Classifier, build_model
+from fastlt.models import Classifier, build_model, checkpoints
 from fastlt.models.timm_network import from_timm_network
 from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.models.weight_files import read_weights
@@ -243,6 +245,17 @@ def _load_packaged(run: FinishedRun, device: torch.device, select: str | None) -
     return TrainedRun(run, model.requires_grad_(False).eval(), device, own["select"], own["iteration"], path)
 
 
+@contextmanager
+def _without_warnings(log: logging.Logger) -> Iterator[None]:
+    """Inside, nothing is said of a file whose head is left out: the run has a head of its own."""
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def network_of(
     recipe: Recipe, num_classes: int, stage: str, device: torch.device, *, pretrained: bool = False
 ) -> Classifier:
@@ -252,7 +265,7 @@ def network_of(
         where they cannot be had. The generators of random numbers stay where they are.
     """
     asked = vars(recipe.model) if pretrained else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_warnings(checkpoints.log):
         model = build_model(**asked, num_classes=num_classes, image_size=recipe.data.image_size)
     model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     for one in recipe.lineage(recipe.stages[stage]):

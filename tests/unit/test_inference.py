@@ -128,9 +128,11 @@ def test_images_are_taken_in_every_form(root, model, tmp_path):
     assert pickle.loads(pickle.dumps(model.transform)) == model.transform
     assert model.predict(images)[3].source is None
     # In batches, and with several threads, the images keep their order.
-    small = model.predict(paths, batch_size=5, workers=3)
-    assert [one.source for one in small] == [*map(str, paths)]
-    np.testing.assert_allclose(small.probabilities, model.predict(paths).probabilities, atol=1e-5)
+    for batch_size in (1, 2, 5):  # 12, 6 and 3 batches, of which three are decoded ahead
+        small = model.predict(paths, batch_size=batch_size, workers=3)
+        assert [one.source for one in small] == [*map(str, paths)]
+        assert small.positions.tolist() == [*range(12)]
+        np.testing.assert_allclose(small.probabilities, model.predict(paths).probabilities, atol=1e-5)
 
 
 @pytest.mark.parametrize(
