@@ -115,6 +115,20 @@ def test_a_copy_keeps_classes_layouts_and_values():
     assert copied["none"] is None
 
 
+def test_a_copy_takes_the_memory_of_the_one_before_where_forms_agree():
+    state = {"a": torch.ones(3), "list": [torch.ones(2), torch.zeros(1)], "b": torch.ones(4)}
+    first = on_host(state)
+    kept = first["a"].data_ptr(), first["list"][0].data_ptr(), first["b"].data_ptr()
+    changed = {"a": 2 * torch.ones(3), "list": [torch.zeros(2), torch.ones(1)], "b": torch.ones(5), "c": torch.ones(1)}
+    second = on_host(changed, first)
+    assert (second["a"].data_ptr(), second["list"][0].data_ptr()) == kept[:2]
+    assert second["b"].data_ptr() != kept[2]
+    assert [second["a"].tolist(), second["list"][0].tolist(), second["b"].tolist()] == [[2] * 3, [0] * 2, [1] * 5]
+    assert second["c"].tolist() == [1]
+    parameter = torch.nn.Parameter(torch.ones(3))
+    assert not on_host(parameter, second["a"]).requires_grad
+
+
 def make(words, *more):
     return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
