@@ -43,7 +43,7 @@ def rare_classes(counts: ClassCounts) -> tuple[np.ndarray, str]:
         return few, "few-shot classes"
     smallest = np.zeros(counts.num_classes, dtype=bool)
     smallest[np.argsort(counts.counts, kind="stable")[: max(1, counts.num_classes // 4)]] = True
-    return smallest, "the quarter of classes with the fewest training images (none is few-shot)"
+    return smallest, "quarter of classes with the fewest training images (none is few-shot)"
 
 
 def most_confidently_wrong(
