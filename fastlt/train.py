@@ -44,56 +44,71 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
         end_with_parent(int(launcher), signal.SIGTERM)
     # Torch says so of its own code when it first takes a forward-mode derivative.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    # Torch reports each connection that breaks with a stack trace of its own; the reason is told once, see `Peers`.
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         load_llvm_openmp()
-        # Imported late: a mistake on the command line answers before torch has loaded.
-        from fastlt.recipe import load_recipe
-
-        recipe = load_recipe(words.recipe, words.overrides)
         if words.check:
-            from fastlt.run.preflight import checked_text
-
-            print(checked_text(recipe), end="")
+            check(words.recipe, words.overrides)
             return 0
-        from fastlt.run.model_folder import mend_run_model
-        from fastlt.run.preflight import prepare
-        from fastlt.run.result import recorded_result
-        from fastlt.run.stopping import Interrupted
-        from fastlt.run.trainer import Trainer
+        # Imported late: a mistake on the command line answers before torch has loaded.
+        from fastlt.run.processes import connect
 
-        context = prepare(recipe)
+        processes = connect()
+    except ValueError as error:
+        print_error(error)
+        return 2
+    try:
+        train(words.recipe, words.overrides)
+    except BaseException as error:
+        return processes.end(error)
+    processes.close()
+    return 0
+
+
+def check(recipe: str, overrides: list[str]) -> None:
+    """Check a recipe without data, and print it. ValueError."""
+    from fastlt.recipe import load_recipe
+    from fastlt.run.preflight import checked_text
+
+    print(checked_text(load_recipe(recipe, overrides)), end="")
+
+
+def train(recipe: str, overrides: list[str]) -> None:
+    """Train, and tell the result. Ended, with the exit code and the message for the user, where it ends before."""
+    from fastlt.run.checkpoint import RunFileError
+    from fastlt.run.model_folder import mend_run_model
+    from fastlt.run.preflight import prepare, read_recipe
+    from fastlt.run.processes import Ended
+    from fastlt.run.result import recorded_result
+    from fastlt.run.stopping import Interrupted
+    from fastlt.run.trainer import Trainer
+    from loaders.stored.damage import DamageError, ReaderError
+
+    try:
+        context = prepare(read_recipe(recipe, overrides))
         recorded = recorded_result(context)
         if recorded is not None:
             mend_run_model(context)
             report(context, recorded)
-            return 0
+            return
         trainer = Trainer(context)
     except ValueError as error:
-        print_error(error)
-        return 2
+        raise Ended(str(error), 2) from error
     except KeyboardInterrupt:
-        print_error(ValueError("stopped before the training began"))
-        return 128 + signal.SIGINT
-
-    from fastlt.run.checkpoint import RunFileError
-    from loaders.stored.damage import DamageError, ReaderError
-
+        raise Ended("stopped before the training began", 128 + signal.SIGINT) from None
     try:
         result = trainer.fit()
     except KeyboardInterrupt:
-        print_error(ValueError("stopped; the same command goes on from the last checkpoint"))
-        return 128 + signal.SIGINT
+        raise Ended("stopped; the same command goes on from the last checkpoint", 128 + signal.SIGINT) from None
     except Interrupted as stopped:
-        context.say(f"{stopped}; the same command goes on from there")
-        return 128 + stopped.signal
+        raise Ended(f"{stopped}; the same command goes on from there", 128 + stopped.signal, said=True) from None
     except (DamageError, RunFileError) as error:
-        print_error(error)
-        return 2
+        raise Ended(str(error), 2) from error
     except (FloatingPointError, ReaderError) as error:
-        print_error(error)
-        return 1
+        raise Ended(str(error), 1) from error
     report(context, result)
-    return 0
 
 
 def report(context: RunContext, result: dict[str, Any]) -> None:

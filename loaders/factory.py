@@ -12,6 +12,7 @@ from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
 from loaders.protocol import BatchLoader, StoredDataset, StoredSplit
 from loaders.readers import AUTO, AUTO_READS, BACKENDS, backends_that
+from loaders.readers.base_loader import default_workers
 from loaders.readers.dali_augment import build_dali_augment
 from loaders.readers.free_memory import free_share, readable
 from loaders.readers.resident_loader import is_ragged, kept_bytes
@@ -34,6 +35,7 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    local_world_size: int | None = None,
     view: int = 0,
     num_workers: int | None = None,
     memory_budget_bytes: int | None = None,
@@ -51,8 +53,9 @@ def make_loader(
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
+    local_world_size: how many of the processes share this machine's cores and memory; None is all of them.
     view: another one has the same images in the same order under other random crops.
-    num_workers: decoding threads or processes; None shares the job's cores among its processes.
+    num_workers: decoding threads or processes; None shares the cores among the processes of this machine.
     classes: bool (C,), the classes whose images are read, as if the split held no others; None for all of them.
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
     keep_last: whether a training epoch, too, gives each image exactly once, the last batch being smaller.
@@ -92,11 +95,12 @@ def make_loader(
         keep_last=keep_last,
         order=order,
     )
-    device = torch.device(device)
+    device, processes = torch.device(device), local_world_size or world_size
     reason = f"{backend}: asked for"
     if backend == AUTO:
-        backend, reason = choose_backend(plan, device, memory_budget_bytes, streaming_backend(dataset))
-    loader = BACKENDS[backend].load()(stored, plan, device, num_workers, **options)
+        backend, reason = choose_backend(plan, device, memory_budget_bytes, streaming_backend(dataset), processes)
+    workers = default_workers(processes) if num_workers is None else num_workers
+    loader = BACKENDS[backend].load()(stored, plan, device, workers, **options)
     loader.reason = reason
     return loader
 
@@ -109,17 +113,17 @@ def check_loader(
     device: torch.device | str,
     train: bool,
     crop: CropSpec,
-    world_size: int = 1,
+    local_world_size: int = 1,
 ) -> tuple[int, int]:
     """(H, W) of the images that `make_loader` would cut; raises what it would raise, and reads no image.
 
     Batches are taken to be of one image: whether a split fills larger ones is not asked.
     """
     stored, device = _open(dataset, split, backend), torch.device(device)
-    plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train, world_size=world_size)
+    plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train)
     if backend == AUTO:
-        backend, _ = choose_backend(plan, device, reader=streaming_backend(dataset))
-    BACKENDS[backend].load().check(stored, plan, device)
+        backend, _ = choose_backend(plan, device, reader=streaming_backend(dataset), processes=local_world_size)
+    BACKENDS[backend].load().check(stored, plan, device, local_world_size)
     return plan.output_shape
 
 
@@ -152,16 +156,23 @@ def streaming_backend(dataset: StoredDataset) -> str:
 
 
 def choose_backend(
-    plan: EpochPlan, device: torch.device, memory_budget_bytes: int | None = None, reader: str = "ffcv"
+    plan: EpochPlan,
+    device: torch.device,
+    memory_budget_bytes: int | None = None,
+    reader: str = "ffcv",
+    processes: int = 1,
 ) -> tuple[str, str]:
-    """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch."""
+    """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch.
+
+    processes: that share this machine's memory.
+    """
     if device.type == "cpu" and is_ragged(plan.crop, plan.heights, plan.widths):
         return reader, f"{reader}: images differ in size, and to cut random crops out of them in memory is a GPU's work"
     needed = kept_bytes(plan)
     if memory_budget_bytes is None:
         budget, origin = (
-            int(RESIDENT_SHARE * free_share(device, plan.world_size)),
-            f"{RESIDENT_SHARE:.0%} of the memory free on {device}{_shared(device, plan.world_size)}",
+            int(RESIDENT_SHARE * free_share(device, processes)),
+            f"{RESIDENT_SHARE:.0%} of the memory free on {device}{_shared(device, processes)}",
         )
     else:
         budget, origin = memory_budget_bytes, "the memory budget"
@@ -169,5 +180,5 @@ def choose_backend(
     return backend, f"{backend}: the split's {readable(needed)} of pixels {relation} {readable(budget)}, {origin}"
 
 
-def _shared(device: torch.device, world_size: int) -> str:
-    return f" for each of {world_size} processes" if device.type == "cpu" and world_size > 1 else ""
+def _shared(device: torch.device, processes: int) -> str:
+    return f" for each of {processes} processes" if device.type == "cpu" and processes > 1 else ""

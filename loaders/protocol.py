@@ -116,6 +116,6 @@ class LoaderClass(Protocol):
         """The loader of a split; it reads `stored`, which is in one of the formats of its row in the table."""
         ...
 
-    def check(self, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-        """ValueError when the loader could not be made, asked before any process has filled memory."""
+    def check(self, stored: StoredSplit, plan: EpochPlan, device: torch.device, processes: int) -> None:
+        """ValueError when so many processes of this machine could not make the loader; none has filled memory yet."""
         ...

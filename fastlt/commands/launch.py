@@ -2,6 +2,7 @@
 
     fastlt launch recipes/imagenet_lt.yaml data.root=DIR
     fastlt launch --multi_gpu --num_processes 4 recipes/imagenet_lt.yaml
+    fastlt launch --cpu --num_processes 2 recipes/digits_lt.yaml
 
 The options before the recipe are those of `accelerate launch`, which lists them with --help. `accelerate launch
 fastlt/train.py` trains just the same, but ends with a traceback of its own and code 1 when a recipe is refused or the
@@ -49,7 +50,7 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     given = parse(launch.launch_command_parser(), words, prog)
     # Accelerate's own drops the exit code, and the signals that it gets.
-    launch.simple_launcher = one_process
+    launch.simple_launcher = without_gpus
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
     # Torch's launcher reports at length of processes that failed or were stopped; they have said so themselves.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
@@ -85,6 +86,18 @@ def parse(parser: argparse.ArgumentParser, words: list[str], prog: str) -> argpa
     given.training_script_args = [given.training_script, *given.training_script_args]
     given.training_script = str(TRAIN)
     return given
+
+
+def without_gpus(given: argparse.Namespace) -> None:
+    """Start one process, or on CPUs as many as are asked for, as on GPUs; Accelerate's own would start a single one."""
+    from accelerate.commands.launch import multi_gpu_launcher
+
+    on_cpus = given.cpu or getattr(given, "use_cpu", False)  # by an option, or by the file of `accelerate config`
+    if on_cpus and given.mpirun_hostfile is None and (given.num_processes or 1) > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        multi_gpu_launcher(given)
+    else:
+        one_process(given)
 
 
 def one_process(given: argparse.Namespace) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,22 @@ def shares(correct: Tensor, total: Tensor, absent: Tensor) -> Tensor:
     return torch.where(absent, known.sum() / (~absent).sum(), known)
 
 
+def redistributed_results(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """The `ClassAccuracy.state_dict` of process `rank` of `world_size`, of those that other processes had, by rank.
+
+    Every image keeps its latest result. With `refresh: rolling` an image at the edge of a slice may once be scored one
+    call later than the window says.
+    """
+    found = dict(states[0])
+    for name, of_first in states[0].items():
+        if isinstance(of_first, Tensor):  # of each image of a process, as its share is taken in ClassAccuracy
+            values = of_first.new_empty(sum(len(state[name]) for state in states))
+            for place, state in enumerate(states):
+                values[place :: len(states)] = state[name]
+            found[name] = values[rank::world_size].clone()
+    return found
+
+
 class ClassAccuracy(Replayable):
     """Scores the meta set with the current network and reports the accuracy of each class.
 
@@ -98,7 +115,7 @@ class ClassAccuracy(Replayable):
         absent = total == 0
         self.absent = absent if absent.any() else None
         order = stratified_order(labels)
-        mine = order[self.reducer.rank :: self.reducer.world_size]
+        mine = order[self.reducer.rank :: self.reducer.world_size]  # see `redistributed_results`
         share = images[mine] if isinstance(images, Tensor) else images(order)
         self.images = share.contiguous(memory_format=torch.channels_last)
         self.labels = labels[mine]

@@ -55,14 +55,19 @@ def check_head_init(init: str, model: Classifier) -> None:
         )
 
 
-def init_head(head: Head, init: str, class_means: Callable[[], Tensor]) -> None:
-    """Let a head begin as `model.head_init` says, in place. class_means: gives the mean features (C, D)."""
+def init_head(
+    head: Head, init: str, class_means: Callable[[], Tensor], read: Callable[[str], Tensor] = read_rows
+) -> None:
+    """Let a head begin as `model.head_init` says, in place.
+
+    class_means: gives the mean features (C, D). read: gives the rows of a file.
+    """
     if init == CLASS_MEAN:
         set_head(head, class_means(), means=True)
     elif init == ZEROS:
         set_head(head, torch.zeros(head.out_features, head.in_features), means=False)
     else:
-        set_head(head, read_rows(init), means=False)
+        set_head(head, read(init), means=False)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from fastlt.device.host_memory import keep_freed_memory
 from fastlt.recipe import Recipe
 from fastlt.run.dataset import prepare_dataset
 from fastlt.run.features import Features
-from fastlt.run.inputs import InputsRecord, read_inputs
-from fastlt.run.main_process import on_main
+from fastlt.run.inputs import InputsRecord, check_same_data, read_inputs
+from fastlt.run.main_process import on_main, on_nodes
+from fastlt.run.processes import Processes, connect
 from fastlt.run.recorded import recorded_inputs
 from fastlt.state import ClassCounts
 from loaders.stored.dataset import ConvertedDataset
@@ -28,8 +28,9 @@ from loaders.stored.unconverted import UnconvertedDataset
 
 @dataclass(frozen=True)
 class RunContext:
-    """A recipe, and the machine and the data set on which this process trains it.
+    """A recipe, and the machines and the data set on which the processes train it.
 
+    processes: where they are, and what they know of each other.
     compile: the recipe's `compile` on this device: "none", "inductor" or "cudagraph".
     counts: of the training split, with the recipe's shots.
     inputs: which images and weights these are.
@@ -38,6 +39,7 @@ class RunContext:
 
     recipe: Recipe
     accelerator: Accelerator
+    processes: Processes
     device: torch.device
     reducer: Reducer
     compile: str
@@ -65,6 +67,11 @@ class RunContext:
         if self.main:
             tqdm.write(text)
 
+    @property
+    def local_world_size(self) -> int:
+        """How many processes of the run are on this one's node, itself among them."""
+        return len(self.processes.on_node)
+
 
 def with_recipe(context: RunContext, recipe: Recipe) -> RunContext:
     """The same surroundings for another recipe on the same data, with the generators seeded as for its own run."""
@@ -73,30 +80,25 @@ def with_recipe(context: RunContext, recipe: Recipe) -> RunContext:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's view of the processes of a run; connects them. ValueError when it has not connected all."""
-    accelerator = Accelerator(
+    """Accelerate's view of the processes of a run; connects them. ValueError as `connect`."""
+    connect()
+    return Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=[*recipe.trackers] or None,
         project_dir=str(recipe.folder),
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > accelerator.num_processes == 1:
-        raise ValueError(
-            f"{started} processes were started, but torch sees no GPU here and each would train by itself: launch one "
-            "process, or set ACCELERATE_USE_CPU=true to train with several on the CPU"
-        )
-    return accelerator
 
 
 def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
     """Set this process up for a recipe: threads, memory, seed, and its data set, converted where it is small.
 
-    ValueError as `prepare_dataset`.
+    ValueError as `prepare_dataset`, and where the data set of another machine has other images.
     """
     # Accelerate numbers CPUs by process, and torch cannot read a checkpoint back to a device "cpu:1".
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+    processes = connect()
     reducer = Reducer(accelerator.process_index, accelerator.num_processes)
-    _set_threads(recipe.num_threads, device, reducer.world_size)
+    _set_threads(recipe.num_threads, device, processes.cores)
     if device.type == "cpu":
         keep_freed_memory()
     else:
@@ -104,9 +106,11 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
     set_seed(recipe.seed)
     dataset = prepare_dataset(recipe.data, accelerator)
     inputs = on_main(accelerator, lambda: read_inputs(recipe, dataset, recorded_inputs(recipe.folder), tqdm.write))
+    on_nodes(processes, lambda: check_same_data(dataset, inputs, tqdm.write))
     return RunContext(
         recipe=recipe,
         accelerator=accelerator,
+        processes=processes,
         device=device,
         reducer=reducer,
         compile=mode_for(recipe.compile, device, reducer.world_size),
@@ -116,9 +120,9 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
     )
 
 
-def _set_threads(asked: int | None, device: torch.device, processes: int) -> None:
-    """All usable cores for the arithmetic on a CPU; `accelerate launch` would leave one."""
+def _set_threads(asked: int | None, device: torch.device, cores: int) -> None:
+    """All of this process's cores for the arithmetic on a CPU; `accelerate launch` would leave one."""
     if asked is not None:
         torch.set_num_threads(asked)
     elif device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(cores)

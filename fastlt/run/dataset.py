@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from fastlt.recipe import CHOICE_KEYS, DataRecipe
-from fastlt.run.main_process import on_main
+from fastlt.run.main_process import on_main, on_nodes
+from fastlt.run.processes import connect
 from loaders.readers import BACKENDS, formats_for
 from loaders.sources import SOURCES, Source, open_source
 from loaders.sources.cut import split_text
@@ -80,7 +81,7 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
 
 
 def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedDataset | UnconvertedDataset:
-    """The data set of a recipe; a small source is converted by the main process when it is absent.
+    """The data set of a recipe; a small source is converted when it is absent, once on each machine that lacks it.
 
     ValueError, on every process, when there is none and it is not small, when the folder holds another one, or when
     the source cannot be read.
@@ -89,6 +90,7 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
         return on_main(accelerator, lambda: _read_source(data))
     folder = Path(data.converted) if data.converted else default_folder(data)
     on_main(accelerator, lambda: ensure_converted(data, folder))
+    on_nodes(connect(), lambda: ensure_converted(data, folder))
     return ConvertedDataset.open(folder)
 
 

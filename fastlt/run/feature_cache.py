@@ -51,7 +51,7 @@ def compute_features(context: RunContext, model: Classifier) -> Features:
     width = model.head.in_features
     rows = views * (counts["train"] + counts["meta"]) + sum(counts[split] for split in evaluated)
     needed = 4 * width * rows
-    free = free_share(context.device, context.reducer.world_size)
+    free = free_share(context.device, context.local_world_size)
     if needed > MOST_OF_MEMORY * free:
         raise ValueError(
             f"data.cached_views: is {views}, whose features take {readable(needed)}, and {readable(free)} of memory "

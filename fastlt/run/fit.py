@@ -17,10 +17,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from fastlt.device.random_states import random_states, restore_random_states
-from fastlt.recipe import load_recipe
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import result_table
-from fastlt.run.preflight import prepare
+from fastlt.run.preflight import prepare, read_recipe
+from fastlt.run.processes import connect
 from fastlt.run.result import recorded_result
 from fastlt.run.stopping import Interrupted, StoppingInside
 from fastlt.run.trainer import Trainer
@@ -49,7 +49,8 @@ def fit(recipe: str | Path, *overrides: str) -> FinishedRun:
     ValueError for a mistake in the recipe or the data and for a full disk, FloatingPointError when numbers are not
     finite any more, ReaderError, a RuntimeError, for images that cannot be read on. A signal, such as a notebook's
     interrupt, lets the iteration finish and a checkpoint be saved, and is then raised anew: Ctrl-C is a
-    KeyboardInterrupt. The same call goes on from there.
+    KeyboardInterrupt. The same call goes on from there. Of several processes that a launcher has started, an error of
+    one is raised in that one, and ends the others with its message.
     """
     if not _one_at_a_time.acquire(blocking=False):
         raise ValueError("another run is being trained in this process: wait for its end, or start a process for it")
@@ -64,7 +65,20 @@ def fit(recipe: str | Path, *overrides: str) -> FinishedRun:
 
 
 def _fit(recipe: str | Path, overrides: tuple[str, ...]) -> FinishedRun:
-    loaded = load_recipe(recipe, overrides)
+    processes = connect()
+    try:
+        return _fit_here(recipe, overrides)
+    except BaseException as error:
+        failure = processes.first_failure(error)
+        if failure is None or failure.rank == processes.rank:
+            raise
+        raise RuntimeError(str(failure)) from None
+    finally:
+        processes.close()
+
+
+def _fit_here(recipe: str | Path, overrides: tuple[str, ...]) -> FinishedRun:
+    loaded = read_recipe(recipe, overrides)
     trainer = None
     try:
         context = prepare(loaded)

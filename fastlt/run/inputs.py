@@ -75,3 +75,19 @@ def read_inputs(
     # A file that is not there is refused with the model.
     pretrained = file_sha256(Path(weights)) if weights is not None and Path(weights).is_file() else None
     return InputsRecord(RunInputs(data, pretrained), dataset.stamps())
+
+
+def check_same_data(
+    dataset: ConvertedDataset | UnconvertedDataset, of_main: InputsRecord, say: Callable[[str], object]
+) -> None:
+    """ValueError unless the data set, as it lies on this machine, is that of the main process.
+
+    Read as in `read_inputs`; files with the stamps that they have there are known.
+    """
+    here = dataset.identity(of_main.inputs.data, of_main.stamps, say=say)
+    wrong = here.differences(of_main.inputs.data)
+    if wrong:
+        raise ValueError(
+            f"{dataset.root} is not the data set that process 0 has at this path:\n  " + "\n  ".join(wrong) + "\ncopy "
+            "that one here, or convert the same images in the same way"
+        )

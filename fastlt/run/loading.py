@@ -21,7 +21,6 @@ from loaders.factory import RESIDENT_SHARE, make_loader, streaming_backend
 from loaders.order.crop import CropSpec
 from loaders.protocol import BatchLoader
 from loaders.readers import AUTO
-from loaders.readers.base_loader import default_workers
 from loaders.readers.free_memory import free_share
 from loaders.readers.two_views import TwoViewLoader
 
@@ -137,7 +136,7 @@ def is_streamed(context: RunContext, stage: StageRecipe) -> bool:
     world_size = context.reducer.world_size
     share = -(-len(context.dataset.labels("meta")) // world_size)
     pixels = 3 * share * evaluation_side(context.recipe.data, "meta") ** 2
-    return pixels > RESIDENT_SHARE * free_share(context.device, world_size)
+    return pixels > RESIDENT_SHARE * free_share(context.device, context.local_world_size)
 
 
 def open_loader(
@@ -160,7 +159,6 @@ def open_loader(
     """
     data = context.recipe.data
     rank, world_size = (0, 1) if whole else (context.reducer.rank, context.reducer.world_size)
-    share = default_workers(context.reducer.world_size)  # also of a process that reads as if it were alone
     if context.features is not None:
         return FeatureLoader(
             context.features.of(split, train=train),
@@ -185,8 +183,9 @@ def open_loader(
         seed=context.recipe.seed,
         rank=rank,
         world_size=world_size,
+        local_world_size=context.local_world_size,
         view=view,
-        num_workers=share if whole and data.num_workers is None else data.num_workers,
+        num_workers=context.processes.cores if data.num_workers is None else data.num_workers,
         classes=classes,
         dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         keep_last=keep_last,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
@@ -15,14 +17,15 @@ from fastlt.models import Classifier, build_model, check_padded_pooling
 from fastlt.models.head_init import check_head_init
 from fastlt.models.pretrained import check_reachable
 from fastlt.names import shortened
-from fastlt.recipe import Recipe, StageRecipe, unlike_model
+from fastlt.recipe import Recipe, StageRecipe, load_recipe, unlike_model
 from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.cost import scoring, theta
 from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
 from fastlt.run.loading import augmentations, batch_size, crop_spec, evaluation_side, stage_classes
 from fastlt.run.lock import lock_folder, unlock_folder
-from fastlt.run.main_process import on_main
+from fastlt.run.main_process import on_main, on_nodes
 from fastlt.run.network import check_network, meta_steps
+from fastlt.run.processes import connect
 from fastlt.run.recorded import changed, is_complete, readable_result, recorded_inputs, recorded_recipe
 from fastlt.run.trackers import check_trackers
 from fastlt.state import ShotRanks
@@ -36,6 +39,12 @@ SOME_CLASSES = 10  # of a network that is built before the data set is known
 log = logging.getLogger(__name__)
 
 
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a user names, as the main process finds it, on every process. RecipeError as `load_recipe`."""
+    connect()
+    return on_main(PartialState(), lambda: load_recipe(path, overrides))
+
+
 def prepare(recipe: Recipe) -> RunContext:
     """The context of a run, after all checks that do without the model. ValueError for what they refuse.
 
@@ -45,6 +54,8 @@ def prepare(recipe: Recipe) -> RunContext:
     accelerator = make_accelerator(recipe)
     on_main(accelerator, lambda: check_trained_part(recipe))
     on_main(accelerator, lambda: claim_folder(recipe))
+    main_has_it = on_main(accelerator, lambda: holds_run(recipe.folder))
+    on_nodes(connect(), lambda: check_run_is_on_main(recipe.folder, main_has_it))
     context = make_context(recipe, accelerator)
     on_main(accelerator, lambda: check_inputs(context))
     check_dataset(context)
@@ -52,6 +63,20 @@ def prepare(recipe: Recipe) -> RunContext:
     for warning in absent_classes(context.counts.names, context.inputs.inputs.data.class_counts):
         context.say(warning)
     return context
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run can go on in a folder, or is finished there."""
+    return is_finished(folder) or bool(versions(last_checkpoint(folder)))
+
+
+def check_run_is_on_main(folder: Path, main_has_it: bool) -> None:
+    """ValueError for a run that is on this machine and not on that of the main process, which would begin it anew."""
+    if holds_run(folder) and not main_has_it:
+        raise ValueError(
+            f"{folder} holds a run, and on the machine of process 0 there is none: start the command so that process 0 "
+            "is on this machine, bring the folder there, or choose another name=..."
+        )
 
 
 def claim_folder(recipe: Recipe) -> None:
@@ -112,7 +137,7 @@ def check_inputs(context: RunContext) -> None:
     folder = context.folder
     before = recorded_inputs(folder)
     if before is None:
-        if is_finished(folder) or versions(last_checkpoint(folder)):
+        if holds_run(folder):
             context.say(f"{folder} was made by a version that kept no record of its data: they cannot be compared")
         return
     wrong = context.inputs.inputs.differences(before.inputs)
@@ -208,7 +233,7 @@ def _check_loader(context: RunContext, split: str, *, train: bool) -> tuple[int,
         device=context.device,
         train=train,
         crop=crop_spec(context.recipe.data, split, train=train),
-        world_size=context.reducer.world_size,
+        local_world_size=context.local_world_size,
     )
 
 
@@ -244,7 +269,8 @@ def check_model(context: RunContext, model: Classifier) -> None:
         check_padded_pooling(model, context.device)
     check_network(recipe, model, context.reducer.world_size)
     if recipe.model.head_init is not None:
-        check_head_init(recipe.model.head_init, model)
+        init = recipe.model.head_init
+        on_main(context.accelerator, lambda: check_head_init(init, model))
     for name, stage in recipe.stages.items():
         kind = STEPS[stage.method]
         first = len(recipe.lineage(stage)) == 1

@@ -16,6 +16,7 @@ from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
 from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_folder, predictions_file, result_file
+from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
 from fastlt.run.recorded import is_complete, readable_result
 from loaders.factory import format_read
@@ -23,11 +24,11 @@ from loaders.stored.as_stored import Storage
 
 
 def recorded_result(context: RunContext) -> dict[str, Any] | None:
-    """The result of a run that is finished; None while there is something to train or to measure."""
-    if not is_complete(context.recipe):
-        return None
-    result = read_json(result_file(context.folder))
-    context.say(f"{context.folder} is finished; nothing is left to do")
+    """The result of a run that is finished, on every process; None while there is something to train or to measure."""
+    recipe, path = context.recipe, result_file(context.folder)
+    result = on_main(context.accelerator, lambda: read_json(path) if is_complete(recipe) else None)
+    if result is not None:
+        context.say(f"{context.folder} is finished; nothing is left to do")
     return result
 
 

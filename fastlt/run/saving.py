@@ -20,8 +20,9 @@ from fastlt.run.background import BackgroundSaves
 from fastlt.run.context import RunContext
 from fastlt.run.folder import divergence_file, last_checkpoint, recipe_file, stage_checkpoint, versions
 from fastlt.run.inputs import RunInputs
-from fastlt.run.main_process import on_main
+from fastlt.run.main_process import from_main, on_main
 from fastlt.run.progress import Progress
+from fastlt.run.redistribution import redistributed
 from fastlt.steps import Step
 from loaders.stored.damage import DamageError
 
@@ -101,18 +102,12 @@ class Checkpoints:
         self.background.close()
 
     def _load(self, path: Path) -> dict[str, Any]:
-        """The newest whole version of a file; every process reads the one that the main process found.
+        """The newest whole version of a file, which the main process reads and sends to the others.
 
         ValueError, on every process, when there is none.
         """
-        context, read = self.context, {}
-
-        def newest() -> Path:
-            found, read["state"] = checkpoint.load_newest(path, context.device, set_aside=True)
-            return found
-
-        found = on_main(context.accelerator, newest)
-        return read["state"] if read else checkpoint.load(found, context.device)
+        device = self.context.device
+        return from_main(self.context.accelerator, lambda: checkpoint.load_newest(path, device, set_aside=True)[1])
 
     def _save(self, path: Path, state: dict[str, Any], then: Callable[[], object] | None = None) -> None:
         """Let a file be written on the main process; the others learn of the ValueError of an earlier one.
@@ -156,22 +151,20 @@ class Checkpoints:
             self.saved = saved
 
     def load_last(self) -> SavedRun | None:
-        """The run to resume, if there is one; ValueError when it is damaged or of another number of processes."""
+        """The run to resume, if there is one; ValueError when it is damaged.
+
+        For another number of processes than saved it, see `redistributed`.
+        """
         context, path = self.context, last_checkpoint(self.context.folder)
         if not on_main(context.accelerator, lambda: bool(versions(path))):
             return None
         state = self._load(path)
-        if len(state["processes"]) != context.reducer.world_size:
-            raise ValueError(
-                f"{path} was saved by {len(state['processes'])} processes, this run has {context.reducer.world_size}: "
-                "launch as many as before, or choose another name=..."
-            )
         told = self._check_origin(path, state)
         progress = Progress(**state["progress"], class_weights=state["class_weights"])
         self.saved = state["stage_name"], progress.iteration
         self._check_best(state["stage_name"], progress)
         context.say(f"resuming {context.folder} at iteration {progress.iteration} of stage {state['stage_name']}")
-        mine = state["processes"][context.reducer.rank]
+        mine = self._own_state(state["processes"], progress)
         return SavedRun(
             progress=progress,
             shared=state["step"],
@@ -183,6 +176,18 @@ class Checkpoints:
             average=state.get("average", {}),
             average_buffers=mine.get("average_buffers", {}),
         )
+
+    def _own_state(self, processes: list[dict[str, Any]], progress: Progress) -> dict[str, Any]:
+        """What this process has to itself, of what the processes had that saved a checkpoint."""
+        context, before = self.context, len(processes)
+        rank, now = context.reducer.rank, context.reducer.world_size
+        if before == now:
+            return processes[rank]
+        context.say(
+            f"{before} processes saved it, {now} go on: the batches stay the same, augmentations are drawn anew, and "
+            "running statistics are the means over the processes before"
+        )
+        return redistributed(processes, rank, now, seed=context.recipe.seed, done=progress.done)
 
     def _check_origin(self, path: Path, state: dict[str, Any]) -> list[str]:
         """ValueError for the checkpoint of another run; returns the changes of the recipe that a result has to tell of.

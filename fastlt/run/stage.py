@@ -37,6 +37,7 @@ from fastlt.run.loading import (
     read_share,
     stage_classes,
 )
+from fastlt.run.main_process import from_main
 from fastlt.run.optimizers import set_learning_rate, stage_optimizer
 from fastlt.run.progress import PlannedStage
 from fastlt.run.trained import network_of
@@ -159,11 +160,46 @@ def planned(context: RunContext) -> list[PlannedStage]:
 
 
 def new_model(context: RunContext) -> Classifier:
-    """The recipe's model as a first stage gets it."""
-    recipe = context.recipe
-    model = build_model(**vars(recipe.model), num_classes=context.counts.num_classes, image_size=recipe.data.image_size)
+    """The recipe's model as a first stage gets it, the same on every process."""
+    recipe, classes = context.recipe, context.counts.num_classes
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    return model.to(context.device).to(memory_format=memory_format)
+
+    def build(weights: bool) -> Classifier:
+        asked = vars(recipe.model) if weights else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
+        model = build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
+        return model.to(context.device).to(memory_format=memory_format)
+
+    if not recipe.model.pretrained and recipe.model.checkpoint is None:
+        return build(True)
+    model = _with_weights_of_main(context, build)
+    # Building with weights may have drawn other numbers than building without.
+    torch.set_rng_state(from_main(context.accelerator, torch.get_rng_state))
+    return model
+
+
+def _with_weights_of_main(context: RunContext, build: Callable[[bool], Classifier]) -> Classifier:
+    """A model whose weights the main process reads or fetches, and sends to the others. ValueError, on every process.
+
+    build: makes it, with its weights or with random ones.
+    """
+    of_main: list[Classifier] = []
+
+    def read() -> dict[str, Any]:
+        of_main.append(build(True))
+        model = of_main[0]
+        return {
+            "weights": model.state_dict(),
+            "head_is_trained": model.head_is_trained,
+            "frozen_part": model.frozen_part,
+        }
+
+    state = from_main(context.accelerator, read)
+    if of_main:
+        return of_main[0]
+    model = build(False)
+    model.load_state_dict(state["weights"])
+    model.head_is_trained, model.frozen_part = state["head_is_trained"], state["frozen_part"]
+    return model
 
 
 def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) -> Classifier:
@@ -190,10 +226,18 @@ def prepare_model(context: RunContext, model: Classifier, stage: StageRecipe) ->
 def stage_model(context: RunContext, name: str) -> StageModel:
     """The model that an earlier stage left, by its `select`."""
     recipe, path = context.recipe, stage_checkpoint(context.folder, context.recipe.stages[name].select, name)
-    if not versions(path):
-        raise ValueError(f"{path} is not there, the model of stages.{name}, which is trained first: run all stages")
-    state = checkpoint.load_newest(path, context.device)[1]
-    model = network_of(recipe, context.counts.num_classes, name, context.device, pretrained=leaves_out_weights(state))
+    classes, device = context.counts.num_classes, context.device
+
+    def read() -> dict[str, Any]:
+        if not versions(path):
+            raise ValueError(f"{path} is not there, the model of stages.{name}, which is trained first: run all stages")
+        return checkpoint.load_newest(path, device)[1]
+
+    def build(weights: bool) -> Classifier:
+        return network_of(recipe, classes, name, device, pretrained=weights)
+
+    state = from_main(context.accelerator, read)
+    model = _with_weights_of_main(context, build) if leaves_out_weights(state) else build(False)
     load_trained_state(model, state)
     return StageModel(model.requires_grad_(False).eval(), stage_classes(context, recipe.stages[name]))
 

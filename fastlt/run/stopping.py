@@ -18,6 +18,7 @@ from fastlt.run.context import RunContext
 from fastlt.state import Batch
 
 WAIT_S = 5.0  # after a signal, for a batch that does not come
+SAME_S = 5.0  # a batch system signals every process, and the launcher passes it on: within this time it is one stop
 POLL_S = 0.5
 
 
@@ -38,7 +39,7 @@ class Stopping:
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
-        self.received = 0
+        self.received, self._received_at = 0, 0.0
         self._waits_since: float | None = None
         self._in_vain = False
         self._left = threading.Event()
@@ -59,9 +60,15 @@ class Stopping:
                 if self._waits_since is not None:
                     raise WaitedInVain
                 return
+            peers = self.context.processes.peers
+            if peers is not None and peers.noticed.is_set():
+                return  # another process has failed, and the launcher ends the others
             if self.received:
-                self.end_at_once(number)
-            self.received = number
+                launched = self.context.reducer.world_size > 1
+                if not launched or time.monotonic() - self._received_at > SAME_S:
+                    self.end_at_once(number)
+                return
+            self.received, self._received_at = number, time.monotonic()
             self.context.say("stopping after this iteration; a checkpoint will be saved")
             threading.Thread(target=self._end_waits, daemon=True, name="end-waits").start()
 

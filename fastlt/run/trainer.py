@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from fastlt.device.compiled import ready
 from fastlt.device.openmp import why_neighbours_slow
-from fastlt.models.head_init import init_head
+from fastlt.models.head_init import init_head, read_rows
 from fastlt.models.trained_state import check_frozen_part
 from fastlt.recipe import unlike_model
 from fastlt.run.checkpoint import write_atomically, write_json
@@ -28,7 +29,7 @@ from fastlt.run.folder import class_history_file, inputs_file, log_file, predict
 from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import RunLog, StageBar, percent, shot_means
-from fastlt.run.main_process import on_main
+from fastlt.run.main_process import from_main, on_main
 from fastlt.run.model_folder import save_run_model
 from fastlt.run.network import advice_on_network
 from fastlt.run.predictions import Predictions, write_predictions
@@ -122,6 +123,7 @@ class Trainer:
         self.trackers.log("test", list(measured.values())[-1]["test"], self.progress.done)
         on_main(context.accelerator, lambda: write_json(result_file(context.folder), result))
         on_main(context.accelerator, lambda: save_run_model(context))
+        context.processes.close()
         context.accelerator.end_training()
         return result
 
@@ -187,7 +189,7 @@ class Trainer:
         init = self.context.recipe.model.head_init
         if new_head and init is not None:
             self.stopwatch.start()
-            init_head(self.model.head, init, lambda: self.evaluation.class_means(self.model))
+            init_head(self.model.head, init, lambda: self.evaluation.class_means(self.model), self._read_rows)
             self.stopwatch.lap()
         return build_stage(
             self.context,
@@ -196,6 +198,9 @@ class Trainer:
             training_images=self.evaluation.training_images,
             backends=backends,
         )
+
+    def _read_rows(self, path: str) -> Tensor:
+        return from_main(self.context.accelerator, lambda: read_rows(path))
 
     def _run_stage(self, name: str) -> None:
         try:

@@ -16,7 +16,7 @@ from loaders.stored.forked_workers import available_cores
 class BaseLoader:
     """A BatchLoader but for its batches: a subclass opens its split after this constructor, and gives `epoch`.
 
-    num_workers: threads or processes; None takes the cores of this job over its processes.
+    num_workers: threads or processes; None takes all cores that this process may use.
     Raises ValueError for fewer workers than the backend can do with.
     """
 
@@ -28,14 +28,14 @@ class BaseLoader:
     def __init__(self, plan: EpochPlan, device: torch.device | str, num_workers: int | None = None) -> None:
         self.plan, self.device = plan, torch.device(device)
         self.batch_size, self.num_samples = plan.batch_size, plan.num_samples
-        self.workers = default_workers(plan.world_size) if num_workers is None else num_workers
+        self.workers = default_workers() if num_workers is None else num_workers
         if self.workers < BACKENDS[self.backend].fewest_workers:
             raise ValueError(f"num_workers {num_workers} for the {self.backend!r} backend: {self.workers_advice}")
         self._labels = torch.from_numpy(plan.labels).to(self.device)
 
     @classmethod
-    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
-        """ValueError when the loader could not be made, asked before any process has filled memory."""
+    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device, processes: int) -> None:
+        """ValueError when so many processes of this machine could not make the loader; none has filled memory yet."""
 
     def __len__(self) -> int:
         return self.plan.num_batches
@@ -49,6 +49,6 @@ class BaseLoader:
         raise NotImplementedError
 
 
-def default_workers(world_size: int) -> int:
-    """Workers for one process: the cores this job may use, shared by its processes."""
-    return max(1, available_cores() // world_size)
+def default_workers(processes: int = 1) -> int:
+    """Workers for one of so many processes that share the cores which this one may use."""
+    return max(1, available_cores() // processes)

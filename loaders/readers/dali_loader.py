@@ -51,7 +51,7 @@ class DaliLoader(HostLoader):
     photographs cut to 224 pixels the two differ by 1 level of 255 on average. For evaluation they are resized on the
     host, with the other backends' own kernel. Only what the rectangle needs of a JPEG is decoded.
 
-    num_workers: DALI's CPU threads; None takes the cores of this job over its processes.
+    num_workers: DALI's CPU threads; None takes all cores that it may use.
     augment: DALI's automatic augmentation of training images after the crop. Its random numbers come from (seed,
         epoch), so an epoch that is resumed first passes over the batches before it, with tiny images in their place.
     A damaged image raises DamageError naming it, unless the damage lies beyond the rectangle.

@@ -87,7 +87,7 @@ def _compiled_loop() -> Callable[..., int]:
 class FfcvLoader(HostLoader):
     """BatchLoader over a .beton file, read through the operating system's page cache.
 
-    num_workers: decoding threads; None takes the cores of this job over its processes.
+    num_workers: decoding threads; None takes all cores that it may use.
     The first batch of a process waits some seconds for numba to compile the decoder.
     A damaged image raises DamageError naming it; an exception in a thread and a decoder silent for ten minutes raise
     RuntimeError naming the file.

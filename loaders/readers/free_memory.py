@@ -21,9 +21,9 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
-def free_share(device: torch.device, world_size: int) -> int:
-    """What one of a job's processes may take of it: each has a GPU of its own, but on a CPU all share the memory."""
-    return free_bytes(device) // (world_size if device.type == "cpu" else 1)
+def free_share(device: torch.device, processes: int) -> int:
+    """What one of so many processes of this machine may take: each has a GPU of its own, but all share the memory."""
+    return free_bytes(device) // (processes if device.type == "cpu" else 1)
 
 
 def readable(num_bytes: int) -> str:

@@ -90,11 +90,11 @@ class ResidentJpegLoader(DaliLoader):
         augment: DaliAugment | None = None,
     ) -> None:
         check_files(stored)
-        workers = default_workers(plan.world_size) if num_workers is None else max(1, num_workers)
+        workers = default_workers() if num_workers is None else max(1, num_workers)
         super().__init__(HeldFiles(stored, workers), plan, device, num_workers, augment)
 
     @classmethod
-    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device, processes: int) -> None:
         """See BaseLoader; every process holds the files."""
         assert isinstance(stored, Beton | TarShards), stored
-        check_files(stored, plan.world_size)
+        check_files(stored, processes)

@@ -42,9 +42,9 @@ class ResidentLoader(BaseLoader):
         self._pixels = None if ragged else _fill(stored, plan.crop, self.device, self.workers, _kept(plan))
 
     @classmethod
-    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device) -> None:
+    def check(cls, stored: StoredSplit, plan: EpochPlan, device: torch.device, processes: int) -> None:
         """See BaseLoader; every process on a CPU holds the pixels."""
-        check_pixels(stored, plan, device, plan.world_size)
+        check_pixels(stored, plan, device, processes)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """See BatchLoader; the order is moved to the device once, and nothing waits for that."""

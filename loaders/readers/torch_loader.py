@@ -90,7 +90,7 @@ class TorchLoader(HostLoader):
     """BatchLoader over torch.utils.data.DataLoader worker processes.
 
     num_workers: processes, which import the main module: a script needs its `if __name__ == "__main__"`. 0 reads in
-        this process; None takes the cores of this job over its processes.
+        this process; None takes all cores that it may use.
     A damaged image raises DamageError naming it. A worker that died, was stopped, found no room in shared memory or was
     silent for ten minutes raises ReaderError, the first three within ten seconds. Workers end with this process.
     """

@@ -243,7 +243,7 @@ def test_launched_training_refuses_a_recipe_in_one_line_and_with_code_2(tmp_path
 
 
 def test_launched_processes_refuse_a_recipe_once(tmp_path):
-    words = ["--multi_gpu", *LAUNCH[4:], "--num_processes", "2", "digits_lt", "seed=x", f"runs={tmp_path}"]
+    words = ["--cpu", *LAUNCH[4:], "--num_processes", "2", "digits_lt", "seed=x", f"runs={tmp_path}"]
     done = subprocess.run([*LAUNCH[:4], *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["fastlt: seed: is a string ('x'); allowed: an integer"]

@@ -31,9 +31,10 @@ LAYERS = [
 ]
 # Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
 RUN_LAYERS = [
-    {"cost", "features", "finite", "folder", "inputs", "main_process", "metrics", "network", "progress", "schedule"}
-    | {"shifted_crops"},
-    {"checkpoint", "dataset", "lock"},
+    {"cost", "features", "finite", "folder", "inputs", "metrics", "network", "processes", "progress", "redistribution"}
+    | {"schedule", "shifted_crops"},
+    {"checkpoint", "lock", "main_process"},
+    {"dataset"},
     {"appended_file", "background"},
     {"class_history", "divergence", "predictions"},
     {"recorded"},

@@ -323,7 +323,7 @@ def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
     arguments = {"backend": "resident", "device": "cpu", "train": True, "crop": CropSpec("none")}
     assert check_loader(small, "train", **arguments) == (16, 16)
     with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
-        check_loader(small, "train", **arguments, world_size=2)
+        check_loader(small, "train", **arguments, local_world_size=2)
     monkeypatch.setattr(free_memory, "free_bytes", lambda device: COUNT * 16 * 16 * 3 - 1)
     with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
         make(small, "resident")
@@ -424,7 +424,7 @@ def test_evaluation_may_have_fewer_images_than_a_batch(small, make):
 
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
     monkeypatch.setattr(base_loader, "available_cores", lambda: 8)
-    assert [base_loader.default_workers(world_size) for world_size in (1, 3, 16)] == [8, 2, 1]
+    assert [base_loader.default_workers(processes) for processes in (1, 3, 16)] == [8, 2, 1]
 
 
 def test_what_goes_to_a_gpu_is_pinned_and_nobody_waits_for_it(monkeypatch):
