@@ -62,7 +62,8 @@ class Peers:
         self.store = dist.PrefixStore(f"fastlt/{run}", _store())
         self.met = 0
         self.noticed = threading.Event()
-        self._failing, self._closed = threading.Event(), threading.Event()
+        self._failing, self._stopped = threading.Event(), threading.Event()
+        self._closed = False
         self._beats = 0
         self._neighbour = (rank + 1) % len(placements)
         self._neighbours_beat, self._beat_since = b"", time.monotonic()
@@ -94,6 +95,7 @@ class Peers:
             return self._store_is_gone()
         finally:
             self.noticed.set()
+            self._stop_watching()
 
     def tell(self, failure: Failure) -> None:
         """Print the failure, in one process of each node: in the one that failed, if it can."""
@@ -111,13 +113,18 @@ class Peers:
 
     def close(self) -> None:
         """This process has nothing more to do with the others; they may end before it, and it before them."""
-        if self._closed.is_set():
+        if self._closed:
             return
-        self._closed.set()
-        self._thread.join()
+        self._closed = True
+        self._stop_watching()
         with suppress(RuntimeError):
             self.store.set(_beat_of(self.rank), ENDED)
             self._leave("closed")
+
+    def _stop_watching(self) -> None:
+        """End the thread: one that is inside the store while Python ends would abort the process."""
+        self._stopped.set()
+        self._thread.join(WORD_S)
 
     def _host(self, rank: int) -> str:
         return self.placements[rank].host
@@ -184,7 +191,7 @@ class Peers:
 
     def _watch(self) -> None:
         """What the thread does."""
-        while not self._closed.wait(BEAT_S):
+        while not self._stopped.wait(BEAT_S):
             try:
                 self._beats += 1
                 self.store.set(_beat_of(self.rank), str(self._beats))
@@ -194,7 +201,7 @@ class Peers:
             if failure is None or self._failing.is_set():
                 continue
             self.noticed.set()
-            if self._closed.wait(BEFORE_NOTICE_S) or self._failing.is_set():
+            if self._stopped.wait(BEFORE_NOTICE_S) or self._failing.is_set():
                 continue
             if self._speaks(failure):
                 print(file=sys.stderr)  # a progress bar has left its line open

@@ -80,6 +80,8 @@ class Processes:
                 tqdm.write(str(error))
             elif not error.said and self.first_of_node:
                 print_error(error)
+            if self.peers is not None:
+                dist.destroy_process_group()  # its threads would be ended by force with the process, which can abort it
             return error.code
         assert self.peers is not None
         if failure.rank == self.rank and not isinstance(error, Ended):

@@ -109,7 +109,7 @@ def test_the_first_failure_is_that_of_all(ended, told):
 
 def test_a_process_that_was_killed_is_named_by_one_whose_connection_broke(ended, told):
     with processes(TWO_NODES) as everybody:
-        everybody[2]._closed.set()  # its thread has ended, and it has not said so
+        everybody[2]._stopped.set()  # its thread has ended, and it has not said so
         everybody[2]._thread.join()
         failure = everybody[0].fail("RuntimeError: Connection reset by peer", 1, broken=True)
     assert (failure.rank, failure.host, failure.gone, failure.code) == (2, "b", True, 1)
@@ -127,7 +127,7 @@ def test_a_process_without_a_sign_of_life_is_noticed_by_the_one_before_it(ended,
     monkeypatch.setattr(module, "GONE_S", 0.5)
     with processes(ONE_NODE) as (first, second):
         until(lambda: first._neighbours_beat)
-        second._closed.set()
+        second._stopped.set()
         second._thread.join()
         until(lambda: ended)
         assert json.loads(first.store.get("failure"))["rank"] == 1

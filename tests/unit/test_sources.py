@@ -342,7 +342,7 @@ def test_cifar_is_cut_by_both_conventions(tmp_path):
     for convention, n_max, shared in (("paper", 90, False), ("ldam", 100, True)):
         source = open_cifar(SMALL10, tmp_path, convention=convention, **options)
         train, meta = source.splits["train"], source.splits["meta"]
-        counts = np.bincount(train.classes)
+        counts = np.bincount(train.labels)
         assert (counts[0], counts[-1]) == (n_max, n_max // 9)
         assert np.bincount(meta.labels).tolist() == [10] * 10
         assert bool(set(train.rows.tolist()) & set(meta.rows.tolist())) == shared
@@ -366,7 +366,7 @@ def test_digits_hold_out_a_balanced_test_and_meta_set():
     train, meta, test = (source.splits[name] for name in ("train", "meta", "test"))
     assert np.bincount(test.labels).tolist() == [40] * 10
     assert np.bincount(meta.labels).tolist() == [10] * 10
-    counts = np.bincount(train.classes)
+    counts = np.bincount(train.labels)
     assert counts[0] / counts[-1] >= 20
     assert (np.diff(counts) <= 0).all()
     rows = [set(split.rows.tolist()) for split in (train, meta, test)]

@@ -443,8 +443,8 @@ def test_the_command_answers_a_mistake_with_one_message_and_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_may_stand_anywhere_among_the_words(capsys):
-    words = [str(RECIPE), "seed=5", f"{STAGE}.lr=0.2"]
+def test_check_may_stand_anywhere_among_the_words(capsys, tmp_path):
+    words = [str(RECIPE), "seed=5", f"{STAGE}.lr=0.2", f"runs={tmp_path}"]
     for position in range(len(words) + 1):
         assert main([*words[:position], "--check", *words[position:]]) == 0
         printed = capsys.readouterr().out
