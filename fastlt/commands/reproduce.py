@@ -128,7 +128,7 @@ def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace) -> str:
         write_atomically(given.out / f"{name}_rates.md", text.encode())
         return text
     text = markdown(title, cells, given.scale)
-    write_files(given.out, name, text, cells)
+    write_files(given.out, name, text, [cell.as_row() for cell in cells])
     if given.into is not None:
         write_into(given.into, given.table, given.scale, cells)
     return text

@@ -15,8 +15,6 @@ Exit code: 0 done, 1 when a process of the runs ended, 2 for a mistake on the co
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import signal
 import sys
 import time
@@ -31,7 +29,7 @@ from fastlt.reproduce.availability import CIFAR_FILES, find_data
 from fastlt.reproduce.frozen import STAGE, Method, base_recipe, open_context, plan, read_methods, stage_epochs
 from fastlt.reproduce.frozen_pool import Task, make_tasks, run_tasks
 from fastlt.reproduce.frozen_tables import as_record, markdown, rows
-from fastlt.run.checkpoint import write_atomically, write_json
+from fastlt.reproduce.output import write_files
 from fastlt.run.fit import process_as_before
 from loaders.stored.forked_workers import available_cores
 
@@ -78,7 +76,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     factors = (given.imbalance or FACTORS) if is_cifar else (None,)
     named = {f"{recipe.data.source}, imbalance {f:g}" if f else recipe.name: f for f in factors}
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    table = _Table(given.out / ("frozen_ablation" if given.ablation else "frozen"), methods, common)
+    table = _Table(given.out, "frozen_ablation" if given.ablation else "frozen", methods, common)
     try:
         for data, factor in named.items():
             cut = [] if factor is None else [f"data.imbalance_factor={factor:g}"]
@@ -131,11 +129,12 @@ def _tasks(given: argparse.Namespace, methods: Sequence[Method], words: list[str
 class _Table:
     """The files of the table, rewritten now and then while runs end.
 
-    file: without the ending. tasks: by data set, those that have been planned.
+    out, name: the folder, and the names of the files in it without the ending. tasks: by data set, those that have been
+        planned.
     """
 
-    def __init__(self, file: Path, methods: Sequence[Method], common: float) -> None:
-        self.file, self.methods, self.common = file, methods, common
+    def __init__(self, out: Path, name: str, methods: Sequence[Method], common: float) -> None:
+        self.out, self.name, self.methods, self.common = out, name, methods, common
         self.tasks: dict[str, list[Task]] = {}
         self.text = ""
         self.written = 0.0
@@ -147,7 +146,7 @@ class _Table:
             self.write()
 
     def write(self) -> None:
-        """FILE.md, .csv and .json of all results that are there."""
+        """NAME.md, .csv and .json of all results that are there."""
         self.written = time.monotonic()
         records = []
         for data, tasks in self.tasks.items():
@@ -157,10 +156,4 @@ class _Table:
         if not records:
             return
         self.text = markdown("Heads on frozen features", records, self.methods[0].name)
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        write_atomically(self.file.with_suffix(".md"), self.text.encode())
-        write_atomically(self.file.with_suffix(".csv"), buffer.getvalue().encode())
-        write_json(self.file.with_suffix(".json"), records)
+        write_files(self.out, self.name, self.text, records)

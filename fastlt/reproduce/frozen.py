@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from fastlt.models.head_init import init_head
@@ -19,6 +18,7 @@ from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.names import pick
 from fastlt.recipe import Recipe, load_recipe
 from fastlt.recipe.locations import shipped_recipes
+from fastlt.run.background import on_host
 from fastlt.run.context import RunContext, make_accelerator, make_context, with_recipe
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.feature_cache import compute_features
@@ -186,15 +186,9 @@ def _train(stage: Stage, evaluation: Evaluation) -> list[float] | None:
         if stage.recipe.select == "best" and (iteration + 1) % stage.evaluate_every == 0:
             accuracy = evaluation.evaluate(step.model, "meta")["top1"]
             if accuracy >= best:  # of equals the later, as the trainer has it
-                best, best_state = accuracy, _copied(trained_state(step.model))
+                best, best_state = accuracy, on_host(trained_state(step.model))
     if best_state is not None:
         load_trained_state(step.model, best_state)
     assert output is not None
     weights = output.per_class.get("weight")
     return None if weights is None else weights.tolist()
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: _copied(v) if isinstance(v, Mapping) else v.clone() if torch.is_tensor(v) else v for k, v in state.items()
-    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -18,10 +16,9 @@ from typing import Any
 from fastlt.parent_process import end_with_parent
 from fastlt.recipe import load_recipe
 from fastlt.reproduce.frozen import HeadRun, open_context, train_head
-from fastlt.reproduce.plan import not_default
+from fastlt.reproduce.plan import digest, result_digest
 from fastlt.run.checkpoint import read_json, write_json
 from fastlt.run.context import RunContext
-from fastlt.run.fit import process_as_before
 
 
 @dataclass(frozen=True)
@@ -42,20 +39,11 @@ def make_tasks(
     recipe: Path, data_words: Sequence[str], runs: Sequence[HeadRun], context: RunContext, folder: Path
 ) -> list[Task]:
     """The tasks of a data set. A result is found again under the same recipe, words, images and weights alone."""
-    with process_as_before():
-        base = not_default(load_recipe(recipe, data_words))
-    identity = {"recipe": base, "inputs": context.inputs.inputs.to_tree()}
-    for key in ("name", "runs"):
-        base.pop(key, None)
-    base["data"].pop("converted", None)
+    identity = {"recipe": result_digest(load_recipe(recipe, data_words)), "inputs": context.inputs.inputs.to_tree()}
     return [
-        Task(recipe, tuple(data_words), run, folder / f"{_digest({**identity, 'words': run.words})}.json")
+        Task(recipe, tuple(data_words), run, folder / f"{digest({**identity, 'words': run.words}, 16)}.json")
         for run in runs
     ]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None]) -> None:

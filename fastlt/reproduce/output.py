@@ -97,16 +97,15 @@ def _seeds(cell: Cell) -> str:
     return f" ({cell.wanted} seeds)" if cell.wanted > 1 else ""
 
 
-def write_files(out: Path, name: str, text: str, cells: Sequence[Cell]) -> None:
-    """NAME.md, NAME.csv and NAME.json."""
-    rows = [cell.as_row() for cell in cells]
+def write_files(out: Path, name: str, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """NAME.md with the text, and NAME.csv and NAME.json with the rows, which all have the same keys."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out / f"{name}.md", text.encode())
     write_atomically(out / f"{name}.csv", buffer.getvalue().encode())
-    write_json(out / f"{name}.json", rows)
+    write_json(out / f"{name}.json", list(rows))
 
 
 def place(name: str, scale: str) -> str:

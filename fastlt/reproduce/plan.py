@@ -136,7 +136,7 @@ def plan_run(cell: Cell, runs: Path, seed: int) -> Run:
     if not cell.members:
         return _plan_alone(cell, runs, seed)
     members = tuple(_plan_alone(member, runs, seed) for member in cell.members)
-    identity = f"{_digest([m.identity for m in members])}-{seed}"
+    identity = f"{digest([m.identity for m in members])}-{seed}"
     return EnsembleRun(members, identity, f"{cell.recipe}-{identity}")
 
 
@@ -158,8 +158,9 @@ def _plan(path: Path, words: list[str]) -> TrainingRun:
     return TrainingRun(path, tuple(words), recipe, identity, name, first)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+def digest(value: Any, digits: int = 8) -> str:
+    """So many digits that are equal for equal containers."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def result_digest(recipe: Recipe) -> str:
@@ -168,7 +169,7 @@ def result_digest(recipe: Recipe) -> str:
     for key in NOT_IN_NAME:
         section, _, last = key.rpartition(".")
         (tree[section] if section else tree).pop(last, None)
-    return _digest(tree)
+    return digest(tree)
 
 
 def not_default(value: Any) -> Any:
