@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlt.device.openmp import runtime
 from fastlt.recipe.typed_yaml import to_tree
-from fastlt.run.dataset import default_folder
+from fastlt.run.dataset import converted_folder
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
 from fastlt.run.recorded import written_inputs
@@ -73,7 +73,7 @@ def open_member(folder: Path) -> Member:
     """ValueError when the folder holds no finished run or its data set is not there."""
     run = read_finished(folder)
     data = run.recipe.data
-    converted = Path(data.converted) if data.converted else default_folder(data)
+    converted = converted_folder(data)
     dataset, record = ConvertedDataset.open(converted), written_inputs(folder)
     if record is not None:
         wrong = dataset.identity(record.inputs.data, record.stamps, say=print).differences(record.inputs.data)

@@ -6,13 +6,12 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fastlt.recipe import DataRecipe
-from fastlt.run.dataset import default_folder, open_data_source
+from fastlt.run.dataset import converted_folder, open_data_source
 from fastlt.run.predictions import Predictions
 from fastlt.state import ClassCounts
 from loaders.stored import FORMATS
@@ -83,7 +82,7 @@ def test_images(data: DataRecipe, labels: np.ndarray) -> Callable[[int], np.ndar
     labels: int64 (N,), of the test split when the run was tested. ValueError when neither is there any more, or it
     holds other images.
     """
-    folder = Path(data.converted) if data.converted else default_folder(data)
+    folder = converted_folder(data)
     try:
         dataset = ConvertedDataset.open(folder)
     except ValueError as not_converted:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastlt.recipe import DataRecipe, Recipe, StageRecipe
-from fastlt.run.dataset import default_folder
+from fastlt.run.dataset import converted_folder
 from fastlt.steps import STEPS
 from loaders.stored.dataset import ConvertedDataset
 
@@ -29,8 +27,6 @@ def cost(recipe: Recipe, stages: list[StageRecipe]) -> float:
 def training_images(data: DataRecipe) -> int:
     """The size of the training set, where it has been converted."""
     try:
-        return len(
-            ConvertedDataset.open(Path(data.converted) if data.converted else default_folder(data)).labels("train")
-        )
+        return len(ConvertedDataset.open(converted_folder(data)).labels("train"))
     except ValueError:
         return UNKNOWN_SIZE

@@ -14,7 +14,7 @@ from fastlt.recipe import Recipe, is_harmless, load_recipe
 from fastlt.reproduce.cost import cost
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import atomic_file, read_json
-from fastlt.run.dataset import default_folder, ensure_converted
+from fastlt.run.dataset import converted_folder, ensure_converted
 from fastlt.run.folder import last_checkpoint, log_file, result_file
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.recorded import is_complete, readable_result
@@ -72,7 +72,7 @@ class TrainingRun:
         data = self.recipe.data
         if data.convert and SOURCES[data.source].small:
             # Here, once: of several runs that begin at a time, each would want to convert.
-            ensure_converted(data, Path(data.converted) if data.converted else default_folder(data))
+            ensure_converted(data, converted_folder(data))
         if self.first is None or not self.needs:
             return
         last = last_checkpoint(self.first.folder)

@@ -57,6 +57,11 @@ def default_folder(data: DataRecipe) -> Path:
     return Path("data") / f"{data.source}-{digest}"
 
 
+def converted_folder(data: DataRecipe) -> Path:
+    """Where the converted data set of a recipe lies, or is to lie."""
+    return Path(data.converted) if data.converted else default_folder(data)
+
+
 def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = False) -> str:
     """The command that makes the data set a recipe asks for."""
     words = ["fastlt", "convert", data.source, "--out", str(folder)]
@@ -88,7 +93,7 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
     """
     if not data.convert:
         return on_main(accelerator, lambda: _read_source(data))
-    folder = Path(data.converted) if data.converted else default_folder(data)
+    folder = converted_folder(data)
     on_main(accelerator, lambda: ensure_converted(data, folder))
     on_nodes(connect(), lambda: ensure_converted(data, folder))
     return ConvertedDataset.open(folder)
@@ -98,7 +103,7 @@ def existing_dataset(data: DataRecipe) -> ConvertedDataset | UnconvertedDataset:
     """The data set of a recipe as it lies there: nothing is converted or fetched. ValueError when it is not there."""
     if not data.convert:
         return _read_source(replace(data, download=False))
-    return ConvertedDataset.open(Path(data.converted) if data.converted else default_folder(data))
+    return ConvertedDataset.open(converted_folder(data))
 
 
 def _read_source(data: DataRecipe) -> UnconvertedDataset:
