@@ -24,6 +24,7 @@ from loaders.stored.ffcv_kernels import kernels
 
 AHEAD = 2  # batches that are decoded ahead of the one that the network works on
 TASKS = 4  # a batch and a worker: few enough that handing them over costs nothing, and enough that all end together
+COMPILED_FROM = 1000  # images: fewer are decoded before the loop over them is compiled
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,9 @@ def _write(
     images: Sequence[ReadableImage], transform: EvaluationTransform, start: int, pixels: np.ndarray, part: range
 ) -> list[tuple[int, str]]:
     """Decode and cut a part of a batch; (place, reason) of the images that cannot be read."""
-    failed = []
-    for place in part:
-        try:
-            transform.write(images[start + place], pixels[place])
-        except ValueError as error:
-            failed.append((place, str(error)))
-    return failed
+    given = images[start + part.start : start + part.stop]
+    failed = transform.write(given, pixels[part.start : part.stop], compiled=len(images) >= COMPILED_FROM)
+    return [(part.start + place, reason) for place, reason in failed]
 
 
 def _batch(images: Sequence[ReadableImage], start: int, pixels: np.ndarray, failed: list[tuple[int, str]]) -> CutBatch:

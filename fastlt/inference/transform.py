@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from fastlt.augment import normalise
 from loaders.order.crop import CropSpec
 from loaders.sources.decode import read_image_file
-from loaders.stored.as_stored import Storage, cut, pillow_pixels
+from loaders.stored.as_stored import Storage, cut, cut_jpegs, pillow_pixels
 
 ReadableImage = Path | Image.Image | np.ndarray
+JPEG_BYTES = 8 << 20  # of JPEG files that are collected before they are decoded
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,59 @@ class EvaluationTransform:
 
         image: a file, an image of Pillow, or pixels uint8 (H, W, 3) RGB or (H, W) gray.
         """
-        out = np.empty((self.size, self.size, 3), dtype=np.uint8)
-        self.write(image, out)
-        return out
+        out = np.empty((1, self.size, self.size, 3), dtype=np.uint8)
+        for _, reason in self.write([image], out):
+            raise ValueError(reason)
+        return out[0]
 
-    def write(self, image: ReadableImage, out: np.ndarray) -> None:
-        """`pixels` into `out`, uint8 (S, S, 3)."""
-        cut(self._stored(image), self.crop, out)
+    def write(
+        self, images: Sequence[ReadableImage], out: np.ndarray, *, compiled: bool = False
+    ) -> list[tuple[int, str]]:
+        """`pixels` of images into `out`, uint8 (n, S, S, 3); the places and reasons of those that cannot be decoded.
+
+        compiled: whether JPEG files that evaluation decodes by FFCV's function are collected and decoded in one call,
+            with the same pixels. It spares threads waits for the interpreter's lock; the first call compiles it for
+            some seconds.
+        """
+        failed: list[tuple[int, str]] = []
+        jpegs: list[tuple[int, bytes, tuple[int, int]]] = []
+        for place, image in enumerate(images):
+            try:
+                given = read_image_file(image) if isinstance(image, Path) else image
+                size = self.storage.kept_size(given) if compiled and isinstance(given, bytes) else None
+                if isinstance(given, bytes) and size is not None:
+                    jpegs.append((place, given, size))
+                else:
+                    cut(self._stored(given), self.crop, out[place])
+            except ValueError as error:
+                failed.append((place, str(error)))
+            if sum(len(data) for _, data, _ in jpegs) > JPEG_BYTES:
+                failed += self._write_jpegs(jpegs, out)
+                jpegs = []
+        return failed + self._write_jpegs(jpegs, out)
+
+    def _write_jpegs(self, jpegs: list[tuple[int, bytes, tuple[int, int]]], out: np.ndarray) -> list[tuple[int, str]]:
+        """Places in `out`, contents and sizes of JPEG files; as `write`."""
+        if not jpegs:
+            return []
+        places, files, sizes = (list(column) for column in zip(*jpegs, strict=True))
+        pixels = np.empty((len(jpegs), *out.shape[1:]), dtype=np.uint8)
+        failed = []
+        for k in cut_jpegs(files, sizes, self.crop, pixels):
+            try:
+                cut(self._stored(files[k]), self.crop, pixels[k])
+            except ValueError as error:
+                failed.append((places[k], str(error)))
+        out[places] = pixels
+        return failed
 
     def normalise(self, images: Tensor) -> Tensor:
         """float32 (N, 3, S, S), channels_last, from uint8 of the same shape."""
         return normalise(images, self.mean, self.std)
 
-    def _stored(self, image: ReadableImage) -> np.ndarray:
-        if isinstance(image, Path):
-            return self.storage.pixels(read_image_file(image))
+    def _stored(self, image: bytes | Image.Image | np.ndarray) -> np.ndarray:
+        if isinstance(image, bytes):
+            return self.storage.pixels(image)
         return self.storage.scaled(pillow_pixels(image) if isinstance(image, Image.Image) else _rgb(image))
 
 

@@ -9,14 +9,12 @@ small batches are decoded in one go: at 32 pixels, Python's part of a batch take
 
 from __future__ import annotations
 
-import functools
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,62 +24,12 @@ from loaders.order.plan import EpochPlan
 from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.beton import Beton
 from loaders.stored.damage import DamageError
-from loaders.stored.ffcv_kernels import enlarging, keep_torch_threads
-from loaders.stored.image_header import jpeg_size
+from loaders.stored.ffcv_kernels import NONE_DAMAGED, decoding_loop
 
 BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
 PIECE_BYTES = 1 << 20  # what a thread decodes at a time, at most, and at least one image
 BUFFERS_AHEAD = 3  # decoded while the consumer works; more when the threads need more to be busy
 STOP_S = 30.0  # longer than any piece takes to decode
-NONE_DAMAGED = -1
-
-
-@functools.cache
-def _compiled_loop() -> Callable[..., int]:
-    """The decoding of some images, compiled once a process; it runs without the interpreter's lock.
-
-    storage: uint8 (n,), the file.  offsets, sizes, heights, widths: int64 (N,).  is_jpeg: bool (N,).
-    index: int64 (K,).  boxes: int32 (K, 4).  images: uint8 (K, h, w, 3), overwritten.  scratch: uint8, overwritten,
-        long enough for any stored image of the split.
-    Returns the place in `index` of the first image whose JPEG is damaged or of another size, else -1.
-    """
-    with keep_torch_threads():
-        from ffcv.libffcv import imdecode, memcpy, resize_crop
-        from numba import njit
-
-    def compiled(function: Callable) -> Callable[..., Any]:
-        return cast("Callable[..., Any]", njit(function, nogil=True, error_model="numpy"))  # numba's stubs deny that
-
-    decode_c, resize_c, copy_c = compiled(imdecode), compiled(resize_crop), compiled(memcpy)
-    size_of, enlarge = compiled(jpeg_size), enlarging()
-
-    @compiled
-    def loop(storage, offsets, sizes, is_jpeg, heights, widths, index, boxes, images, scratch):
-        for k in range(len(index)):
-            i = index[k]
-            height, width = heights[i], widths[i]
-            top, left, crop_height, crop_width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
-            data = storage[offsets[i] : offsets[i] + sizes[i]]
-            whole = crop_height == height and crop_width == width
-            as_stored = whole and height == images.shape[1] and width == images.shape[2]
-            if is_jpeg[i]:
-                found = size_of(data)
-                if found[0] != height or found[1] != width:
-                    return k
-                image = images[k] if as_stored else scratch[: 3 * height * width].reshape(height, width, 3)
-                if decode_c(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                    return k
-            else:
-                image = data.reshape(height, width, 3)
-            if not as_stored and (crop_height < images.shape[1] or crop_width < images.shape[2]):
-                enlarge(image, top, left, crop_height, crop_width, images[k])
-            elif not as_stored:
-                resize_c(image, top, top + crop_height, left, left + crop_width, images[k])
-            elif not is_jpeg[i]:
-                copy_c(image, images[k])
-        return NONE_DAMAGED
-
-    return loop
 
 
 class FfcvLoader(HostLoader):
@@ -150,7 +98,7 @@ class FfcvLoader(HostLoader):
         if scratch is None:
             scratch = self._scratch.bytes = np.empty(3 * int((split.heights * split.widths).max()), dtype=np.uint8)
         stored = (split.storage, split.offsets, split.sizes, split.is_jpeg, split.heights, split.widths)
-        damaged = _compiled_loop()(*stored, index, boxes, images, scratch)
+        damaged = decoding_loop()(*stored, index, boxes, images, scratch)
         if damaged != NONE_DAMAGED:
             split.image(index[damaged])  # says what is wrong with it
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from loaders.order.crop import CropSpec, crop_boxes
 from loaders.sources.decode import decode_bytes, plain_jpeg, upright_rgb
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.encode import is_short, scaled, stored_sizes
-from loaders.stored.ffcv_kernels import decode_jpeg, resize_crop
+from loaders.stored.ffcv_kernels import NONE_DAMAGED, decode_jpeg, decoding_loop, resize_crop
 from loaders.stored.image_header import jpeg_size
 from loaders.stored.unconverted import UnconvertedDataset
 
@@ -42,16 +44,19 @@ class Storage:
 
     def pixels(self, data: bytes) -> np.ndarray:
         """What a loader reads of an image file's bytes, uint8 (H, W, 3) RGB; ValueError with the reason if damaged."""
-        image = self._kept_jpeg(data)
-        return self.scaled(decode_bytes(data)) if image is None else image
+        size = self.kept_size(data)
+        if size is not None:
+            with contextlib.suppress(ValueError):  # Pillow may pass over the flaw: then the conversion writes it anew
+                return decode_jpeg(np.frombuffer(data, dtype=np.uint8), *size)
+        return self.scaled(decode_bytes(data))
 
     def scaled(self, image: np.ndarray) -> np.ndarray:
         """Pixels uint8 (H, W, 3) in the size in which they are stored."""
         size = np.array([image.shape[:2]], dtype=np.int64)
         return scaled(image, stored_sizes(size, self.max_resolution)[0])
 
-    def _kept_jpeg(self, data: bytes) -> np.ndarray | None:
-        """The pixels of a JPEG file that is kept; None for what is written anew, or damaged."""
+    def kept_size(self, data: bytes) -> tuple[int, int] | None:
+        """(height, width) of a JPEG file that is kept unless its pixels are damaged; None for what is written anew."""
         if not self.keeps_jpeg:
             return None
         try:
@@ -59,16 +64,10 @@ class Storage:
                 return None
         except Exception:  # Pillow's, of many types; `decode_bytes` says which flaw it is
             return None
-        encoded = np.frombuffer(data, dtype=np.uint8)
-        height, width = jpeg_size(encoded.data)
+        height, width = jpeg_size(data)
         if self.max_resolution is not None and max(height, width) > self.max_resolution:
             return None
-        if not is_short(data, height, width):
-            return None
-        try:
-            return decode_jpeg(encoded, height, width)
-        except ValueError:  # Pillow may pass over the flaw: then the conversion writes it anew
-            return None
+        return (height, width) if is_short(data, height, width) else None
 
 
 def pillow_pixels(image: Image.Image) -> np.ndarray:
@@ -81,6 +80,31 @@ def pillow_pixels(image: Image.Image) -> np.ndarray:
 
 def cut(image: np.ndarray, crop: CropSpec, out: np.ndarray) -> None:
     """Write the evaluation's crop of an image, uint8 (H, W, 3), into `out`, uint8 (size, size, 3)."""
-    height, width = (np.array([side]) for side in image.shape[:2])
+    resize_crop(np.ascontiguousarray(image), _boxes(crop, np.array([image.shape[:2]]))[0], out)
+
+
+def cut_jpegs(files: Sequence[bytes], sizes: Sequence[tuple[int, int]], crop: CropSpec, out: np.ndarray) -> list[int]:
+    """Write the evaluation's crops of JPEG files into `out`, uint8 (n, size, size, 3); the places of damaged ones.
+
+    sizes: (height, width), as the headers say. All files are decoded and cut in one compiled call, which gives up the
+    interpreter's lock once: a thread that asks for the lock between two images waits for others.
+    """
+    lengths = np.array([len(data) for data in files])
+    stored = (np.frombuffer(b"".join(files), dtype=np.uint8), np.cumsum(lengths) - lengths, lengths)
+    heights, widths = np.array(sizes, dtype=np.int64).T.copy()
+    is_jpeg, boxes = np.ones(len(files), dtype=bool), _boxes(crop, np.array(sizes))
+    scratch = np.empty(3 * int((heights * widths).max()), dtype=np.uint8)
+    damaged, todo = [], np.arange(len(files))
+    while len(todo):
+        at = decoding_loop()(*stored, is_jpeg, heights, widths, todo, boxes[todo], out[todo[0] :], scratch)
+        if at == NONE_DAMAGED:
+            break
+        damaged.append(int(todo[at]))
+        todo = todo[at + 1 :]
+    return damaged
+
+
+def _boxes(crop: CropSpec, sizes: np.ndarray) -> np.ndarray:
+    """(top, left, height, width) of the evaluation's crops, int32 (n, 4), of images of `sizes`, int64 (n, 2)."""
     assert crop.kind != "random_resized", "evaluation draws nothing at random"
-    resize_crop(np.ascontiguousarray(image), crop_boxes(crop, height, width, np.random.default_rng(0))[0], out)
+    return crop_boxes(crop, sizes[:, 0], sizes[:, 1], np.random.default_rng(0))

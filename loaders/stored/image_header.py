@@ -10,7 +10,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 def jpeg_size(data: Sequence[int]) -> tuple[int, int]:
     """(height, width) from the frame header of a JPEG file, (0, 0) where it has none.
 
-    data: anything that gives bytes by position. `loaders.readers.ffcv_loader` compiles this function, too.
+    data: anything that gives bytes by position. `loaders.stored.ffcv_kernels` compiles this function, too.
     Source: ITU T.81, B.1.1 and B.2.2.
     """
     end, at = len(data), 2

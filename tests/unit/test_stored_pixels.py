@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastlt.inference.transform import EvaluationTransform
 from loaders.factory import format_read, make_loader
 from loaders.order.crop import CropSpec
 from loaders.readers import BACKENDS
@@ -16,6 +17,8 @@ from loaders.sources.decode import read_image_file
 from loaders.stored.as_stored import Storage, cut, pillow_pixels
 from loaders.stored.convert import convert
 from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.ffcv_kernels import decode_jpeg
+from loaders.stored.image_header import jpeg_size
 from loaders.stored.unconverted import UnconvertedDataset
 
 CROP = CropSpec("center", 24)
@@ -127,3 +130,25 @@ def test_a_damaged_file_has_one_reason_however_it_is_stored(folder, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with Image.open(tmp_path / "cut.jpg") as image, pytest.raises(ValueError, match="damaged"):
         pillow_pixels(image)
+
+
+@pytest.mark.parametrize("size", [None, 36], ids=["own", "scaled"])
+def test_images_decoded_in_one_compiled_call_have_the_pixels_of_each_decoded_alone(folder, tmp_path, monkeypatch, size):
+    """Damaged files in between, one that FFCV's decoder refuses and Pillow reads, other formats, and pixels."""
+    whole = (folder / "test/ant/3.jpg").read_bytes()
+    flawed = whole[:-2] + b"\0" * 40 + whole[-2:]  # libjpeg warns of what lies before the end of the image
+    (tmp_path / "flawed.jpg").write_bytes(flawed)
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    images = sorted((folder / "test").rglob("*.*g"))
+    images[2:2] = [tmp_path / "cut.jpg", tmp_path / "flawed.jpg", tmp_path / "missing.jpg", photograph(30, 40, 1)]
+    storage = Storage(keeps_jpeg=True, max_resolution=size)
+    transform = EvaluationTransform(24, CROP, storage, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="damaged"):
+        decode_jpeg(np.frombuffer(flawed, dtype=np.uint8), *jpeg_size(flawed))
+    alone, together = (np.zeros((len(images), 24, 24, 3), dtype=np.uint8) for _ in range(2))
+    failed = transform.write(images, alone)
+    monkeypatch.setattr("fastlt.inference.transform.JPEG_BYTES", 3 * len(whole))  # in more calls than one
+    assert sorted(transform.write(images, together, compiled=True)) == failed
+    assert [place for place, _ in failed] == [2, 4]
+    kept = np.delete(np.arange(len(images)), [2, 4])
+    np.testing.assert_array_equal(together[kept], alone[kept])
