@@ -8,6 +8,7 @@
 Features are computed once, below --out/.features; a run then takes seconds, and --jobs of them run at once. Runs that
 are done are not run again: the same command goes on. frozen.md, .csv and .json are written to --out, and those of
 --ablation as frozen_ablation. Each method is shown at its own best rate of --lr by validation, and at the common rate.
+The first --rate-seeds are trained at every rate and choose the best; further seeds are trained at these two alone.
 Images of the validation set are the meta set too: methods that learn weights on it see it while they train.
 Exit code: 0 done, 1 when a process of the runs ended, 2 for a mistake on the command line, 130 when stopped.
 """
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,7 +30,7 @@ from fastlt.recipe import Recipe, load_recipe
 from fastlt.reproduce.availability import CIFAR_FILES, find_data
 from fastlt.reproduce.frozen import STAGE, Method, base_recipe, open_context, plan, read_methods, stage_epochs
 from fastlt.reproduce.frozen_pool import Task, make_tasks, run_tasks
-from fastlt.reproduce.frozen_tables import as_record, markdown, rows
+from fastlt.reproduce.frozen_tables import as_record, best_rate, markdown, rows
 from fastlt.reproduce.output import write_files
 from fastlt.run.fit import process_as_before
 from loaders.stored.forked_workers import available_cores
@@ -55,6 +57,9 @@ def main(words: list[str], prog: str = NAME) -> int:
         "--common-lr", type=float, metavar="LR", help="one of --lr (default: the recipe's, or the middle)"
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument(
+        "--rate-seeds", type=positive, default=3, metavar="N", help="seeds that choose the best rate (default: 3)"
+    )
     parser.add_argument("--ablation", action="store_true", help="the parts of Difficulty-Net in place of the methods")
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run")
@@ -76,14 +81,16 @@ def main(words: list[str], prog: str = NAME) -> int:
     factors = (given.imbalance or FACTORS) if is_cifar else (None,)
     named = {f"{recipe.data.source}, imbalance {f:g}" if f else recipe.name: f for f in factors}
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    table = _Table(given.out, "frozen_ablation" if given.ablation else "frozen", methods, common)
+    table = _Table(given.out, "frozen_ablation" if given.ablation else "frozen", methods, common, given.rate_seeds)
     try:
         for data, factor in named.items():
             cut = [] if factor is None else [f"data.imbalance_factor={factor:g}"]
             tasks = _tasks(given, methods, [*shared, *cut])
             table.tasks[data] = tasks
-            with tqdm(desc=data, total=len(tasks), initial=sum(t.file.is_file() for t in tasks), unit="run") as bar:
-                run_tasks(tasks, given.jobs, lambda _: table.update(bar))
+            _run(data, [t for t in tasks if t.run.seed < given.rate_seeds], given.jobs, table)
+            kept = table.rates(data)
+            further = [t for t in tasks if t.run.seed >= given.rate_seeds and (t.run.method, t.run.lr) in kept]
+            _run(f"{data}, further seeds", further, given.jobs, table)
             table.write()
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
@@ -126,15 +133,21 @@ def _tasks(given: argparse.Namespace, methods: Sequence[Method], words: list[str
     return make_tasks(Path(given.recipe), [*words, f"num_threads={threads}"], runs, context, given.out / "results")
 
 
+def _run(what: str, tasks: Sequence[Task], jobs: int, table: _Table) -> None:
+    if tasks:
+        with tqdm(desc=what, total=len(tasks), initial=sum(t.file.is_file() for t in tasks), unit="run") as bar:
+            run_tasks(tasks, jobs, lambda _: table.update(bar))
+
+
 class _Table:
     """The files of the table, rewritten now and then while runs end.
 
-    out, name: the folder, and the names of the files in it without the ending. tasks: by data set, those that have been
-        planned.
+    out, name: the folder, and the names of the files in it without the ending. rate_seeds: as `rows` takes it.
+    tasks: by data set, those that have been planned.
     """
 
-    def __init__(self, out: Path, name: str, methods: Sequence[Method], common: float) -> None:
-        self.out, self.name, self.methods, self.common = out, name, methods, common
+    def __init__(self, out: Path, name: str, methods: Sequence[Method], common: float, rate_seeds: int) -> None:
+        self.out, self.name, self.methods, self.common, self.rate_seeds = out, name, methods, common, rate_seeds
         self.tasks: dict[str, list[Task]] = {}
         self.text = ""
         self.written = 0.0
@@ -149,11 +162,20 @@ class _Table:
         """NAME.md, .csv and .json of all results that are there."""
         self.written = time.monotonic()
         records = []
-        for data, tasks in self.tasks.items():
-            found = ((task.run, task.result()) for task in tasks)
-            results = {(run.method, run.lr, run.seed): result for run, result in found if result is not None}
-            records += [as_record(data, row) for row in rows(self.methods, results, self.common)]
+        for data in self.tasks:
+            table = rows(self.methods, self._results(data), self.common, self.rate_seeds)
+            records += [as_record(data, row) for row in table]
         if not records:
             return
         self.text = markdown("Heads on frozen features", records, self.methods[0].name)
         write_files(self.out, self.name, self.text, records)
+
+    def rates(self, data: str) -> set[tuple[str, float]]:
+        """The rows that are trained and the rates at which the table shows them, or rows that measure their runs."""
+        results = self._results(data)
+        best = {(method.runs, best_rate(method, results, self.rate_seeds)) for method in self.methods}
+        return {(name, lr) for name, lr in best if lr is not None} | {(m.runs, self.common) for m in self.methods}
+
+    def _results(self, data: str) -> dict[tuple[str, float, int], dict[str, Any]]:
+        found = ((task.run, task.result()) for task in self.tasks[data])
+        return {(run.method, run.lr, run.seed): result for run, result in found if result is not None}

@@ -49,6 +49,11 @@ class Method:
     of: str | None = None
     adjusted: bool = False
 
+    @property
+    def runs(self) -> str:
+        """The name of the row whose runs it measures."""
+        return self.of or self.name
+
 
 def read_methods(names: Sequence[str] | None = None, table: str = "rows") -> list[Method]:
     """The rows of a table, "rows" or "ablation", or those of these names; ValueError for an unknown name."""

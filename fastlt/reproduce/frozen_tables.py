@@ -43,16 +43,18 @@ class Row:
     difference: tuple[float, float] | None
 
 
-def rows(methods: Sequence[Method], results: Results, common: float) -> list[Row]:
+def rows(methods: Sequence[Method], results: Results, common: float, rate_seeds: int) -> list[Row]:
     """Two rows a method that has results: choice "own", its best rate by validation, and "common".
 
+    rate_seeds: the rate is chosen on the seeds below this number.
     Differences are paired by seed, with 95 % intervals of Student's t. The first method is what others are compared to.
     """
     made = []
     for choice in ("own", "common"):
         reference: Measured | None = None
         for method in methods:
-            measured = _choose(method, results, None if choice == "own" else common)
+            lr = best_rate(method, results, rate_seeds) if choice == "own" else common
+            measured = None if lr is None else _measure(method, lr, results)
             if measured is None:
                 continue
             if method is methods[0]:
@@ -62,17 +64,19 @@ def rows(methods: Sequence[Method], results: Results, common: float) -> list[Row
     return made
 
 
-def _choose(method: Method, results: Results, lr: float | None) -> Measured | None:
-    """A method at `lr`, or at the rate with the best mean validation accuracy; None without results."""
-    name, prefix = method.of or method.name, "adjusted_" if method.adjusted else ""
-    rates = sorted({rate for of, rate, _ in results if of == name and lr in (None, rate)})
-    measured = [m for m in (_measure(name, rate, prefix, results) for rate in rates) if m is not None]
+def best_rate(method: Method, results: Results, rate_seeds: int) -> float | None:
+    """The rate with the best mean validation accuracy on the seeds below `rate_seeds`; None without results."""
+    first = {key: result for key, result in results.items() if key[2] < rate_seeds}
+    rates = sorted({rate for of, rate, _ in first if of == method.runs})
+    measured = [m for m in (_measure(method, rate, first) for rate in rates) if m is not None]
     # A rate at which a seed diverged is not chosen while there is another.
-    return max(measured, key=lambda m: (-m.diverged, m.validation), default=None)
+    best = max(measured, key=lambda m: (-m.diverged, m.validation), default=None)
+    return None if best is None else best.lr
 
 
-def _measure(name: str, lr: float, prefix: str, results: Results) -> Measured | None:
-    of_rate = {seed: result for (of, rate, seed), result in sorted(results.items()) if (of, rate) == (name, lr)}
+def _measure(method: Method, lr: float, results: Results) -> Measured | None:
+    prefix = "adjusted_" if method.adjusted else ""
+    of_rate = {seed: result for (of, rate, seed), result in sorted(results.items()) if (of, rate) == (method.runs, lr)}
     whole = {seed: result for seed, result in of_rate.items() if result["problem"] is None}
     if not whole:
         return None

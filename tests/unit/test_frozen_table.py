@@ -17,7 +17,7 @@ from fastlt.models import build_model
 from fastlt.recipe import StageRecipe, load_recipe
 from fastlt.reproduce import frozen
 from fastlt.reproduce.frozen import Method, open_context, plan, read_methods, stage_epochs, train_head
-from fastlt.reproduce.frozen_tables import difference, rows
+from fastlt.reproduce.frozen_tables import best_rate, difference, rows
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
@@ -101,7 +101,7 @@ def test_a_method_is_shown_at_its_best_rate_by_validation_and_at_the_common_one(
         ("B", 0.2, 0): result(0.2, 0.8), ("B", 0.2, 1): result(0.2, 0.85),
     }  # fmt: skip
     methods = [Method("A"), Method("A, adjusted", of="A", adjusted=True), Method("B"), Method("never run")]
-    table = rows(methods, results, common=0.1)
+    table = rows(methods, results, common=0.1, rate_seeds=3)
     assert [(r.choice, r.method, r.measured.lr) for r in table] == [
         ("own", "A", 0.2),
         ("own", "A, adjusted", 0.1),
@@ -116,9 +116,21 @@ def test_a_method_is_shown_at_its_best_rate_by_validation_and_at_the_common_one(
     assert table[1].difference == pytest.approx((0.15, 12.706 * math.sqrt(0.005) / math.sqrt(2)), rel=1e-3)
 
 
+def test_a_rate_is_chosen_on_the_first_seeds():
+    results = {
+        ("A", 0.1, 0): result(0.6, 0.9), ("A", 0.1, 1): result(0.1, 0.7),
+        ("A", 0.2, 0): result(0.5, 0.2), ("A", 0.2, 1): result(0.9, 0.2),
+    }  # fmt: skip
+    assert best_rate(Method("A"), results, 1) == 0.1
+    assert best_rate(Method("A"), results, 2) == 0.2
+    assert best_rate(Method("B"), results, 2) is None
+    assert best_rate(Method("B", of="A", adjusted=True), results, 1) == 0.2
+    assert rows([Method("A")], results, 0.2, 1)[0].measured.test["top1"] == [0.9, 0.7]
+
+
 def test_a_difference_needs_two_common_seeds():
     results = {("A", 0.1, 0): result(0.5, 0.9), ("B", 0.1, 0): result(0.5, 0.8), ("B", 0.1, 1): result(0.5, 0.8)}
-    a, b = (r.measured for r in rows([Method("A"), Method("B")], results, 0.1) if r.choice == "own")
+    a, b = (r.measured for r in rows([Method("A"), Method("B")], results, 0.1, 3) if r.choice == "own")
     assert difference(b, a) is None
 
 
@@ -160,4 +172,10 @@ def test_the_command_runs_what_is_missing_and_writes_the_table(words, tmp_path, 
         for method in ("Cross-entropy", "Cross-entropy, adjusted afterwards", "Balanced softmax")
         for choice in ("own", "common")
     }
+    assert cli.main([*command, "--rate-seeds", "1", "--seeds", "3", "--set", *given]) == 0
+    names = {f.name for f in files}
+    of_third_seed = [f for f in (tmp_path / "out" / "results").iterdir() if f.name not in names]
+    assert 2 * 1 <= len(of_third_seed) <= 2 * 2  # the common rate of two rows, and their best where it is another
+    records = json.loads((tmp_path / "out" / "frozen.json").read_text())
+    assert {r["seeds"] for r in records if r["choice"] == "common"} == {3}
     assert "| Balanced softmax |" in (tmp_path / "out" / "frozen.md").read_text()
