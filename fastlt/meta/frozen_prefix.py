@@ -72,7 +72,7 @@ def moving_statistics(model: nn.Module) -> set[int]:
 
 
 def find_prefix(model: nn.Module, moving: set[int], image: Tensor) -> FrozenPrefix | None:
-    """The longest part of `model` that depends on nothing that is trained; None where there is none.
+    """The longest part of `model` that depends on nothing that is trained; None where there is none with a parameter.
 
     model: in eval mode. moving: see `moving_statistics`. image: (1, ...). A part is taken if the network returns the
     same for the image with nothing but the output of its last module.
@@ -99,6 +99,8 @@ def find_prefix(model: nn.Module, moving: set[int], image: Tensor) -> FrozenPref
             handle.remove()
     inner = {id(part) for module, _ in finished for part in module.modules() if part is not module}
     outer = [(m, output) for m, output in finished if id(m) not in inner and "forward" not in vars(m)]
+    if not any(True for module, _ in outer for _ in module.parameters()):
+        return None  # a head on features: it is as quick without
     for position in reversed(range(max(0, len(outer) - CUTS), len(outer))):
         prefix = FrozenPrefix(model, *outer[position], outer[:position])
         try:

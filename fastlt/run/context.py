@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class RunContext:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context of forward passes in the recipe's precision."""
-        return self.accelerator.autocast()
+        # Accelerate's takes 20 us to find out that there is none; an iteration on features asks for eight.
+        return nullcontext() if self.recipe.precision == "fp32" else self.accelerator.autocast()
 
     def say(self, text: str) -> None:
         """One line for the person who watches, above the progress bar."""

@@ -81,9 +81,11 @@ class FeatureLoader:
         """See BatchLoader; the order is moved to the device once, and nothing waits for that."""
         count, images, width = self.views.shape
         places = self.plan.index(epoch, first_batch)
-        drawn = np.random.default_rng([self.seed, epoch, VIEW_STREAM]).integers(count, size=images)
-        rows = upload(torch.from_numpy(drawn[places] * images + places), self.views.device)
         index = upload(torch.from_numpy(places), self.views.device)
+        rows = index
+        if count > 1:
+            drawn = np.random.default_rng([self.seed, epoch, VIEW_STREAM]).integers(count, size=images)
+            rows = upload(torch.from_numpy(drawn[places] * images + places), self.views.device)
         flat = self.views.view(count * images, width, 1, 1)
         for row, of_batch in zip(rows.split(self.batch_size), index.split(self.batch_size), strict=True):
             if len(row):

@@ -155,10 +155,11 @@ class MetaStep(Step[OptionsT]):
         return [factor_of[p] / groups[0].get("lr_factor", 1.0) for p in self.ahead.values()]
 
     @functools.cached_property
-    def trains_most(self) -> bool:
-        """Whether more than half of the network's numbers are trained: of few, little is kept."""
+    def divides_meta_batch(self) -> bool:
+        """Whether the meta batch goes in parts: of few trained numbers little is kept, and so of a single layer."""
         sizes = [(p.numel(), p.requires_grad) for p in self.network.parameters()]
-        return 2 * sum(size for size, trained in sizes if trained) > sum(size for size, _ in sizes)
+        layers = [m for m in self.network.modules() if next(m.parameters(recurse=False), None) is not None]
+        return len(layers) > 1 and 2 * sum(n for n, trained in sizes if trained) > sum(n for n, _ in sizes)
 
     @functools.cached_property
     def meta_losses(self) -> Callable[..., Tensor]:
@@ -333,7 +334,7 @@ class MetaStep(Step[OptionsT]):
         In parts, where images do not couple and most of the network is trained, or where a batch has micro-batches.
         """
         parts = self.parts.accumulate
-        if run.gradients is not None and self.trains_most and len(labels) >= 2 * META_PARTS:
+        if run.gradients is not None and self.divides_meta_batch and len(labels) >= 2 * META_PARTS:
             parts = META_PARTS
         if parts == 1:
             return self._gradient_of_meta_images(ahead, inputs, labels)
