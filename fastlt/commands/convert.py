@@ -11,7 +11,8 @@
     fastlt convert hf_dataset --root saved_to_disk --out data/mine
     fastlt convert --verify data/cifar100-if100
 
-A conversion that is interrupted leaves nothing that could be mistaken for a data set; the same command starts it again.
+A conversion that is interrupted keeps what is finished in DIR.partial, and the same command goes on from there.
+--restart throws it away.
 Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 or 143 interrupted or terminated.
 """
 
@@ -22,6 +23,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
 from fastlt.arguments import make_parser, path, whole, worker_count
@@ -55,12 +58,19 @@ def main(words: list[str], prog: str = NAME) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"{prog}: error: {error.strerror or error}{where}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+        return ended(arguments, "interrupted", 130, prog)
     except Terminated:
-        print(f"\n{prog}: terminated; nothing was left behind", file=sys.stderr)
-        return 143
+        return ended(arguments, "terminated", 143, prog)
     return 2
+
+
+def ended(arguments: argparse.Namespace, how: str, code: int, prog: str) -> int:
+    """Say how the command was ended, and what is kept; returns `code`."""
+    from loaders.stored.atomic_folder import what_is_kept
+
+    kept = what_is_kept(arguments.out) if arguments.out else ""
+    print(f"\n{prog}: {how}{kept or '; nothing was left behind'}", file=sys.stderr)
+    return code
 
 
 def parse(words: list[str], prog: str) -> argparse.Namespace:
@@ -87,6 +97,7 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
         help="the same image may be in two splits or under two labels",
     )
     run.add_argument("--overwrite", action="store_true", help="replace the converted data set at --out")
+    run.add_argument("--restart", action="store_true", help="throw away what an interrupted conversion has finished")
     run.add_argument("--quiet", action="store_true", help="no progress bars")
 
     arguments = parser.parse_args(words)
@@ -116,7 +127,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
     options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
     chosen = choices(arguments)
-    from loaders.stored.atomic_folder import check_target
+    from loaders.stored.atomic_folder import check_target, remove_published
     from loaders.stored.convert import conversion_request, convert
     from loaders.stored.dataset import ConvertedDataset
 
@@ -130,6 +141,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
                 "convert it anew with --format both --overwrite, or give another folder"
             )
         if there.matches(request):
+            remove_published(out)
             print(f"{out} already holds this data set: nothing to do{compare_listing(there, arguments, chosen)}")
             return 0
         differences = "; ".join(there.differences(request))
@@ -148,6 +160,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
         allow_duplicates=arguments.allow_duplicates,
         progress=not arguments.quiet,
         overwrite=arguments.overwrite,
+        restart=arguments.restart,
+        say=tqdm.write,
     )
     report(dataset)
     return 0

@@ -80,7 +80,7 @@ def decode_bytes(data: bytes) -> np.ndarray:
         with _open(io.BytesIO(data)) as image:
             _check_pixels(image)
             image.load()
-            if image.format in ("JPEG", "MPO") and not _has_end(data):
+            if image.format in ("JPEG", "MPO") and not has_end(data):
                 raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
             return upright_rgb(image)
 
@@ -190,7 +190,7 @@ def looks_like_image(path: Path) -> bool:
     return start.startswith(SIGNATURES)
 
 
-def _has_end(data: bytes) -> bool:
+def has_end(data: bytes) -> bool:
     """Whether an end-of-image marker follows the first scan of JPEG bytes; within a scan no other bytes look like it.
 
     Pillow asks for none when what lies in the place of the missing data, zeros of a broken download say, can be taken
@@ -230,7 +230,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         raise ValueError("a floating-point image, whose white is unknown: convert it to 8 or 16 bits first")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the palette entry that is transparent may be of any type; RGBA settles it
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+    return np.ascontiguousarray(np.asarray(image if image.mode == "RGB" else image.convert("RGB")))
 
 
 def _eight_bits(gray: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ import numpy as np
 from loaders.sources.decode import decode_bytes, plain_jpeg, read_image_file
 
 SPLITS = ("train", "meta", "test")  # of every source
+UNREADABLE = (-1, -1)  # the stamp of an image that cannot be read
 # What data sets call them, in small letters.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -46,6 +49,13 @@ class Split(Protocol):
 
     def name(self, i: int) -> str:
         """What to call image i in a message: its path, or its place in the archive."""
+        ...
+
+    def stamp(self, i: int) -> tuple[int, int]:
+        """Two numbers that are others when image i is another one: its length, and its time of change or a digest.
+
+        (-1, -1) for what cannot be read. Nothing is decoded.
+        """
         ...
 
     def subset(self, indices: np.ndarray) -> Split:
@@ -98,6 +108,9 @@ class ArraySplit:
     def name(self, i: int) -> str:
         return f"{self.origin}[{self.rows[i]}]"
 
+    def stamp(self, i: int) -> tuple[int, int]:
+        return _stamp_of(np.ascontiguousarray(self.image(i)).data)
+
     def subset(self, indices: np.ndarray) -> ArraySplit:
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
@@ -105,10 +118,12 @@ class ArraySplit:
 class EncodedImages(ABC):
     """Images as JPEG, PNG, … files, wherever these lie, decoded when asked for.
 
+    root: the folder that holds the data.
     labels: int64 (N,).
     provenance: as of Split.
     """
 
+    root: Path
     labels: np.ndarray
     provenance: str
 
@@ -139,6 +154,13 @@ class EncodedImages(ABC):
         """As of Split."""
         return plain_jpeg(self.contents(i))
 
+    def stamp(self, i: int) -> tuple[int, int]:
+        """As of Split; by the bytes of the file where nothing quicker is known."""
+        try:
+            return _stamp_of(self.contents(i))
+        except ValueError:
+            return UNREADABLE
+
 
 @dataclass(frozen=True)
 class FileSplit(EncodedImages):
@@ -165,6 +187,28 @@ class FileSplit(EncodedImages):
     def listed(self, i: int) -> str:
         return self.paths[i]
 
+    def stamp(self, i: int) -> tuple[int, int]:
+        return file_stamp(os.path.join(self.root, self.paths[i]))
+
     def subset(self, indices: np.ndarray, provenance: str | None = None) -> FileSplit:
         paths, where = [self.paths[i] for i in indices], self.provenance if provenance is None else provenance
         return replace(self, paths=paths, labels=self.labels[indices], provenance=where)
+
+
+def called(split: Split, i: int) -> str:
+    """What image i of a split is called, wherever the data lie where they are files."""
+    return split.listed(i) if isinstance(split, EncodedImages) else split.name(i)
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """(length, time of the last change in ns) of a file, links followed."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return UNREADABLE
+    return status.st_size, status.st_mtime_ns
+
+
+def _stamp_of(data: bytes | memoryview) -> tuple[int, int]:
+    digest = hashlib.sha1(data, usedforsecurity=False).digest()
+    return len(memoryview(data).cast("B")), int.from_bytes(digest[:7], "little")

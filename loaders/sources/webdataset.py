@@ -19,7 +19,7 @@ from loaders.sources.cut import Cut
 from loaders.sources.decode import EXTENSIONS
 from loaders.sources.messages import printable, shortened, some
 from loaders.sources.source import Source
-from loaders.sources.split import SPLIT_WORDS, EncodedImages
+from loaders.sources.split import SPLIT_WORDS, EncodedImages, file_stamp
 
 CLASS_NAMES = ("classnames.txt", "classes.txt")
 LAYOUT = "tar files of KEY.jpg and KEY.cls, or KEY.json with a label"
@@ -59,6 +59,9 @@ class TarSplit(EncodedImages):
 
     def listed(self, i: int) -> str:
         return f"{self.tars[self.tar[i]]}/{self.keys[i]}"
+
+    def stamp(self, i: int) -> tuple[int, int]:
+        return file_stamp(os.path.join(self.root, self.tars[self.tar[i]]))
 
     def subset(self, indices: np.ndarray, provenance: str | None = None) -> TarSplit:
         return replace(

@@ -10,11 +10,10 @@ import numpy as np
 from PIL import Image
 
 from loaders.order.crop import CropSpec, crop_boxes
-from loaders.sources.decode import decode_bytes, plain_jpeg, upright_rgb
+from loaders.sources.decode import decode_bytes, upright_rgb
 from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.encode import is_short, scaled, stored_sizes
+from loaders.stored.encode import kept_size, scaled, stored_sizes
 from loaders.stored.ffcv_kernels import NONE_DAMAGED, decode_jpeg, decoding_loop, resize_crop
-from loaders.stored.image_header import jpeg_size
 from loaders.stored.unconverted import UnconvertedDataset
 
 
@@ -57,17 +56,7 @@ class Storage:
 
     def kept_size(self, data: bytes) -> tuple[int, int] | None:
         """(height, width) of a JPEG file that is kept unless its pixels are damaged; None for what is written anew."""
-        if not self.keeps_jpeg:
-            return None
-        try:
-            if plain_jpeg(data) is None:
-                return None
-        except Exception:  # Pillow's, of many types; `decode_bytes` says which flaw it is
-            return None
-        height, width = jpeg_size(data)
-        if self.max_resolution is not None and max(height, width) > self.max_resolution:
-            return None
-        return (height, width) if is_short(data, height, width) else None
+        return kept_size(data, self.max_resolution) if self.keeps_jpeg else None
 
 
 def pillow_pixels(image: Image.Image) -> np.ndarray:

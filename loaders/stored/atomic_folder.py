@@ -1,4 +1,7 @@
-"""A folder that appears whole or not at all: made under another name, locked meanwhile, and renamed at the end."""
+"""A folder that appears whole or not at all: made under another name, locked meanwhile, and renamed at the end.
+
+What is finished of it when it is interrupted stays under that other name.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from fastlt import file_lock
 
 MANIFEST = "manifest.json"  # the last file written; a folder that has it is one of ours, and complete
 LOCK = ".lock"
+# In the folder where a conversion works: the data set that is to be renamed, and the records of what is finished. The
+# name of a record is NUMBER.IMAGES.json.
+CONVERTED, PIECES = "converted", "pieces"
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -37,13 +43,18 @@ def _real(out: Path) -> Path:
     return Path(os.path.realpath(out))
 
 
+class OtherConversionError(ValueError):
+    """What an unfinished conversion has left belongs to another command."""
+
+
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """`OUT.partial`, emptied of what a killed conversion left and locked while this one writes; gone afterwards.
+    """`OUT.partial`, locked while this conversion writes; gone afterwards unless it holds finished pieces.
 
-    Raises ValueError when it cannot be made, when another conversion has it, and when the disk becomes full.
+    Raises ValueError when it cannot be made, when another conversion has it, and when the disk becomes full. A
+    ValueError from inside says what is kept, too.
     """
-    work = _partial(out)
+    work = partial_folder(out)
     try:
         lock = file_lock.open_locked(work / LOCK)
     except OSError as error:
@@ -54,44 +65,72 @@ def work_folder(out: Path) -> Iterator[Path]:
     if lock is None:
         raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder")
     try:
-        try:
-            for entry in work.iterdir():
-                if entry.name != LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            yield work
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ValueError(disk_full(out)) from None
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        yield work
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{disk_full(out)}{what_is_kept(out)}") from None
+    except OtherConversionError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}{what_is_kept(out)}") from error
     finally:
+        if not kept_images(out):
+            shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def kept_images(out: Path) -> int:
+    """How many images a conversion to `out` that has not ended has finished."""
+    return sum(int(path.name.split(".")[1]) for path in (partial_folder(out) / PIECES).glob("*.*.json"))
+
+
+def what_is_kept(out: Path) -> str:
+    """The sentence of a conversion that does not end, behind its message; empty where nothing is kept."""
+    count = kept_images(out)
+    return (
+        f"\n{count:,} finished images are kept in {partial_folder(out)}: the same command goes on from there, and "
+        "with --restart from the beginning"
+        if count
+        else ""
+    )
+
+
+def remove_published(out: Path) -> None:
+    """Remove what a conversion has left that was killed when its folder had its name already."""
+    work = partial_folder(out)
+    if not (work / PIECES).is_dir() or (work / CONVERTED).exists():
+        return
+    lock = file_lock.open_locked(work / LOCK, patience_s=0)
+    if lock is not None:
+        shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
 
 
 def disk_full(out: Path) -> str:
     """What to say when there is no room for `out`."""
     return (
-        f"{_real(out).parent} has no space left for {out.name}; nothing was left behind: make room, store less "
-        "(--max-resolution, --mode jpg), or give a folder on another disk"
+        f"{_real(out).parent} has no space left for {out.name}: make room, store less (--max-resolution, --mode jpg), "
+        "or give a folder on another disk"
     )
 
 
-def _partial(out: Path) -> Path:
+def partial_folder(out: Path) -> Path:
+    """Where a conversion to `out` works."""
     return _real(out).with_name(_real(out).name + ".partial")
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:
     """Rename the finished folder; what it replaces is moved aside first and deleted last."""
     check_target(out, overwrite=overwrite)  # somebody may have made it in the meantime
-    (work / LOCK).unlink()
     out = _real(out)
     old = out.with_name(out.name + ".replaced")
     if (out / MANIFEST).is_file():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-    work.rename(out)
+    (work / CONVERTED).rename(out)
     shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work / PIECES, ignore_errors=True)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -1,10 +1,13 @@
-"""Converting a source into a data set that is read at full speed: all images are checked first, and then written."""
+"""Converting a source into a data set that is read at full speed: images are checked and stored, and then described."""
 
 from __future__ import annotations
 
 import csv
+import io
+import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +15,22 @@ from typing import Any
 import numpy as np
 
 from fastlt.names import unknown
-from loaders.sources.cut import Shares
+from loaders.sources.cut import Candidates, Shares
+from loaders.sources.decode import header_size
 from loaders.sources.duplicates import KINDS, Duplicates
 from loaders.sources.source import Source
-from loaders.sources.split import SPLITS, EncodedImages
+from loaders.sources.split import SPLITS, ArraySplit, EncodedImages, Split
 from loaders.stored import FORMATS
-from loaders.stored.atomic_folder import MANIFEST, check_target, publish, work_folder, write_durably
-from loaders.stored.dali_format import check_dali_options, write_shards
+from loaders.stored.atomic_folder import CONVERTED, MANIFEST, check_target, publish, work_folder, write_durably
+from loaders.stored.dali_format import check_dali_options
 from loaders.stored.dataset import ConvertedDataset, open_split, split_file
 from loaders.stored.encode import stored_sizes
-from loaders.stored.ffcv_format import FfcvOptions, write_beton
-from loaders.stored.forked_workers import STUCK_S
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.forked_workers import STUCK_S, Advance
 from loaders.stored.identity import content_sha256
 from loaders.stored.image_check import (
     BadImage,
     ImageCheck,
-    check_splits,
-    content_key,
     refuse_bad_images,
     refuse_empty_classes,
     refuse_same_contents,
@@ -48,7 +50,12 @@ from loaders.stored.manifest import (
     sealed,
     versions,
 )
-from loaders.stored.progress import progress_bar
+from loaders.stored.pieces import Group, PieceStore, Table, arrange_shards, finish_split, store_images
+from loaders.stored.progress import TotalProgress, total_progress
+
+SIZED_IMAGES = 200  # of a split, by which the room for raw pixels is estimated
+# The parts of a conversion in the time of all of it, for photographs that are stored as JPEG files.
+STORING_SHARE, CONTENTS_SHARE, CHECKSUMS_SHARE = 0.97, 0.02, 0.01
 
 
 def conversion_request(
@@ -96,19 +103,25 @@ def convert(
     allow_duplicates: bool = False,
     progress: bool = True,
     overwrite: bool = False,
+    restart: bool = False,
+    say: Callable[[str], object] = lambda text: None,
     timeout_s: float = STUCK_S,
 ) -> ConvertedDataset:
-    """Write `source` to the folder `out`, whole or not at all.
+    """Write `source` to the folder `out`, whole or not at all; what is finished stays when it is interrupted.
 
     request: the arguments that `source` was opened with; they go into the manifest (`ConvertedDataset.matches`).
     formats: which of FORMATS to write; each holds all images.
-    on_error: "stop" raises a ValueError that lists the images that cannot be decoded, before anything is written;
-        "skip" leaves them out, before the splits are chosen, and lists them in skipped.txt.
+    on_error: "stop" raises a ValueError that lists the images that cannot be decoded; "skip" leaves them out, before
+        the splits are chosen, and lists them in skipped.txt.
     allow_duplicates: whether files of equal contents may be in two splits; within a split they may. All of them are
         listed in duplicates.txt.
     overwrite: whether a converted data set that stands at `out` is replaced (after the new one is whole).
+    restart: whether what an interrupted conversion to `out` has finished is thrown away; else it is compared with its
+        checksums and with the source's files, and taken over.
+    say: told in a sentence what is taken over.
     timeout_s: processes that check or write images are ended when there is no progress for so long.
-    Raises ValueError, too, when `out` is in the way, another conversion is writing to it, or the writer fails.
+    Raises ValueError, too, when `out` is in the way, another conversion is writing to it, a conversion that stores
+    images otherwise was interrupted there, or a process fails.
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error is {on_error!r}: it must be 'stop' or 'skip'")
@@ -116,99 +129,194 @@ def convert(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
+        store = PieceStore(work, options, formats, _description(source, options, formats))
         listing_sha256 = source.listing_sha256()
-        source, checks, bad = _check_images(source, options, on_error, progress, timeout_s)
-        duplicates = same_contents(source.splits, checks)
-        if not allow_duplicates:
-            refuse_same_contents(source.splits, duplicates)
-        sizes = {name: stored_sizes(check.sizes[check.good], options.max_resolution) for name, check in checks.items()}
-        labels = {name: source.splits[name].labels[check.good] for name, check in checks.items()}
+        store.begin(restart=restart)
         if "ffcv" in formats:
-            _check_space(work, sizes, options)
-        for name, split in source.splits.items():
-            if "ffcv" in formats:
-                with progress_bar(f"write {name}", len(labels[name]), progress) as advance:
-                    write_beton(
-                        work / f"{name}.beton", split, options, check=checks[name], advance=advance, timeout_s=timeout_s
-                    )
+            _check_space(work, source, options)
+        groups = _groups(source, on_error)
+        count = sum(len(group.split) for group in groups.values())
+        with total_progress("convert", count, progress) as bar:
+            tables = _store(store, groups, bar, say, timeout_s)
+            source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
+            if any(bad.values()):
+                groups = {name: Group(split) for name, split in source.splits.items()}
+                tables = store_images(store, groups, checked=True, timeout_s=timeout_s)
+            else:
+                groups = {name: groups[name] for name in source.splits}
             if "dali" in formats:
-                with progress_bar(f"write {name} shards", len(labels[name]), progress) as advance:
-                    write_shards(
-                        work / "dali" / f"{name}.npz",
-                        split,
-                        options,
-                        check=checks[name],
-                        advance=advance,
-                        timeout_s=timeout_s,
-                    )
-        np.savez(work / LABELS, **labels)  # pyright: ignore[reportArgumentType]  taken for allow_pickle
-        write_images(work / IMAGES, source, {name: check.good for name, check in checks.items()})
-        if any(bad.values()):
-            write_skipped(work / SKIPPED, bad)
-        contents = {kind: {name: _content_sha256(work, name, kind) for name in SPLITS} for kind in formats}
-        kept = {kind: {name: _kept_files(work, name, kind, checks[name]) for name in SPLITS} for kind in formats}
-        if any(duplicates.counts().values()):
-            write_duplicates(work / DUPLICATES, source, duplicates)
-        manifest = {
-            "schema": SCHEMA,
-            "source": source.name,
-            "class_names": list(source.class_names),
-            "splits": {
-                name: describe_split(
-                    source.splits[name].provenance, labels[name], sizes[name], len(bad[name]), source.num_classes
-                )
-                for name in SPLITS
-            },
-            "formats": {kind: options.parameters() for kind in formats},
-            "request": as_json(request),
-            "listing_sha256": listing_sha256,
-            "skipped": sum(len(images) for images in bad.values()),
-            CONTENTS: contents,
-            KEPT: kept,
-            "duplicates": duplicates.counts(),
-            "files": describe_files(work, progress),
-            "versions": versions(),
-        }
-        write_durably(work / MANIFEST, sealed(manifest))
+                arrange_shards(store, groups, tables, timeout_s=timeout_s)
+            for name, group in groups.items():
+                finish_split(store, name, group, tables[name])
+            manifest = {
+                **_describe(store, source, tables, checks, bad, duplicates, bar),
+                "request": as_json(request),
+                "listing_sha256": listing_sha256,
+            }
+        write_durably(store.converted / MANIFEST, sealed(manifest))
         publish(work, out, overwrite)
     return ConvertedDataset.open(out)
 
 
-def _content_sha256(work: Path, split: str, kind: str) -> str:
-    stored = open_split(split_file(work, split, kind))
-    return content_sha256(stored, stored.encoded)
+def _describe(
+    store: PieceStore,
+    source: Source,
+    tables: Mapping[str, Table],
+    checks: Mapping[str, ImageCheck],
+    bad: Mapping[str, tuple[BadImage, ...]],
+    duplicates: Duplicates,
+    bar: TotalProgress,
+) -> dict[str, Any]:
+    """Write the files beside the images; the manifest, but for what was asked for."""
+    folder, options, formats = store.converted, store.options, store.formats
+    labels = {name: split.labels for name, split in source.splits.items()}
+    sizes = {name: stored_sizes(check.sizes, options.max_resolution) for name, check in checks.items()}
+    np.savez(folder / LABELS, **labels)  # pyright: ignore[reportArgumentType]  taken for allow_pickle
+    write_images(folder / IMAGES, source)
+    if any(bad.values()):
+        write_skipped(folder / SKIPPED, bad)
+    if any(duplicates.counts().values()):
+        write_duplicates(folder / DUPLICATES, source, duplicates)
+    advance = bar.phase("contents", CONTENTS_SHARE, len(formats) * sum(map(len, labels.values())))
+    contents = {kind: {name: _content_sha256(folder, name, kind, advance) for name in SPLITS} for kind in formats}
+    splits = {
+        name: describe_split(
+            source.splits[name].provenance, labels[name], sizes[name], len(bad[name]), source.num_classes
+        )
+        for name in SPLITS
+    }
+    return {
+        "schema": SCHEMA,
+        "source": source.name,
+        "class_names": list(source.class_names),
+        "splits": splits,
+        "formats": {kind: options.parameters() for kind in formats},
+        "skipped": sum(len(images) for images in bad.values()),
+        CONTENTS: contents,
+        KEPT: {kind: {name: _kept_files(tables[name], kind, options) for name in SPLITS} for kind in formats},
+        "duplicates": duplicates.counts(),
+        "files": _describe_files(folder, bar),
+        "versions": versions(),
+    }
 
 
-def _kept_files(work: Path, split: str, kind: str, check: ImageCheck) -> int:
-    """How many images are stored as the source has them, byte by byte."""
-    if check.digests is None:
-        return 0
-    stored, of_source = open_split(split_file(work, split, kind)), check.digests[check.good].tolist()
-    return sum(content_key(stored.encoded(i).data) == key for i, key in enumerate(of_source))
+def _store(
+    store: PieceStore, groups: Mapping[str, Group], bar: TotalProgress, say: Callable[[str], object], timeout_s: float
+) -> dict[str, Table]:
+    """Check and store the images that an earlier conversion has not; says what is taken over from it."""
+    count = sum(len(group.split) for group in groups.values())
+    advance = bar.phase("images", STORING_SHARE, count)
+
+    def tell(taken: int, lost: int) -> None:
+        if taken or lost:
+            changed = f"; {lost:,} others are not what they were, or not asked for" if lost else ""
+            say(f"{taken:,} of {count:,} images are taken over from an interrupted conversion{changed}")
+        bar.done_before(STORING_SHARE, taken)
+
+    return store_images(store, groups, advance=advance, taken=tell, timeout_s=timeout_s)
 
 
-def _check_images(
-    source: Source, options: FfcvOptions, on_error: str, progress: bool, timeout_s: float
-) -> tuple[Source, dict[str, ImageCheck], dict[str, tuple[BadImage, ...]]]:
-    """The data set to write, its checks, and the images that are left out.
+def _description(source: Source, options: FfcvOptions, formats: tuple[str, ...]) -> dict[str, Any]:
+    """What must be the same for images to be taken over: where they lie, and how they are stored.
 
-    What cannot be decoded is left out before the splits are chosen: its place is taken by the next good image.
+    Which of them are in which split may change: each image is found by its name.
     """
+    roots = sorted(
+        {os.path.abspath(split.root) for split in source.splits.values() if isinstance(split, EncodedImages)}
+    )
+    stored = {"formats": sorted(formats), **options.parameters(), "versions": versions()}
+    return as_json({"source": source.name, "root": ", ".join(roots), **stored})
+
+
+def _groups(source: Source, on_error: str) -> dict[str, Group]:
+    """The images of the splits; where bad ones are to be left out, those that may take their places, too."""
+    groups = {name: Group(split) for name, split in source.splits.items()}
+    if on_error == "skip" and source.candidates is not None:
+        for pool, rows in _not_chosen(source.candidates).items():
+            groups[f"rest of {pool}"] = Group(source.candidates.pools[pool].subset(rows), stored=False)
+    return groups
+
+
+def _not_chosen(candidates: Candidates) -> dict[str, np.ndarray]:
+    """The rows of each pool that no split takes, as long as all images are good, int64 (K,)."""
+    taken = {pool: np.zeros(len(images), dtype=bool) for pool, images in candidates.pools.items()}
+    for choice in candidates.choose().values():
+        taken[choice.pool][choice.rows] = True
+    rows = {pool: np.flatnonzero(~of_pool) for pool, of_pool in taken.items()}
+    return {pool: of_pool for pool, of_pool in rows.items() if len(of_pool)}
+
+
+def _choose(
+    source: Source,
+    groups: Mapping[str, Group],
+    tables: Mapping[str, Table],
+    on_error: str,
+    allow_duplicates: bool,
+) -> tuple[Source, dict[str, ImageCheck], dict[str, tuple[BadImage, ...]], Duplicates]:
+    """The source of good images, their checks, the images that are left out, and those that are there twice.
+
+    The place of an image that cannot be decoded is taken by the next good one. ValueError for images that cannot be
+    converted, a class that loses all of them, and files that are in two splits.
+    """
+    checks = {name: table.check(groups[name].split) for name, table in tables.items()}
     candidates = source.candidates if on_error == "skip" else None
-    pools = candidates.pools if candidates else source.splits
-    checks = check_splits(pools, num_workers=options.num_workers, progress=progress, timeout_s=timeout_s)
+    pools: Mapping[str, Split] = source.splits
+    if candidates is not None:
+        pools, checks = candidates.pools, _checks_of_pools(candidates, checks)
     if on_error == "stop":
         refuse_bad_images(pools, checks)
     refuse_empty_classes(pools, checks, source.class_names)
     bad = {name: check.bad for name, check in checks.items()}
-    if candidates:
-        choices = candidates.choose({name: check.good for name, check in checks.items()})
-        source = replace(source, splits=candidates.splits(choices))
+    good = {name: check.good for name, check in checks.items()}
+    if candidates is not None:
+        choices = candidates.choose(good)
+        splits: Mapping[str, Split] = candidates.splits(choices)
         checks = {name: checks[choice.pool].of(choice.rows) for name, choice in choices.items()}
-    return source, checks, {name: bad.get(name, ()) for name in SPLITS}
+    else:
+        splits = {name: split.subset(good[name]) if bad[name] else split for name, split in source.splits.items()}
+        checks = {name: check.of(good[name]) for name, check in checks.items()}
+    source = replace(source, splits=splits)
+    duplicates = same_contents(source.splits, checks)
+    if not allow_duplicates:
+        refuse_same_contents(source.splits, duplicates)
+    return source, checks, {name: bad.get(name, ()) for name in SPLITS}, duplicates
 
 
-def write_images(path: Path, source: Source, good: Mapping[str, np.ndarray]) -> None:
+def _checks_of_pools(candidates: Candidates, checks: Mapping[str, ImageCheck]) -> dict[str, ImageCheck]:
+    """The checks of the pools, put together from those of the splits and of the rest."""
+    rows = {name: (choice.pool, choice.rows) for name, choice in candidates.choose().items()}
+    rows |= {f"rest of {pool}": (pool, of_pool) for pool, of_pool in _not_chosen(candidates).items()}
+    found = {}
+    for pool, images in candidates.pools.items():
+        sizes, digests = np.zeros((len(images), 2), dtype=np.int64), np.zeros(len(images), dtype=np.uint64)
+        bad = []
+        for name, (of, where) in rows.items():
+            if of == pool:
+                check = checks[name]
+                assert check.digests is not None, name
+                sizes[where], digests[where] = check.sizes, check.digests
+                bad += [replace(image, index=int(where[image.index])) for image in check.bad]
+        found[pool] = ImageCheck(sizes, tuple(sorted(bad, key=lambda image: image.index)), digests)
+    return found
+
+
+def _content_sha256(folder: Path, split: str, kind: str, advance: Advance) -> str:
+    stored = open_split(split_file(folder, split, kind))
+    return content_sha256(stored, stored.encoded, advance)
+
+
+def _describe_files(folder: Path, bar: TotalProgress) -> dict[str, dict[str, Any]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in paths)
+    return describe_files(paths, folder, bar.phase("checksums", CHECKSUMS_SHARE, total))
+
+
+def _kept_files(table: Table, kind: str, options: FfcvOptions) -> int:
+    """How many images are stored as the source has them, byte by byte."""
+    return int(table.rows["kept"].sum()) if kind == "dali" or options.mode == "jpg" else 0
+
+
+def write_images(path: Path, source: Source) -> None:
     """A table of the images in their order: split, class and file of each; none for images that have no file.
 
     Source `table` reads it: the same images in the same splits, whatever chose them.
@@ -221,7 +329,7 @@ def write_images(path: Path, source: Source, good: Mapping[str, np.ndarray]) -> 
         table.writerow(("split", "label", "path"))
         for name, split in splits:
             classes = [source.class_names[label] for label in split.labels.tolist()]
-            table.writerows((name, classes[i], split.listed(i)) for i in good[name].tolist())
+            table.writerows((name, classes[i], split.listed(i)) for i in range(len(split)))
 
 
 def write_skipped(path: Path, bad: Mapping[str, tuple[BadImage, ...]]) -> None:
@@ -257,12 +365,44 @@ def _check_formats(formats: tuple[str, ...], options: FfcvOptions) -> None:
         check_dali_options(options)
 
 
-def _check_space(folder: Path, sizes: dict[str, np.ndarray], options: FfcvOptions) -> None:
-    """Refuse a raw conversion that the disk has no room for; how small JPEGs become is not known beforehand."""
-    needed = sum(3 * int(of_split.prod(axis=1).sum()) for of_split in sizes.values())
+def _check_space(folder: Path, source: Source, options: FfcvOptions) -> None:
+    """Refuse a raw conversion that the disk has no room for, by the headers of some images.
+
+    How small JPEGs become is not known beforehand. What is stored already counts as room.
+    """
+    if options.mode != "raw":
+        return
+    needed = sum(map(lambda split: _raw_bytes(split, options), source.splits.values()))
+    stored = sum(path.stat().st_blocks * 512 for path in (folder / CONVERTED).glob("*.beton"))
     free = shutil.disk_usage(folder).free
-    if options.mode == "raw" and needed > free:
+    if needed > free + stored:
         raise ValueError(
-            f"the images need {needed / 2**30:.1f} GiB as raw pixels and {folder.parent} has {free / 2**30:.1f} GiB "
-            "free: set max_resolution, use mode 'jpg', or give a folder on another disk"
+            f"the images need about {needed / 2**30:.1f} GiB as raw pixels and {folder.parent} has {free / 2**30:.1f} "
+            "GiB free: set max_resolution, use mode 'jpg', or give a folder on another disk"
         )
+
+
+def _raw_bytes(split: Split, options: FfcvOptions) -> float:
+    """The bytes of a split's pixels as they are stored, by some of the images."""
+    if isinstance(split, ArraySplit):
+        sizes = np.array([split.image_size])
+    else:
+        some = np.linspace(0, len(split) - 1, min(len(split), SIZED_IMAGES)).astype(int).tolist()
+        sizes = np.array([size for i in some if (size := _header_size(split, i)) is not None]).reshape(-1, 2)
+    if not len(sizes):
+        return 0.0
+    return len(split) * 3 * float(stored_sizes(sizes, options.max_resolution).prod(axis=1).mean())
+
+
+def _header_size(split: Split, i: int) -> tuple[int, int] | None:
+    """(height, width) by the image's header; None where it cannot be read, which is told later."""
+    try:
+        data = split.contents(i) if isinstance(split, EncodedImages) else None
+        if data is None:
+            height, width = split.image(i).shape[:2]
+            return height, width
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as when it is decoded
+            return header_size(io.BytesIO(data))
+    except ValueError:
+        return None

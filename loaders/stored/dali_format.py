@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
 
-from loaders.sources.split import Split
-from loaders.stored.encode import encoded_file, jpeg_file, own_jpeg, scaled_image, stored_sizes
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.forked_workers import STUCK_S, Advance, image_done, map_chunks
-from loaders.stored.image_check import BadImage, ImageCheck, check_images
-from loaders.stored.tar_shards import BLOCK, COLUMNS, IDX_VERSION, idx_line, member_names, padded, shard_path
+from loaders.stored.tar_shards import (
+    BLOCK,
+    COLUMNS,
+    IDX_VERSION,
+    JPEG_START,
+    idx_line,
+    member_names,
+    padded,
+    shard_path,
+)
 
 SHARD_IMAGES = 1024  # at least, but the last
 MOST_SHARDS = 128  # a split: each one stays mapped while it is read, and a process may open about a thousand files
@@ -29,112 +33,68 @@ def check_dali_options(options: FfcvOptions) -> None:
         raise ValueError(f"mode {options.mode!r} is FFCV's own: the dali format takes {' or '.join(MODES)}")
 
 
-def write_shards(
-    path: Path,
-    split: Split,
-    options: FfcvOptions,
-    *,
-    check: ImageCheck | None = None,
-    advance: Advance = lambda n: None,
-    shard_images: int = SHARD_IMAGES,
-    timeout_s: float = STUCK_S,
-) -> list[BadImage]:
-    """Write the images of `split` that can be decoded, and their labels, beside the index `path`; return the others.
+def shard_size(count: int, at_least: int = SHARD_IMAGES) -> int:
+    """Images a shard of a split of `count` images."""
+    return max(at_least, -(-count // MOST_SHARDS))
 
-    A JPEG that the source has keeps its bytes where `own_jpeg` allows it. Any other image is written anew: with mode
-    "raw" as PNG, which loses nothing, with mode "jpg" as JPEG of `jpeg_quality`. Sample i is the i-th good image.
-    The index is written last, so that a split without one is known to be unfinished.
-    check: what `check_images(split)` gave; without it, every image is decoded here first.
-    advance: called with the number of images written since the last call.
-    shard_images: images a shard; more when there would be more than 128 shards.
-    timeout_s: writing processes that finish no image for so long are ended.
-    Raises ValueError when no image is good, the mode is FFCV's own, or a writing process dies.
+
+class ShardWriter:
+    """Writes a shard from front to back.
+
+    sha256: of what has been written so far.
     """
-    from loaders.stored.ffcv_kernels import kernels  # lazily: usage errors must not wait for torch and FFCV
 
-    check_dali_options(options)
-    check = check or check_images(split, num_workers=options.num_workers)
-    if not len(check.good):
-        raise ValueError(f"{path.name}: none of the {len(split)} images can be decoded")
-    count = len(check.good)
-    size = max(shard_images, -(-count // MOST_SHARDS))
-    sizes = stored_sizes(check.sizes[check.good], options.max_resolution)
-    shards = _Shards(path, split, check.good, check.sizes[check.good], sizes, options, size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    places = np.zeros((count, 2), dtype=np.int64)
-    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    kernels()  # here, and not in each process of each split
-    workers = options.num_workers
-    done = map_chunks(_write_shard, shards, chunks, num_workers=workers, advance=advance, timeout_s=timeout_s)
-    for chunk, written in done:
-        places[chunk.start : chunk.stop] = written
-    first = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-    labels = split.labels[check.good].astype(np.int64)
-    columns = (first, places[:, 0], places[:, 1], sizes[:, 0], sizes[:, 1], labels)
+    def __init__(self, file: BufferedWriter) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def add(self, k: int, image: bytes, label: int) -> int:
+        """Append sample k; where its image lies. Equal images under equal numbers and labels give equal shards."""
+        image_name, label_name = member_names(k, image)
+        place = self._add(image_name, image)
+        self._add(label_name, str(label).encode())
+        return place
+
+    def end(self) -> None:
+        """The two blocks of zeros that end a tar file."""
+        self._write(bytes(2 * BLOCK))
+
+    def _add(self, name: str, data: bytes) -> int:
+        member = tarfile.TarInfo(name)  # always with the same owner and time
+        member.size = len(data)
+        self._write(member.tobuf(tarfile.USTAR_FORMAT))
+        place = self._file.tell()
+        self._write(data)
+        self._write(bytes(padded(len(data)) - len(data)))
+        return place
+
+    def _write(self, data: bytes) -> None:
+        self.sha256.update(data)
+        self._file.write(data)
+
+
+def write_indices(
+    path: Path,
+    labels: np.ndarray,
+    sizes: np.ndarray,
+    is_jpeg: np.ndarray,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    shard_images: int,
+) -> None:
+    """Write DALI's index of each shard and `path`, the index of the split, last: without it, a split is unfinished.
+
+    labels, offsets, lengths: int64 (N,).  sizes: int64 (N, 2), (height, width).  is_jpeg: bool (N,), False for PNG.
+    """
+    first = np.arange(0, len(labels), shard_images)
+    for number, start in enumerate(first.tolist()):
+        lines = [f"{IDX_VERSION} {min(shard_images, len(labels) - start)}"]
+        for k in range(start, min(start + shard_images, len(labels))):
+            names, offset, size = member_names(k, JPEG_START if is_jpeg[k] else b""), int(offsets[k]), int(lengths[k])
+            label = names[1], offset + padded(size) + BLOCK, len(str(labels[k]))
+            lines.append(idx_line((names[0], offset, size), label))
+        shard_path(path, number).with_suffix(".idx").write_text("\n".join(lines) + "\n")
+    columns = (first, offsets, lengths, sizes[:, 0], sizes[:, 1], labels)
     partial = path.with_name(path.stem + ".partial.npz")
     np.savez(partial, **dict(zip(COLUMNS, columns, strict=True)))
     os.replace(partial, path)
-    return list(check.bad)
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """What a writing process needs: sample k is image `good[k]`, of size `original[k]`, stored with `sizes[k]`."""
-
-    path: Path
-    split: Split
-    good: np.ndarray
-    original: np.ndarray
-    sizes: np.ndarray
-    options: FfcvOptions
-    shard_images: int
-
-
-def _write_shard(shards: _Shards, chunk: range) -> np.ndarray:
-    """Write the samples of `chunk` as one tar file with its index for DALI; (offset, size) of each image's bytes."""
-    tar = shard_path(shards.path, chunk.start // shards.shard_images)
-    places, lines = [], [f"{IDX_VERSION} {len(chunk)}"]
-    with tar.open("wb") as file, _one_thread():
-        for k in chunk:
-            data = _encode(shards, k)
-            image_name, label_name = member_names(k, data)
-            image = _add(file, image_name, data)
-            label = _add(file, label_name, str(shards.split.labels[shards.good[k]]).encode())
-            places.append(image[1:])
-            lines.append(idx_line(image, label))
-            image_done()
-        file.write(bytes(2 * BLOCK))  # the end of a tar file
-    tar.with_suffix(".idx").write_text("\n".join(lines) + "\n")
-    return np.array(places, dtype=np.int64)
-
-
-def _add(file, name: str, data: bytes) -> tuple[str, int, int]:
-    """Append a member, always with the same owner and time, so that equal images give equal shards."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    file.write(member.tobuf(tarfile.USTAR_FORMAT))
-    offset = file.tell()
-    file.write(data)
-    file.write(bytes(padded(len(data)) - len(data)))
-    return name, offset, len(data)
-
-
-def _encode(shards: _Shards, k: int) -> bytes:
-    """The file that is stored for sample k."""
-    i, original, size = int(shards.good[k]), shards.original[k], shards.sizes[k]
-    if shards.options.mode == "jpg":
-        return jpeg_file(shards.split, i, original, size, shards.options.jpeg_quality)
-    return own_jpeg(shards.split, i, original, size) or encoded_file(scaled_image(shards.split, i, size), ".png")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """OpenCV's threads do not survive the fork that made this process."""
-    import cv2
-
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)

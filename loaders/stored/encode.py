@@ -1,12 +1,82 @@
-"""The file that is stored for an image: the source's own JPEG where it serves, else one that is made here."""
+"""What is stored for an image: the source's own JPEG file where it serves, else a file or pixels that are made here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from loaders.sources.split import Split
+from loaders.sources.decode import MAX_PIXELS, decode_bytes, has_end, plain_jpeg
+from loaders.sources.split import EncodedImages, Split, called
+from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.image_check import MAX_SIDE, content_key
+from loaders.stored.image_header import jpeg_size
 
-JPEG_OVER_PIXELS = 1 << 16  # bytes by which a JPEG file may be longer than its pixels; FFCV's pages have room for that
+JPEG_OVER_PIXELS = 1 << 16  # bytes by which a JPEG file may be longer than its pixels
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image of a source as it is stored.
+
+    size: (height, width) of the source's image. key: `content_key` of its file, 0 where it has none.
+    kept: whether `file` is the source's own file.
+    beton: of a .beton file, a JPEG file where `is_jpeg`, else the pixels; empty where none is wanted.
+    file: of a shard, a JPEG or PNG file; empty where none is wanted.
+    """
+
+    size: tuple[int, int]
+    key: int
+    kept: bool
+    is_jpeg: bool
+    beton: bytes | memoryview
+    file: bytes
+
+
+def encode(split: Split, i: int, options: FfcvOptions, formats: Sequence[str]) -> Encoded:
+    """Image i as `formats` store it, read once and decoded once.
+
+    Raw pixels beside shards decode a JPEG file that the shards keep twice: pixels are Pillow's, and libjpeg has to take
+    the file, too. Raises ValueError with the reason when the image cannot be converted.
+    """
+    data = split.contents(i) if isinstance(split, EncodedImages) else None
+    may_keep = data is not None and (options.mode == "jpg" or "dali" in formats)
+    size, image = (0, 0), None
+    own = kept_jpeg(data, options.max_resolution) if data is not None and may_keep else None
+    if own is not None:
+        size = own.shape[:2]
+    if own is None or ("ffcv" in formats and options.mode != "jpg"):
+        image = split.image(i) if data is None else decode_bytes(data)
+        size = image.shape[:2]
+        if max(size) > MAX_SIDE:
+            raise ValueError(f"{size[1]}x{size[0]}: no side may be longer than {MAX_SIDE}")
+        image = np.ascontiguousarray(scaled(image, stored_sizes(np.array([size]), options.max_resolution)[0]))
+    is_jpeg = options.mode == "jpg" or (options.mode == "proportion" and _drawn(split, i))
+    jpeg = data if own is not None else None
+    if jpeg is None and is_jpeg:
+        assert image is not None
+        jpeg = jpeg_file(image, options.jpeg_quality)
+    beton, file = jpeg, jpeg
+    if not is_jpeg and image is not None:
+        beton = image.reshape(-1).data
+    if file is None and "dali" in formats:
+        assert image is not None
+        file = png_file(image)
+    key = 0 if data is None else content_key(data)
+    return Encoded(
+        size,
+        key,
+        own is not None,
+        is_jpeg,
+        beton if beton is not None and "ffcv" in formats else b"",
+        file if file is not None and "dali" in formats else b"",
+    )
+
+
+def _drawn(split: Split, i: int) -> bool:
+    """Whether image i is among the half of mode "proportion"; its name decides, whenever it is stored."""
+    return content_key(called(split, i).encode("utf-8", "surrogateescape")) % 2 == 0
 
 
 def stored_sizes(sizes: np.ndarray, max_resolution: int | None) -> np.ndarray:
@@ -22,18 +92,6 @@ def stored_sizes(sizes: np.ndarray, max_resolution: int | None) -> np.ndarray:
     return np.where(longer > max_resolution, scaled, sizes)
 
 
-def scaled_image(split: Split, i: int, size: np.ndarray) -> np.ndarray:
-    """Image i, uint8 (h, w, 3), with the (height, width) it is stored with, by area interpolation.
-
-    ValueError, with the image's name, when it cannot be decoded.
-    """
-    try:
-        image = split.image(i)
-    except Exception as error:
-        raise ValueError(f"{split.name(i)}: {error}") from error
-    return scaled(image, size)
-
-
 def scaled(image: np.ndarray, size: np.ndarray) -> np.ndarray:
     """The image, uint8 (H, W, 3), with the (height, width) it is stored with, by area interpolation."""
     height, width = (int(side) for side in size)
@@ -44,56 +102,55 @@ def scaled(image: np.ndarray, size: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def own_jpeg(split: Split, i: int, original: np.ndarray, size: np.ndarray) -> bytes | None:
-    """The source's JPEG file of image i where it can be stored as it is; None where it has to be encoded anew.
+def kept_jpeg(data: bytes, max_resolution: int | None) -> np.ndarray | None:
+    """The pixels of a JPEG file that is stored as it is, uint8 (H, W, 3); None for one that is encoded anew or damaged.
 
-    original, size: (height, width) of the image, and that it is stored with. It is kept when it needs no scaling, when
-    every reader shows the same pixels from it (`plain_jpeg`), and when nothing long lies in it beside the pixels.
+    It is kept when `kept_size` says so and the strictest of the decoders that will read it takes it: Pillow passes over
+    flaws of which libjpeg warns. What that decoder takes is whole, so no other one has to look at it.
     """
-    if (size != original).any():
+    size = kept_size(data, max_resolution)
+    if size is None:
         return None
-    try:
-        data = split.encoded(i)
-    except Exception as error:
-        raise ValueError(f"{split.name(i)}: {error}") from error
-    height, width = (int(side) for side in size)
-    kept = data is not None and is_short(data, height, width) and _readable(data, height, width)
-    return data if kept else None
-
-
-def is_short(data: bytes, height: int, width: int) -> bool:
-    """Whether a JPEG file of so many pixels is no longer than these, or not much."""
-    return len(data) <= 3 * height * width + JPEG_OVER_PIXELS
-
-
-def jpeg_file(split: Split, i: int, original: np.ndarray, size: np.ndarray, quality: int) -> bytes:
-    """`own_jpeg`, or a JPEG file of `quality` that is encoded here."""
-    data = own_jpeg(split, i, original, size)
-    if data is not None:
-        return data
-    import cv2  # lazily, as above
-
-    return encoded_file(scaled_image(split, i, size), ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality])
-
-
-def encoded_file(image: np.ndarray, kind: str, options: list[int] | None = None) -> bytes:
-    """The file of an image, uint8 (H, W, 3) RGB; kind: ".jpg" or ".png"."""
-    import cv2  # lazily, as above
-
-    written, data = cv2.imencode(kind, image[:, :, ::-1], options or [])
-    assert written, image.shape
-    return data.tobytes()
-
-
-def _readable(data: bytes, height: int, width: int) -> bool:
-    """Whether the strictest decoder of those that will read these JPEG bytes takes them.
-
-    Pillow, which checked them, passes over flaws that libjpeg only warns of; such a file is written anew.
-    """
     from loaders.stored.ffcv_kernels import decode_jpeg  # lazily, as above
 
     try:
-        decode_jpeg(np.frombuffer(data, dtype=np.uint8), height, width)
+        return decode_jpeg(np.frombuffer(data, dtype=np.uint8), *size)
     except ValueError:
-        return False
-    return True
+        return None
+
+
+def kept_size(data: bytes, max_resolution: int | None) -> tuple[int, int] | None:
+    """(height, width) of a JPEG file that is kept unless its pixels are damaged; None for what is written anew.
+
+    It is kept when it needs no scaling, when every reader shows the same pixels from it (`plain_jpeg`), and when
+    nothing long lies in it beside the pixels.
+    """
+    height, width = jpeg_size(data) if data.startswith(b"\xff\xd8") else (0, 0)
+    if not 0 < height * width <= MAX_PIXELS or (max_resolution is not None and max(height, width) > max_resolution):
+        return None
+    if len(data) > 3 * height * width + JPEG_OVER_PIXELS or not has_end(data):
+        return None
+    try:
+        return None if plain_jpeg(data) is None else (height, width)
+    except Exception:  # Pillow's, of many types; `decode_bytes` says whether the file is damaged, and how
+        return None
+
+
+def jpeg_file(image: np.ndarray, quality: int) -> bytes:
+    """The JPEG file of an image, uint8 (H, W, 3) RGB."""
+    import cv2  # lazily, as above
+
+    return _file(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality])
+
+
+def png_file(image: np.ndarray) -> bytes:
+    """The PNG file of an image, uint8 (H, W, 3) RGB."""
+    return _file(image, ".png", [])
+
+
+def _file(image: np.ndarray, kind: str, options: list[int]) -> bytes:
+    import cv2  # lazily, as above
+
+    written, data = cv2.imencode(kind, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    assert written, image.shape
+    return data.tobytes()

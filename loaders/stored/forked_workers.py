@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -47,7 +47,7 @@ def map_chunks(
     num_workers: int | None = None,
     advance: Advance = lambda n: None,
     timeout_s: float = STUCK_S,
-) -> Iterator[tuple[range, Result]]:
+) -> Generator[tuple[range, Result], None, None]:
     """(chunk, function(subject, chunk)) for each chunk as it is done, computed by forked processes.
 
     function: calls `image_done` for each image, so that chunks of any length show progress and are not taken for stuck.
@@ -55,7 +55,7 @@ def map_chunks(
     Raises ValueError when a process dies or none finishes an image for `timeout_s`, whatever `function` raises
     otherwise; no process outlives the call.
     """
-    done = _counter()
+    done = shared_count()
     workers = [_Worker(function, subject, done) for _ in range(min(num_workers or available_cores(), len(chunks)))]
     waiting = iter(chunks)
     seen, changed = 0, time.monotonic()
@@ -72,7 +72,7 @@ def map_chunks(
             elif time.monotonic() - changed > timeout_s:
                 first = min(worker.chunks[0].start for worker in busy)
                 raise ValueError(
-                    f"no image was finished for {timeout_s:g} s, from number {first} of the split on: is the disk "
+                    f"no image was finished for {timeout_s:g} s, from number {first} on: is the disk "
                     "that holds them reachable?"
                 )
             for worker in (worker for worker in busy if worker.connection in ready):
@@ -82,10 +82,10 @@ def map_chunks(
                 yield answer
 
 
-def _counter() -> Synchronized:
+def shared_count(value: int = 0) -> Synchronized:
     """A count in shared memory; ValueError when there is no room for its lock."""
     try:
-        return multiprocessing.get_context("fork").Value("q", 0)
+        return multiprocessing.get_context("fork").Value("q", value)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

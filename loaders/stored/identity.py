@@ -111,9 +111,12 @@ def content_sha256(stored: StoredSplit, content: Callable[[int], Content], advan
             chunk.update(part)
         return chunk.digest()
 
-    with ThreadPoolExecutor(available_cores()) as pool:  # hashing leaves the interpreter's lock alone
+    pool = ThreadPoolExecutor(available_cores())  # hashing leaves the interpreter's lock alone
+    try:
         starts = range(0, len(stored), CHUNK)
         for start, part in zip(starts, pool.map(of_chunk, starts), strict=True):
             digest.update(part)
             advance(min(CHUNK, len(stored) - start))
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is interrupted does not read on
     return digest.hexdigest()

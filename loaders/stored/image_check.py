@@ -158,29 +158,24 @@ def check_images(
 def _check_chunk(split: Split, chunk: range) -> list[tuple[tuple[int, int], int, str | None]]:
     results = []
     for i in chunk:
-        results.append(_check(split, i))
+        try:
+            results.append((*check_image(split, i), None))
+        except ValueError as error:
+            results.append(((0, 0), 0, str(error)))
         image_done()
     return results
 
 
-def _check(split: Split, i: int) -> tuple[tuple[int, int], int, str | None]:
-    """((height, width), digest, None), or ((0, 0), 0, why it cannot be converted)."""
-    try:
-        image, digest = _decode(split, i)
-    except ValueError as error:
-        return (0, 0), 0, str(error)
-    height, width = image.shape[:2]
+def check_image(split: Split, i: int) -> tuple[tuple[int, int], int]:
+    """(height, width) of image i, and the `content_key` of its file, 0 where it has none; the file is read once.
+
+    ValueError with the reason when the image cannot be converted.
+    """
+    data = split.contents(i) if isinstance(split, EncodedImages) else None
+    height, width = (split.image(i) if data is None else decode_bytes(data)).shape[:2]
     if max(height, width) > MAX_SIDE:
-        return (0, 0), 0, f"{width}x{height}: no side may be longer than {MAX_SIDE}"
-    return (height, width), digest, None
-
-
-def _decode(split: Split, i: int) -> tuple[np.ndarray, int]:
-    """Image i, and the `content_key` of its file; 0 where it has no file. The file is read once."""
-    if not isinstance(split, EncodedImages):
-        return split.image(i), 0
-    data = split.contents(i)
-    return decode_bytes(data), content_key(data)
+        raise ValueError(f"{width}x{height}: no side may be longer than {MAX_SIDE}")
+    return (height, width), 0 if data is None else content_key(data)
 
 
 def content_key(data: bytes | memoryview) -> int:

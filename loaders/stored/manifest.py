@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ import numpy as np
 
 from loaders.sources.split import SPLITS
 from loaders.stored import FORMATS
-from loaders.stored.atomic_folder import LOCK, MANIFEST
+from loaders.stored.atomic_folder import MANIFEST
 from loaders.stored.damage import DamageError
-from loaders.stored.forked_workers import available_cores
-from loaders.stored.progress import progress_bar
+from loaders.stored.forked_workers import Advance, available_cores
 
 SCHEMA = 1
 LABELS, IMAGES = "labels.npz", "images.tsv"
@@ -158,11 +157,10 @@ def describe_split(
     }
 
 
-def describe_files(folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
-    """The stamp and checksum of every file in `folder`, by its path there."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+def describe_files(paths: Sequence[Path], folder: Path, advance: Advance) -> dict[str, dict[str, Any]]:
+    """The stamp and checksum of files in `folder`, by their paths there; advance: told of bytes."""
     described = {}
-    for path, checksum in zip(paths, file_checksums(paths, progress), strict=True):
+    for path, checksum in zip(paths, file_checksums(paths, advance), strict=True):
         size, mtime_ns = stamp(path)
         name = path.relative_to(folder).as_posix()
         described[name] = {"bytes": size, "mtime_ns": mtime_ns, "sha256": checksum}
@@ -184,12 +182,11 @@ def file_sha256(path: Path, ended: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def file_checksums(paths: list[Path], progress: bool) -> list[str]:
-    """`file_sha256` of each, several at a time (hashing leaves the interpreter's lock alone), with a progress bar."""
+def file_checksums(paths: Sequence[Path], advance: Advance = lambda n: None) -> list[str]:
+    """`file_sha256` of each, several at a time: hashing leaves the interpreter's lock alone. advance: told of bytes."""
     sizes = [path.stat().st_size for path in paths]
-    bar = progress_bar("checksums", sum(sizes), progress, unit="B")
     ended = threading.Event()
-    with bar as advance, ThreadPoolExecutor(available_cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         checksums = []
         try:
             for size, checksum in zip(sizes, pool.map(lambda path: file_sha256(path, ended), paths), strict=True):

@@ -24,7 +24,9 @@ def verify(dataset: ConvertedDataset, *, num_workers: int | None = None, progres
     if written is not None and written != manifest_sha256(dataset.manifest):
         problems.append(f"{MANIFEST}: its content is not what was written; it was edited or damaged")
     files = dataset.manifest["files"]
-    checksums = file_checksums([dataset.root / name for name in files], progress)
+    paths = [dataset.root / name for name in files]
+    with progress_bar("checksums", sum(path.stat().st_size for path in paths), progress, unit="B") as advance:
+        checksums = file_checksums(paths, advance)
     for (name, expected), checksum in zip(files.items(), checksums, strict=True):
         if checksum != expected["sha256"]:
             problems.append(f"{name}: its sha256 is not what the manifest says; it was changed or damaged")

@@ -77,7 +77,7 @@ def whole_beton(folder: Path, mode: str) -> Whole:
     dataset = replace(write_small(path, mixed_shapes(IMAGES), mode), formats=("ffcv",))
     for other in path.parent.iterdir():
         if other != path:
-            other.unlink()
+            shutil.rmtree(other)
     return Whole(dataset, READERS[mode], damage_beton, expected(dataset, READERS[mode]))
 
 
@@ -181,7 +181,7 @@ def damage_beton(folder: Path, rng: random.Random) -> str:
 
 def damage_shards(folder: Path, rng: random.Random) -> str:
     """As `damage_beton`, of the index, whole or value by value, or of the tar file."""
-    index, tar = folder / "train.npz", folder / "train-00000.tar"
+    index, tar = folder / "dali" / "train.npz", folder / "dali" / "train-00000.tar"
     kind = rng.choice(["column", "column", "column", "index", "pixels", "pixels", "cut"])
     if kind == "column":
         with np.load(index) as arrays:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from fastlt.recipe import load_recipe
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from loaders.readers import BACKENDS
-from loaders.sources.split import SPLITS
+from loaders.stored.atomic_folder import kept_images
 from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.verify import verify
 
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
 LENGTHS = [60, 40]  # iterations of the two stages
@@ -297,52 +297,66 @@ def tell(campaigns: list[Campaign], began: float, report_figure: Callable[[str],
 
 def same_images(one: ConvertedDataset, other: ConvertedDataset) -> bool:
     """Whether two data sets hold the same files under the same labels, in whatever place of a .beton file."""
-    for split, kind in product(SPLITS, one.formats):
-        mine, theirs = one.stored(split, kind), other.stored(split, kind)
-        if not np.array_equal(mine.labels, theirs.labels):
-            return False
-        if not all(np.array_equal(mine.encoded(i), theirs.encoded(i)) for i in range(len(mine))):
-            return False
-    return True
+    return one.identity(progress=False) == other.identity(progress=False) and verify(one, progress=False) == []
+
+
+def taken_over(output: str) -> int:
+    """How many images the last conversion said that it has taken over; 0 when it said nothing."""
+    said = [line for line in output.splitlines() if "are taken over" in line]
+    return int(said[-1].split(" of ")[0].replace(",", "")) if said else 0
 
 
 @pytest.mark.faults
-def test_killed_conversions_can_be_started_again(tmp_path, rounds, fault_seed, report_figure):
-    """Of an image folder into both formats, as raw pixels and as JPEG files."""
+def test_killed_conversions_go_on_where_they_were(tmp_path, rounds, fault_seed, report_figure):
+    """Of an image folder, as raw pixels in both formats and as JPEG files in a .beton; killed until each is whole."""
     draw = np.random.default_rng(0)
-    for split, count in (("train", 150), ("test", 20)):
+    for split, count in (("train", 400), ("test", 50)):
         for name in ("a", "b"):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = draw.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+                pixels = draw.integers(0, 256, (240, 320, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
-    each = max(1, -(-rounds(30) // 2))
+    each = max(1, -(-rounds(60) // 2))
     began = time.monotonic()
 
-    def work(mode: str) -> Campaign:
+    def work(mode: str, kind: str) -> Campaign:
         folder = tmp_path / mode
         moments = random.Random(f"{fault_seed} {mode}")
-        words = ["convert", "image_folder", "--root", tmp_path / "images", "--mode", mode, "--format", "both"]
-        words = [*map(str, words), "--meta-per-class", "5", "--workers", "2", "--quiet", "--out"]
-        campaign = Campaign()
+        words = ["convert", "image_folder", "--root", tmp_path / "images", "--mode", mode, "--format", kind]
+        words += ["--max-resolution", "200", "--meta-per-class", "5", "--workers", "2", "--quiet", "--out"]
+        campaign, finished = Campaign(), 0
         with sandbox(folder / "sandbox") as box:
-            box.run(*words, str(folder / "reference"))
+            box.run(*words, folder / "reference")
+            reference = ConvertedDataset.open(folder / "reference")
             out, partial = folder / "out", folder / "out.partial"
-            for _ in range(each):
-                kill = Kill("converting", 0, moments.uniform(0, 3.0), moments.choice(SIGNALS))
-                code = end_at(kill, box, [*words, str(out)], lambda printed: any(partial.glob("*")))
-                judged(code, kill, box, campaign)
-                if out.exists():  # in time: begin anew
-                    out.rename(folder / f"finished_{time.monotonic_ns()}")
-            code = box.run(*words, str(out))
-            if code != 0 or box.leftovers() or partial.exists():
-                campaign.problems.append(f"the last start: exit code {code}, {box.leftovers()}, {box.output[-400:]}")
-            for made in [out, *folder.glob("finished_*")]:
-                if not same_images(ConvertedDataset.open(made), ConvertedDataset.open(folder / "reference")):
-                    campaign.problems.append(f"{made} does not hold the images that were asked for")
+            # One more until it ends by itself, so that the last one is compared, too.
+            for number in range(each + 1):
+                kept, printed = kept_images(out), box.output_file.stat().st_size
+                kill = Kill("converting", 0, moments.uniform(0, 0.8), moments.choice(SIGNALS))
+                if number < each:
+                    code = end_at(kill, box, [*map(str, words), str(out)], lambda _: any(partial.glob("*")))
+                    judged(code, kill, box, campaign)
+                elif (code := box.run(*words, out)) != 0 or box.leftovers():
+                    campaign.problems.append(
+                        f"the last start: exit code {code}, {box.leftovers()}: {box.output[-400:]}"
+                    )
+                said = taken_over(box.output_file.read_bytes()[printed:].decode())
+                # While shards are put together, an image may be in the pieces twice.
+                wrong = said > kept if kind == "both" else said not in (0, kept)
+                if wrong or (kept and out.exists() and not said):
+                    campaign.problems.append(f"{kill}: {kept} images were finished, and {said} are taken over")
+                if kept and not kept_images(out) and not out.exists():
+                    campaign.problems.append(f"{kill}: of {kept} finished images none is left")
+                if out.exists():
+                    finished += 1
+                    if not same_images(ConvertedDataset.open(out), reference):
+                        campaign.problems.append(f"{kill}: the data set does not hold the images that were asked for")
+                    shutil.rmtree(out)
+                    shutil.rmtree(partial, ignore_errors=True)  # killed after it was renamed
+        campaign.kills[f"data sets that were whole in the end, {mode}"] += finished
         return campaign
 
     with ThreadPoolExecutor(2) as pool:
-        campaigns = list(pool.map(work, ("raw", "jpg")))
+        campaigns = list(pool.map(work, ("raw", "jpg"), ("both", "ffcv")))
     tell(campaigns, began, report_figure)

@@ -15,10 +15,9 @@ import pytest
 from loaders.protocol import StoredSplit
 from loaders.readers import BACKENDS
 from loaders.stored.beton import Beton
-from loaders.stored.dali_format import write_shards
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import keep_torch_threads
-from loaders.stored.image_check import ImageCheck
+from loaders.stored.pieces import write_split
 from loaders.stored.tar_shards import TarShards
 
 NUM_CLASSES = 5
@@ -47,7 +46,7 @@ class SmallDataset:
         return self.path
 
     def shards(self, split: str) -> Path:
-        return self.path.with_suffix(".npz")
+        return self.path.parent / "dali" / f"{self.path.stem}.npz"
 
     def stored(self, split: str, kind: str) -> StoredSplit:
         return Beton.open(self.path) if kind == "ffcv" else TarShards.open(self.shards(split))
@@ -92,6 +91,12 @@ class _Images:
     def name(self, i: int) -> str:
         return f"image {i}"
 
+    def stamp(self, i: int) -> tuple[int, int]:
+        return i, 0
+
+    def subset(self, indices: np.ndarray) -> _Images:
+        return _Images([self.images[i] for i in indices], self.labels[indices])
+
 
 def write_small(path: Path, shapes: list[tuple[int, int]], mode: str, seed: int = 0) -> SmallDataset:
     """A data set of one image a shape, stored as `mode` ("raw" or "jpg")."""
@@ -107,8 +112,6 @@ def write_images(path: Path, images: list[np.ndarray], mode: str, seed: int = 0)
     fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=90), "label": IntField()}
     samples = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
-    sizes = np.array([image.shape[:2] for image in images])
     options = FfcvOptions(mode, num_workers=1)
-    check = ImageCheck(sizes, ())
-    write_shards(path.with_suffix(".npz"), _Images(images, labels), options, check=check, shard_images=SHARD_IMAGES)
+    write_split(path.parent, path.stem, _Images(images, labels), options, ("dali",), shard_images=SHARD_IMAGES)
     return SmallDataset(path, images, labels)

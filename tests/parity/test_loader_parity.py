@@ -20,9 +20,9 @@ from loaders.order.crop import CropSpec, center_boxes
 from loaders.order.plan import EpochPlan
 from loaders.sources import FileSplit, Source
 from loaders.stored.convert import convert
-from loaders.stored.dali_format import write_shards
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import keep_torch_threads
+from loaders.stored.pieces import write_split
 from loaders.stored.tar_shards import TarShards
 
 COUNT = 37
@@ -272,7 +272,7 @@ def test_dali_cuts_real_jpegs_exactly_and_resizes_them_as_pillow_does(real_data,
     folder = real_data("imagenet_samples")
     paths = sorted(path.name for path in folder.iterdir())
     split = FileSplit(folder, paths, np.zeros(len(paths), dtype=np.int64), "photographs")
-    assert write_shards(tmp_path / "train.npz", split, FfcvOptions(num_workers=1)) == []
+    assert write_split(tmp_path, "train", split, FfcvOptions(num_workers=1), ("dali",)) == []
     dataset = SmallDataset(tmp_path / "train.beton", [], split.labels, formats=("dali",))
     stored = TarShards.open(dataset.shards("train"))
     assert all(stored.encoded(i).tobytes() == split.encoded(i) for i in range(len(split)))

@@ -52,3 +52,34 @@ def test_what_cannot_be_compared_is_one_message(tmp_path, monkeypatch, capsys, m
         (tmp_path / "images" / "a.png").unlink()
     assert cli.main(["benchmark", "conversion", *words, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_cpu_time_is_compared_with_ffcvs_own_writer(tmp_path, monkeypatch, capsys):
+    from fastlt.benchmarks import conversion
+
+    monkeypatch.setattr(conversion, "CPU_WAYS", {"jpg, 40 px": FfcvOptions("jpg", max_resolution=40)})
+    for i, image in enumerate(smooth_images([(70, 90)] * 4, seed=1)):
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg")
+    words = ["--images", str(tmp_path), "--cpu", "30", "--rounds", "2", "--workers", "2"]
+    assert cli.main(["benchmark", "conversion", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    row = found["cpu_seconds"]["jpg, 40 px"]
+    assert (found["images"], found["workers"]) == (30, 2)
+    assert all(len(of_writer) == 2 and min(of_writer) > 0 for of_writer in row["rounds"].values())
+    assert row["ratio"] == row["fastlt"] / row["ffcv"]
+
+
+def test_a_conversion_that_fails_is_no_figure(tmp_path, monkeypatch):
+    from fastlt.benchmarks import conversion
+
+    monkeypatch.setattr(conversion, "_convert", lambda split, options: 1 / 0)
+    Image.fromarray(smooth_images([(40, 40)], seed=1)[0]).save(tmp_path / "a.png")
+    with pytest.raises(RuntimeError, match="a conversion as raw failed"):
+        cli.main(["benchmark", "conversion", "--images", str(tmp_path), "--cpu", "2", "--rounds", "1", "--json"])
+
+
+def test_one_of_the_two_measurements_is_asked_for(tmp_path, capsys):
+    for words in ([], ["--cpu", "5", "--weights", "file"]):
+        with pytest.raises(SystemExit):
+            cli.main(["benchmark", "conversion", "--images", str(tmp_path), *words])
+        assert "give --weights FILE or --cpu N" in capsys.readouterr().err

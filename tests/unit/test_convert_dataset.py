@@ -82,7 +82,7 @@ def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
     assert "every checksum holds, and all 931 images decode" in capsys.readouterr().out
     copy = Path(shutil.copytree(digits, tmp_path / "copy"))
     with (copy / "meta.beton").open("r+b") as file:
-        file.seek(2**21)
+        file.seek(2**13)
         file.write(b"damage")
     run("--verify", copy, "--quiet", code=1)
     assert "meta.beton: its sha256" in capsys.readouterr().err
@@ -213,8 +213,8 @@ def test_names_that_are_not_utf8_are_converted_and_written(folder, tmp_path, cap
     odd = os.fsencode(folder.parent) + b"/im\xe4ges"
     os.rename(folder, odd)
     words = ["image_folder", "--root", os.fsdecode(odd), "--out", tmp_path / "out", "--meta-per-class", 2, "--quiet"]
-    run(*words, code=2)
-    run(*words, "--on-error", "skip", "--format", "both")
+    run(*words, "--format", "both", code=2)
+    run(*words, "--format", "both", "--on-error", "skip")
     assert r"all that is not held out of" in capfd.readouterr().out
     made = ConvertedDataset.open(tmp_path / "out")
     assert made.class_names == ("ant", r"caf\xe9", "cow")
@@ -226,8 +226,10 @@ def test_names_that_are_not_utf8_are_converted_and_written(folder, tmp_path, cap
 def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
     run("image_folder", "--root", folder, "--out", tmp_path / "out", "--meta-per-class", 4)
     error = capsys.readouterr().err
-    assert "check train" in error
-    assert "write train" in error
+    assert "convert: images: " in error
+    assert "convert: checksums: 100%" in error
+    assert "45/45 img" in error
+    assert "left, " in error
     assert "img/s" in error
 
 
@@ -305,18 +307,18 @@ def test_a_usage_error_does_not_wait_for_torch(tmp_path):
 @pytest.mark.parametrize(
     ("how", "when"),
     [
-        (signal.SIGKILL, "out.partial/.lock"),
-        (signal.SIGKILL, "out.partial/train.beton.partial"),
-        (signal.SIGINT, "out.partial/train.beton.partial"),
-        (signal.SIGTERM, "out.partial/train.beton.partial"),
-        (signal.SIGTERM, "out.partial/.lock"),
+        (signal.SIGKILL, ".lock"),
+        (signal.SIGKILL, "pieces/*.json"),
+        (signal.SIGINT, "pieces/*.json"),
+        (signal.SIGTERM, "pieces/*.json"),
+        (signal.SIGTERM, ".lock"),
     ],
-    ids=["killed while checking", "killed writing", "interrupted writing", "terminated writing", "terminated checking"],
+    ids=["killed at the start", "killed", "interrupted", "terminated", "terminated at the start"],
 )
-def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarted(
-    tmp_path, no_shared_memory_left, how, when
+def test_an_interrupted_conversion_leaves_nothing_that_opens_and_the_same_command_goes_on(
+    tmp_path, no_shared_memory_left, capsys, how, when
 ):
-    """Ended when the file `when` appears: its processes end, too, and the same command then succeeds."""
+    """Ended when a file `when` appears: its processes end, too, and the same command then succeeds."""
     pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     for split, count in (("train", 60), ("test", 2)):
         for name in ("a", "b"):
@@ -329,19 +331,23 @@ def test_an_interrupted_conversion_leaves_nothing_that_opens_and_can_be_restarte
     words = [str(word) for word in [*words, "--workers", 2, "--quiet"]]
     process = subprocess.Popen([sys.executable, str(TOOL), *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / when).exists() and time.monotonic() < deadline:
+    while not any((tmp_path / "out.partial").glob(when)) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
+        time.sleep(0.002)
     process.send_signal(how)
     error = process.communicate(timeout=60)[1]
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    kept = sum(int(path.name.split(".")[1]) for path in (tmp_path / "out.partial" / "pieces").glob("*.json"))
     if how != signal.SIGKILL:
-        assert process.returncode == 128 + how
-        assert not (tmp_path / "out.partial").exists()
-    else:
-        assert process.returncode == -how
+        told = f"{kept:,} finished images are kept in {tmp_path / 'out.partial'}: the same command goes on from there"
+        assert told in error or (kept == 0 and "nothing was left behind" in error)
+        assert (tmp_path / "out.partial").exists() == (kept > 0)
     run(*words)
+    taken = f"{kept} of 124 images are taken over from an interrupted conversion\n"
+    assert (taken in capsys.readouterr().out) == (kept > 0)
+    assert kept > 0 or when == ".lock"
     assert ConvertedDataset.open(tmp_path / "out").class_counts().counts.tolist() == [58, 58]
     assert not (tmp_path / "out.partial").exists()
 
@@ -375,7 +381,7 @@ def test_an_interrupted_checksum_does_not_wait_for_the_end_of_a_large_file(tmp_p
     threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
     start = time.monotonic()
     with pytest.raises(signals.Terminated), signals.ended_by_signals():
-        file_checksums([large, large], progress=False)
+        file_checksums([large, large])
     assert time.monotonic() - start < 10
 
 

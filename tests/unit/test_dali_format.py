@@ -23,11 +23,11 @@ from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source, open_source
 from loaders.stored import dali_format
 from loaders.stored.convert import convert
-from loaders.stored.dali_format import write_shards
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.image_check import ImageCheck
+from loaders.stored.image_check import BadImage
 from loaders.stored.manifest import file_sha256, sealed
+from loaders.stored.pieces import write_split
 from loaders.stored.tar_shards import TarShards, is_jpeg
 from loaders.stored.verify import verify
 
@@ -53,14 +53,20 @@ def files(tmp_path) -> Source:
     return Source("image_folder", ("cat", "dog"), splits)
 
 
+def write_shards(folder: Path, split: FileSplit, options: FfcvOptions, **arguments) -> tuple[list[BadImage], Path]:
+    """Writes the shards of a split called "a"; the images that are bad, and the index."""
+    return write_split(folder, "a", split, options, ("dali",), **arguments), folder / "dali" / "a.npz"
+
+
 def shards_only(source: Source, out: Path, options: FfcvOptions = LOSSLESS) -> ConvertedDataset:
     return convert(source, out, options=options, request={}, formats=("dali",), progress=False)
 
 
 def test_jpegs_keep_their_bytes_in_a_plain_tar(files, tmp_path):
     split = files.splits["train"]
-    assert write_shards(tmp_path / "out" / "a.npz", split, LOSSLESS, shard_images=5) == []
-    shards = TarShards.open(tmp_path / "out" / "a.npz")
+    bad, index = write_shards(tmp_path / "out", split, LOSSLESS, shard_images=5)
+    assert bad == []
+    shards = TarShards.open(index)
     assert [tar.name for tar in shards.tars] == ["a-00000.tar", "a-00001.tar", "a-00002.tar"]
     np.testing.assert_array_equal(shards.labels, split.labels)
     assert len(shards) == 13
@@ -89,8 +95,7 @@ def test_what_is_no_upright_rgb_jpeg_becomes_a_png_with_the_same_pixels(tmp_path
     Image.fromarray(pixels).save(folder / "3.jpg", exif=exif)
     flawed = (folder / "4.jpg").read_bytes()
     (folder / "4.jpg").write_bytes(flawed[:-2] + bytes(56) + flawed[-2:])
-    write_shards(tmp_path / "a.npz", split, LOSSLESS)
-    shards = TarShards.open(tmp_path / "a.npz")
+    shards = TarShards.open(write_shards(tmp_path / "out", split, LOSSLESS)[1])
     for i in range(5):
         assert not is_jpeg(shards.encoded(i))
         np.testing.assert_array_equal(shards.image(i), split.image(i))
@@ -101,8 +106,7 @@ def test_scaled_images_are_written_anew_and_the_others_are_not(files, tmp_path):
     split = files.splits["train"]
     for mode, extension in (("raw", "png"), ("jpg", "jpg")):
         options = FfcvOptions(mode, max_resolution=80, num_workers=1)
-        write_shards(tmp_path / f"{mode}.npz", split, options)
-        shards = TarShards.open(tmp_path / f"{mode}.npz")
+        shards = TarShards.open(write_shards(tmp_path / mode, split, options)[1])
         with tarfile.open(shards.tars[0]) as archive:
             names = [name for name in archive.getnames() if not name.endswith(".cls")]
         for i, name in enumerate(names):
@@ -116,8 +120,8 @@ def test_scaled_images_are_written_anew_and_the_others_are_not(files, tmp_path):
 def test_equal_images_give_equal_shards_whatever_the_number_of_processes(files, tmp_path):
     for workers in (1, 2):
         options = FfcvOptions(num_workers=workers)
-        write_shards(tmp_path / str(workers) / "a.npz", files.splits["train"], options, shard_images=4)
-    one, two = (sorted((tmp_path / str(workers)).iterdir()) for workers in (1, 2))
+        write_shards(tmp_path / str(workers), files.splits["train"], options, shard_images=4)
+    one, two = (sorted((tmp_path / str(workers) / "dali").iterdir()) for workers in (1, 2))
     assert [path.name for path in one] == [path.name for path in two]
     assert len(one) == 4 * 2 + 1
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True) if a.suffix != ".npz")
@@ -125,8 +129,8 @@ def test_equal_images_give_equal_shards_whatever_the_number_of_processes(files, 
 
 def test_a_split_never_has_more_shards_than_may_stay_mapped(files, tmp_path, monkeypatch):
     monkeypatch.setattr(dali_format, "MOST_SHARDS", 3)
-    write_shards(tmp_path / "a.npz", files.splits["train"], LOSSLESS, shard_images=1)
-    assert len(TarShards.open(tmp_path / "a.npz").tars) == 3
+    _, index = write_shards(tmp_path / "out", files.splits["train"], LOSSLESS, shard_images=1)
+    assert len(TarShards.open(index).tars) == 3
 
 
 @needs_dali
@@ -134,8 +138,7 @@ def test_dalis_own_reader_reads_the_shards_by_their_index(files, tmp_path):
     from nvidia.dali import Pipeline, fn
 
     split = files.splits["train"]
-    write_shards(tmp_path / "a.npz", split, LOSSLESS, shard_images=5)
-    tars = TarShards.open(tmp_path / "a.npz").tars
+    tars = TarShards.open(write_shards(tmp_path / "out", split, LOSSLESS, shard_images=5)[1]).tars
     pipeline = Pipeline(batch_size=13, num_threads=1, device_id=None)
     with pipeline:
         indices = [str(tar.with_suffix(".idx")) for tar in tars]
@@ -245,15 +248,18 @@ def test_verify_reads_the_shards_back(files, tmp_path):
     assert "test-00000.idx: DALI's index and test.npz disagree" in problem
 
 
-def test_a_failing_shard_leaves_nothing(files, tmp_path):
-    Path(files.splits["test"].root / "4.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 of 22 images cannot be converted"):
-        shards_only(files, tmp_path / "out")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
-    check = ImageCheck(np.full((5, 2), 40), ())  # as if the file had been whole when it was checked
-    with pytest.raises(ValueError, match=r"4.jpg: "):
-        write_shards(tmp_path / "a.npz", files.splits["test"], LOSSLESS, check=check)
-    assert not (tmp_path / "a.npz").exists()
+def test_bad_images_are_left_out_of_the_shards(files, tmp_path):
+    split = files.splits["train"]
+    good = split.subset(np.array([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12]))
+    for i in (3, 11):
+        (split.root / split.paths[i]).write_bytes(b"no image")
+    bad, index = write_shards(tmp_path / "one", split, LOSSLESS, shard_images=4)
+    assert [image.index for image in bad] == [3, 11]
+    _, expected = write_shards(tmp_path / "other", good, LOSSLESS, shard_images=4)
+    one, other = (sorted(path.parent.glob("*-0*")) for path in (index, expected))
+    assert [path.name for path in one] == [path.name for path in other]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, other, strict=True))
+    assert all(TarShards.open(index).problems(k) == [] for k in range(3))
 
 
 def test_ffcvs_own_storage_is_refused_before_anything_is_read(tmp_path):

@@ -16,12 +16,12 @@ from PIL import Image
 
 from loaders.sources import FileSplit, Source, open_source
 from loaders.stored import convert as convert_module
-from loaders.stored import dali_format
 from loaders.stored.beton import Beton
 from loaders.stored.convert import conversion_request, convert, write_skipped
+from loaders.stored.dali_format import ShardWriter
 from loaders.stored.damage import DamageError
 from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.ffcv_format import BetonEnd, FfcvOptions
 from loaders.stored.image_check import BadImage
 from loaders.stored.manifest import SCHEMA, file_sha256, sealed
 from loaders.stored.verify import verify
@@ -165,7 +165,7 @@ def test_another_format_only_is_said_to_lack_ffcv(copy):
 
 def test_verify_finds_a_changed_byte_and_disagreeing_labels(copy, converted):
     data = bytearray((copy / "test.beton").read_bytes())
-    data[2**21 + 100] ^= 1
+    data[len(data) // 2] ^= 1
     (copy / "test.beton").write_bytes(data)
     problems = verify(ConvertedDataset.open(copy), progress=False)
     assert len(problems) == 1
@@ -264,7 +264,7 @@ def test_bad_images_stop_the_conversion_and_are_listed(files, tmp_path):
         ValueError, match=r"(?s)2 of 10 images .*skip:.*train2.png: the file is empty.*train5.png: not an"
     ):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.partial"]
 
 
 def test_bad_images_are_skipped_and_written_down(files, tmp_path):
@@ -296,18 +296,23 @@ def test_skipping_never_loses_a_class(files, tmp_path):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="ignore")
 
 
-@pytest.mark.parametrize("failing", ["write_beton", "write_durably", "publish"])
-def test_a_conversion_that_fails_leaves_nothing(files, tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize("failing", ["store_images", "finish_split", "write_durably", "publish"])
+def test_a_conversion_that_fails_keeps_what_is_finished_and_no_more(files, tmp_path, monkeypatch, failing):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, failing, fail)
-    with pytest.raises(KeyboardInterrupt):
-        convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_module, failing, fail)
+        with pytest.raises(KeyboardInterrupt):
+            convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    kept = [] if failing == "store_images" else ["out.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", *kept]
+    dataset = convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert verify(dataset, progress=False) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
-def test_what_a_killed_conversion_left_is_cleaned(files, tmp_path):
+def test_what_no_record_tells_of_is_cleaned(files, tmp_path):
     stale = tmp_path / "out.partial"
     (stale / "folder").mkdir(parents=True)
     (stale / "train.beton").write_bytes(b"half")
@@ -373,23 +378,23 @@ def full_disk(*args, **kwargs):
 
 @pytest.mark.parametrize("kind", ["ffcv", "dali", "labels"])
 def test_a_disk_that_becomes_full_is_said_with_its_place(files, tmp_path, monkeypatch, kind):
-    """FFCV's worker, a process that writes shards, and this one: wherever the disk becomes full."""
-    formats = ("ffcv",)
+    """A process that writes images, one that writes shards, and this one: wherever the disk becomes full."""
+    formats = ("dali",) if kind == "dali" else ("ffcv",)
     if kind == "ffcv":
-        import ffcv.memory_allocator
-
-        monkeypatch.setattr(ffcv.memory_allocator.MemoryAllocator, "flush_page", full_disk)
+        monkeypatch.setattr(BetonEnd, "append", full_disk)
     elif kind == "dali":
-        formats = ("dali",)
-        monkeypatch.setattr(dali_format, "_add", full_disk)
+        monkeypatch.setattr(ShardWriter, "add", full_disk)
     else:
         monkeypatch.setattr(convert_module.np, "savez", full_disk)
-    with pytest.raises(ValueError, match=rf"{tmp_path} has no space left for out; nothing was left behind: make room"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no space left for out: make room") as raised:
         convert(files, tmp_path / "out", options=OPTIONS, request={}, formats=formats, on_error="skip", progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    kept = kind == "labels"
+    assert ("10 finished images are kept in" in str(raised.value)) == kept
+    assert (tmp_path / "out.partial").exists() == kept
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(ValueError, match=r"need 0.0 GiB as raw pixels .* set max_resolution"):
+    with pytest.raises(ValueError, match=r"need about 0.0 GiB as raw pixels .* set max_resolution"):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
