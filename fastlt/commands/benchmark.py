@@ -6,6 +6,7 @@
     fastlt benchmark conversion      what storing images changes in their pixels and in a network's decisions
     fastlt benchmark augment         the on-device augmentation against the usual one, image by image
     fastlt benchmark train           images a second of a whole training, with the time spent waiting for data
+    fastlt benchmark plan            the order of an epoch and its random crops, by the number of images
     fastlt benchmark drift           a rolling class accuracy against the exact one, while a network trains
     fastlt benchmark approximations  the approximations of the meta-step against the exact one, while a network trains
 
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "conversion": "fastlt.benchmarks.conversion",
     "augment": "fastlt.benchmarks.augment",
     "train": "fastlt.benchmarks.train",
+    "plan": "fastlt.benchmarks.plan",
     "drift": "fastlt.benchmarks.drift",
     "approximations": "fastlt.benchmarks.approximations",
 }

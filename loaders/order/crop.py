@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -10,6 +12,10 @@ from fastlt.names import unknown
 
 KINDS = ("none", "center", "random_resized")
 ATTEMPTS = 10  # draws before the fallback crop, as in torchvision's and FFCV's random-resized crop
+PIECE = 1 << 16  # images whose rectangles are drawn at a time
+# Called with the number of an attempt and with images, it yields parts of these images and numbers for them: uniform in
+# [0, 1), float64 (4, n), for area, shape, and place down and across.
+Draws = Callable[[int, np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -88,32 +94,78 @@ def random_resized_boxes(
     widths: np.ndarray,
     scale: tuple[float, float],
     aspect: tuple[float, float],
-    rng: np.random.Generator,
+    draws: Draws,
+    images: np.ndarray | None = None,
+    dtype: Any = np.int32,
 ) -> np.ndarray:
-    """One random rectangle an image, int32 (N, 4) as (top, left, height, width).
+    """One random rectangle for each of `images`, or of all, (N, 4) of a type as (top, left, height, width).
 
     The area is uniform in scale * H * W, the aspect (width over height) log-uniform, the place uniform. A rectangle
     that does not fit is drawn again, up to ten times; then the largest central one within the aspect range is taken.
     Source: Inception-style cropping (Szegedy et al. 2015) with torchvision's RandomResizedCrop as its definition.
     """
-    heights, widths = heights.astype(np.int64), widths.astype(np.int64)
-    boxes = _fallback_boxes(heights, widths, aspect)
-    pending = np.arange(len(heights))
-    for _ in range(ATTEMPTS):
-        if not len(pending):
-            break
-        height, width = heights[pending], widths[pending]
-        area = height * width * rng.uniform(scale[0], scale[1], len(pending))
-        shape = np.exp(rng.uniform(np.log(aspect[0]), np.log(aspect[1]), len(pending)))
-        w = np.rint(np.sqrt(area * shape)).astype(np.int64)
-        h = np.rint(np.sqrt(area / shape)).astype(np.int64)
-        place_y, place_x = rng.random(len(pending)), rng.random(len(pending))
-        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        top = np.floor(place_y * (height - h + 1)).astype(np.int64)
-        left = np.floor(place_x * (width - w + 1)).astype(np.int64)
-        boxes[pending[fits]] = np.stack([top, left, h, w], axis=1)[fits]
-        pending = pending[~fits]
+    count = len(heights) if images is None else len(images)
+    boxes = np.empty((count, 4), dtype=dtype)
+
+    def sides(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        of = part if images is None else images[part]
+        return heights[of].astype(np.int64), widths[of].astype(np.int64)
+
+    pending = np.arange(count, dtype=np.int32)
+    for attempt in range(ATTEMPTS):
+        left = []
+        for part, (of_area, of_shape, place_y, place_x) in draws(attempt, pending):
+            height, width = sides(part)
+            area = height * width * (scale[0] + (scale[1] - scale[0]) * of_area)
+            low, high = np.log(aspect[0]), np.log(aspect[1])
+            shape = np.exp(low + (high - low) * of_shape)
+            w = np.rint(np.sqrt(area * shape)).astype(np.int64)
+            h = np.rint(np.sqrt(area / shape)).astype(np.int64)
+            fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+            top = np.floor(place_y * (height - h + 1)).astype(np.int64)
+            across = np.floor(place_x * (width - w + 1)).astype(np.int64)
+            boxes[part[fits]] = np.stack([top, across, h, w], axis=1)[fits]
+            left.append(part[~fits])
+        pending = np.concatenate([pending[:0], *left])
+    boxes[pending] = _fallback_boxes(*sides(pending), aspect)
     return boxes
+
+
+def drawn_in_turn(rng: np.random.Generator) -> Draws:
+    """The next numbers of a generator, which has to be `default_rng`'s: all areas, all shapes, all places.
+
+    Memory is needed for some of the images at a time: the four kinds are drawn by copies of the generator.
+    """
+
+    def draws(attempt: int, pending: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        kinds = []
+        for kind in range(4):
+            bits: Any = np.random.PCG64()
+            bits.state = rng.bit_generator.state
+            kinds.append(np.random.Generator(bits.advance(kind * len(pending))))
+        for start in range(0, len(pending), PIECE):
+            part = pending[start : start + PIECE]
+            yield part, np.stack([one.random(len(part)) for one in kinds])
+        cast("np.random.PCG64", rng.bit_generator).advance(4 * len(pending))
+
+    return draws
+
+
+def drawn_by_place(stream: Sequence[int], places: np.ndarray) -> Draws:
+    """Numbers that follow from the seeds `stream` and from the place of an image alone, whatever else is drawn.
+
+    places: int64 (N,), of the images. Source: SplitMix64, Steele et al. 2014, as a function of its counter.
+    """
+    key = np.random.SeedSequence(stream).generate_state(1, np.uint64)
+
+    def draws(attempt: int, pending: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        first = (places[pending].astype(np.uint64) * ATTEMPTS + attempt) * 4
+        z = (first + np.arange(4, dtype=np.uint64)[:, None]) * np.uint64(0x9E3779B97F4A7C15) + key
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        yield pending, ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+    return draws
 
 
 def _fallback_boxes(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:
@@ -124,10 +176,7 @@ def _fallback_boxes(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int32)
 
 
-def crop_boxes(spec: CropSpec, heights: np.ndarray, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The rectangles `spec` takes from images of these sizes, int32 (N, 4) as (top, left, height, width)."""
-    if spec.kind == "none":
-        return whole_boxes(heights, widths)
-    if spec.kind == "center":
-        return center_boxes(heights, widths, spec.ratio)
-    return random_resized_boxes(heights, widths, spec.scale, spec.aspect, rng)
+def crop_boxes(spec: CropSpec, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The rectangles `spec` takes from images of these sizes where it draws nothing at random, int32 (N, 4)."""
+    assert spec.kind != "random_resized", "drawn by `random_resized_boxes`"
+    return whole_boxes(heights, widths) if spec.kind == "none" else center_boxes(heights, widths, spec.ratio)

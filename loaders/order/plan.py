@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from loaders.order.crop import CropSpec, crop_boxes
-from loaders.order.sampling import epoch_order, shard
+from loaders.daemon_threads import in_background
+from loaders.order.crop import CropSpec, crop_boxes, drawn_by_place, drawn_in_turn, random_resized_boxes
+from loaders.order.sampling import epoch_order, shard, share_places, share_size
 
 AHEAD_FROM = 200_000  # images from which the next epoch is planned while this one is trained on: some 0.2 s
-# Images up to which one stream gives the rectangles of an epoch. Above, each block of the order has its own: drawing
-# takes some 200 bytes an image, and 14 million at once would take 3 GB.
-ONE_STREAM, BLOCK = 3_000_000, 1 << 20
+# Images up to which one generator draws the rectangles of an epoch, those of all processes. Above, they follow from the
+# place of an image in the epoch, and a process draws its own when it comes to them.
+IN_TURN = 3_000_000
 CROP_STREAM = 1  # keeps the crops' random numbers apart from other uses of (seed, epoch); the last stream in use
+
+
+class Boxes:
+    """The crop rectangles of a process's epoch: `boxes[start:stop]` is int32 (n, 4) as (top, left, height, width).
+
+    make: those from a start to a stop.
+    """
+
+    def __init__(self, count: int, make: Callable[[int, int], np.ndarray]) -> None:
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self.count)
+        assert step == 1, part
+        return self.make(start, max(start, stop)).astype(np.int32, copy=False)
+
+
+@dataclass(frozen=True)
+class PlannedEpoch:
+    """What is kept of the plan of an epoch.
+
+    epoch: its number. index: int32 (n,), the positions in the split that this process visits. drawn: (n, 4), its
+    rectangles, where they have been drawn.
+    """
+
+    epoch: int
+    index: np.ndarray
+    drawn: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +66,8 @@ class EpochPlan:
         there; None for all of them in split order.
 
     Training on many images, each epoch is planned by a thread of its own during the epoch before, and the plans of both
-    are held: 24 bytes an image that this process sees, each.
+    are held: each 4 bytes an image that this process sees, and up to `IN_TURN` images of random crops 8 more. Planning
+    takes 16 bytes an image of the split.
     Raises ValueError when a training split does not fill one batch, or a random crop is asked for in evaluation.
     """
 
@@ -50,7 +85,7 @@ class EpochPlan:
     classes: np.ndarray | None = None
     keep_last: bool = False
     order: np.ndarray | None = None
-    _ahead: dict[int, _Planning] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[int, Future[PlannedEpoch]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
@@ -59,11 +94,11 @@ class EpochPlan:
             raise ValueError(f"batch size {self.batch_size}: must be at least 1")
         if self.crop.kind == "random_resized" and not self.train:
             raise ValueError("crop kind 'random_resized' is for training: use 'center' for evaluation")
-        if self._drop_last and self.num_samples < self.batch_size:
+        if self._sharing["drop_last"] and self.num_samples < self.batch_size:
             raise ValueError(
                 f"batch size {self.batch_size} on {self.world_size} process(es) is more than the "
-                f"{len(self._members)} images of the split: no full batch. "
-                f"Use a batch size of at most {len(self._members) // self.world_size}"
+                f"{self._visited} images of the split: no full batch. "
+                f"Use a batch size of at most {self._visited // self.world_size}"
             )
         self.output_shape  # noqa: B018  (a mix of sizes is refused now, not in the first batch)
 
@@ -75,7 +110,7 @@ class EpochPlan:
     @cached_property
     def num_samples(self) -> int:
         """Images this process sees in one epoch."""
-        return len(self._positions(len(self._members)))
+        return share_size(self._visited, self.rank, self.world_size, **self._sharing)
 
     @property
     def num_batches(self) -> int:
@@ -85,74 +120,83 @@ class EpochPlan:
     def index(self, epoch: int, first_batch: int = 0) -> np.ndarray:
         """Positions in the split, int64 (n,), this process visits from `first_batch` on; ValueError beyond the end."""
         start = self._start(first_batch)
-        if self._plans_ahead:
-            return self._planned(epoch)[0][start:]
-        order = self._order(epoch)
-        return order[self._positions(len(order))[start:]]
+        return self._planned(epoch).index[start:].astype(np.int64)
 
-    def boxes(self, epoch: int, first_batch: int = 0) -> np.ndarray:
-        """The crop rectangle of each entry of `index`, int32 (n, 4) as (top, left, height, width)."""
-        start = self._start(first_batch)
-        if self._plans_ahead:
-            return self._planned(epoch)[1][start:]
-        order = self._order(epoch)
-        return self._boxes(epoch, order)[self._positions(len(order))[start:]]
+    def boxes(self, epoch: int, first_batch: int = 0) -> Boxes:
+        """The crop rectangle of each entry of `index`."""
+        return self.rectangles(self._planned(epoch), self._start(first_batch))
 
-    @property
-    def _plans_ahead(self) -> bool:
-        return self.train and len(self._members) >= AHEAD_FROM
+    def rectangles(self, planned: PlannedEpoch, first: int = 0) -> Boxes:
+        """The crop rectangles of a planned epoch from image `first` of this process on."""
 
-    def _planned(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Index and boxes of an epoch, as they were planned ahead, or now; the next epoch is planned from here on."""
-        for other in self._ahead.keys() - {epoch, epoch + 1}:
-            del self._ahead[other]
-        if epoch not in self._ahead:
-            self._ahead[epoch] = _Planning(self, epoch)
-        made = self._ahead[epoch].result()
-        if epoch + 1 not in self._ahead:
-            self._ahead[epoch + 1] = _Planning(self, epoch + 1)
-        return made
+        def make(start: int, stop: int) -> np.ndarray:
+            part = slice(first + start, first + stop)
+            if planned.drawn is not None:
+                return planned.drawn[part]
+            images = planned.index[part]
+            if self.crop.kind != "random_resized":
+                return crop_boxes(self.crop, self.heights[images], self.widths[images])
+            places = share_places(part.start, part.stop, self.rank, self.world_size, **self._sharing)
+            draws = drawn_by_place(self._stream(planned.epoch), places)
+            return random_resized_boxes(self.heights, self.widths, self.crop.scale, self.crop.aspect, draws, images)
 
-    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = self._order(epoch)
-        places = self._positions(len(order))
-        return order[places], self._boxes(epoch, order)[places]
+        return Boxes(self.num_samples - first, make)
 
-    def _boxes(self, epoch: int, order: np.ndarray) -> np.ndarray:
-        """The rectangles of an epoch's images in order, of all processes."""
-        stream = [self.seed, epoch, CROP_STREAM + self.view]
-        if len(order) <= ONE_STREAM:
-            return self._drawn(order, stream)
-        starts = range(0, len(order), BLOCK)
-        boxes = np.empty((len(order), 4), dtype=np.int32)
-        for block, start in enumerate(starts):
-            boxes[start : start + BLOCK] = self._drawn(order[start : start + BLOCK], [*stream, block])
-        return boxes
+    def _planned(self, epoch: int) -> PlannedEpoch:
+        """The plan of an epoch, made ahead or now; that of the next epoch is begun where it takes long."""
+        for other in self._plans.keys() - {epoch, epoch + 1}:
+            del self._plans[other]
+        if epoch not in self._plans:
+            made: Future[PlannedEpoch] = Future()
+            made.set_result(self.plan_epoch(epoch))
+            self._plans[epoch] = made
+        planned = self._plans[epoch].result()
+        if epoch + 1 not in self._plans and self.train and self._visited >= AHEAD_FROM:
+            self._plans[epoch + 1] = in_background(self.plan_epoch, epoch + 1, name=f"plan-{epoch + 1}")
+        return planned
 
-    def _drawn(self, images: np.ndarray, stream: list[int]) -> np.ndarray:
-        return crop_boxes(self.crop, self.heights[images], self.widths[images], np.random.default_rng(stream))
+    def plan_epoch(self, epoch: int) -> PlannedEpoch:
+        """The order and what is drawn before the epoch begins, made now."""
+        order, drawn = self._order(epoch), None
+        if self.crop.kind == "random_resized" and len(order) <= IN_TURN:
+            draws = drawn_in_turn(np.random.default_rng(self._stream(epoch)))
+            scale, aspect = self.crop.scale, self.crop.aspect
+            boxes = random_resized_boxes(self.heights, self.widths, scale, aspect, draws, order, self._of_sides)
+            drawn = self._share(boxes)
+        return PlannedEpoch(epoch, self._share(order), drawn)
 
-    @property
-    def _drop_last(self) -> bool:
-        return self.train and not self.keep_last
+    def _stream(self, epoch: int) -> list[int]:
+        return [self.seed, epoch, CROP_STREAM + self.view]
 
     @cached_property
-    def _members(self) -> np.ndarray:
-        """Positions of the images that are visited at all, in split order, or in the order of an evaluation's own."""
+    def _of_sides(self) -> np.dtype:
+        """The smallest type that holds the sides of all images."""
+        return np.min_scalar_type(max(int(self.heights.max()), int(self.widths.max())))
+
+    @property
+    def _sharing(self) -> dict[str, Any]:
+        return {"drop_last": self.train and not self.keep_last, "batch_size": self.batch_size}
+
+    @cached_property
+    def _members(self) -> np.ndarray | None:
+        """Positions of the images that are visited, in split order or in an evaluation's own; None for all of them."""
         if self.order is not None:
             return self.order
-        if self.classes is None:
-            return np.arange(len(self.labels))
-        return np.flatnonzero(self.classes[self.labels])
+        return None if self.classes is None else np.flatnonzero(self.classes[self.labels])
+
+    @property
+    def _visited(self) -> int:
+        return len(self.labels if self._members is None else self._members)
 
     def _order(self, epoch: int) -> np.ndarray:
-        labels = self.labels[self._members]
+        """The images of an epoch, of all processes: int32."""
+        labels = self.labels if self._members is None else self.labels[self._members]
         order = epoch_order(labels, sampling=self.sampling, seed=self.seed, epoch=epoch, shuffle=self.train)
-        return self._members[order]
+        return order if self._members is None else self._members[order].astype(np.int32)
 
-    def _positions(self, length: int) -> np.ndarray:
-        places = np.arange(length, dtype=np.int64)
-        return shard(places, self.rank, self.world_size, drop_last=self._drop_last, batch_size=self.batch_size)
+    def _share(self, of_order: np.ndarray) -> np.ndarray:
+        """This process's part; those of other processes are let go of."""
+        return np.ascontiguousarray(shard(of_order, self.rank, self.world_size, **self._sharing))
 
     def _start(self, first_batch: int) -> int:
         """The place in this process's epoch at which a batch begins."""
@@ -162,28 +206,3 @@ class EpochPlan:
                 "were the batch size or the number of processes changed since the checkpoint?"
             )
         return first_batch * self.batch_size
-
-
-class _Planning:
-    """The plan of an epoch, made by a thread that ends with the process. NumPy leaves the interpreter's lock alone."""
-
-    def __init__(self, plan: EpochPlan, epoch: int) -> None:
-        self._plan, self._epoch = plan, epoch
-        self._made: tuple[np.ndarray, np.ndarray] | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"plan-{epoch}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._made = self._plan._plan(self._epoch)
-        except BaseException as error:  # raised where the plan is asked for
-            self._error = error
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Index and boxes; waits for them. Raises what planning raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._made is not None
-        return self._made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,12 @@ from fastlt.names import pick
 
 GROUP = 4  # images of one class that class_aware_4 draws in a row, Liu et al. 2019 and Samuel and Chechik 2021
 BETA = 0.9999  # of the effective number of samples, Cui et al. 2019
+PART = 1 << 18  # entries of an order that are worked on at a time
 ORDER_STREAM = 0  # keeps these random numbers apart from other uses of (seed, epoch), such as crops
 
 
 def epoch_order(labels: np.ndarray, *, sampling: str, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """The images of one epoch: positions in the split, int64 (N,), always N = len(labels) draws.
+    """The images of one epoch: positions in the split, int32 (N,), always N = len(labels) draws.
 
     labels: int64 (N,).
     sampling: "instance", each image once; "class_balanced", each class equally often; "effective_number", each class as
@@ -29,12 +30,12 @@ def epoch_order(labels: np.ndarray, *, sampling: str, seed: int, epoch: int, shu
     if not shuffle:
         if sampling != "instance":
             raise ValueError(f"sampling {sampling!r} draws at random, so it needs shuffle: evaluation uses 'instance'")
-        return np.arange(len(labels), dtype=np.int64)
+        return np.arange(len(labels), dtype=np.int32)
     return draw(labels, np.random.default_rng(np.random.SeedSequence([seed, epoch, ORDER_STREAM])))
 
 
 def shard(order: np.ndarray, rank: int, world_size: int, *, drop_last: bool, batch_size: int) -> np.ndarray:
-    """The part of an epoch's order that one process visits, int64 (n,).
+    """The part of an epoch's order (N, ...) that one process visits, (n, ...).
 
     drop_last=True (training): the same number of full batches on every rank; batch k of all ranks together is what one
     process with `world_size` times the batch would see. Empty when there is no full batch for each rank.
@@ -44,8 +45,23 @@ def shard(order: np.ndarray, rank: int, world_size: int, *, drop_last: bool, bat
     if not drop_last:
         return order[rank::world_size]
     steps = len(order) // (batch_size * world_size)
-    batches = order[: steps * batch_size * world_size].reshape(steps, world_size, batch_size)
-    return batches[:, rank].reshape(-1)
+    batches = order[: steps * batch_size * world_size].reshape(steps, world_size, batch_size, *order.shape[1:])
+    return batches[:, rank].reshape(-1, *order.shape[1:])
+
+
+def share_size(images: int, rank: int, world_size: int, *, drop_last: bool, batch_size: int) -> int:
+    """How many of so many images `shard` gives one process."""
+    if drop_last:
+        return images // (batch_size * world_size) * batch_size
+    return len(range(rank, images, world_size))
+
+
+def share_places(start: int, stop: int, rank: int, world_size: int, *, drop_last: bool, batch_size: int) -> np.ndarray:
+    """Where in the epoch's order the images `start` to `stop` of a process's share are, see `shard`: int64 (n,)."""
+    own = np.arange(start, stop)
+    if drop_last:
+        return own + own // batch_size * (batch_size * (world_size - 1)) + rank * batch_size
+    return rank + own * world_size
 
 
 def effective_number_probabilities(class_counts: np.ndarray, beta: float = BETA) -> np.ndarray:
@@ -81,7 +97,7 @@ def _equal_shares(class_counts: np.ndarray) -> np.ndarray:
 
 
 def _instance(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rng.permutation(len(labels)).astype(np.int64)
+    return rng.permutation(np.arange(len(labels), dtype=np.int32))
 
 
 def _class_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -105,35 +121,59 @@ def _class_aware_4(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _class_rounds(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` classes in rounds that visit every class with images once, each round in a new order: int64 (count,)."""
-    present = np.unique(labels)
-    rounds = -(-count // max(len(present), 1))
-    return rng.permuted(np.tile(present, (rounds, 1)), axis=1).reshape(-1)[:count]
+    """`count` classes in rounds that visit every class with images once, each round in a new order: int32 (count,)."""
+    present = np.flatnonzero(np.bincount(labels)).astype(np.int32)
+    rounds = np.tile(present, (-(-count // max(len(present), 1)), 1))
+    return rng.permuted(rounds, axis=1, out=rounds).reshape(-1)[:count]
 
 
 def _effective_number(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     probabilities = effective_number_probabilities(np.bincount(labels))
-    return _images_of(rng.choice(len(probabilities), size=len(labels), p=probabilities), labels, rng)
+    classes = np.empty(len(labels), dtype=np.int32)
+    for part in _parts(len(classes)):
+        classes[part] = rng.choice(len(probabilities), size=part.stop - part.start, p=probabilities)
+    return _images_of(classes, labels, rng)
 
 
 def _images_of(classes: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each drawn class, int64 (K,), one of its images: the class's list, reshuffled each time it is used up."""
-    by_class = np.argsort(labels, kind="stable")
+    """For each drawn class, int32 (K,), one of its images: the class's list, reshuffled each time it is used up."""
     counts = np.bincount(labels)
     drawn = np.bincount(classes, minlength=len(counts))
-    # One row of `deck` a card: each class has as many whole shuffled lists as its draws need, one after the other.
-    cycles = -(-drawn // np.maximum(counts, 1))
-    cards = cycles * counts
-    class_of = np.repeat(np.arange(len(counts)), cards)
-    place = np.arange(len(class_of)) - np.repeat(np.cumsum(cards) - cards, cards)
-    cycle, member = np.divmod(place, counts[class_of])
-    deck = np.lexsort((rng.random(len(class_of)), cycle, class_of))
-    member = member[deck][place < drawn[class_of]]
-    # The cards stand class by class, as the draws do once sorted stably by class.
-    order = np.empty(len(classes), dtype=np.int64)
+    by_class = np.empty(len(labels), dtype=np.int32)
     first = np.cumsum(counts) - counts
-    order[np.argsort(classes, kind="stable")] = by_class[np.repeat(first, drawn) + member]
+    for part, before in _earlier_ones(labels, len(counts)):
+        by_class[first[labels[part]] + before] = np.arange(part.start, part.stop)
+    # The images of the draws of each class, in turn: as many shuffled lists as they need, one after the other.
+    images = np.empty(len(classes), dtype=np.int32)
+    of_draws = np.cumsum(drawn) - drawn
+    for c in np.flatnonzero(drawn):
+        list_of_class = by_class[first[c] : first[c] + counts[c]]
+        shuffled = np.argsort(rng.random((-(-drawn[c] // counts[c]), counts[c])), axis=1, kind="stable")
+        images[of_draws[c] : of_draws[c] + drawn[c]] = list_of_class[shuffled.reshape(-1)[: drawn[c]]]
+    del by_class
+    order = np.empty(len(classes), dtype=np.int32)
+    for part, before in _earlier_ones(classes, len(counts)):
+        order[part] = images[of_draws[classes[part]] + before]
     return order
+
+
+def _earlier_ones(classes: np.ndarray, num_classes: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """How many entries of the same class come before each entry, part by part: its place and int64 (n,)."""
+    seen = np.zeros(num_classes, dtype=np.int64)
+    small = np.min_scalar_type(num_classes)  # two bytes are sorted in linear time
+    for part in _parts(len(classes)):
+        order = np.argsort(classes[part].astype(small), kind="stable")
+        counts = np.bincount(classes[part], minlength=num_classes)
+        before = np.empty(len(order), dtype=np.int64)
+        before[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        yield part, before + seen[classes[part]]
+        seen += counts
+
+
+def _parts(length: int) -> Iterator[slice]:
+    """Slices of up to `PART` entries; arrays as long as the split are made only where they must be."""
+    for start in range(0, length, PART):
+        yield slice(start, min(start + PART, length))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch
-from loaders.order.plan import EpochPlan
+from loaders.order.plan import Boxes, EpochPlan
 from loaders.protocol import EncodedSplit
 from loaders.readers.dali_augment import DaliAugment
 from loaders.readers.host_loader import HostLoader, upload_ahead
@@ -86,7 +86,7 @@ class DaliLoader(HostLoader):
         super().close()
         self._decoder = None
 
-    def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
+    def _batches(self, index: np.ndarray, boxes: Boxes) -> Generator[Batch, None, None]:
         """Unlike other host backends' training batches these are decoded where they are needed: nothing is uploaded."""
         with contextlib.closing(self._decoded(index, boxes)) as decoded:
             if not self._on_host:
@@ -96,7 +96,7 @@ class DaliLoader(HostLoader):
                 resized = (self._resized(images, pool) for images in decoded)
                 yield from self._labelled(upload_ahead(resized, self.device), index)
 
-    def _decoded(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Images, None, None]:
+    def _decoded(self, index: np.ndarray, boxes: Boxes) -> Generator[Images, None, None]:
         """Each batch's images, DALI's list of uint8 (H, W, 3)."""
         if not len(index):
             return
@@ -105,7 +105,7 @@ class DaliLoader(HostLoader):
         if self._decoder is None:
             self._decoder = self._new_decoder()
         # DALI reads these where they are: they outlive `decoded`, which ends only when nothing is in flight.
-        starts, sizes = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
+        starts, sizes = map(np.ascontiguousarray, np.split(boxes[:], 2, axis=1))
         done = 0
         with contextlib.closing(self._decoder.run(self._fed(index, starts, sizes))) as decoded:
             try:

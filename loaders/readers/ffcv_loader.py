@@ -9,10 +9,9 @@ small batches are decoded in one go: at 32 pixels, Python's part of a batch take
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.order.plan import EpochPlan
+from loaders.daemon_threads import DaemonThreads
+from loaders.order.plan import Boxes, EpochPlan
 from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.beton import Beton
 from loaders.stored.damage import DamageError
@@ -29,7 +29,6 @@ from loaders.stored.ffcv_kernels import NONE_DAMAGED, decoding_loop
 BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
 PIECE_BYTES = 1 << 20  # what a thread decodes at a time, at most, and at least one image
 BUFFERS_AHEAD = 3  # decoded while the consumer works; more when the threads need more to be busy
-STOP_S = 30.0  # longer than any piece takes to decode
 
 
 class FfcvLoader(HostLoader):
@@ -54,14 +53,14 @@ class FfcvLoader(HostLoader):
         pieces = -(-self._buffer // self._piece)
         self._ahead = max(BUFFERS_AHEAD, -(-2 * self.workers // pieces))
         self._scratch = threading.local()
-        self._threads = _Threads(self.workers)
+        self._threads = DaemonThreads(self.workers, "ffcv-decode")
 
     def close(self) -> None:
         """Ends the running epoch and the threads; a stuck one is left behind (it is a daemon)."""
         super().close()
         self._threads.end()
 
-    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+    def _read(self, index: np.ndarray, boxes: Boxes) -> Generator[Tensor, None, None]:
         starts = iter(range(0, len(index), self._buffer))
         waiting: deque[tuple[Tensor, list[Future]]] = deque()
         try:
@@ -117,38 +116,6 @@ class FfcvLoader(HostLoader):
                 f"{self.stored.path}: a decoding thread stopped with {type(error).__name__}: {error}; "
                 "the 'torch' backend reads the same file in other processes"
             ) from error
-
-
-class _Threads:
-    """Daemon threads that run what is submitted, in order; unlike an executor's, a stuck one does not keep Python."""
-
-    def __init__(self, count: int) -> None:
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._run, daemon=True, name="ffcv-decode") for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, function: Callable[..., None], *arguments: object) -> Future:
-        future: Future = Future()
-        self._tasks.put((future, function, arguments))
-        return future
-
-    def end(self) -> None:
-        """Ends each thread after what it is doing; may be called twice."""
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
-            thread.join(STOP_S)
-        self._threads = []
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, function, arguments = task
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:  # whatever it is, the reader must hear of it
-                    future.set_exception(error)
 
 
 def _take(items: Iterator[int], count: int) -> Iterator[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlt.state import Batch, upload
+from loaders.order.plan import Boxes
 from loaders.readers.base_loader import BaseLoader
 
 STALL_S = 600.0  # a reader that delivers nothing for this long is taken to be stuck
@@ -35,11 +36,11 @@ class HostLoader(BaseLoader):
         self._end_epoch()
         self._closed = True
 
-    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+    def _read(self, index: np.ndarray, boxes: Boxes) -> Generator[Tensor, None, None]:
         """Yields each batch's images uint8 (N, H, W, 3) in host memory that nobody writes to again."""
         raise NotImplementedError
 
-    def _batches(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Batch, None, None]:
+    def _batches(self, index: np.ndarray, boxes: Boxes) -> Generator[Batch, None, None]:
         with contextlib.closing(self._read(index, boxes)) as read:
             yield from self._labelled(upload_ahead(read, self.device), index)
 

@@ -50,7 +50,7 @@ class ResidentLoader(BaseLoader):
         """See BatchLoader; the order is moved to the device once, and nothing waits for that."""
         index = upload(torch.from_numpy(self.plan.index(epoch, first_batch)), self.device)
         if self._ragged is not None:
-            return self._cut(self._ragged, index, self.plan.boxes(epoch, first_batch))
+            return self._cut(self._ragged, index, self.plan.boxes(epoch, first_batch)[:])
         assert self._pixels is not None, "the loader is closed"
         rows = index if self.plan.order is None else torch.arange(len(self._pixels), device=self.device)[-len(index) :]
         return self._batches(self._pixels, rows, index)
@@ -127,7 +127,7 @@ def _fill(stored: StoredSplit, crop: CropSpec, device: torch.device, workers: in
     """The images at these positions on `device`, uint8 (n, H, W, 3), read in this order by `workers` threads."""
     kept = CropSpec("none") if crop.kind == "random_resized" else crop
     shape = kept.output_shape(stored.heights, stored.widths)
-    boxes = crop_boxes(kept, stored.heights, stored.widths, np.random.default_rng(0))
+    boxes = crop_boxes(kept, stored.heights, stored.widths)
     pixels = torch.empty((len(index), *shape, 3), dtype=torch.uint8, device=device)
     chunk = max(1, FILL_BYTES // (3 * shape[0] * shape[1]))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from loaders.order.plan import EpochPlan
+from loaders.order.plan import Boxes, EpochPlan
 from loaders.protocol import StoredSplit
 from loaders.readers.fork_server import fork_server, remove_segments
 from loaders.readers.host_loader import STALL_S, HostLoader
@@ -75,7 +75,7 @@ class _PlannedSampler(Sampler):
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.index, self.boxes = np.empty(0, np.int64), np.empty((0, 4), np.int32)
+        self.index, self.boxes = np.empty(0, np.int64), Boxes(0, lambda start, stop: np.empty((0, 4), np.int32))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(self.index), self.batch_size):
@@ -118,7 +118,7 @@ class TorchLoader(HostLoader):
             generator=torch.Generator(),
         )
 
-    def _read(self, index: np.ndarray, boxes: np.ndarray) -> Generator[Tensor, None, None]:
+    def _read(self, index: np.ndarray, boxes: Boxes) -> Generator[Tensor, None, None]:
         assert self._loader is not None, "the loader is closed"
         self._sampler.index, self._sampler.boxes = index, boxes
         if self._watch is None and shared_memory_free() < LOCK_BYTES * self.workers:

@@ -96,4 +96,4 @@ def cut_jpegs(files: Sequence[bytes], sizes: Sequence[tuple[int, int]], crop: Cr
 def _boxes(crop: CropSpec, sizes: np.ndarray) -> np.ndarray:
     """(top, left, height, width) of the evaluation's crops, int32 (n, 4), of images of `sizes`, int64 (n, 2)."""
     assert crop.kind != "random_resized", "evaluation draws nothing at random"
-    return crop_boxes(crop, sizes[:, 0], sizes[:, 1], np.random.default_rng(0))
+    return crop_boxes(crop, sizes[:, 0], sizes[:, 1])

@@ -227,7 +227,7 @@ def planned(dataset: SmallDataset, crop: CropSpec, epoch: int) -> tuple[np.ndarr
     """Which images a training epoch visits, and their rectangles."""
     shards = TarShards.open(dataset.shards("train"))
     plan = EpochPlan(shards.labels, shards.heights, shards.widths, crop, 8, train=True)
-    return plan.index(epoch), plan.boxes(epoch)
+    return plan.index(epoch), plan.boxes(epoch)[:]
 
 
 @needs_dali

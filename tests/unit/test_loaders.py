@@ -256,12 +256,13 @@ def test_an_error_in_ffcvs_thread_reaches_the_reader(small, make, monkeypatch):
 
 
 def test_a_stuck_ffcv_thread_is_reported(small, make, monkeypatch):
+    from loaders import daemon_threads
     from loaders.readers import ffcv_loader
 
     release = threading.Event()
     loader = make(small, "ffcv")
     monkeypatch.setattr(ffcv_loader, "STALL_S", 0.3)
-    monkeypatch.setattr(ffcv_loader, "STOP_S", 0.3)
+    monkeypatch.setattr(daemon_threads, "STOP_S", 0.3)
     monkeypatch.setattr(loader, "_decode", lambda *_: release.wait(30))
     with pytest.raises(RuntimeError, match=r"train.beton: no batch for 0"):
         next(loader.epoch(0))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.order.sampling import SAMPLINGS, effective_number_probabilities, epoch_order, shard
+from loaders.order import sampling as module
+from loaders.order.sampling import (
+    SAMPLINGS,
+    effective_number_probabilities,
+    epoch_order,
+    shard,
+    share_places,
+    share_size,
+)
 
 labels_strategy = st.lists(st.integers(0, 8), min_size=1, max_size=300).map(lambda labels: np.array(labels))
 seeds = st.integers(0, 2**31)
@@ -18,13 +28,53 @@ seeds = st.integers(0, 2**31)
 @given(labels=labels_strategy, seed=seeds, epoch=st.integers(0, 500))
 def test_an_epoch_has_as_many_draws_as_images_and_depends_on_seed_and_epoch_alone(sampling, labels, seed, epoch):
     order = epoch_order(labels, sampling=sampling, seed=seed, epoch=epoch)
-    assert order.dtype == np.int64
+    assert order.dtype == np.int32
     assert order.shape == labels.shape
     assert ((order >= 0) & (order < len(labels))).all()
     np.testing.assert_array_equal(order, epoch_order(labels, sampling=sampling, seed=seed, epoch=epoch))
     if len(labels) > 50:
         assert (order != epoch_order(labels, sampling=sampling, seed=seed, epoch=epoch + 1)).any()
         assert (order != epoch_order(labels, sampling=sampling, seed=seed + 1, epoch=epoch)).any()
+
+
+def order_in_one_piece(labels, sampling, rng):
+    """The orders of the first version, whose runs go on with them: every step on all images at a time."""
+    count = len(labels)
+    if sampling == "instance":
+        return rng.permutation(count)
+    if sampling == "effective_number":
+        probabilities = effective_number_probabilities(np.bincount(labels))
+        classes = rng.choice(len(probabilities), size=count, p=probabilities)
+    else:
+        row = 4 if sampling == "class_aware_4" else 1
+        present, groups = np.unique(labels), -(-count // row)
+        rounds = rng.permuted(np.tile(present, (-(-groups // len(present)), 1)), axis=1)
+        classes = np.repeat(rounds.reshape(-1)[:groups], row)[:count]
+    counts, drawn = np.bincount(labels, minlength=9), np.bincount(classes, minlength=9)
+    cards = [
+        (c, cycle, i)
+        for c in range(9)
+        for cycle in range(-(-drawn[c] // max(counts[c], 1)))
+        for i in members(labels, c)
+    ]
+    keys = rng.random(len(cards))
+    shuffled = sorted(zip(cards, keys, strict=True), key=lambda card: (*card[0][:2], card[1]))
+    decks = {c: iter([i for (of, _, i), _ in shuffled if of == c]) for c in range(9)}
+    return np.array([next(decks[c]) for c in classes])
+
+
+def members(labels, c):
+    return np.flatnonzero(labels == c).tolist()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@settings(max_examples=40, deadline=None)
+@given(labels=labels_strategy, seed=seeds, part=st.sampled_from([1, 7, 1 << 18]))
+def test_an_order_is_the_same_whatever_is_worked_on_at_a_time(sampling, labels, seed, part):
+    expected = order_in_one_piece(labels, sampling, np.random.default_rng(np.random.SeedSequence([seed, 2, 0])))
+    with patch.object(module, "PART", part):
+        found = epoch_order(labels, sampling=sampling, seed=seed, epoch=2)
+    np.testing.assert_array_equal(found, expected)
 
 
 @given(labels=labels_strategy, seed=seeds)
@@ -148,3 +198,14 @@ def test_evaluation_shards_cover_each_image_exactly_once(count, world_size):
     shards = [shard(order, r, world_size, drop_last=False, batch_size=16) for r in range(world_size)]
     assert sorted(np.concatenate(shards).tolist()) == order.tolist()
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(images=st.integers(0, 200), world_size=st.integers(1, 5), drop_last=st.booleans(), batch_size=st.integers(1, 9))
+def test_the_size_and_the_places_of_a_share_are_those_of_what_it_is_given(images, world_size, drop_last, batch_size):
+    options = {"drop_last": drop_last, "batch_size": batch_size}
+    for rank in range(world_size):
+        share = shard(np.arange(images), rank, world_size, **options)
+        assert share_size(images, rank, world_size, **options) == len(share)
+        start = len(share) // 3
+        places = share_places(start, len(share), rank, world_size, **options)
+        np.testing.assert_array_equal(places, share[start:])
