@@ -21,10 +21,13 @@ from loaders.factory import RESIDENT_SHARE, make_loader, streaming_backend
 from loaders.order.crop import CropSpec
 from loaders.protocol import BatchLoader
 from loaders.readers import AUTO
-from loaders.readers.free_memory import free_share
+from loaders.readers.free_memory import free_share, readable
 from loaders.readers.two_views import TwoViewLoader
 
 EVALUATION_BATCH = 512
+# Pixels up to which a share of the meta set may come through a loader that keeps them, too, for a moment: others take
+# seconds to begin.
+RESIDENT_BYTES = 256 << 20
 # The streams of random augmentations of one process.
 STREAMS = ("train", "meta", "second")
 
@@ -108,8 +111,9 @@ def read_share(context: RunContext, split: str, order: Tensor) -> Tensor:
     images = torch.empty(
         (len(mine), 3, side, side), dtype=torch.uint8, device=context.device, memory_format=torch.channels_last
     )
-    size = min(EVALUATION_BATCH, max(1, len(mine)))
-    loader, start = open_loader(context, split, size, train=False, order=order.cpu().numpy()), 0
+    size, backend = min(EVALUATION_BATCH, max(1, len(mine))), _streaming_backend(context)
+    options: dict[str, Any] = {"backend": backend} if images.numel() > RESIDENT_BYTES else {}
+    loader, start = open_loader(context, split, size, train=False, order=order.cpu().numpy(), **options), 0
     try:
         for batch in loader.epoch(0):
             images[start : start + len(batch)] = batch.images
@@ -124,19 +128,40 @@ def open_slices(context: RunContext, index: Tensor, size: int) -> BatchLoader:
 
     No pixels are kept in memory; an epoch is a round.
     """
-    loader = context.recipe.data.loader
-    backend = streaming_backend(context.dataset) if loader in (AUTO, "resident") else loader
+    backend = _streaming_backend(context)
     return open_loader(context, "meta", size, train=False, whole=True, backend=backend, order=index.cpu().numpy())
+
+
+def _streaming_backend(context: RunContext) -> str:
+    """The recipe's loader, or another one where that would keep pixels in memory."""
+    loader = context.recipe.data.loader
+    return streaming_backend(context.dataset) if loader in (AUTO, "resident") else loader
 
 
 def is_streamed(context: RunContext, stage: StageRecipe) -> bool:
     """Whether this process's share of the meta set stays encoded: it is scored in slices and too large for memory."""
     if stage.accuracy.images_per_step is None or context.features is not None:
         return False
-    world_size = context.reducer.world_size
-    share = -(-len(context.dataset.labels("meta")) // world_size)
-    pixels = 3 * share * evaluation_side(context.recipe.data, "meta") ** 2
-    return pixels > RESIDENT_SHARE * free_share(context.device, context.local_world_size)
+    return meta_share_bytes(context) > RESIDENT_SHARE * free_share(context.device, context.local_world_size)
+
+
+def meta_share_bytes(context: RunContext) -> int:
+    """The pixels of this process's share of the meta set."""
+    share = -(-len(context.dataset.labels("meta")) // context.reducer.world_size)
+    return 3 * share * evaluation_side(context.recipe.data, "meta") ** 2
+
+
+def check_meta_share(context: RunContext, name: str, stage: StageRecipe) -> None:
+    """ValueError where a stage keeps this process's share of the meta set and there is no memory for it."""
+    kept = STEPS[stage.method].needs.class_accuracy and stage.accuracy.images_per_step is None
+    needed, free = meta_share_bytes(context), free_share(context.device, context.local_world_size)
+    if kept and context.recipe.data.cached_views is None and needed > free:
+        raise ValueError(
+            f"stages.{name}.accuracy.refresh is {stage.accuracy.refresh!r}, for which each process keeps its share of "
+            f"the meta set, {readable(needed)} of pixels, and {readable(free)} of memory are free on {context.device}: "
+            f"set stages.{name}.accuracy.refresh=rolling and stages.{name}.accuracy.images_per_step, with which images "
+            "stay encoded that memory has no room for"
+        )
 
 
 def open_loader(

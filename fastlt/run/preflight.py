@@ -21,7 +21,14 @@ from fastlt.recipe import Recipe, StageRecipe, load_recipe, unlike_model
 from fastlt.run.context import RunContext, make_accelerator, make_context
 from fastlt.run.cost import scoring, theta
 from fastlt.run.folder import is_finished, last_checkpoint, result_file, versions
-from fastlt.run.loading import augmentations, batch_size, crop_spec, evaluation_side, stage_classes
+from fastlt.run.loading import (
+    augmentations,
+    batch_size,
+    check_meta_share,
+    crop_spec,
+    evaluation_side,
+    stage_classes,
+)
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main, on_nodes
 from fastlt.run.network import check_network, meta_steps
@@ -171,6 +178,7 @@ def check_dataset(context: RunContext) -> None:
                 f"data.shots {counts.shots_text}; leave out the stage and the keys that name it, or set other shots"
             )
         _check_batches(context, name, stage)
+        check_meta_share(context, name, stage)
 
 
 def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:

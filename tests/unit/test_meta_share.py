@@ -36,6 +36,31 @@ def test_a_share_is_that_of_the_whole_split(digits_words, backend, rank):
     assert share.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_large_share_comes_through_a_loader_that_keeps_no_pixels(digits_words, monkeypatch):
+    context = prepare(load_recipe(RECIPE, [*digits_words, "data.loader=auto"]))
+    opened, make_loader = [], loading.make_loader
+
+    def noted(*arguments, backend, **options):
+        opened.append(backend)
+        return make_loader(*arguments, backend=backend, **options)
+
+    monkeypatch.setattr(loading, "make_loader", noted)
+    order = stratified_order(torch.from_numpy(context.dataset.labels("meta")))
+    small = read_share(context, "meta", order)
+    monkeypatch.setattr(loading, "RESIDENT_BYTES", 0)
+    assert torch.equal(read_share(context, "meta", order), small)
+    assert opened == ["auto", "ffcv"]
+
+
+def test_a_share_that_memory_has_no_room_for_is_refused_with_the_way_out(digits_words, monkeypatch):
+    monkeypatch.setattr(loading, "free_share", lambda device, processes: 100)
+    with pytest.raises(ValueError, match=r"refresh is 'exact'.* 0\.0 MiB of memory.*images_per_step"):
+        prepare(load_recipe(RECIPE, digits_words))
+    bounded = [f"{STAGE}.accuracy.refresh=rolling", f"{STAGE}.accuracy.images_per_step=9"]
+    context = prepare(load_recipe(RECIPE, [*digits_words, *bounded]))
+    assert loading.is_streamed(context, context.recipe.stages["end_to_end"])
+
+
 def test_no_image_of_another_process_is_read(digits_words, monkeypatch):
     context = prepare(load_recipe(RECIPE, digits_words))
     labels, read, image = torch.from_numpy(context.dataset.labels("meta")), [], Beton.image
