@@ -11,7 +11,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlt.augment import Augment, normalise
 from fastlt.device.compiled import Compiler, adam_options, laid_out, make_sgd, ready
+from fastlt.device.distributed import Reducer
 from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.bounded_accuracy import BoundedAccuracy, class_accuracy
@@ -45,6 +46,7 @@ class Problem:
     """What is trained on what; `make_problem` draws it from a seed.
 
     hidden: width of Difficulty-Net, None by the rule. images_per_step: of rolling accuracies, None for a tenth.
+    reducer: over the processes, each of which has batches of its own.
     """
 
     model: Classifier
@@ -58,6 +60,7 @@ class Problem:
     compile: str = "none"
     hidden: int | None = None
     images_per_step: int | None = None
+    reducer: Reducer = field(default_factory=Reducer)
 
     @property
     def device(self) -> torch.device:
@@ -94,11 +97,12 @@ def make_problem(
     compile: str = "none",
     hidden: int | None = None,
     images_per_step: int | None = None,
+    reducer: Reducer | None = None,
     **trained: Any,
 ) -> Problem:
     """Random images and labels, a network as it is initialised, accuracies between 0.2 and 0.9.
 
-    hidden, images_per_step: see `Problem`. trained: what of the network is trained, as `build_model` takes it.
+    hidden, images_per_step, reducer: see `Problem`. trained: what of the network is trained, as `build_model` takes it.
     """
     torch.manual_seed(0)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -120,6 +124,7 @@ def make_problem(
         compile=compile,
         hidden=hidden,
         images_per_step=images_per_step,
+        reducer=reducer or Reducer(),
     )
 
 
@@ -203,6 +208,7 @@ class OwnStep(Way):
             class_counts=counts,
             class_accuracy=class_accuracy,
             autocast=problem.autocast,
+            reducer=problem.reducer,
             compiler=Compiler(problem.compile),
         )
         if method == "difficulty":
@@ -370,6 +376,7 @@ def _refreshed(problem: Problem, refresh: str, images_per_step: int | None = Non
         refresh=refresh,
         window=WINDOW,
         images_per_step=images_per_step,
+        reducer=problem.reducer,
         autocast=problem.autocast,
     )
 
@@ -402,6 +409,7 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
     "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
+OWN = tuple(name for name in WAYS if name not in ("double_backward", "higher", "torchopt"))
 ON_REQUEST = ("general", "lean", "autocast_tangent", "late_weights", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 

@@ -23,6 +23,12 @@ for each way, above what was resident before (torch, model, data, and a step on 
 loaded); it holds the activations and everything the libraries allocate for themselves. Linux only. On a GPU it is
 the allocator's peak above what was allocated before, of a step that is not compiled.
 
+With --processes N so many processes of this machine take a step together; batches are those of all of them, and each
+takes its part. A table of its own tells what a process communicates in a step, and which share of the step's time is
+exposed: not hidden behind computation. That is how much longer the step takes than one without communication, which the
+processes take in turns with it; at once is the same where no gradient is on its way before all are computed. Times are
+those of the slowest process. Memory, errors and the rows of other packages are left out.
+
 With --compile cudagraph all ways are captured, the packages' whole step like ours. On a GPU the last column is the
 share of the device's matrix rate that a way gets: the operations that torch counts in its convolutions and matrix
 products, by its time, by the rate of a large matrix product in the same precision (TF32, for fp32 convolutions that
@@ -41,13 +47,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlt import strict_json
 from fastlt.arguments import make_parser, positive, worker_count
-from fastlt.benchmarks.meta_steps import ON_REQUEST, WAYS, Problem, Way, float64_gradient, make_problem, missing
+from fastlt.benchmarks import communication
+from fastlt.benchmarks.meta_steps import ON_REQUEST, OWN, WAYS, Problem, Way, float64_gradient, make_problem, missing
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import wait_for
 from fastlt.device.compiled import MODES
@@ -94,7 +102,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         print(peak_on_cpu(words))
         return 0
     check_model(words.backbone)
-    rows = measure(words)
+    rows: list[Any] = measure(words) if words.processes == 1 else communication.measure(words, problem_of)
     settings = {k: v for k, v in vars(words).items() if k not in ("json", "peak_of", "rows")}
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     if words.device == "cpu":
@@ -103,7 +111,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     if words.json:
         print(strict_json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
     else:
-        print_table(rows)
+        print_table(rows) if words.processes == 1 else communication.print_table(rows)
         print(", ".join(f"{key} {value}" for key, value in settings.items()))
     return 0
 
@@ -136,9 +144,12 @@ def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", choices=MODES, default="none", help="as in a recipe (default: none)")
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    usual = [name for name in WAYS if name not in ON_REQUEST]
+    parser.add_argument("--rows", nargs="+", choices=list(WAYS), help="default: all but those on request")
     parser.add_argument(
-        "--rows", nargs="+", choices=list(WAYS), default=usual, help="default: all but those on request"
+        "--processes", type=positive, default=1, metavar="N", help="of this machine that take a step together"
+    )
+    parser.add_argument(
+        "--reduce-precision", choices=("fp32", "bf16"), default="fp32", help="as in a recipe; of several processes"
     )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     parser.add_argument(
@@ -146,19 +157,24 @@ def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    words = parser.parse_args(arguments)
+    possible = WAYS if words.processes == 1 else OWN
+    words.rows = words.rows or [name for name in possible if name not in ON_REQUEST]
+    others = [name for name in words.rows if name not in possible]
+    if others:
+        parser.error(f"argument --rows: {others[0]} is measured in one process: leave it or --processes out")
+    return words
 
 
-def problem_of(words: argparse.Namespace, **changes: int) -> Problem:
-    """The problem that the options describe."""
-    options = {"batch": words.batch, "meta_batch": words.meta_batch, **changes}
+def problem_of(words: argparse.Namespace, **changes: Any) -> Problem:
+    """The problem that the options describe; changes: of `make_problem`, in their place."""
+    options = {"batch": words.batch, "meta_batch": words.meta_batch, "device": words.device, **changes}
     return make_problem(
         backbone=words.backbone,
         num_classes=words.classes,
         image_size=words.image_size,
         channels_last=words.channels_last,
         precision=words.precision,
-        device=words.device,
         compile=words.compile,
         hidden=words.hidden,
         images_per_step=words.images_per_step,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET_BYTES = 25 << 20  # of gradients that are reduced together, as in DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,16 @@ class Reducer:
     """Sums and averages tensors in place over `world_size` processes, of which this is number `rank`.
 
     The step reduces its own gradients instead of wrapping the model in DistributedDataParallel: a forward-mode
-    derivative does not pass through that wrapper, and the several gradients of one meta-step want one bucket each.
+    derivative does not pass through that wrapper, and a meta-step has several gradients. `fastlt.device.gradients`
+    reduces them while they are computed.
+
+    compressed: whether gradients are communicated in bfloat16. bucket_bytes: of gradients that are reduced together.
     """
 
     rank: int = 0
     world_size: int = 1
+    compressed: bool = False
+    bucket_bytes: int = BUCKET_BYTES
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over processes. All have one dtype and are on one device."""
@@ -32,6 +40,20 @@ class Reducer:
         for t in tensors:
             t.copy_(flat[offset : offset + t.numel()].view_as(t))
             offset += t.numel()
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a contiguous tensor by its sum over processes; what is returned waits for it.
+
+        These sums keep their order with each other, on all processes, and with nothing else that is communicated: a
+        backward pass may come to a bucket of gradients sooner or later than to a collective of its own.
+        """
+        work = dist.all_reduce(tensor, group=_group_of_gradients(), async_op=True)
+        assert work is not None, "this process is in the group"
+
+        def wait() -> None:  # where a broken connection is noticed, see `fastlt.device.peers`
+            work.wait()
+
+        return wait
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each floating-point tensor by its mean over processes."""
@@ -72,3 +94,18 @@ class _Gather(torch.autograd.Function):
         gradient = grad_outputs[0].clone()
         ctx.reducer.sum_([gradient])
         return ctx.reducer.mine(gradient), None
+
+
+# Known weakly: `destroy_process_group` ends it.
+_gradients: ReferenceType[dist.ProcessGroup] | None = None
+
+
+def _group_of_gradients() -> dist.ProcessGroup:
+    """All processes, beside the group in which everything else is communicated; made when first asked for."""
+    global _gradients
+    group = None if _gradients is None else _gradients()
+    if group is None:
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup), "every process is in it"
+        _gradients = ref(group)
+    return group

@@ -22,6 +22,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,17 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlt.autograd import ForwardChangedError, ForwardRecord, TangentMode
+from fastlt.device.distributed import Reducer
+from fastlt.device.gradients import mean_gradients
 
 Tensors = dict[str, Tensor]
 # A diagonal matrix over parameters: a tensor or a number for each.
 Diagonal = list[Tensor] | list[float]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
 LossOfParameters = Callable[[Tensors], Tensor]
+# The gradient of a value (0-d) in leaves, one tensor each, as `mean_gradients` takes it.
+Differentiate = Callable[[Tensor, list[Tensor]], list[Tensor]]
+OF_THIS_PROCESS: Differentiate = partial(mean_gradients, Reducer())
 
 
 def trainable_parameters(model: nn.Module) -> Tensors:
@@ -112,12 +118,17 @@ def scaled(tensors: list[Tensor], diagonal: Diagonal | None) -> list[Tensor]:
     return list(torch._foreach_mul(tensors, diagonal))  # pyright: ignore[reportPrivateImportUsage]  # public all the same
 
 
-def mean_loss_gradient(losses: LossOfParameters, parameters: Tensors) -> tuple[Tensor, list[Tensor]]:
-    """The mean loss at `parameters` (0-d, detached) and its gradient, one tensor a parameter, zeros where unused."""
+def mean_loss_gradient(
+    losses: LossOfParameters, parameters: Tensors, differentiate: Differentiate = OF_THIS_PROCESS
+) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss at `parameters` (0-d, detached) and its gradient there, one tensor a parameter.
+
+    differentiate: takes the gradient of the mean loss, by default that of this process alone.
+    """
     with torch.enable_grad():
         value = losses(parameters).mean()
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return value.detach(), list(gradients)
+        gradients = differentiate(value, list(parameters.values()))
+    return value.detach(), gradients
 
 
 def directional_derivative(

@@ -29,6 +29,7 @@ cannot see does so too, as autograd finds the parameter. `try_network` tries all
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,24 +55,22 @@ class PerSampleGradients:
     def __init__(self, kept: Sequence[tuple[Tensor, Kept]], uses: Sequence[str]) -> None:
         self.kept, self.uses = kept, uses
 
-    def weighted(self, weights: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient of sum_i weights_i l_i: one new tensor a parameter, zeros where unused. weights: (b,)."""
-        asked = {id(p) for p in parameters}
-        sums: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            for used, kept in self.kept:
-                if used.is_leaf and id(used) not in asked:
-                    continue
-                gradient = kept.weighted(weights).reshape(used.shape).to(used.dtype)
-                before = sums.get(id(used))
-                sums[id(used)] = used, gradient if before is None else before[1] + gradient
-        functions = [(t, g) for t, g in sums.values() if not t.is_leaf]
+    def weighted(self, weights: Tensor, parameters: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """The gradient of sum_i weights_i l_i: one new tensor a parameter with its number, the last parameter first.
+
+        weights: (b,). The tensors are zeros where a parameter is unused.
+        """
+        of: dict[int, tuple[Tensor, list[Kept]]] = {}
+        for used, kept in self.kept:
+            of.setdefault(id(used), (used, []))[1].append(kept)
+        functions = [(used, _weighted_sum(weights, used, kept)) for used, kept in of.values() if not used.is_leaf]
         through: Sequence[Tensor | None] = [None] * len(parameters)
         if functions:
             outputs, slopes = zip(*functions, strict=True)
             through = torch.autograd.grad(outputs, parameters, slopes, retain_graph=True, allow_unused=True)
-        direct = [sums[id(p)][1] if id(p) in sums else None for p in parameters]
-        return [_sum(p, *gradients) for p, *gradients in zip(parameters, direct, through, strict=True)]
+        for i, parameter in reversed(list(enumerate(parameters))):
+            direct = _weighted_sum(weights, *of[id(parameter)]) if id(parameter) in of else None
+            yield i, _sum(parameter, direct, through[i])
 
     def tangents(self, parameters: Tensors, direction: Sequence[Tensor]) -> Tensor:
         """d/de l(parameters + e * direction) at e = 0, for each sample: (b,). direction: a tensor a parameter."""
@@ -95,6 +94,13 @@ def _sum(like: Tensor, *gradients: Tensor | None) -> Tensor:
     if not present:
         return torch.zeros_like(like)
     return present[0] if len(present) == 1 else present[0] + present[1]
+
+
+def _weighted_sum(weights: Tensor, used: Tensor, kept: Sequence[Kept]) -> Tensor:
+    """The gradient of sum_i weights_i l_i in what was used, from what is kept of each use."""
+    with torch.no_grad():
+        terms = (one.weighted(weights).reshape(used.shape).to(used.dtype) for one in kept)
+        return functools.reduce(torch.add, terms)
 
 
 def _pushed_forward(used: Tensor, parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> Tensor:
@@ -401,10 +407,11 @@ def _try_images(
     _, gradients = kept_pass(lambda: loss(network(images.detach()), labels), network, TRIED)
     weights, direction = draw(TRIED).abs(), [draw(*p.shape) for p in parameters.values()]
     exact = [list(gradients[1:]) for gradients in of_samples]
-    weighted = gradients.weighted(weights, list(parameters.values()))
+    weighted = dict(gradients.weighted(weights, list(parameters.values())))
     expected = [torch.tensordot(weights, torch.stack(of), 1) for of in zip(*exact, strict=True)]
     whole = torch.stack([g.norm() for g in expected]).norm()
-    for name, one, other in zip(parameters, weighted, expected, strict=True):
+    for i, (name, other) in enumerate(zip(parameters, expected, strict=True)):
+        one = weighted[i]
         if (one - other).norm() > TOLERANCE * (other.norm() + 1e-2 * whole):
             return Trial(f"what is kept of {name} is not its gradient", name)
     error = gradients.tangents(parameters, direction) - torch.stack([_dot(of, direction) for of in exact])

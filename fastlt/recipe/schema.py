@@ -372,6 +372,8 @@ class Recipe:
         cudagraph on a CUDA device that one process trains on, and none elsewhere.
     channels_last: whether images and weights are in channels_last memory.
     sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
+    reduce_precision: of the gradients that several processes send each other; bf16 halves what is sent, and rounds each
+        gradient to two or three digits on the way.
     runs: folder of all runs.
     resume: auto goes on from the last checkpoint of the run folder, if any; never refuses a folder that holds a run.
     log_every: iterations between two lines of the log.
@@ -392,6 +394,7 @@ class Recipe:
     compile: Literal["auto", "none", "inductor", "cudagraph"] = "auto"
     channels_last: bool = True
     sync_batch_norm: bool = False
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
     runs: str = field(default="runs", metadata=HARMLESS | PATH)
     resume: Literal["auto", "never"] = field(default="auto", metadata=HARMLESS)
     log_every: int = field(default=20, metadata=HARMLESS | at_least(1))

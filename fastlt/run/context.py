@@ -98,7 +98,8 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
     # Accelerate numbers CPUs by process, and torch cannot read a checkpoint back to a device "cpu:1".
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     processes = connect()
-    reducer = Reducer(accelerator.process_index, accelerator.num_processes)
+    compressed = recipe.reduce_precision == "bf16"
+    reducer = Reducer(accelerator.process_index, accelerator.num_processes, compressed)
     _set_threads(recipe.num_threads, device, processes.cores)
     if device.type == "cpu":
         keep_freed_memory()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlt.device.compiled import load_optimizer
+from fastlt.device.gradients import mean_gradients
 from fastlt.meta import gradient as meta_gradient
 from fastlt.ranges import at_least
 from fastlt.state import Batch, StepOutput
@@ -156,7 +157,7 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
         run = self.training_pass(Batch(batch.images[drawn], batch.labels[drawn], batch.index[drawn]))
         # The weights are 1, so that the lookahead and the update have one gradient.
         objective = run.losses.mean()
-        gradients = self.gradients(objective, self.parameters, retain_graph=True)
+        gradients = mean_gradients(self.reducer, objective, self.parameters, retain_graph=True)
         direction = sgd_direction(self.optimizer, self.parameters, gradients)
         own_gradient, meta_loss = self.gradient_at(run, direction, meta_batch)
         self._update_rates(batch.labels, noise, drawn, own_gradient)

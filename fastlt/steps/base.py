@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from fastlt.augment import Augment
 from fastlt.device.compiled import Compiler, capturable, laid_out, load_optimizer
 from fastlt.device.distributed import Reducer
+from fastlt.device.gradients import mean_gradients
 from fastlt.device.replay import Replayable
 from fastlt.losses import PerSampleLoss
 from fastlt.meta.class_accuracy import ClassAccuracy
@@ -84,25 +85,23 @@ class StepOptions:
 
 
 class GradientSum:
-    """Objectives and their gradients, added up one after the other.
+    """Objectives and their gradients, added up one after the other; with the last, gradients are means over processes.
 
-    value: 0-d. gradients: one tensor a parameter, zeros where unused. Both are constants.
+    number: of objectives. value: 0-d. gradients: one tensor a parameter, zeros where unused. Both are constants.
     """
 
     value: Tensor
-    gradients: list[Tensor]
 
-    def __init__(self) -> None:
-        self.gradients = []
+    def __init__(self, reducer: Reducer, parameters: Sequence[Tensor], number: int) -> None:
+        self.reducer, self.parameters, self.left = reducer, parameters, number
+        self.gradients: list[Tensor] = []
 
-    def add(self, objective: Tensor, parameters: Sequence[Tensor]) -> None:
+    def add(self, objective: Tensor) -> None:
         """Add an objective (0-d) and its gradient; frees its graph."""
-        gradients = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
-        if not self.gradients:
-            self.value, self.gradients = objective.detach(), list(gradients)
-            return
-        self.value = self.value + objective.detach()
-        torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]  # public all the same
+        first, self.left = not self.gradients, self.left - 1
+        reducer = Reducer() if self.left else self.reducer
+        self.gradients = mean_gradients(reducer, objective, self.parameters, added_to=self.gradients or None)
+        self.value = objective.detach() if first else self.value + objective.detach()
 
 
 OptionsT = TypeVar("OptionsT", bound=StepOptions, default=StepOptions)
@@ -317,21 +316,11 @@ class Step(Replayable, Generic[OptionsT]):
             value = objective(self.losses(inputs, labels), parts[0])
             self.descend(value)
             return value.detach()
-        sums = GradientSum()
+        sums = GradientSum(self.reducer, self.parameters, len(parts))
         for part in parts:
-            value = objective(self.losses(inputs[part], labels[part]), part) / len(parts)
-            sums.add(value, self.parameters)
-        self.reducer.mean_(sums.gradients)
+            sums.add(objective(self.losses(inputs[part], labels[part]), part) / len(parts))
         self.apply(sums.gradients)
         return sums.value
-
-    def gradients(self, objective: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
-        """The gradient of `objective` (0-d), averaged over processes: one tensor a parameter, zeros where unused."""
-        gradients = torch.autograd.grad(
-            objective, parameters, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
-        )
-        self.reducer.mean_(gradients)
-        return list(gradients)
 
     def apply(self, gradients: list[Tensor]) -> None:
         """One optimizer step with these gradients of `self.parameters`."""
@@ -344,4 +333,4 @@ class Step(Replayable, Generic[OptionsT]):
 
     def descend(self, objective: Tensor) -> None:
         """One optimizer step down the gradient of `objective`, averaged over processes; frees its graph."""
-        self.apply(self.gradients(objective, self.parameters))
+        self.apply(mean_gradients(self.reducer, objective, self.parameters))

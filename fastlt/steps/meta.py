@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from typing_extensions import TypeVar
 
 from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_recompute
 from fastlt.device.compiled import adam_options, load_optimizer
+from fastlt.device.distributed import Reducer
+from fastlt.device.gradients import mean_gradients, mean_of_each
 from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, try_network
@@ -276,20 +279,18 @@ class MetaStep(Step[OptionsT]):
             return self._gradients_in_parts(run, weights, parameters)
         if run.gradients is None:
             objective = (run.losses if weights is None else weights * run.losses).mean()
-            return self.gradients(objective, parameters, retain_graph=retain_graph)
+            return mean_gradients(self.reducer, objective, parameters, retain_graph=retain_graph)
         weights = torch.ones_like(run.losses) if weights is None else weights
         gradients = run.gradients.weighted(weights / len(run.labels), parameters)
-        self.reducer.mean_(gradients)
-        return gradients
+        return mean_of_each(self.reducer, parameters, gradients)
 
     def _gradients_in_parts(
         self, run: TrainingPass, weights: Tensor | None, parameters: Sequence[Tensor]
     ) -> list[Tensor]:
-        sums = GradientSum()
+        sums = GradientSum(self.reducer, parameters, len(run.parts))
         for place, part in zip(self.micro_batches(len(run.labels)), run.parts, strict=True):
             losses = self.losses_again(part)
-            sums.add((losses if weights is None else weights[place] * losses).mean() / len(run.parts), parameters)
-        self.reducer.mean_(sums.gradients)
+            sums.add((losses if weights is None else weights[place] * losses).mean() / len(run.parts))
         return sums.gradients
 
     def gradient_at(
@@ -309,7 +310,6 @@ class MetaStep(Step[OptionsT]):
         meta_inputs = self.inputs(self.parts.meta_augment(meta_batch.images))
         with self.parts.autocast():
             meta_loss, direction = self._meta_gradient(ahead, meta_inputs, meta_batch.labels, run)
-        self.reducer.mean_(direction)
         derivative = self._tangent(run, meta_gradient.scaled(direction, diagonal))
         if run.record is not None:
             run.record.clear()  # activations it holds would otherwise outlive the last backward pass's need of them
@@ -329,7 +329,7 @@ class MetaStep(Step[OptionsT]):
         return [p.mul_(factor) for p, factor in zip(diagonal, self.lr_factors, strict=True)]
 
     def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor, run: TrainingPass):
-        """The meta loss (0-d) at the lookahead and its gradient there.
+        """The meta loss (0-d) at the lookahead, and its gradient there, averaged over processes.
 
         In parts, where images do not couple and most of the network is trained, or where a batch has micro-batches.
         """
@@ -337,15 +337,23 @@ class MetaStep(Step[OptionsT]):
         if run.gradients is not None and self.divides_meta_batch and len(labels) >= 2 * META_PARTS:
             parts = META_PARTS
         if parts == 1:
-            return self._gradient_of_meta_images(ahead, inputs, labels)
+            return self._gradient_of_meta_images(ahead, inputs, labels, partial(mean_gradients, self.reducer))
         meta_loss, direction = inputs.new_zeros(()), [torch.zeros_like(p) for p in ahead.values()]
-        for part, of_part in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-            loss, gradients = self._gradient_of_meta_images(ahead, part, of_part)
-            meta_loss = meta_loss + loss * (len(part) / len(inputs))
-            torch._foreach_add_(direction, gradients, alpha=len(part) / len(inputs))
+        chunks = list(zip(inputs.chunk(parts), labels.chunk(parts), strict=True))
+        for number, (part, of_part) in enumerate(chunks, 1):
+            share, reducer = len(part) / len(inputs), self.reducer if number == len(chunks) else Reducer()
+            differentiate = partial(mean_gradients, reducer, added_to=direction, share=share)
+            loss, direction = self._gradient_of_meta_images(ahead, part, of_part, differentiate)
+            meta_loss = meta_loss + loss * share
         return meta_loss, direction
 
-    def _gradient_of_meta_images(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor):
+    def _gradient_of_meta_images(
+        self,
+        ahead: meta_gradient.Tensors,
+        inputs: Tensor,
+        labels: Tensor,
+        differentiate: meta_gradient.Differentiate,
+    ) -> tuple[Tensor, list[Tensor]]:
         stays = meta_gradient.what_stays(self.network, ahead)
 
         def losses(parameters: meta_gradient.Tensors) -> Tensor:
@@ -354,13 +362,13 @@ class MetaStep(Step[OptionsT]):
         if self.lean and self.lean_meta_pass:
             random_state = meta_gradient.random_state(inputs.device)
             try:
-                return meta_gradient.mean_loss_gradient(with_recompute(losses), ahead)
+                return meta_gradient.mean_loss_gradient(with_recompute(losses), ahead, differentiate)
             except OverwrittenError as error:
                 self.lean_meta_pass = False
                 # As if it had not been tried: a run that resumes tries it again, and has to draw what this one draws.
                 meta_gradient.set_random_state(random_state, inputs.device)
                 warnings.warn(f"the meta pass keeps all of its activations, which takes more memory: {error}")
-        return meta_gradient.mean_loss_gradient(losses, ahead)
+        return meta_gradient.mean_loss_gradient(losses, ahead, differentiate)
 
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         if run.gradients is not None:

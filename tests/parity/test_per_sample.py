@@ -58,7 +58,8 @@ def kept_class_gradient(model, batch, meta_batch, weights, lr):
     images, labels = batch
     _, gradients = kept_pass(lambda: cross_entropy(model(images), labels), model, len(images))
     parameters = meta_gradient.trainable_parameters(model)
-    inner = gradients.weighted(weights[labels] / len(images), list(parameters.values()))
+    of_each = dict(gradients.weighted(weights[labels] / len(images), list(parameters.values())))
+    inner = [of_each[i] for i in range(len(parameters))]
     ahead = meta_gradient.lookahead(parameters, inner, lr)
     _, direction = meta_gradient.mean_loss_gradient(
         meta_gradient.functional_losses(model, cross_entropy, *meta_batch), ahead

@@ -40,6 +40,10 @@ class ThreadReducer(Reducer):
         meeting.barrier.wait(timeout=60)
         return everything
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        self.sum_([tensor])
+        return lambda: None
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             rows = self.gather(tensor.detach()[None])
@@ -51,7 +55,7 @@ def run_ranks(world_size: int, work: Callable[[Reducer], object]) -> list:
     """What `work(reducer)` returns on each of `world_size` ranks."""
     meeting = Meeting(world_size, threading.Barrier(world_size), [None] * world_size)
     with ThreadPoolExecutor(world_size) as pool, same_attention_afterwards():
-        ranks = [pool.submit(work, ThreadReducer(r, world_size, meeting)) for r in range(world_size)]
+        ranks = [pool.submit(work, ThreadReducer(r, world_size, meeting=meeting)) for r in range(world_size)]
         return [rank.result(timeout=120) for rank in ranks]
 
 

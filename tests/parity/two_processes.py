@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,18 +20,22 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fastlt.autograd import ForwardRecord
+from fastlt.benchmarks.communication import Traffic
+from fastlt.device import gradients
 from fastlt.device.distributed import Reducer
+from fastlt.device.gradients import mean_gradients
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import Classifier, ExpertClassifier, LinearHead
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.optim import ShardedAdam
 from fastlt.state import Batch, ClassCounts
-from fastlt.steps import STEPS, StepParts, meta
+from fastlt.steps import STEPS, StepParts, base, meta
 
 CLASSES, ITERATIONS = 5, 6
-# method (with `options.lean` where it says so), how A is refreshed where the method wants it, and what normalises:
-# BatchNorm over the batches of all processes, or something that has no statistics of the batch, or nothing
+# method (with `options.lean` or in two micro-batches where it says so), how A is refreshed where the method wants it,
+# and what normalises: BatchNorm over the batches of all processes, something that has no statistics of the batch, or
+# nothing
 CASES = [
     ("plain", "exact", "group"),
     ("cdb", "epoch", "group"),
@@ -49,6 +54,16 @@ CASES = [
     ("difficulty lean", "exact", "none"),
     ("difficulty lean", "rolling", "batch"),
     ("mwn lean", "exact", "batch"),
+    ("plain accumulate", "exact", "group"),
+    ("difficulty accumulate", "exact", "group"),
+]
+# Those that are also trained with gradients in one piece, in one piece a parameter, and in bfloat16: with passes of
+# their own for lookahead, tangent and update, with what one pass keeps, and with micro-batches of it.
+IN_PIECES = [
+    ("plain", "exact", "group"),
+    ("difficulty", "exact", "group"),
+    ("difficulty", "rolling", "batch"),
+    ("difficulty accumulate", "exact", "group"),
 ]
 BATCH_NORMS = 2  # layers in the network that has them
 OPTIONS = {
@@ -139,9 +154,9 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
     if reducer.world_size > 1:
         synchronise_batch_norm(model, reducer)
     generator = torch.Generator().manual_seed(1)
-    method, _, lean = method.partition(" ")
+    method, _, how = method.partition(" ")
     kind = STEPS[method]
-    options = kind.Options(**OPTIONS.get(method, {}), **({"lean": True} if lean else {}))
+    options = kind.Options(**OPTIONS.get(method, {}), **({"lean": True} if how == "lean" else {}))
     kind.prepare_model(model, options, seed=2)
     if method == "paco":
         model.auxiliary.layers[1] = nn.Identity()  # its BatchNorm
@@ -166,6 +181,7 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
         second_augment=Scaled(0.5),
         training_images=lambda: training_images(reducer),
         reducer=reducer,
+        accumulate=2 if how == "accumulate" else 1,
     )
     step = kind(parts, options)
     step.start_epoch(0)
@@ -173,7 +189,7 @@ def train(method: str, refresh: str, normalisation: str, reducer: Reducer) -> di
         for _ in range(ITERATIONS):
             step(share(draw(12, generator), reducer), share(draw(10, generator), reducer))
     state = {"model": model.state_dict()}
-    if lean:
+    if how == "lean":
         state["released"] = {"activations": torch.tensor(released)}
     if hasattr(step, "net"):
         state["net"] = step.net.state_dict()
@@ -216,6 +232,19 @@ def train_balms(reducer: Reducer) -> dict:
     return {**step.model.head.state_dict(), "rates": step.rate_logits.detach()}
 
 
+def rounded_gradients(reducer: Reducer) -> dict[str, list[Tensor]]:
+    """The mean gradients of a network as they are, and sent in bfloat16."""
+    torch.manual_seed(0)
+    model, batch = network(), share(draw(64, torch.Generator().manual_seed(5)), reducer)
+    parameters = list(model.parameters())
+
+    def gradients_by(one: Reducer) -> list[Tensor]:
+        losses = nn.functional.cross_entropy(model(Scaled()(batch.images)), batch.labels)
+        return mean_gradients(one, losses, parameters)
+
+    return {"exact": gradients_by(reducer), "rounded": gradients_by(replace(reducer, compressed=True))}
+
+
 SHAPES = [(7, 5), (7,), (3, 7), (2, 0), (11,)]  # of the parameters of a ShardedAdam: 74 numbers, 37 a process
 
 
@@ -245,36 +274,74 @@ def sharded_adam(reducer: Reducer) -> dict:
     return results
 
 
-class Counter:
-    """Counts the calls of torch's collectives."""
+def flat_mean(reducer, objective, parameters, *, retain_graph=False, added_to=None, share=1.0):
+    """`mean_gradients` without buckets: all gradients of the pass in one piece, when it is over."""
+    gradients = [g.clone() for g in mean_gradients(Reducer(), objective, parameters, retain_graph=retain_graph)]
+    if added_to is not None:
+        gradients = [before.add(g, alpha=share) for before, g in zip(added_to, gradients, strict=True)]
+    reducer.mean_(gradients)
+    return gradients
 
-    def __init__(self) -> None:
-        self.calls = {"all_reduce": 0, "all_gather": 0}
-        for name in self.calls:
-            setattr(dist, name, self._counted(name, getattr(dist, name)))
 
-    def _counted(self, name, collective):
-        def counted(*arguments):
-            self.calls[name] += 1
-            return collective(*arguments)
+def flat_mean_of_each(reducer, parameters, gradients):
+    found = dict(gradients)
+    gradients = [found[i] for i in range(len(parameters))]
+    reducer.mean_(gradients)
+    return gradients
 
-        return counted
 
-    def an_iteration(self) -> dict[str, float]:
-        """The mean since the last question."""
-        counts = {name: number / ITERATIONS for name, number in self.calls.items()}
-        self.calls.update(dict.fromkeys(self.calls, 0))
-        return counts
+def train_flat(*case: str, reducer: Reducer) -> dict:
+    with (
+        patch.object(base, "mean_gradients", flat_mean),
+        patch.object(meta, "mean_gradients", flat_mean),
+        patch.object(meta, "mean_of_each", flat_mean_of_each),
+    ):
+        return train(*case, reducer)
+
+
+class Sometimes(nn.Module):
+    """A network whose second layer one of the processes leaves out; BatchNorm communicates in its backward pass."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.last = nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.used = used
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        return self.last(self.norm(self.second(x) if self.used else x))
+
+
+def gradients_of_some(reducer: Reducer) -> dict[str, list[Tensor]]:
+    """The mean gradients of `Sometimes` where process 0 uses the layer, and what each process has alone."""
+    model = Sometimes(reducer.rank == 0).double()
+    synchronise_batch_norm(model, reducer)
+    images = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[reducer.rank]
+    parameters = list(model.parameters())
+    mean = mean_gradients(reducer, model(images).square().mean(), parameters)
+    own = mean_gradients(Reducer(), model(images).square().mean(), parameters)
+    return {"mean": mean, "own": own}
 
 
 def main(rank: str, folder: str) -> None:
     torch.set_num_threads(1)
     reducer = Reducer(int(rank), 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=reducer.rank, world_size=2)
-    counter, results = Counter(), {}
+    traffic, results = Traffic(), {}
     for case in CASES:
-        results["-".join(case)] = train(*case, reducer)
-        results["-".join(case)]["collectives"] = counter.an_iteration()
+        with traffic.counted():
+            results["-".join(case)] = train(*case, reducer)
+        results["-".join(case)]["traffic"] = traffic.take()
+    for case in IN_PIECES:
+        results["-".join(case)]["flat"] = train_flat(*case, reducer=reducer)
+        with patch.object(gradients, "FIRST_BUCKET_BYTES", 1):
+            results["-".join(case)]["in pieces"] = train(*case, replace(reducer, bucket_bytes=1))
+            results["-".join(case)]["compressed"] = train(*case, replace(reducer, compressed=True))
+    with patch.object(gradients, "FIRST_BUCKET_BYTES", 1):
+        results["some"] = gradients_of_some(replace(reducer, bucket_bytes=1))
+    results["bfloat16"] = rounded_gradients(reducer)
     results["balms"] = train_balms(reducer)
     results["sharded_adam"] = sharded_adam(reducer)
     with patch.object(meta, "SHARDED_FROM", 0):

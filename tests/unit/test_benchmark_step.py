@@ -41,6 +41,36 @@ def test_every_row_computes_the_gradient_of_float64_and_absent_packages_are_name
             assert row["grad_rel_error"] < 1e-3
 
 
+def test_several_processes_tell_what_they_communicate_and_what_of_it_is_exposed(capsys):
+    rows = run(capsys, "--processes", "2", "--rows", "plain", "ours_exact")
+    numbers, classes = sum(p.numel() for p in step.problem_of(step.parse(SMALL)).model.parameters()), 10
+    assert rows["plain"]["collectives"] == 1
+    assert rows["plain"]["sent_bytes"] == 4 * numbers
+    # Lookahead, meta batch and update, each in one bucket; the counts of A and the gradient in the class weights.
+    assert rows["ours_exact"]["collectives"] == 5
+    assert rows["ours_exact"]["sent_bytes"] == 4 * (3 * numbers + 2 * classes)
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["exposed"] < 1
+        assert row["exposed_at_once"] < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes", "5"], "--batch is 12, which does not divide into 5 parts"),
+        (["--processes", "2", "--rows", "plain", "higher"], "higher is measured in one process"),
+    ],
+)
+def test_what_several_processes_cannot_measure_is_refused(words, message, capsys):
+    try:
+        code = cli.main(["benchmark", "step", *SMALL, *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_comes_once_in_a_cycle_has_come_before_a_step_is_measured(monkeypatch):
     calls = {"often": 0, "in_turn": 0}
 

@@ -180,9 +180,9 @@ def test_an_error_of_a_collective_is_known_by_where_it_comes_from():
     assert not is_broken_connection(not_broken.value)
     for error, broken in ((KeyError("x"), False), (RuntimeError("no memory"), False), (dist.DistNetworkError(), True)):
         assert is_broken_connection(error) == broken
-    source = compile("def f():\n    raise RuntimeError('Connection closed by peer')", "distributed_c10d.py", "exec")
-    scope = {"__name__": "torch.distributed.distributed_c10d"}
-    exec(source, scope)
-    with pytest.raises(RuntimeError) as of_collective:
-        scope["f"]()
-    assert is_broken_connection(of_collective.value)
+    for module_name in ("torch.distributed.distributed_c10d", "fastlt.device.distributed"):
+        scope = {"__name__": module_name}
+        exec(compile("def f():\n    raise RuntimeError('Connection closed by peer')", "file.py", "exec"), scope)
+        with pytest.raises(RuntimeError) as of_collective:
+            scope["f"]()
+        assert is_broken_connection(of_collective.value)
