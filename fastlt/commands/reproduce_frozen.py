@@ -6,10 +6,11 @@
     fastlt reproduce frozen --list
 
 Features are computed once, below --out/.features; a run then takes seconds, and --jobs of them run at once. Runs that
-are done are not run again: the same command goes on. frozen.md, .csv and .json are written to --out, and those of
---ablation as frozen_ablation. Each method is shown at its own best rate of --lr by validation, and at the common rate.
-The first --rate-seeds are trained at every rate and choose the best; further seeds are trained at these two alone.
-Images of the validation set are the meta set too: methods that learn weights on it see it while they train.
+are done are not run again: the same command goes on, also with other --jobs. These share out the threads, by which the
+last bits of sums may differ. frozen.md, .csv and .json are written to --out, and those of --ablation as
+frozen_ablation. Each method is shown at its own best rate of --lr by validation, and at the common rate. The first
+--rate-seeds are trained at every rate and choose the best; further seeds are trained at these two alone. Images of the
+validation set are the meta set too: methods that learn weights on it see it while they train.
 Exit code: 0 done, 1 when a process of the runs ended, 2 for a mistake on the command line, 130 when stopped.
 """
 
@@ -130,7 +131,7 @@ def _tasks(given: argparse.Namespace, methods: Sequence[Method], words: list[str
         context = open_context(load_recipe(given.recipe, words))
     runs = plan(recipe, methods, sorted(set(given.lr)), given.seeds, stage_epochs(context))
     threads = max(1, available_cores() // given.jobs)
-    return make_tasks(Path(given.recipe), [*words, f"num_threads={threads}"], runs, context, given.out / "results")
+    return make_tasks(Path(given.recipe), words, runs, context, given.out / "results", threads)
 
 
 def _run(what: str, tasks: Sequence[Task], jobs: int, table: _Table) -> None:

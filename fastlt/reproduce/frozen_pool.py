@@ -23,12 +23,13 @@ from fastlt.run.context import RunContext
 
 @dataclass(frozen=True)
 class Task:
-    """A run with the words of its data set, and the file of its result."""
+    """A run with the words of its data set, the file of its result, and how many threads it computes with."""
 
     recipe: Path
     data_words: tuple[str, ...]
     run: HeadRun
     file: Path
+    threads: int
 
     def result(self) -> dict[str, Any] | None:
         """What the file says; None before the run is over."""
@@ -36,12 +37,17 @@ class Task:
 
 
 def make_tasks(
-    recipe: Path, data_words: Sequence[str], runs: Sequence[HeadRun], context: RunContext, folder: Path
+    recipe: Path, data_words: Sequence[str], runs: Sequence[HeadRun], context: RunContext, folder: Path, threads: int
 ) -> list[Task]:
-    """The tasks of a data set. A result is found again under the same recipe, words, images and weights alone."""
-    identity = {"recipe": result_digest(load_recipe(recipe, data_words)), "inputs": context.inputs.inputs.to_tree()}
+    """The tasks of a data set. A result is found again under the same recipe, words, images and weights alone.
+
+    threads: of each run. Sums are rounded otherwise with another number, as on another machine: a result is the same
+    in its meaning, and is found again. It says how many it was computed with.
+    """
+    alike = load_recipe(recipe, [*data_words, "num_threads=null"])
+    identity = {"recipe": result_digest(alike), "inputs": context.inputs.inputs.to_tree()}
     return [
-        Task(recipe, tuple(data_words), run, folder / f"{digest({**identity, 'words': run.words}, 16)}.json")
+        Task(recipe, tuple(data_words), run, folder / f"{digest({**identity, 'words': run.words}, 16)}.json", threads)
         for run in runs
     ]
 
@@ -77,8 +83,9 @@ def _begin(parent: int) -> None:
 
 
 def _train(task: Task) -> None:
-    if task.data_words not in _contexts:
+    data_words = (*task.data_words, f"num_threads={task.threads}")
+    if data_words not in _contexts:
         _contexts.clear()  # of one data set at a time, whose features fill memory
-        _contexts[task.data_words] = open_context(load_recipe(task.recipe, task.data_words))
-    words = [*task.data_words, *task.run.words]
-    write_json(task.file, train_head(_contexts[task.data_words], task.recipe, words))
+        _contexts[data_words] = open_context(load_recipe(task.recipe, data_words))
+    result = train_head(_contexts[data_words], task.recipe, [*data_words, *task.run.words])
+    write_json(task.file, {**result, "threads": task.threads})

@@ -137,7 +137,7 @@ def test_a_difference_needs_two_common_seeds():
 # The command
 
 
-def test_the_command_runs_what_is_missing_and_writes_the_table(words, tmp_path, capsys):
+def test_the_command_runs_what_is_missing_and_writes_the_table(words, tmp_path, capsys, monkeypatch):
     command = ["reproduce", "frozen", "--recipe", "digits_lt", "--rows", "Cross-entropy", "Balanced softmax"]
     command += [
         "--lr",
@@ -163,9 +163,13 @@ def test_the_command_runs_what_is_missing_and_writes_the_table(words, tmp_path, 
     assert len(files) == 2 * 2 * 2
     times = [f.stat().st_mtime_ns for f in files]
     files[0].unlink()
+    # Another number of threads rounds sums otherwise, which makes no other result.
+    command[command.index("--jobs") + 1] = "1"
+    monkeypatch.setattr("fastlt.commands.reproduce_frozen.available_cores", lambda: 2)
     assert cli.main([*command, "--set", *given]) == 0
+    assert sorted((tmp_path / "out" / "results").iterdir()) == files
     assert [f.stat().st_mtime_ns for f in files][1:] == times[1:]
-    assert files[0].is_file()
+    assert json.loads(files[0].read_text())["threads"] == 2
     records = json.loads((tmp_path / "out" / "frozen.json").read_text())
     assert {(r["method"], r["choice"], r["seeds"]) for r in records} == {
         (method, choice, 2)
