@@ -16,18 +16,19 @@ from fastlt.run.trained import TrainedRun
 
 
 class Exported(nn.Module):
-    """A trained network on the CPU, in contiguous memory and float32, that takes images to logits.
+    """A copy of a trained network on the CPU, in contiguous memory, that takes images to float32 logits.
 
     preprocess: it takes uint8 (N, 3, S, S) and normalises; otherwise float32 that is normalised already.
+    dtype: of the weights, and of what the network computes between images and logits.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, trained: TrainedRun, *, preprocess: bool) -> None:
+    def __init__(self, trained: TrainedRun, *, preprocess: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.preprocess = preprocess
-        self.network = exportable(trained.model).float().to(memory_format=torch.contiguous_format)
+        self.preprocess, self.dtype = preprocess, dtype
+        self.network = copy.deepcopy(exportable(trained.model)).to(dtype).to(memory_format=torch.contiguous_format)
         mean, std = (torch.tensor(of, dtype=torch.float64).view(1, 3, 1, 1) for of in (trained.mean, trained.std))
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
@@ -36,18 +37,18 @@ class Exported(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.preprocess:
             images = images.float() * self.scale + self.shift
-        return self.network(images)
+        return self.network(images.to(self.dtype)).float()
 
 
 class ExportedMean(nn.Module):
     """The log of the mean probability of several networks: (N, C), as `fastlt ensemble` puts runs together.
 
-    It takes uint8 (N, 3, S, S), and each network normalises for itself.
+    It takes uint8 (N, 3, S, S), and each network normalises for itself. dtype: as of `Exported`.
     """
 
-    def __init__(self, runs: Sequence[TrainedRun]) -> None:
+    def __init__(self, runs: Sequence[TrainedRun], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(Exported(run, preprocess=True) for run in runs)
+        self.networks = nn.ModuleList(Exported(run, preprocess=True, dtype=dtype) for run in runs)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:

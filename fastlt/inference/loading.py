@@ -64,6 +64,7 @@ def load(
         image_size=trained.image_size,
         autocast=half if (precision or finished.recipe.precision) == "bf16" else nullcontext,
         validation=partial(_validation, finished, trained.device),
+        trained=trained,
         notes=notes,
     )
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlt.export.model_export import ExportedModel, export_model
+from fastlt.export.options import ExportOptions, Precision
 from fastlt.inference.evaluation import Evaluation, evaluation
 from fastlt.inference.inputs import CutBatch, Unreadable, cut_batches, gathered, name_of
 from fastlt.inference.labels import class_labels, labelled_below
@@ -22,7 +26,9 @@ from fastlt.inference.temperature import Temperature, fit_temperature
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
+from fastlt.paths import expand
 from fastlt.run.shifted_crops import mean_logits
+from fastlt.run.trained import TrainedRun
 from fastlt.state import Batch, ClassCounts, upload
 from loaders.sources.messages import printable, some
 from loaders.stored.forked_workers import available_cores
@@ -53,6 +59,7 @@ class Predictor:
         mean over five crops, as in the test.
     autocast: makes the context of a forward pass, its precision.
     validation: gives the batches of the validation set, on `device`; None where there is none.
+    trained: the run whose network it is, for `export`; None where it is of no run.
     notes: what the user should know, one line each.
     """
 
@@ -66,12 +73,13 @@ class Predictor:
         image_size: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         validation: Callable[[], Iterator[Batch]] | None = None,
+        trained: TrainedRun | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.model, self.counts, self.carried, self.transform = model, counts, carried, transform
         self.device, self.autocast, self.notes = device, autocast, notes
         self.image_size = transform.size if image_size is None else image_size
-        self._validation = validation
+        self._validation, self._trained = validation, trained
         self._validated: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -237,6 +245,38 @@ class Predictor:
                 labels.append(batch.labels.cpu())
             self._validated = torch.cat(logits), torch.cat(labels)
         return self._validated
+
+    def export(
+        self,
+        to: str,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        preprocess: bool = False,
+        dynamic_size: bool = False,
+        precision: Precision = "fp32",
+        opset: int | None = None,
+        images: Sequence[str | os.PathLike[str]] | None = None,
+    ) -> ExportedModel:
+        """Write the network in a form that other programs read, as `fastlt export` does, and check it.
+
+        to: "timm", "onnx", "torch" or "torchscript". out: the file, or the folder of timm; None is in the folder of the
+            run. images: files to check it by; None takes validation images.
+        preprocess: it takes uint8 images and normalises them inside. dynamic_size: it takes images of any height and
+            width. precision: of the weights, "fp32" or "fp16". opset: of ONNX.
+        Returns the path and the largest difference of logits. ValueError for what cannot be written so, and when logits
+        differ by more than 1e-4, or with "fp16" by more than 2 % of the largest one; nothing is left behind then.
+        """
+        if self._trained is None:
+            raise ValueError("this network is of no run, and is not exported: load the folder of its run")
+        cpu = torch.device("cpu")
+        model = copy.deepcopy(self._trained.model).to(cpu)
+        return export_model(
+            [replace(self._trained, model=model, device=cpu)],
+            to,
+            None if out is None else Path(expand(os.fspath(out))),
+            options=ExportOptions(preprocess, dynamic_size, precision, opset),
+            images=None if images is None else [Path(expand(os.fspath(image))) for image in images],
+        )
 
     def _correction(self, prior: Prior | None, temperature: float | str | None) -> tuple[Tensor, float]:
         """What is added to logits that were divided by the temperature, float32 (C,) on the device, and that."""

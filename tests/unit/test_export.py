@@ -13,10 +13,12 @@ from accelerate.state import AcceleratorState
 from hidden_fastlt import without_fastlt
 from PIL import Image
 
+import fastlt
 from fastlt import cli
 from fastlt.ensemble import log_mean_probability
 from fastlt.export import checked, hub, programs
 from fastlt.export.network import Exported
+from fastlt.export.options import ExportOptions
 from fastlt.recipe import load_recipe
 from fastlt.run.cut_images import validation_images
 from fastlt.run.model_folder import logits
@@ -29,6 +31,7 @@ read_script = programs.FORMS["torchscript"].read
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
 CPU = torch.device("cpu")
+UINT8 = ExportOptions(preprocess=True)
 STAGE = "stages.end_to_end"
 SECOND = "stages.second={{method: {}, batch_size: 32, lr: 0.1, iterations: 4, evaluate_every: 2{}}}"
 RUNS = {
@@ -83,7 +86,7 @@ def test_networks_that_branch_or_measure_distances_are_exported_too(runs, tmp_pa
     if to == "onnx":
         pytest.importorskip("onnxruntime")
     trained, images, expected = in_hand(runs / name)
-    difference = checked.export([trained], to, images, tmp_path / "file", preprocess=True)
+    difference = checked.export([trained], to, images, tmp_path / "file", UINT8)
     assert 0 <= difference <= 2e-5
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     program = programs.FORMS[to].read(tmp_path / "file")
@@ -131,7 +134,7 @@ def test_weights_that_an_onnx_file_cannot_hold_lie_beside_it(runs, tmp_path, mon
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(programs, "LARGEST_ONNX", 1000)
     trained, images, expected = in_hand(runs / "linear")
-    assert checked.export([trained], "onnx", images, tmp_path / "m.onnx", preprocess=True) <= 1e-5
+    assert checked.export([trained], "onnx", images, tmp_path / "m.onnx", UINT8) <= 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert (tmp_path / "m.onnx.data").stat().st_size > (tmp_path / "m.onnx").stat().st_size
     np.savez(tmp_path / "images.npz", images=images, logits=expected)
@@ -158,6 +161,94 @@ def test_without_preprocessing_it_takes_normalised_images(runs, tmp_path, capsys
     assert "mean (0.306, 0.306, 0.306) and std (0.376, 0.376, 0.376)" in text
     x = (images.float() / 255 - 0.306) / 0.376
     torch.testing.assert_close(read_script(tmp_path / "m.pt")(x), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch", "torchscript"])
+def test_images_of_any_size_are_taken_where_the_network_takes_them(runs, tmp_path, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    trained, images, expected = in_hand(runs / "cosine")
+    options = ExportOptions(preprocess=True, dynamic_size=True)
+    assert checked.export([trained], to, images, tmp_path / "file", options) <= 2e-5
+    program = programs.FORMS[to].read(tmp_path / "file")
+    larger = torch.cat([images, images], dim=3)[:, :, :, :13]
+    with torch.no_grad():
+        for given, logits_of in ((images, expected), (larger, logits(trained.model, larger, trained))):
+            for count in (1, 5):
+                torch.testing.assert_close(program(given[:count]), logits_of[:count], rtol=0, atol=2e-5)
+
+
+def test_a_network_of_one_size_is_not_written_for_any(runs, tmp_path, capsys):
+    words = ("--dynamic-size", "--out", tmp_path / "m.pt")
+    text = told(capsys, runs / "oltr", "--to", "torchscript", *words, code=2)
+    assert "takes no images of 12 x 8 pixels, only of 8" in text
+    assert text.endswith("leave dynamic_size out\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch", "torchscript"])
+def test_half_precision_halves_the_file_and_stays_within_its_own_limit(runs, tmp_path, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    trained, images, expected = in_hand(runs / "linear")
+    sizes = {}
+    for precision in ("fp32", "fp16"):
+        options = ExportOptions(preprocess=True, precision=precision)
+        difference = checked.export([trained], to, images, tmp_path / precision, options)
+        sizes[precision] = (tmp_path / precision).stat().st_size
+    assert 1e-5 < difference <= options.allowed(expected) == pytest.approx(0.02 * max(1, expected.abs().max().item()))
+    assert sizes["fp16"] < 0.7 * sizes["fp32"]
+    program = programs.FORMS[to].read(tmp_path / "fp16")
+    with torch.no_grad():
+        found = program(images)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max().item() <= options.allowed(expected)
+
+
+def test_a_network_whose_numbers_half_precision_has_not_is_refused(runs, tmp_path):
+    trained, images, _ = in_hand(runs / "cosine")
+    with torch.no_grad():
+        first = next(m for m in trained.model.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+        first.weight *= 1e6  # the normalisation after it divides, and the logits stay what they are
+        norm = next(m for m in trained.model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        norm.running_mean *= 1e6
+        norm.running_var *= 1e12
+    checked.export([trained], "torchscript", images, tmp_path / "whole", UINT8)
+    with pytest.raises(ValueError, match="is allowed for half precision; nothing was written"):
+        checked.export([trained], "torchscript", images, tmp_path / "half", ExportOptions(True, precision="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_the_version_of_the_operators_is_the_one_that_is_asked_for_or_refused(runs, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    told(capsys, runs / "cosine", "--to", "onnx", "--opset", "19", "--out", tmp_path / "m.onnx")
+    (operators,) = [of for of in onnx.load(tmp_path / "m.onnx").opset_import if of.domain == ""]
+    assert operators.version == 19
+    text = told(capsys, runs / "cosine", "--to", "onnx", "--opset", "8", "--out", tmp_path / "old.onnx", code=2)
+    assert "opset is 8, and this network cannot be put into it" in text
+    assert not (tmp_path / "old.onnx").exists()
+
+
+def test_a_loaded_model_is_exported_as_by_the_command_and_stays_as_it_is(runs, tmp_path):
+    _, images, expected = in_hand(runs / "linear")
+    model = fastlt.load(runs / "linear", device="cpu")
+    before = {key: tensor.clone() for key, tensor in model.model.state_dict().items()}
+    made = model.export("torchscript", tmp_path / "half.pt", preprocess=True, precision="fp16")
+    assert made.path == tmp_path / "half.pt"
+    made = model.export("torchscript", str(tmp_path / "m.pt"), preprocess=True)
+    assert made.difference <= 1e-5
+    assert made.images == "32 validation images"
+    torch.testing.assert_close(read_script(made.path)(images), expected, rtol=0, atol=1e-5)
+    assert {key: tensor.dtype for key, tensor in model.model.state_dict().items()} == {
+        key: tensor.dtype for key, tensor in before.items()
+    }
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.model.state_dict().items())
+    assert model.export("timm", tmp_path / "folder").path == tmp_path / "folder"
+    with pytest.raises(ValueError, match=r"unknown form 'onxn'.*did you mean 'onnx'"):
+        model.export("onxn")
+    with pytest.raises(ValueError, match="precision is 'int8': allowed are fp32, fp16"):
+        model.export("onnx", precision="int8")
 
 
 def test_several_runs_are_their_mean_probability(runs, tmp_path, capsys):
@@ -203,7 +294,11 @@ def test_the_wrong_words_are_answered_before_work_starts(runs, tmp_path, capsys,
         return text
 
     assert "does not exist" in line(tmp_path / "nowhere", "--to", "onnx")
-    assert "--preprocess is not for --to timm" in line(linear, "--to", "timm", "--preprocess")
+    assert "preprocess is not for the form timm" in line(linear, "--to", "timm", "--preprocess")
+    assert "dynamic_size is not for the form timm" in line(linear, "--to", "timm", "--dynamic-size")
+    assert "precision is not for the form timm" in line(linear, "--to", "timm", "--precision", "fp16")
+    assert "opset is a version of ONNX" in line(linear, "--to", "torch", "--opset", "18")
+    assert "opset is 999: onnx" in line(linear, "--to", "onnx", "--opset", "999")
     assert "several runs are none" in line(linear, linear, "--to", "timm")
     assert "give --out FILE" in line(linear, linear, "--to", "torch")
     assert "--push uploads what timm reads" in line(linear, "--to", "onnx", "--push", "me/x")
