@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from fastlt.paths import expand
+from fastlt.paths import as_path
 
 
 def typed(prog: str) -> str:
@@ -58,7 +58,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def path(word: str) -> Path:
     """A reader of paths, for argparse: `~` is the home folder also where the shell leaves it, as in --out=~/data."""
     try:
-        return Path(expand(word))
+        return as_path(word)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 # Metadata of a dataclass field of type str that is a path.
 PATH: dict[str, Any] = {"path": True}
+
+
+def as_path(word: str | os.PathLike[str]) -> Path:
+    """`expand` as a Path. What is called `~x` here, written `./~x`, is absolute: `Path` drops the dot that says so."""
+    found = Path(expand(os.fspath(word)))
+    return found.absolute() if str(found).startswith("~") else found
 
 
 def expand(path: str) -> str:

@@ -3,9 +3,13 @@
     fastlt evaluate runs/mine newly_labelled/
     fastlt evaluate runs/mine newly_labelled/ --prior uniform --json measured.json
     fastlt evaluate runs/mine newly_labelled/ --csv wrong.csv
+    fastlt evaluate runs/mine labels.csv --root images/ --split val
+    fastlt evaluate runs/mine shards/
 
-FOLDER has one folder a class, named as the classes of the run; classes may be absent. Images that cannot be read are
-listed at the end, and not counted. Groups are by the training images of the classes.
+DATA is a folder with one folder a class, or data in any other form that `fastlt inspect` knows: a table, a list, COCO's
+JSON, tar files, a folder of Hugging Face datasets, a converted data set. Its classes are named as those of the run, and
+may be absent. Where it has several splits, the test set is measured, or what --split says. Images that cannot be read
+are listed at the end, and not counted. Groups are by the training images of the classes.
 Exit codes: 0 done, 2 bad input, or no image could be read.
 """
 
@@ -25,14 +29,16 @@ from fastlt.commands.model_options import (
     check_model_options,
     fitted_temperature,
     load_model,
+    tell_unreadable,
 )
+from fastlt.names import unknown
+from loaders.sources import SOURCES
 
 if TYPE_CHECKING:
     from fastlt.inference import Predictor
     from fastlt.inference.evaluation import Evaluation
 
 NAME = "fastlt evaluate"
-SHOWN = 20  # images that could not be read
 
 
 def main(words: list[str], prog: str = NAME) -> int:
@@ -45,7 +51,13 @@ def main(words: list[str], prog: str = NAME) -> int:
     model = load_model(arguments)
     temperature = fitted_temperature(arguments, model)
     found = model.evaluate(
-        arguments.folder,
+        arguments.data,
+        split=arguments.of_split,
+        root=arguments.root,
+        source=arguments.source,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        split_column=arguments.split_column,
         class_names=arguments.class_names,
         prior=arguments.prior,
         temperature=temperature,
@@ -59,14 +71,11 @@ def main(words: list[str], prog: str = NAME) -> int:
         write_atomically(arguments.json, as_json(arguments, model, found, temperature).encode())
     for line in assumptions(arguments, model):
         print(line, file=sys.stderr)
-    print(f"{len(found.labels):,} images")
+    print(f"{len(found.labels):,} images" + (f" of split {found.split}" if found.split is not None else ""))
     print(*group_lines(found.metrics, model.counts), sep="\n")
     all_in = "--json FILE" if arguments.json is None else str(arguments.json)
     print(*class_lines(found.metrics, model.counts, all_in=all_in), sep="\n")
-    unreadable = found.predictions.unreadable
-    if unreadable:
-        print(f"{len(unreadable):,} could not be read:", file=sys.stderr)
-        print(*(f"  {one.called}: {one.reason}" for one in unreadable[:SHOWN]), sep="\n", file=sys.stderr)
+    tell_unreadable(found.predictions, {"--json": arguments.json})
     return 0
 
 
@@ -74,12 +83,20 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     """The arguments; exits with code 2 and one message when they make no sense."""
     parser = make_parser(__doc__, NAME, prog)
     parser.add_argument("run", type=path, metavar="RUN", help="folder of a finished run, or its folder model/")
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="images, in one folder a class")
-    parser.add_argument("--class-names", type=path, metavar="FILE", help="of the folders, as of `fastlt convert`")
+    parser.add_argument("data", type=path, metavar="DATA", help="labelled images: a folder, a table, a list, …")
     parser.add_argument("--csv", type=path, metavar="FILE", help="write a table of the images that are taken wrongly")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the metrics, those of each class among them")
+    data = parser.add_argument_group("which images")
+    data.add_argument("--split", dest="of_split", metavar="NAME", help="train, val, test or all (default: test)")
+    data.add_argument("--root", type=path, metavar="DIR", help="folder of a list's images (default: that of the list)")
+    data.add_argument("--source", metavar="NAME", help=f"one of {', '.join(SOURCES)} (default: found by what is there)")
+    for what in ("image", "label", "split"):
+        data.add_argument(f"--{what}-column", metavar="NAME", help=f"of a table: its column of {what}s")
+    data.add_argument("--class-names", type=path, metavar="FILE", help="of the data, as of `fastlt convert`")
     add_model_options(parser)
     arguments = parser.parse_args(words)
+    if arguments.source is not None and arguments.source not in SOURCES:
+        parser.error(unknown("source", arguments.source, SOURCES))
     check_model_options(parser, arguments)
     return arguments
 
@@ -101,12 +118,14 @@ def as_json(arguments: argparse.Namespace, model: Predictor, found: Evaluation, 
 
     tree = {
         "run": str(arguments.run),
+        "data": str(arguments.data),
+        "split": found.split,
         "images": len(found.labels),
         "prior": arguments.prior,
         "assumptions": list(model.carried.assumptions),
         "temperature": 1.0 if temperature is None else float(temperature),
         "class_names": list(model.classes),
         **found.metrics,
-        "unreadable": [{"image": one.called, "reason": one.reason} for one in found.predictions.unreadable],
+        "unreadable": found.predictions.unreadable_tree(),
     }
     return strict_json.dumps(tree, indent=1) + "\n"

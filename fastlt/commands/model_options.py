@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastlt.arguments import positive, worker_count
 from fastlt.paths import expand
+from loaders.sources.messages import one_line
 
 if TYPE_CHECKING:
-    from fastlt.inference import Predictor
+    from fastlt.inference import Predictions, Predictor
+
+SHOWN = 20  # images that could not be read
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -81,3 +86,20 @@ def assumptions(arguments: argparse.Namespace, model: Predictor) -> list[str]:
     """What was taken for granted, a line each."""
     prior = model.carried.assumptions if arguments.prior is not None else ()
     return [*(f"note: {note}" for note in model.notes), *(f"assumed of the logits' prior: {of}" for of in prior)]
+
+
+def tell_unreadable(predictions: Predictions, files: Mapping[str, Path | None]) -> None:
+    """On stderr: the first images that could not be read, each with its reason.
+
+    files: those that list all of them, by their options; None where the option was not given.
+    """
+    unreadable = predictions.unreadable
+    if not unreadable:
+        return
+    lines = [f"{len(unreadable):,} could not be read:"]
+    lines += [f"  {one_line(one.called)}: {one.reason}" for one in unreadable[:SHOWN]]
+    if len(unreadable) > SHOWN:
+        written = next((file for file in files.values() if file is not None), None)
+        where = f"all in {written}" if written is not None else f"{next(iter(files))} FILE lists all"
+        lines.append(f"  and {len(unreadable) - SHOWN:,} more; {where}")
+    print(*lines, sep="\n", file=sys.stderr)

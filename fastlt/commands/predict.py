@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Only what a usage error needs; torch takes seconds and is imported when there is work for it.
@@ -26,14 +25,14 @@ from fastlt.commands.model_options import (
     check_model_options,
     fitted_temperature,
     load_model,
+    tell_unreadable,
 )
-from fastlt.paths import expand
+from fastlt.paths import as_path
 
 if TYPE_CHECKING:
     from fastlt.inference import Predictions, Predictor
 
 NAME = "fastlt predict"
-SHOWN = 20  # images that could not be read
 
 
 def main(words: list[str], prog: str = NAME) -> int:
@@ -43,12 +42,12 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     import torch
 
-    from fastlt.inference.inputs import gathered
     from fastlt.inference.predictor import checked_threshold
+    from fastlt.inference.stored_images import given_images
     from fastlt.run.checkpoint import write_atomically
 
     checked_threshold(arguments.abstain)
-    images = gathered(images)
+    images = given_images([as_path(image) for image in images])
     model = load_model(arguments)
     temperature = fitted_temperature(arguments, model)
     started = time.perf_counter()
@@ -98,7 +97,7 @@ def listed(words: list[str]) -> list[str]:
         if not word.startswith("@"):
             found.append(word)
             continue
-        file = Path(expand(word[1:]))
+        file = as_path(word[1:])
         try:
             lines = file.read_bytes().splitlines()
         except OSError as error:
@@ -143,11 +142,4 @@ def summarise(arguments: argparse.Namespace, model: Predictor, predictions: Pred
     if arguments.abstain is not None:
         read += f"; {100 * predictions.coverage:.1f} % predicted, the others are below {arguments.abstain:g}"
     say(read)
-    if predictions.unreadable:
-        say(f"{len(predictions.unreadable):,} could not be read:")
-        for one in predictions.unreadable[:SHOWN]:
-            say(f"  {one.called}: {one.reason}")
-        more = len(predictions.unreadable) - SHOWN
-        if more > 0:
-            files = [str(file) for file in (arguments.csv, arguments.json) if file is not None]
-            say(f"  and {more:,} more" + (f", all in {files[0]}" if files else "; --csv FILE lists all"))
+    tell_unreadable(predictions, {"--csv": arguments.csv, "--json": arguments.json})

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from fastlt.inference.inputs import Unreadable
-from loaders.sources.messages import printable
+from loaders.sources.messages import one_line, printable
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Prediction:
     def __str__(self) -> str:
         ranked = zip(self.names, self.probabilities, strict=True)
         said = ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked)
-        where = f"image {self.position}" if self.source is None else printable(self.source)
+        where = f"image {self.position}" if self.source is None else one_line(self.source)
         return f"{where}: {'abstained; ' if self.abstained else ''}{said}"
 
 
@@ -158,5 +158,9 @@ class Predictions(Sequence[Prediction]):
                 }
                 for one in self
             ],
-            "unreadable": [{"image": one.called, "reason": one.reason} for one in self.unreadable],
+            "unreadable": self.unreadable_tree(),
         }
+
+    def unreadable_tree(self) -> list[dict[str, str]]:
+        """The images that could not be read, for JSON."""
+        return [{"image": one.called, "reason": one.reason} for one in self.unreadable]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -18,15 +17,16 @@ from torch import Tensor, nn
 from fastlt.export.model_export import ExportedModel, export_model
 from fastlt.export.options import ExportOptions, Precision
 from fastlt.inference.evaluation import Evaluation, evaluation
-from fastlt.inference.inputs import CutBatch, Unreadable, cut_batches, gathered, name_of
-from fastlt.inference.labels import class_labels, labelled_below
+from fastlt.inference.inputs import CutBatch, Unreadable, cut_batches
+from fastlt.inference.labels import DataOptions, LabelledImages, class_labels, labelled_images
 from fastlt.inference.predictions import Predictions
 from fastlt.inference.priors import CarriedPrior, Prior, deployed_prior
+from fastlt.inference.stored_images import ReadingTransform, given_images, image_name
 from fastlt.inference.temperature import Temperature, fit_temperature
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
-from fastlt.paths import expand
+from fastlt.paths import as_path
 from fastlt.run.shifted_crops import mean_logits
 from fastlt.run.trained import TrainedRun
 from fastlt.state import Batch, ClassCounts, upload
@@ -101,8 +101,9 @@ class Predictor:
     ) -> Predictions:
         """The `top` most probable classes of each image, softmax(z / T - log b + log d).
 
-        images: a path, a list of paths, a folder with all below it, images of Pillow, uint8 arrays (H, W, 3), tensors
-            uint8 (N, 3, H, W), or float (N, 3, S, S) from `transform`.
+        images: a path, a folder with all below it, the bytes of a file, an open file, an image of Pillow, a uint8 array
+            (H, W, 3), (H, W) or (N, H, W, 3), a tensor uint8 (3, H, W) or (N, 3, H, W), or a list of any of these; or
+            float (N, 3, S, S) from `transform`.
         prior: the class shares d where the images come from: "training", "uniform", a CSV or JSON file of counts, or
             counts by class name or in label order. None leaves the logits as they are. b is `carried`.
         temperature: T; "validation" fits it there (`fit_temperature`); None is 1.
@@ -119,7 +120,7 @@ class Predictor:
 
         def highest() -> Iterator[tuple[Tensor, Tensor]]:
             for batch, logits in self._forward(self._network, found, batch_size, workers, progress):
-                unreadable.extend(batch.unreadable)
+                unreadable.extend(replace(one, source=_source(found, one.position)) for one in batch.unreadable)
                 places.append(batch.positions)
                 yield torch.log_softmax(logits / divisor + offset, dim=1).topk(top, dim=1)
 
@@ -130,7 +131,7 @@ class Predictor:
             raise ValueError(f"none of {len(unreadable)} images could be read: {_reasons(unreadable)}")
         return Predictions(
             classes=self.classes,
-            sources=[None if isinstance(found, Tensor) else name_of(found[k]) for k in positions],
+            sources=[_source(found, k) for k in positions],
             positions=positions,
             indices=indices,
             probabilities=np.exp(log_p),
@@ -171,6 +172,12 @@ class Predictor:
         images: Any,
         labels: Sequence[str] | Sequence[int] | None = None,
         *,
+        split: str | None = None,
+        root: str | os.PathLike[str] | None = None,
+        source: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        split_column: str | None = None,
         class_names: str | os.PathLike[str] | None = None,
         prior: Prior | None = None,
         temperature: float | str | None = None,
@@ -180,19 +187,29 @@ class Predictor:
     ) -> Evaluation:
         """How well the network does on images whose classes are known.
 
-        images: as in `predict`, with `labels`; or a folder with one folder a class, named as in `classes`.
-        labels: the class of each image, by name or number. class_names: of a folder whose folders have other names, the
-            file that `fastlt convert --class-names` read.
+        images: as in `predict`, with `labels`; or a data set in any form that `fastlt inspect` knows, whose classes are
+            named as in `classes`: a folder with one folder a class, a table, tar files, …
+        labels: the class of each image, by name or number.
+        split, root, source, image_column, label_column, split_column, class_names: of a data set, see `DataOptions`.
         prior, temperature, workers, progress: as in `predict`.
         Images that cannot be read are left out, and named in the predictions. ValueError for unknown classes.
         """
         if labels is None:
-            images, of_images = labelled_below(images, self.classes, class_names)
+            options = DataOptions(
+                source=source,
+                root=None if root is None else as_path(root),
+                split=split,
+                image_column=image_column,
+                label_column=label_column,
+                split_column=split_column,
+                class_names=None if class_names is None else as_path(class_names),
+            )
+            measured = labelled_images(images, self.classes, options)
         else:
-            images = self._inputs(images)
-            of_images = class_labels(labels, self.classes, len(images))
+            given = self._inputs(images)
+            measured = LabelledImages(given, class_labels(labels, self.classes, len(given)))
         found = self.predict(
-            images,
+            measured.images,
             5,
             prior=prior,
             temperature=temperature,
@@ -200,7 +217,7 @@ class Predictor:
             workers=workers,
             progress=progress,
         )
-        return evaluation(found, of_images[found.positions], self.counts)
+        return evaluation(found, measured.labels[found.positions], self.counts, measured.split)
 
     def fit_temperature(self, *, adjusted: bool = False) -> Temperature:
         """The temperature that fits the validation set best.
@@ -273,9 +290,9 @@ class Predictor:
         return export_model(
             [replace(self._trained, model=model, device=cpu)],
             to,
-            None if out is None else Path(expand(os.fspath(out))),
+            None if out is None else as_path(out),
             options=ExportOptions(preprocess, dynamic_size, precision, opset),
-            images=None if images is None else [Path(expand(os.fspath(image))) for image in images],
+            images=None if images is None else [*map(as_path, images)],
         )
 
     def _correction(self, prior: Prior | None, temperature: float | str | None) -> tuple[Tensor, float]:
@@ -294,7 +311,7 @@ class Predictor:
         if isinstance(images, list) and images and all(_is_float(image) for image in images):
             images = torch.stack(images)
         if not _is_float(images):
-            found = gathered(images)
+            found = given_images(images)
             if not found:
                 raise ValueError("no images were given")
             return found
@@ -357,7 +374,8 @@ class Predictor:
                 yield CutBatch(np.arange(start, start + len(part)), np.empty(0, np.uint8), []), ready
             return
         threads = available_cores() if workers is None else _at_least_one("workers", workers)
-        for batch in cut_batches(images, self.transform, batch_size, threads):
+        reading = ReadingTransform.over(self.transform)
+        for batch in cut_batches(images, reading, batch_size, threads):
             pixels = upload(torch.from_numpy(batch.pixels), self.device).permute(0, 3, 1, 2)
             yield batch, self.transform.normalise(pixels)
 
@@ -391,6 +409,11 @@ def _on_host(results: Iterable[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
         waiting = result
     if waiting is not None:
         yield [part.cpu() for part in waiting]
+
+
+def _source(images: Tensor | list[Any], position: int) -> str | None:
+    """What to call an image; None for pixels and bytes, which have their position."""
+    return None if isinstance(images, Tensor) else image_name(images[position])
 
 
 def _at_least_one(what: str, number: int) -> int:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from fastlt.names import pick
 from loaders.order.longtail import CONVENTIONS
@@ -34,6 +35,7 @@ __all__ = [
     "Source",
     "SourceKind",
     "Split",
+    "open_labelled",
     "open_source",
     "sources_taking",
 ]
@@ -44,13 +46,16 @@ class SourceKind:
     """One kind of data set, and how it is opened.
 
     open: gives the Source; its parameters are those of `open_source` that it takes, with "root" a folder that exists,
-        unless it takes "download", too, and may make it, and "cut" for those of `Cut`.
+        unless it takes "download", too, and may make it, and "cut" for those of `Cut`; None leaves all images in the
+        splits that the data bring, which need not have train.
     small: whether a run converts it by itself; the others are converted by a command before.
+    numbered: whether its labels are the numbers of classes without any names.
     """
 
     name: str
     open: Callable[..., Source]
     small: bool = False
+    numbered: bool = False
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -77,7 +82,7 @@ SOURCES: dict[str, SourceKind] = {
         SourceKind("cifar10", functools.partial(open_cifar, CIFAR10), small=True),
         SourceKind("cifar100", functools.partial(open_cifar, CIFAR100), small=True),
         SourceKind("image_folder", open_image_folder),
-        SourceKind("list_file", open_list_files),
+        SourceKind("list_file", open_list_files, numbered=True),
         SourceKind("table", open_table),
         SourceKind("coco", open_coco),
         SourceKind("webdataset", open_webdataset),
@@ -156,6 +161,41 @@ def open_source(
     if num_classes is not None and num_classes != source.num_classes:
         raise ValueError(f"{name} has {source.num_classes} classes, num_classes says {num_classes}: correct it")
     return source
+
+
+def open_labelled(
+    name: str,
+    *,
+    root: Path | None = None,
+    listing: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    class_names: Path | None = None,
+) -> Source:
+    """All images of a data set with their classes, in the splits that the data bring; "train" where they bring none.
+
+    Nothing is held out, and no class or split need be there: for images that are measured on, not trained.
+    listing: the file that lists the images, of a source that reads lists. The others: as of `open_source`.
+    Raises ValueError as `open_source`.
+    """
+    kind = pick("source", name, SOURCES)
+    own = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
+    for argument, value in {"train_list": listing, **own, CLASS_NAMES: class_names}.items():
+        if value is not None and argument not in kind.takes:
+            what = f"{printable(value)} is a list" if argument == "train_list" else argument
+            raise ValueError(f"{what}, which is for {' and '.join(sources_taking(argument))} only, not for {name}")
+    arguments: dict[str, Any] = {
+        **{"train_list": listing, "meta_list": None, "test_list": None},
+        **own,
+        **{"root": _root(kind, root, may_be_made=False) if "root" in kind.takes else None, "download": False},
+        **{"num_classes": None, "allow_duplicates": True, "convention": "paper", "cut": None},
+        **{key.name: key.default for key in fields(Cut)},
+    }
+    source = kind.open(**{name: arguments[name] for name in inspect.signature(kind.open).parameters})
+    return (
+        source if class_names is None else replace(source, class_names=named_classes(class_names, source.class_names))
+    )
 
 
 def _root(kind: SourceKind, root: str | Path | None, *, may_be_made: bool) -> Path:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from loaders.sources.cut import Cut
 from loaders.sources.listing import read_bytes, text_of
 from loaders.sources.messages import printable, some
 
@@ -22,14 +23,17 @@ def number_classes(
     of_images: Mapping[str, Sequence[Class]],
     where: Mapping[str, str],
     name: Callable[[Class], str] = str,
+    *,
+    cut: Cut | None,
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The labels of each split, int64 (N,), and the class names. The classes are those of train, sorted.
+    """The labels of each split, int64 (N,), and the class names, sorted: those of train, or of all without a `cut`.
 
     of_images: the class of each image, by split. where: what each split is called. name: of a class.
     Names that are not UTF-8 are spelled with backslashes. ValueError for classes that train does not have, and for two
     of one name.
     """
-    classes = sorted(set(of_images["train"]))
+    of_train = (of_images["train"],) if cut is not None else of_images.values()
+    classes = sorted({one for found in of_train for one in found})
     label_of = {one: label for label, one in enumerate(classes)}
     names = tuple(printable(name(one)) for one in classes)
     for split, found in of_images.items():

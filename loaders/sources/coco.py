@@ -27,7 +27,7 @@ def open_coco(
     train_list: str | Path | None,
     meta_list: str | Path | None,
     test_list: str | Path | None,
-    cut: Cut,
+    cut: Cut | None,
     allow_duplicates: bool = False,
 ) -> Source:
     """Read one JSON file a split; the classes are the categories with training images, in the order of their ids.
@@ -40,7 +40,8 @@ def open_coco(
     lists = {name: file.listing for name, file in files.items()}
     where = {name: part.where for name, part in lists.items()}
     called = _names(files)
-    labels, names = number_classes({name: part.classes for name, part in lists.items()}, where, called.__getitem__)
+    classes = {name: part.classes for name, part in lists.items()}
+    labels, names = number_classes(classes, where, called.__getitem__, cut=cut)
     pools, _ = listed_files(root, lists, labels, allow_duplicates=allow_duplicates)
     notes = tuple(note for file in files.values() for note in file.notes)
     unused = len(called) - len(names)

@@ -61,7 +61,7 @@ class HfSplit(EncodedImages):
         return replace(self, rows=self.rows[indices], labels=self.labels[indices], provenance=where)
 
 
-def open_hf_dataset(root: Path, *, image_column: str | None, label_column: str | None, cut: Cut) -> Source:
+def open_hf_dataset(root: Path, *, image_column: str | None, label_column: str | None, cut: Cut | None) -> Source:
     """Read one data set, or a dictionary of data sets by split.
 
     Classes are those of the ClassLabel column that have training images, in its order; of a column without such names,
@@ -70,6 +70,10 @@ def open_hf_dataset(root: Path, *, image_column: str | None, label_column: str |
     Raises ValueError for a folder of another kind, for columns that cannot be found, and as `Cut`.
     """
     tables, notes = _splits(root)
+    if cut is not None and "train" not in tables:
+        raise ValueError(
+            f"{printable(root)} has no split train, only {some([name for name, _ in tables.values()], ', ')}"
+        )
     pools, values, names_of = {}, {}, []
     for split, (name, table) in tables.items():
         part = _Part.of(root, name, table, image_column, label_column)
@@ -78,13 +82,14 @@ def open_hf_dataset(root: Path, *, image_column: str | None, label_column: str |
             continue
         pools[split], values[split] = part.images, part.labels
         names_of.append(part.class_names)
-    if "train" not in pools:
-        raise ValueError(f"{printable(root)}: split train has no labels: there is nothing to train on")
+    if not pools or (cut is not None and "train" not in pools):
+        found = "train" if cut is not None else some(list(tables), ", ")
+        raise ValueError(f"{printable(root)}: split {found} has no labels: there is nothing to go by")
     if any(names != names_of[0] for names in names_of):
         raise ValueError(f"{printable(root)}: the splits have other class names: give them one ClassLabel")
     names = names_of[0]
     where = {split: pool.provenance for split, pool in pools.items()}
-    labels, class_names = number_classes(as_classes(values), where, names.__getitem__ if names else str)
+    labels, class_names = number_classes(as_classes(values), where, names.__getitem__ if names else str, cut=cut)
     if names and len(class_names) < len(names):
         notes.append(f"{where['train']}: {len(names) - len(class_names):,} of {len(names):,} classes have no image")
     pools = {split: replace(pool, labels=labels[split]) for split, pool in pools.items()}
@@ -115,7 +120,7 @@ def _splits(root: Path) -> tuple[dict[str, tuple[str, Dataset]], list[str]]:
             raise ValueError(f"{printable(root)}: {splits[split][0]} and {name} are both its {split} split: keep one")
         else:
             splits[split] = str(name), table
-    if "train" not in splits:
+    if not splits:
         raise ValueError(f"{printable(root)} has no split train, only {some(list(map(str, found)), ', ')}")
     return splits, [f"{printable(root)}: not read are the splits {some(unread, ', ')}"] if unread else []
 

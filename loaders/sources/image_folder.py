@@ -27,11 +27,13 @@ SYSTEM_FOLDERS = frozenset(
 SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))
 
 
-def open_image_folder(root: Path, *, cut: Cut, num_classes: int | None, allow_duplicates: bool = False) -> Source:
+def open_image_folder(
+    root: Path, *, cut: Cut | None, num_classes: int | None, allow_duplicates: bool = False
+) -> Source:
     """Read the folders of `root`; class names are the folders of train, sorted.
 
     Without a folder "train", the folders of `root` are the classes. A split without a folder, "test" or one of
-    META_FOLDERS, comes from the others by the rules of `Cut`.
+    META_FOLDERS, comes from the others by the rules of `Cut`. Without a cut there need be no train.
     Hidden and system files and folders are passed over at every depth. Other files (notes, tables) may lie among the
     images. An image is known by its first bytes where its extension does not say so, and a link `a.jpg` that leads
     nowhere is an image that cannot be read. The notes of the source say what was not read.
@@ -39,44 +41,55 @@ def open_image_folder(root: Path, *, cut: Cut, num_classes: int | None, allow_du
     Raises ValueError when train lacks a class, or images of one.
     """
     folders = _split_folders(root)
+    if cut is not None:
+        _check_train(root, folders)
     unread = _Unread(root)
     paths, classes = {}, {}
     if folders:
         unread.beside(folders)
         for split, folder in folders.items():
-            paths[split], classes[split] = _read_folder(root, folder, unread, all_classes=split == "train")
+            paths[split], classes[split] = _read_folder(
+                root, folder, unread, all_classes=split == "train" and cut is not None
+            )
     else:
         folders = {"train": root}
         paths["train"], classes["train"] = _read_folder(root, root, unread, all_classes=False)
-        _check_flat(root, paths["train"], classes["train"], unread)
+        _check_images(root, paths["train"], unread)
+        if cut is not None:
+            _check_several(root, classes["train"])
     where = {split: printable(folder) for split, folder in folders.items()}
-    found = len(set(classes["train"]))
-    if num_classes is not None and num_classes != found:
+    if num_classes is not None and num_classes != len(set(classes["train"])):
+        found = len(set(classes["train"]))
         raise ValueError(f"{where['train']} holds {found} classes, num_classes says {num_classes}: correct it")
-    labels, names = number_classes(classes, where)
+    labels, names = number_classes(classes, where, cut=cut)
     pools = {split: FileSplit(root, paths[split], labels[split], where[split]) for split in folders}
     if not allow_duplicates:
         _refuse_same_files(root, pools)
     return Source.of_pools("image_folder", pools, names, cut, unread.notes())
 
 
+def _check_train(root: Path, folders: dict[str, Path]) -> None:
+    """ValueError for folders of splits without train, or of one that is spelled otherwise."""
+    if "train" in folders:
+        return
+    where = printable(root)
+    other = next((name for name in _folders_in(root) if name.lower() in ("train", "training")), None)
+    if other or folders:
+        beside = " and ".join(folder.name for folder in folders.values())
+        hint = f" (it has {printable(other)!r}: rename that)" if other else f" beside {beside}"
+        raise ValueError(f"{where} has no folder 'train'{hint}: expected {where}/train/CLASS/IMAGE")
+
+
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits that there are, by the splits' names; none where the folders are classes."""
     where = printable(root)
     meta_folders = [name for name in META_FOLDERS if (root / name).is_dir()]
-    if not (root / "train").is_dir():
-        other = next((name for name in _folders_in(root) if name.lower() in ("train", "training")), None)
-        others = [*meta_folders, *(["test"] if (root / "test").is_dir() else [])]
-        if other or others:
-            hint = f" (it has {printable(other)!r}: rename that)" if other else f" beside {' and '.join(others)}"
-            raise ValueError(f"{where} has no folder 'train'{hint}: expected {where}/train/CLASS/IMAGE")
-        return {}
     if len(meta_folders) > 1:
         raise ValueError(
             f"{where} has {' and '.join(repr(name) for name in meta_folders)}, and one folder can be the validation "
             "set: put the images of both into one, or move the other out of this folder"
         )
-    folders = {"train": root / "train"}
+    folders = {"train": root / "train"} if (root / "train").is_dir() else {}
     if meta_folders:
         folders["meta"] = root / meta_folders[0]
     if (root / "test").is_dir():
@@ -84,14 +97,19 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _check_flat(root: Path, paths: list[str], classes: list[str], unread: _Unread) -> None:
-    """ValueError for a folder whose folders are not the classes."""
+def _check_images(root: Path, paths: list[str], unread: _Unread) -> None:
+    """ValueError for a folder whose folders have no images."""
     where = printable(root)
     if not paths:
         kinds = f"; it holds {unread.kinds_text()}" if unread.kinds else ""
         raise ValueError(
             f"{where} holds no images in folders: expected {where}/train/CLASS/IMAGE or {where}/CLASS/IMAGE{kinds}"
         )
+
+
+def _check_several(root: Path, classes: list[str]) -> None:
+    """ValueError for a folder of one class: it may be that of all images, in a folder above the one that is meant."""
+    where = printable(root)
     if len(set(classes)) == 1:
         inner = printable(root / classes[0])
         raise ValueError(

@@ -25,7 +25,7 @@ def open_list_files(
     train_list: str | Path | None,
     meta_list: str | Path | None,
     test_list: str | Path | None,
-    cut: Cut,
+    cut: Cut | None,
     num_classes: int | None,
     allow_duplicates: bool = False,
 ) -> Source:
@@ -39,6 +39,10 @@ def open_list_files(
     given = named_lists("list_file", WANTED, train_list=train_list, meta_list=meta_list, test_list=test_list)
     lists = {name: read_list(path, root) for name, path in given.items()}
     labels = {name: np.array(part.classes, dtype=np.int64) for name, part in lists.items()}
+    if cut is None:  # the labels are numbers of another data set's classes, which need not all be here
+        pools, _ = listed_files(root, lists, labels, allow_duplicates=allow_duplicates)
+        largest = max(int(of_list.max()) for of_list in labels.values())
+        return Source.of_pools("list_file", pools, tuple(str(label) for label in range(largest + 1)), None)
     num_classes = _check_labels(lists, labels, num_classes)
     pools, same = listed_files(root, lists, labels, allow_duplicates=allow_duplicates)
     names = class_names(lists["train"], num_classes, root, same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 
 SHOWN = 5  # how many names a message has
@@ -12,6 +13,11 @@ LONGEST = 160  # letters of a name that is shown whole
 def printable(name: str | os.PathLike[str]) -> str:
     r"""The name of a file as text; a byte that is not UTF-8 becomes a backslash escape, as in `caf\xe9`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def one_line(name: str | os.PathLike[str]) -> str:
+    """`printable` without control characters: a name with a line's end in it stays on its line of a listing."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in printable(name))
 
 
 def shortened(name: str) -> str:

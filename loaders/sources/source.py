@@ -15,6 +15,8 @@ from loaders.sources.split import EncodedImages, Split
 class Source:
     """A data set before conversion: class names in label order, and the images of each of SPLITS.
 
+    Opened without a cut it has the splits that the data bring.
+
     candidates: what the splits were chosen from, where images may turn out to be damaged.
     notes: what the user should know, such as folders that were not read, one line each.
     """
@@ -31,10 +33,12 @@ class Source:
         name: str,
         pools: Mapping[str, EncodedImages],
         class_names: tuple[str, ...],
-        cut: Cut,
+        cut: Cut | None,
         notes: tuple[str, ...] = (),
     ) -> Source:
-        """The data set whose splits are chosen among all images of `pools`, see `Candidates`."""
+        """The data set whose splits are chosen among all images of `pools`, see `Candidates`; by None these are all."""
+        if cut is None:
+            return cls(name, class_names, pools, None, notes)
         candidates = Candidates.of(pools, class_names, cut)
         splits = candidates.splits(candidates.choose())
         return cls(name, class_names, splits, candidates, (*notes, *candidates.notes))

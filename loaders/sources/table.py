@@ -33,7 +33,7 @@ def open_table(
     image_column: str | None,
     label_column: str | None,
     split_column: str | None,
-    cut: Cut,
+    cut: Cut | None,
     allow_duplicates: bool = False,
 ) -> Source:
     """Read one table a split, or one of all images, where a column may say which image is in which split.
@@ -47,10 +47,12 @@ def open_table(
     lists = {name: table.listing(image_column, label_column) for name, table in tables.items()}
     if len(given) == 1:
         lists = _by_split(tables["train"], lists["train"], split_column)
+        if cut is not None and "train" not in lists:
+            raise ValueError(f"{printable(given['train'])} has no row of split train")
     elif split_column is not None:
         raise ValueError("split_column is for one table of all images, and there are several: leave it out")
     where = {name: part.where for name, part in lists.items()}
-    labels, names = number_classes(as_classes({name: part.classes for name, part in lists.items()}), where)
+    labels, names = number_classes(as_classes({name: part.classes for name, part in lists.items()}), where, cut=cut)
     pools, _ = listed_files(root, lists, labels, allow_duplicates=allow_duplicates)
     return Source.of_pools("table", pools, names, cut)
 
@@ -104,8 +106,6 @@ def _by_split(table: _Table, images: Listing, asked: str | None) -> dict[str, Li
     if asked is None and not usual:
         return {"train": images}
     of_rows = np.array(table.splits(choose_column(names, asked, usual, "split", images.where)))
-    if "train" not in of_rows:
-        raise ValueError(f"{images.where} has no row of split train")
     return {split: images.subset(np.flatnonzero(of_rows == split)) for split in dict.fromkeys(of_rows.tolist())}
 
 

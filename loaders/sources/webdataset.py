@@ -75,7 +75,7 @@ class TarSplit(EncodedImages):
         )
 
 
-def open_webdataset(root: Path, *, label_column: str | None, cut: Cut) -> Source:
+def open_webdataset(root: Path, *, label_column: str | None, cut: Cut | None) -> Source:
     """Read the tar files below `root`; their split is a word of their name or folder, `train-000.tar` or `val/000.tar`.
 
     Tar files without such a word are all train. Labels are those of `.cls`, else of the key `label_column` of `.json`,
@@ -84,13 +84,17 @@ def open_webdataset(root: Path, *, label_column: str | None, cut: Cut) -> Source
     Raises ValueError for tar files that cannot be read, samples without a label or with two images, and as `Cut`.
     """
     tars = _tars(root)
+    if cut is not None and "train" not in tars:
+        raise ValueError(f"{printable(root)} holds no tar files of split train, only of {' and '.join(tars)}")
     shards = {split: [_Shard.read(root, name, label_column) for name in names] for split, names in tars.items()}
     values = {split: [label for shard in of_split for label in shard.labels] for split, of_split in shards.items()}
-    if not values["train"]:
-        raise ValueError(f"{printable(root / tars['train'][0])} and its like hold no image: expected {LAYOUT}")
+    empty = next((split for split in tars if not values[split] and (split == "train" or cut is None)), None)
+    if empty is not None:
+        raise ValueError(f"{printable(root / tars[empty][0])} and its like hold no image: expected {LAYOUT}")
     where = {split: f"{printable(root)} ({split}: {len(names)} tar files)" for split, names in tars.items()}
     classes = as_classes(values)
-    labels, names = number_classes(classes, where, _class_name(root, classes["train"]))
+    numbered = classes["train"] if cut is not None else [one for of_split in classes.values() for one in of_split]
+    labels, names = number_classes(classes, where, _class_name(root, numbered), cut=cut)
     pools = {split: _pool(root, tars[split], shards[split], labels[split], where[split]) for split in tars}
     return Source.of_pools("webdataset", pools, names, cut, _notes(root, shards))
 
@@ -114,8 +118,6 @@ def _tars(root: Path) -> dict[str, list[str]]:
             f"{where}: {len(splits[''])} tar files have no split in their name ({some(splits[''], ', ')}), and others "
             f"have: name all by {', '.join(SPLIT_WORDS)}, or none"
         )
-    if "train" not in splits:
-        raise ValueError(f"{where} holds no tar files of split train, only of {' and '.join(splits)}")
     return dict(splits)
 
 

@@ -31,6 +31,8 @@ def here(root, trainer, tmp_path, monkeypatch):  # noqa: F811
         (tmp_path / "photos").mkdir(exist_ok=True)
         shutil.copy(root / "test" / name / "1.jpg", tmp_path / "photos" / f"{number}.jpg")
     shutil.copytree(root / "val", tmp_path / "labelled")
+    rows = [f"{name}/{k}.jpg,{name},val\n" for name in CLASSES for k in range(4)]
+    (tmp_path / "labels.csv").write_text("".join(["path,label,split\n", *rows]))
     (tmp_path / "list.txt").write_text("photos/3.jpg\nphotos/1.jpg\n")
     (tmp_path / "deployed.csv").write_text("".join(f"{name},{10 + k}\n" for k, name in enumerate(CLASSES)))
     monkeypatch.chdir(tmp_path)
