@@ -161,6 +161,6 @@ def _numbers(names: Sequence[str], classes: Sequence[str], where: str) -> np.nda
         hint = f"; did you mean {near}?" if near else ""
         raise ValueError(
             f"{where} has classes that the network does not know: {some(unknown, ', ')}. Its {len(classes):,} classes "
-            f"are {some(classes, ', ')}{hint}"
+            f"are {some(classes, ', ')}{hint or '. A file gives classes other names: --class-names'}"
         )
     return np.array([label_of[name] for name in names], dtype=np.int64)

@@ -20,6 +20,7 @@ from fastlt.inspection.profile import SMALL_SIDE, Profile
 from fastlt.models.pretrained import check_reachable, config_of, input_config, is_published, read_published
 from fastlt.recipe import load_recipe
 from fastlt.recipe.yaml_text import dump
+from fastlt.run.checkpoint import write_atomically
 from fastlt.run.dataset import conversion_command
 from fastlt.run.preflight import check_without_data
 from loaders.order.crop import common_shape
@@ -254,8 +255,7 @@ def write_recipe(
         draft.write_text(text, encoding="utf-8", errors="surrogateescape")
         check_without_data(load_recipe(draft))
     refuse_existing(path)
-    with path.open("x", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
     return suggestion, command
 
 

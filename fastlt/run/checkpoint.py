@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -49,9 +50,14 @@ def atomic_file(path: Path, *, keep: int = 1, needed: Callable[[], int] | None =
         cause = _system_error(error)
         if cause is None:
             raise
-        part.unlink(missing_ok=True)
+        _remove(part)  # before the room that is left is measured
         raise RunFileError(not_written(path, cause, needed)) from None
     finally:
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    with contextlib.suppress(OSError):  # where nothing can be removed, nothing was written
         part.unlink(missing_ok=True)
 
 
@@ -69,8 +75,8 @@ def not_written(path: Path, error: OSError, needed: Callable[[], int] | None = N
     wanted = "" if needed is None else f"{_megabytes(needed())} needed, "
     room = f"{wanted}{_megabytes(shutil.disk_usage(path.parent).free)} free"
     return (
-        f"{path} cannot be written: {error.strerror} ({room}). What was saved before is whole: make room, and the same "
-        "command goes on from there"
+        f"{path} cannot be written: {error.strerror} ({room}). What was saved before is whole: make room, and give the "
+        "same command again"
     )
 
 

@@ -188,7 +188,7 @@ def test_an_error_of_the_writer_stops_the_run_at_the_next_iteration(digits_words
     assert main([str(RECIPE), *digits_words, "name=full"]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlt: ")]
     assert "last.pt cannot be written: No space left on device" in error
-    assert error.endswith("the same command goes on from there")
+    assert error.endswith("give the same command again")
     assert reached == list(range(1, 8))
     folder = load_recipe(RECIPE, [*digits_words, "name=full"]).folder
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -182,7 +182,17 @@ def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(tmp_path, monk
         checkpoint.save(tmp_path / "last.pt", {"weights": torch.zeros(1_000_000)})
     message = str(error.value)
     assert "last.pt cannot be written: No space left on device (4.0 MB needed, 0.1 MB free). What was saved" in message
-    assert message.endswith("before is whole: make room, and the same command goes on from there")
+    assert message.endswith("before is whole: make room, and give the same command again")
+
+
+def test_a_file_system_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(checkpoint.RunFileError, match="cannot be written: Read-only file system"):
+        checkpoint.write_atomically(tmp_path / "result.json", b"{}")
 
 
 def full(*_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -262,6 +263,16 @@ def test_weights_that_cannot_be_had_are_said(tmp_path, monkeypatch):
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert (recipe.model.name, recipe.model.pretrained) == ("resnet18", False)
     assert "cannot be fetched" in " ".join((tmp_path / "mine.yaml").read_text().replace("\n# ", " ").split())
+
+
+def test_a_recipe_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"mine.yaml cannot be written: No space left"):
+        suggesting.write_recipe(tmp_path / "mine.yaml", made_up([60, 9, 3], 300), DATA, "cifar_resnet8")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_recipe_can_be_trained_and_is_never_overwritten(photos, capsys):
