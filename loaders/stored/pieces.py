@@ -239,11 +239,11 @@ class PieceStore:
                     digest.update(block)
         return digest.hexdigest()
 
-    def drop(self, pieces: Iterable[Piece]) -> None:
+    def drop(self, numbers: Iterable[int]) -> None:
         """Delete pieces, their records first."""
-        for piece in pieces:
-            record_path(self.pieces, piece.number, len(piece.rows)).unlink(missing_ok=True)
-            tar_path(self.pieces, piece.number).unlink(missing_ok=True)
+        for number in numbers:
+            for path in [*self.pieces.glob(f"{number:09d}.*.json"), tar_path(self.pieces, number)]:
+                path.unlink(missing_ok=True)
 
 
 def take_over(store: PieceStore, groups: Mapping[str, Group], *, checked: bool = False) -> tuple[dict[str, Table], int]:
@@ -282,7 +282,7 @@ def take_over(store: PieceStore, groups: Mapping[str, Group], *, checked: bool =
                 {int(serves[:j].sum()): reason for j, reason in piece.reasons.items() if serves[j]},
             )
             if not serves.any():
-                useless.append(piece)
+                useless.append(piece.number)
     finally:
         pool.shutdown(cancel_futures=True)
     store.drop(useless)
@@ -433,25 +433,31 @@ def arrange_shards(
 
     They are, unless images were left out, or the source has changed since an interruption.
     """
-    todo = []
-    pieces: dict[tuple[str, int | None], list[Piece]] = defaultdict(list)
+    before, right = set(), set()
     for piece in store.read():
-        pieces[piece.group, piece.shard].append(piece)
+        if piece.group in groups:
+            before.add(piece.number)
+            if _is_shard(piece, groups[piece.group], tables[piece.group], shard_images):
+                right.add((piece.group, piece.shard))
+    todo = []
     for name, group in groups.items():
-        labels, size = group.split.labels, shard_size(len(group.split), shard_images)
-        for number, start in enumerate(range(0, len(labels), size)):
-            positions = np.arange(start, min(start + size, len(labels)))
-            numbers = tables[name].rows["piece"][positions]
-            for piece in pieces[name, number]:
-                in_order = np.array_equal(piece.positions, positions) and (numbers == piece.number).all()
-                if in_order and piece.labels == labels[positions].tolist() and _in_place(piece, group):
-                    break
-            else:
+        for number, positions in _in_shards(store, group, np.arange(len(group.split)), shard_images):
+            if (name, number) not in right:
                 todo.append((name, positions, number))
     _write_pieces(_Job(store, groups, tables, {}, todo), lambda n: None, timeout_s)
     used = {number for name in groups for number in np.unique(tables[name].rows["piece"]).tolist()}
-    before = [piece for (name, _), of_shard in pieces.items() if name in groups for piece in of_shard]
-    store.drop(piece for piece in before if piece.number not in used)
+    store.drop(sorted(before - used))
+
+
+def _is_shard(piece: Piece, group: Group, table: Table, shard_images: int) -> bool:
+    """Whether a piece is a shard as it has to be: its images, in order and under their labels, and they are its."""
+    if piece.shard is None:
+        return False
+    size, labels = shard_size(len(group.split), shard_images), group.split.labels
+    positions = np.arange(piece.shard * size, min((piece.shard + 1) * size, len(labels)))
+    if not np.array_equal(piece.positions, positions) or piece.labels != labels[positions].tolist():
+        return False
+    return bool((table.rows["piece"][positions] == piece.number).all()) and _in_place(piece, group)
 
 
 def _write_pieces(job: _Job, advance: Advance, timeout_s: float) -> None:
@@ -585,7 +591,8 @@ class _PieceWriter:
 def finish_split(store: PieceStore, name: str, group: Group, table: Table, *, shard_images: int = SHARD_IMAGES) -> None:
     """Write the tables and indices of a split whose images are all good and stored; its shards get their names."""
     labels, rows = group.split.labels, table.rows
-    assert table.done.all() and not table.reasons, name  # noqa: PT018
+    assert table.done.all(), name
+    assert not table.reasons, name
     sizes = stored_sizes(table.sizes, store.options.max_resolution)
     if "ffcv" in store.formats:
         path = store.converted / f"{name}.beton"
