@@ -2,7 +2,7 @@
 PYTHON_IN_VENV := .venv/bin/python
 LAUNCH := .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup train test test-slow test-gpu test-faults test-browser lint
+.PHONY: setup train test test-slow test-gpu test-faults test-browser test-stream lint
 
 setup:
 	@tools/setup.sh
@@ -24,6 +24,9 @@ test-faults: setup
 
 test-browser: setup
 	@$(PYTHON_IN_VENV) -m pytest -m browser tests/browser
+
+test-stream: setup
+	@$(PYTHON_IN_VENV) -m pytest -m stream tests/stream
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/basedpyright --pythonpath $(PYTHON_IN_VENV)

@@ -13,8 +13,12 @@ from fastlt.augment.operations import RandomResizedCrop, Shape
 from fastlt.state import ClassCounts
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
+from loaders.order.shard_order import ShardOrder
 from loaders.protocol import BatchLoader
+from loaders.stored.cached_folder import default_cache
 from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.remote_folder import is_url
+from loaders.stored.streamed import StreamedDataset
 
 
 class Batches:
@@ -73,17 +77,25 @@ def build_loader(
     augment: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     num_workers: int | None = None,
+    cache: str | Path | None = None,
+    cache_gb: float = 100.0,
 ) -> Batches:
     """The batches of a split of a converted data set, as the trainer reads them.
 
-    data: the folder that `fastlt convert` wrote. split: "train", "meta" or "test".
+    data: the folder that `fastlt convert` wrote, or its URL. split: "train", "meta" or "test".
     train: whether epochs are shuffled and hold full batches only; None is true of "train" and of no other split.
     loader, crop, sampling, num_workers: as the keys `data.loader`, `data.train_crop` or `data.eval_crop`,
         `stages.NAME.sampling` and `data.num_workers` of a recipe. image_size: side of what is cropped.
     augment: what is done to each uint8 batch (N, 3, H, W) on the device, such as `build_augment([...])`.
+    cache, cache_gb: of a URL, as the keys of `data.stream`; it is trained on in the order of shards.
     ValueError for what does not fit together, DamageError for a data set that is not whole.
     """
-    dataset = ConvertedDataset.open(data)
+    remote = is_url(str(data))
+    if remote:
+        folder = default_cache() if cache is None else Path(cache)
+        dataset = StreamedDataset.open_url(str(data), folder, int(cache_gb * 1e9))
+    else:
+        dataset = ConvertedDataset.open(data)
     train = split == "train" if train is None else train
     if crop != "none" and image_size is None:
         raise ValueError(f"crop is {crop!r}: give image_size too, the side in pixels of what is cut")
@@ -99,6 +111,7 @@ def build_loader(
         sampling=sampling,
         seed=seed,
         num_workers=num_workers,
+        by_shards=ShardOrder() if remote and train and split == "train" else None,
     )
     on_device = _random_crop(spec, seed) if crop == "random_resized" and not made.crops else _as_it_is
     return Batches(made, dataset.class_counts(), on_device, augment)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlt.device.openmp import runtime
 from fastlt.recipe.typed_yaml import to_tree
-from fastlt.run.dataset import converted_folder
+from fastlt.run.dataset import open_converted
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
 from fastlt.run.recorded import written_inputs
@@ -73,12 +73,11 @@ def open_member(folder: Path) -> Member:
     """ValueError when the folder holds no finished run or its data set is not there."""
     run = read_finished(folder)
     data = run.recipe.data
-    converted = converted_folder(data)
-    dataset, record = ConvertedDataset.open(converted), written_inputs(folder)
+    dataset, record = open_converted(data), written_inputs(folder)
     if record is not None:
         wrong = dataset.identity(record.inputs.data, record.stamps, say=print).differences(record.inputs.data)
         if wrong:
-            raise ValueError(f"{folder} was trained on other data than {converted} has now: {'; '.join(wrong)}")
+            raise ValueError(f"{folder} was trained on other data than {dataset.place} has now: {'; '.join(wrong)}")
     return Member(run, dataset)
 
 

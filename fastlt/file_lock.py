@@ -1,4 +1,4 @@
-"""Exclusive locks on files, between processes.
+"""Locks on files, between processes: of one process alone, or shared by several.
 
 The kernel holds them (flock) and releases them when the process ends, however it ends. They hold between hosts too,
 where the shared file system takes part, as NFS from version 4 on does. On a file system without locks a warning says
@@ -21,13 +21,15 @@ PATIENCE_S = 3.0
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def take(descriptor: int, path: Path, *, wait: bool = False) -> bool:
+def take(descriptor: int, path: Path, *, wait: bool = False, shared: bool = False) -> bool:
     """Lock an open file; False when another process has it locked and `wait` is not set.
 
     path: of the file, for the warning on a file system without locks; True is returned there.
+    shared: others may have it locked in the same way.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -47,7 +49,7 @@ def open_locked(path: Path, patience_s: float = PATIENCE_S) -> int | None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        if take(descriptor, path) and _is_at(descriptor, path):
+        if take(descriptor, path) and is_at(descriptor, path):
             return descriptor
         os.close(descriptor)
         if time.monotonic() > deadline:
@@ -55,7 +57,7 @@ def open_locked(path: Path, patience_s: float = PATIENCE_S) -> int | None:
         time.sleep(0.1)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the one at `path`: its owner may have removed it between opening and locking."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())

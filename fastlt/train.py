@@ -84,7 +84,7 @@ def train(recipe: str, overrides: list[str]) -> None:
     from fastlt.run.result import recorded_result
     from fastlt.run.stopping import Interrupted
     from fastlt.run.trainer import Trainer
-    from loaders.stored.damage import DamageError, ReaderError
+    from loaders.stored.damage import DamageError, NoRoomError, ReaderError
 
     try:
         context = prepare(read_recipe(recipe, overrides))
@@ -104,7 +104,7 @@ def train(recipe: str, overrides: list[str]) -> None:
         raise Ended("stopped; the same command goes on from the last checkpoint", 128 + signal.SIGINT) from None
     except Interrupted as stopped:
         raise Ended(f"{stopped}; the same command goes on from there", 128 + stopped.signal, said=True) from None
-    except (DamageError, RunFileError) as error:
+    except (DamageError, NoRoomError, RunFileError) as error:
         raise Ended(str(error), 2) from error
     except (FloatingPointError, ReaderError) as error:
         raise Ended(str(error), 1) from error

@@ -10,14 +10,19 @@ import torch
 from fastlt.names import unknown
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
+from loaders.order.shard_order import ShardOrder
 from loaders.protocol import BatchLoader, StoredDataset, StoredSplit
 from loaders.readers import AUTO, AUTO_READS, BACKENDS, backends_that
 from loaders.readers.base_loader import default_workers
 from loaders.readers.dali_augment import build_dali_augment
 from loaders.readers.free_memory import free_share, readable
+from loaders.readers.prefetched_loader import PrefetchedLoader
 from loaders.readers.resident_loader import is_ragged, kept_bytes
 from loaders.stored import SOURCE_FILES
+from loaders.stored.cached_folder import FETCHERS
 from loaders.stored.damage import DamageError
+from loaders.stored.streamed import StreamedShards
+from loaders.stored.tar_shards import TarShards
 
 RESIDENT_SHARE = 0.4  # of the memory that is free now; model, activations and the other splits need the rest
 
@@ -43,6 +48,7 @@ def make_loader(
     dali_augment: str | Mapping | None = None,
     keep_last: bool = False,
     order: np.ndarray | None = None,
+    by_shards: ShardOrder | None = None,
 ) -> BatchLoader:
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
@@ -60,6 +66,7 @@ def make_loader(
     dali_augment: what DALI does to training images after the crop (`dali_augment.build_dali_augment`).
     keep_last: whether a training epoch, too, gives each image exactly once, the last batch being smaller.
     order: the images of an evaluation over all processes, see `EpochPlan`.
+    by_shards: how training shuffles by shards, which the data set then has to have; None shuffles all images.
 
     In evaluation all backends give the same pixels of the same stored images. Two formats of one data set differ where
     the source is JPEGs, whose shards are the original files: from raw .beton files, which hold Pillow's pixels, by 1
@@ -78,7 +85,7 @@ def make_loader(
         if backend not in able:
             raise ValueError(f"dali_augment is for the backends {' and '.join(able)}, not for {backend!r}")
         options["augment"] = build_dali_augment(dali_augment)
-    stored = _open(dataset, split, backend)
+    stored = _open(dataset, split, backend, by_shards is not None)
     plan = EpochPlan(
         labels=stored.labels,
         heights=stored.heights,
@@ -94,15 +101,31 @@ def make_loader(
         classes=classes,
         keep_last=keep_last,
         order=order,
+        by_shards=by_shards,
+        shard_starts=stored.first if isinstance(stored, TarShards) else None,
     )
     device, processes = torch.device(device), local_world_size or world_size
     reason = f"{backend}: asked for"
     if backend == AUTO:
-        backend, reason = choose_backend(plan, device, memory_budget_bytes, streaming_backend(dataset), processes)
+        reader = streaming_backend(dataset, by_shards is not None)
+        backend, reason = _choose(stored, plan, device, memory_budget_bytes, reader, processes)
+    make = BACKENDS[backend].load()
     workers = default_workers(processes) if num_workers is None else num_workers
-    loader = BACKENDS[backend].load()(stored, plan, device, workers, **options)
+    if isinstance(stored, StreamedShards):
+        stored.open_shards, ahead = _shards_kept(plan)  # before the loader is made: its processes get a copy
+        loader = PrefetchedLoader(make(stored, plan, device, workers, **options), stored, plan, ahead)
+    else:
+        loader = make(stored, plan, device, workers, **options)
     loader.reason = reason
     return loader
+
+
+def _shards_kept(plan: EpochPlan) -> tuple[int, int]:
+    """How many shards each process of a loader keeps open, and how many are kept in the cache for all of them."""
+    if plan.by_shards is None or not plan.train:
+        return 2, FETCHERS  # in split order
+    of_blocks = plan.by_shards.block * -(-plan.by_shards.parts // plan.world_size)
+    return of_blocks, 2 * of_blocks
 
 
 def check_loader(
@@ -114,30 +137,41 @@ def check_loader(
     train: bool,
     crop: CropSpec,
     local_world_size: int = 1,
+    by_shards: ShardOrder | None = None,
 ) -> tuple[int, int]:
     """(H, W) of the images that `make_loader` would cut; raises what it would raise, and reads no image.
 
     Batches are taken to be of one image: whether a split fills larger ones is not asked.
     """
-    stored, device = _open(dataset, split, backend), torch.device(device)
+    stored, device = _open(dataset, split, backend, by_shards is not None), torch.device(device)
     plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train)
     if backend == AUTO:
-        backend, _ = choose_backend(plan, device, reader=streaming_backend(dataset), processes=local_world_size)
+        reader = streaming_backend(dataset, by_shards is not None)
+        backend, _ = _choose(stored, plan, device, None, reader, local_world_size)
     BACKENDS[backend].load().check(stored, plan, device, local_world_size)
     return plan.output_shape
 
 
-def _open(dataset: StoredDataset, split: str, backend: str) -> StoredSplit:
-    """The split in the first of the formats that `backend` reads.
+def _open(dataset: StoredDataset, split: str, backend: str, by_shards: bool = False) -> StoredSplit:
+    """The split in the first of the formats that `backend` reads, or in shards.
 
     ValueError when the data set has none of them, or its labels are others.
     """
-    kind = format_read(dataset, backend)
+    if by_shards and "dali" not in dataset.formats:
+        raise ValueError(f"{dataset.root} has no shards to be ordered by: convert it with --format dali or both")
+    if by_shards and "dali" not in _reads(backend):
+        raise ValueError(f"the {backend!r} backend reads no shards: choose one that does, or the order of images")
+    kind = "dali" if by_shards else format_read(dataset, backend)
     if kind is None and SOURCE_FILES in dataset.formats:
         raise ValueError(f"the {backend!r} backend reads converted data sets: convert {dataset.root} first")
     stored = dataset.stored(split, kind or _reads(backend)[0])
     if not np.array_equal(stored.labels, dataset.labels(split)):
         raise DamageError(f"{stored.path} and the data set's labels of {split!r} disagree: convert the data set again")
+    if isinstance(stored, StreamedShards) and backend != AUTO and not BACKENDS[backend].remote:
+        able = ", ".join((AUTO, *backends_that(lambda one: one.remote)))
+        raise ValueError(
+            f"the {backend!r} backend reads data sets that are on the disk as a whole: choose one of {able}"
+        )
     return stored
 
 
@@ -150,9 +184,19 @@ def _reads(backend: str) -> tuple[str, ...]:
     return AUTO_READS if backend == AUTO else BACKENDS[backend].reads
 
 
-def streaming_backend(dataset: StoredDataset) -> str:
-    """The backend for what is read epoch by epoch."""
-    return next(name for name, backend in BACKENDS.items() if backend.streams in dataset.formats)
+def streaming_backend(dataset: StoredDataset, by_shards: bool = False) -> str:
+    """The backend for what is read epoch by epoch. by_shards: of what is read in shards."""
+    formats = ("dali",) if by_shards else dataset.formats
+    return next(name for name, backend in BACKENDS.items() if backend.streams in formats)
+
+
+def _choose(
+    stored: StoredSplit, plan: EpochPlan, device: torch.device, budget: int | None, reader: str, processes: int
+) -> tuple[str, str]:
+    """As `choose_backend`; shards on a server are read epoch by epoch."""
+    if isinstance(stored, StreamedShards):
+        return reader, f"{reader}: shards are fetched from {stored.files.remote.url}"
+    return choose_backend(plan, device, budget, reader, processes)
 
 
 def choose_backend(

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 dali_cuda=${DALI_CUDA:-13}
-extras="cuda$dali_cuda,test"
+extras="cuda$dali_cuda,stream,test"
 stamp=.venv/.fastlt-setup
 
 fail() {

@@ -2,6 +2,7 @@
 
     fastlt benchmark step            the training step: ours, plain training, and other ways to the same gradient
     fastlt benchmark data            the loaders, from files to a batch on the device
+    fastlt benchmark stream          shards from a server on the loopback against the same shards on the disk
     fastlt benchmark predict         predicting a folder of JPEGs against the evaluation loop on the same images
     fastlt benchmark conversion      what storing images changes in their pixels and in a network's decisions
     fastlt benchmark augment         the on-device augmentation against the usual one, image by image
@@ -24,6 +25,7 @@ NAME = "fastlt benchmark"
 BENCHMARKS = {
     "step": "fastlt.benchmarks.step",
     "data": "fastlt.benchmarks.data",
+    "stream": "fastlt.benchmarks.stream",
     "predict": "fastlt.benchmarks.predict",
     "conversion": "fastlt.benchmarks.conversion",
     "augment": "fastlt.benchmarks.augment",

@@ -9,6 +9,7 @@
     fastlt convert coco --root /images --train-list train2021.json --test-list val2021.json --out data/inat
     fastlt convert webdataset --root /shards --out data/mine
     fastlt convert hf_dataset --root saved_to_disk --out data/mine
+    fastlt convert image_folder --root /images --out data/shards --format dali --shuffle --shard-images 1000
     fastlt convert --verify data/cifar100-if100
 
 A conversion that is interrupted keeps what is finished in DIR.partial, and the same command goes on from there.
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 NAME = "fastlt convert"
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
+SHUFFLE_SEED = 0  # of the order in which images are stored; a run shuffles them by its own
 WITH_VERIFY = ("verify", "workers", "quiet")
 
 
@@ -87,6 +89,10 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     storage.add_argument("--mode", choices=MODES, default="raw", help="default: raw, the fastest to read")
     storage.add_argument("--max-resolution", type=whole(1), metavar="PIXELS", help="scale longer sides down to this")
     storage.add_argument("--jpeg-quality", type=whole(1, 100), metavar="Q", help="1 to 100 (default: 90), not for raw")
+    storage.add_argument(
+        "--shuffle", action="store_true", help="training images in random order, for shards on a server"
+    )
+    storage.add_argument("--shard-images", type=whole(1), metavar="N", help="a shard (default: 1024, in 128 at most)")
 
     run = parser.add_argument_group("the run")
     run.add_argument("--workers", type=worker_count, metavar="N", help="processes (default: all cores)")
@@ -114,6 +120,8 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     refuse_foreign_options(parser, arguments, arguments.source)
     if arguments.mode == "raw" and arguments.jpeg_quality is not None:
         parser.error("--jpeg-quality has no meaning for raw pixels: add --mode jpg or proportion, or leave it out")
+    if arguments.shard_images is not None and "dali" not in FORMATS[arguments.format]:
+        parser.error("--shard-images is for shards: add --format dali or both, or leave it out")
     if arguments.mode == "proportion" and "dali" in FORMATS[arguments.format]:
         parser.error(f"--mode proportion is for --format ffcv only, not for {arguments.format}: take raw or jpg")
     if arguments.source in sources_taking("root") and arguments.root is None:
@@ -132,6 +140,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
     from loaders.stored.dataset import ConvertedDataset
 
     request = conversion_request(arguments.source, options=options, **chosen)
+    # Other conversions say nothing of these: they stay equal to those of earlier versions.
+    request |= {key: value for key in ("shuffle", "shard_images") if (value := getattr(arguments, key))}
     formats = FORMATS[arguments.format]
     if (out / "manifest.json").is_file() and not arguments.overwrite:
         there = ConvertedDataset.open(out)
@@ -162,6 +172,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         restart=arguments.restart,
         say=tqdm.write,
+        shard_images=arguments.shard_images,
+        shuffle_seed=SHUFFLE_SEED if arguments.shuffle else None,
     )
     report(dataset)
     return 0

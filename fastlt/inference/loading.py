@@ -122,5 +122,5 @@ def _dataset(run: FinishedRun) -> ConvertedDataset | UnconvertedDataset:
         record = written_inputs(run.folder)
         wrong = dataset.identity(run.data, {} if record is None else record.stamps).differences(run.data)
         if wrong:
-            raise ValueError(f"{run.folder} was trained on other data than {dataset.root} has now: {'; '.join(wrong)}")
+            raise ValueError(f"{run.folder} was trained on other data than {dataset.place} has now: {'; '.join(wrong)}")
     return dataset

@@ -26,6 +26,7 @@ from loaders.readers import AUTO, backends_that
 from loaders.readers.dali_augment import build_dali_augment
 from loaders.sources import SOURCES, sources_taking
 from loaders.sources.cut import check_split
+from loaders.stored.remote_folder import check_url, is_url
 
 LONGEST_NAME = 200  # bytes; file systems have room for 255, and files of a run add to the name
 FILE_NAME = f"printable, no slash, not empty, at most {LONGEST_NAME} bytes"
@@ -80,6 +81,38 @@ def conversion(recipe: Recipe) -> Iterator[str]:
     if data.loader not in able:
         yield (
             f"data.convert: is false, but data.loader {data.loader!r} reads converted data sets; allowed with it: "
+            f"{', '.join(able)}"
+        )
+
+
+def remote(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.converted is None or not is_url(data.converted):
+        return
+    yield from refused("data.converted", lambda: check_url(str(data.converted)))
+    able = [AUTO, *backends_that(lambda backend: backend.remote)]
+    if data.loader not in able:
+        yield (
+            f"data.loader: is {data.loader!r}, which reads data sets that are on the disk as a whole, but "
+            f"data.converted is a URL; allowed with it: {', '.join(able)}"
+        )
+    if data.order != "shards":
+        yield (
+            f"data.order: is {data.order!r}, which needs all images at any time, but data.converted is a URL; set "
+            "data.order: shards, or copy the data set to this machine"
+        )
+
+
+def order(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.order != "shards":
+        return
+    able = [AUTO, *backends_that(lambda backend: "dali" in backend.reads)]
+    if not data.convert:
+        yield "data.order: is 'shards', but data.convert is false, and a source has none; leave one of the two out"
+    elif data.loader not in able:
+        yield (
+            f"data.order: is 'shards', which data.loader {data.loader!r} does not read; allowed with it: "
             f"{', '.join(able)}"
         )
 
@@ -294,6 +327,23 @@ def sampling(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         )
 
 
+def sampling_by_shards(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.order != "shards":
+        return
+    if stage.sampling != "instance" and data.cached_views is None:
+        yield (
+            f"sampling: is {stage.sampling!r}, which takes images of any class at any time, but data.order is 'shards' "
+            "and has a few shards at hand; set sampling: instance, with a loss or method for the long tail, or train "
+            "on a local copy with data.order: images"
+        )
+    if data.stream.parts > stage.batch_size:
+        yield (
+            f"batch_size: is {stage.batch_size}, but each of {data.stream.parts} data.stream.parts has a place in "
+            f"every batch; set data.stream.parts to {stage.batch_size} or fewer"
+        )
+
+
 def loss(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     yield from refused("loss", lambda: check_loss(stage.loss, stage.loss_options))
 
@@ -441,6 +491,8 @@ def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
 CHECKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     long_tail,
     conversion,
+    remote,
+    order,
     dali_augmentation,
     crops,
     test_crops,
@@ -472,6 +524,7 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     length,
     optimizer,
     sampling,
+    sampling_by_shards,
     schedule,
     ldam,
 )

@@ -15,6 +15,7 @@ from fastlt.recipe.locations import find_base, find_recipe
 from fastlt.recipe.schema import ALIASES, Recipe, recipe_from_tree
 from fastlt.recipe.typed_yaml import build, describe
 from fastlt.recipe.yaml_text import RecipeError, parse
+from loaders.stored.remote_folder import is_url
 
 LARGEST = 1 << 20  # bytes of a recipe file
 OTHER_LENGTH = {"iterations": "epochs", "epochs": "iterations"}  # of a stage, which has one of them
@@ -45,11 +46,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "of the meta-step first, which are products of two of them; set precision=bf16, which has float32's range"
         )
     take_from_model(tree)
+    _order_by_shards(tree)
     recipe = build(Recipe, tree, ALIASES)
     mistakes = check(recipe)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return recipe
+
+
+def _order_by_shards(tree: dict[str, Any]) -> None:
+    """Let a data set at a URL be read in the order of its shards, where the recipe names no order, in place."""
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("converted"), str) and is_url(data["converted"]):
+        data.setdefault("order", "shards")
 
 
 def read_resolved(path: Path) -> Recipe:

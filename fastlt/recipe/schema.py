@@ -95,6 +95,23 @@ class StorageRecipe:
 
 
 @dataclass(frozen=True)
+class StreamRecipe:
+    """How training images are ordered by shards, and where the shards of a remote data set are kept.
+
+    parts: the number of segments of an epoch that are read side by side. Where it is a multiple of the number of
+        processes, each process reads its own.
+    block: shards of a part whose images are shuffled together.
+    cache: local folder for the files of remote data sets; null is one below XDG_CACHE_HOME, or below ~/.cache.
+    cache_gb: how large the cache may become, in GB; the least recently used files make room.
+    """
+
+    parts: int = field(default=8, metadata=at_least(1))
+    block: int = field(default=4, metadata=at_least(1))
+    cache: str | None = field(default=None, metadata=HARMLESS | PATH)
+    cache_gb: float = field(default=100.0, metadata=HARMLESS | above(0))
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """Which images, and how they are stored, cropped and augmented.
 
@@ -104,7 +121,11 @@ class DataRecipe:
         configuration of the network says.
     std: standard deviation of the pixels in [0, 1], per RGB channel; model as in mean.
     root: folder of the source's files.
-    converted: folder of the converted data set; null is a folder below data/ that is named after its content.
+    converted: folder of the converted data set, or its URL, such as https://, s3:// or gs://; null is a folder below
+        data/ that is named after its content.
+    order: the order of an epoch's training images. images shuffles all of them; shards shuffles the shards, and the
+        images of neighbouring shards, so that few shards are read at a time; it is taken where converted is a URL.
+    stream: how training images are ordered by shards, and where the shards of a remote data set are kept.
     convert: false reads the source's own files, with a loader that can; nothing is written, and every image is decoded
         once before the run begins.
     download: whether missing files of CIFAR may be fetched into root.
@@ -156,6 +177,8 @@ class DataRecipe:
     std: tuple[float, float, float]
     root: str | None = field(default=None, metadata=HARMLESS | PATH)
     converted: str | None = field(default=None, metadata=SAME_CONTENT | PATH)
+    order: Literal["images", "shards"] = "images"
+    stream: StreamRecipe = field(default_factory=StreamRecipe)
     convert: bool = True
     download: bool = field(default=True, metadata=HARMLESS)
     train_list: str | None = field(default=None, metadata=SAME_CONTENT | PATH)

@@ -11,11 +11,10 @@ import numpy as np
 from PIL import Image
 
 from fastlt.recipe import DataRecipe
-from fastlt.run.dataset import converted_folder, open_data_source
+from fastlt.run.dataset import open_converted, open_data_source
 from fastlt.run.predictions import Predictions
 from fastlt.state import ClassCounts
 from loaders.stored import FORMATS
-from loaders.stored.dataset import ConvertedDataset
 
 SIDE = 112  # pixels of the longer side of a picture
 PIXELATED = 32  # images up to this size are shown as they are and enlarged by the browser
@@ -82,9 +81,9 @@ def test_images(data: DataRecipe, labels: np.ndarray) -> Callable[[int], np.ndar
     labels: int64 (N,), of the test split when the run was tested. ValueError when neither is there any more, or it
     holds other images.
     """
-    folder = converted_folder(data)
+    place = data.source
     try:
-        dataset = ConvertedDataset.open(folder)
+        dataset = open_converted(data)
     except ValueError as not_converted:
         try:
             split = open_data_source(replace(data, download=False)).splits["test"]
@@ -92,10 +91,11 @@ def test_images(data: DataRecipe, labels: np.ndarray) -> Callable[[int], np.ndar
             raise ValueError(f"{not_converted}; nor can the source's own files be read: {error}") from None
         found, image = split.labels, split.image
     else:
+        place = dataset.place
         kind = next(kind for kind in FORMATS if kind in dataset.formats)
         found, image = dataset.labels("test"), dataset.stored("test", kind).image
     if not np.array_equal(found, labels):
-        raise ValueError(f"{folder} holds other test images than the run was tested on")
+        raise ValueError(f"{place} holds other test images than the run was tested on")
     return image
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastlt.recipe import Recipe, load_recipe
 from fastlt.reproduce.tables import Cell
 from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.remote_folder import is_url
 
 CIFAR_FILES = {"cifar10": "cifar-10-", "cifar100": "cifar-100-"}
 
@@ -47,7 +48,9 @@ def resolve(cell: Cell, data: Sequence[Path], scale: str, extra: Sequence[str]) 
 def find_data(recipe: Recipe, folders: Sequence[Path]) -> list[str] | None:
     """Override words that lead to the recipe's data, [] when it finds them by itself, None when they are not here."""
     data = recipe.data
-    if data.source == "digits" or (data.converted and _is_converted(Path(data.converted), data.num_classes)):
+    if data.source == "digits" or is_url(data.converted):
+        return []
+    if data.converted and _is_converted(Path(data.converted), data.num_classes):
         return []
     if data.source in CIFAR_FILES:
         for folder in (*folders, Path(data.root or "data/raw")):

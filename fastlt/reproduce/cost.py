@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from fastlt.recipe import DataRecipe, Recipe, StageRecipe
-from fastlt.run.dataset import converted_folder
+from fastlt.run.dataset import open_converted
 from fastlt.steps import STEPS
-from loaders.stored.dataset import ConvertedDataset
 
 UNKNOWN_SIZE = 10_000  # training images of a data set that has not been converted yet
 
@@ -27,6 +26,6 @@ def cost(recipe: Recipe, stages: list[StageRecipe]) -> float:
 def training_images(data: DataRecipe) -> int:
     """The size of the training set, where it has been converted."""
     try:
-        return len(ConvertedDataset.open(converted_folder(data)).labels("train"))
+        return len(open_converted(data).labels("train"))
     except ValueError:
         return UNKNOWN_SIZE

@@ -19,6 +19,7 @@ from fastlt.run.folder import last_checkpoint, log_file, result_file
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.recorded import is_complete, readable_result
 from loaders.sources import SOURCES
+from loaders.stored.remote_folder import is_url
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -70,7 +71,7 @@ class TrainingRun:
         The trainer resumes there, bit for bit. ValueError when another process trains there, or the data are not there.
         """
         data = self.recipe.data
-        if data.convert and SOURCES[data.source].small:
+        if data.convert and SOURCES[data.source].small and not is_url(data.converted):
             # Here, once: of several runs that begin at a time, each would want to convert.
             ensure_converted(data, converted_folder(data))
         if self.first is None or not self.needs:

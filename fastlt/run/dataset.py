@@ -19,10 +19,13 @@ from loaders.readers import BACKENDS, formats_for
 from loaders.sources import SOURCES, Source, open_source
 from loaders.sources.cut import split_text
 from loaders.stored.atomic_folder import MANIFEST
+from loaders.stored.cached_folder import default_cache
 from loaders.stored.convert import conversion_request, convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.manifest import as_json
+from loaders.stored.remote_folder import is_url
+from loaders.stored.streamed import StreamedDataset
 from loaders.stored.unconverted import UnconvertedDataset
 
 
@@ -51,6 +54,12 @@ def _options(data: DataRecipe) -> FfcvOptions:
     return FfcvOptions(storage.mode, max_resolution=storage.max_resolution, jpeg_quality=storage.jpeg_quality)
 
 
+def _formats(data: DataRecipe) -> tuple[str, ...]:
+    """What to convert the data set of a recipe to, where it is converted for it."""
+    shards = ("dali",) if data.order == "shards" else ()
+    return tuple(dict.fromkeys((*formats_for(data.loader), *shards)))
+
+
 def default_folder(data: DataRecipe) -> Path:
     """`data/<source>-<digest>`: another request gets another folder, so none is ever overwritten."""
     digest = hashlib.sha256(json.dumps(request(data), sort_keys=True).encode()).hexdigest()[:8]
@@ -74,7 +83,7 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
             text = split_text(value) if key == "split" else f"{value:g}" if isinstance(value, float) else str(value)
             words += [f"--{option}", text]
     words += ["--mode", data.storage.mode]
-    if len(formats_for(data.loader)) > 1:
+    if len(_formats(data)) > 1:
         words += ["--format", "both"]
     if data.storage.max_resolution is not None:
         words += ["--max-resolution", str(data.storage.max_resolution)]
@@ -93,17 +102,51 @@ def prepare_dataset(data: DataRecipe, accelerator: Accelerator) -> ConvertedData
     """
     if not data.convert:
         return on_main(accelerator, lambda: _read_source(data))
+    if is_url(data.converted):
+        return _prepare_remote(data, accelerator)
     folder = converted_folder(data)
     on_main(accelerator, lambda: ensure_converted(data, folder))
     on_nodes(connect(), lambda: ensure_converted(data, folder))
     return ConvertedDataset.open(folder)
 
 
+def _prepare_remote(data: DataRecipe, accelerator: Accelerator) -> StreamedDataset:
+    """The remote data set of a recipe; one process of each node fetches what has to be there before work starts."""
+
+    def first() -> str:
+        dataset = open_remote(data, progress=True)
+        _check_request(data, dataset.place, dataset.manifest["request"])
+        return dataset.seal
+
+    def of_node() -> None:
+        open_remote(data, seal)
+
+    seal = on_main(accelerator, first)
+    on_nodes(connect(), of_node)
+    return open_remote(data, seal)
+
+
+def open_remote(data: DataRecipe, seal: str | None = None, *, progress: bool = False) -> StreamedDataset:
+    """The remote data set of a recipe. ValueError as `StreamedDataset.open_url`."""
+    assert data.converted is not None
+    cache = Path(data.stream.cache) if data.stream.cache else default_cache()
+    limit = int(data.stream.cache_gb * 1e9)
+    return StreamedDataset.open_url(data.converted, cache, limit, seal=seal, progress=progress)
+
+
+def open_converted(data: DataRecipe) -> ConvertedDataset:
+    """The converted data set of a recipe, in its folder or at its URL. ValueError when it is not there."""
+    return open_remote(data) if is_url(data.converted) else ConvertedDataset.open(converted_folder(data))
+
+
 def existing_dataset(data: DataRecipe) -> ConvertedDataset | UnconvertedDataset:
-    """The data set of a recipe as it lies there: nothing is converted or fetched. ValueError when it is not there."""
+    """The data set of a recipe as it lies there: nothing is converted, nor fetched into `root`.
+
+    ValueError when it is not there.
+    """
     if not data.convert:
         return _read_source(replace(data, download=False))
-    return ConvertedDataset.open(converted_folder(data))
+    return open_converted(data)
 
 
 def _read_source(data: DataRecipe) -> UnconvertedDataset:
@@ -132,13 +175,11 @@ def ensure_converted(data: DataRecipe, folder: Path) -> None:
         return
     if not SOURCES[data.source].small:
         raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
-    convert(
-        open_data_source(data), folder, options=_options(data), request=request(data), formats=formats_for(data.loader)
-    )
+    convert(open_data_source(data), folder, options=_options(data), request=request(data), formats=_formats(data))
 
 
-def _check_request(data: DataRecipe, folder: Path, made_from: dict[str, Any]) -> None:
-    """ValueError when the folder holds other images than the recipe asks for.
+def _check_request(data: DataRecipe, folder: Path | str, made_from: dict[str, Any]) -> None:
+    """ValueError when the folder, or the URL, holds other images than the recipe asks for.
 
     Where the recipe names the folder, the way in which images are stored is not compared, and list files, columns and
     shares only where the recipe names them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from fastlt.recipe import Recipe
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.identity import DatasetIdentity
 from loaders.stored.manifest import file_sha256
+from loaders.stored.tar_shards import TarShards
 from loaders.stored.unconverted import UnconvertedDataset
 
 
@@ -19,24 +21,27 @@ class RunInputs:
     """Equal for inputs with which a recipe gives the same result.
 
     pretrained: checksum of the file `model.checkpoint`; None without one.
+    shards: checksum of which training images are in which shard, where that decides their order; else None.
     """
 
     data: DatasetIdentity
     pretrained: str | None
+    shards: str | None = None
 
     def to_tree(self) -> dict[str, Any]:
         """Plain containers, for JSON and checkpoints."""
-        return {"data": self.data.to_tree(), "pretrained": self.pretrained}
+        return {"data": self.data.to_tree(), "pretrained": self.pretrained, "shards": self.shards}
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> RunInputs:
         """The inputs that `to_tree` gave; KeyError or TypeError for something else."""
-        return cls(DatasetIdentity.from_tree(tree["data"]), tree["pretrained"])
+        return cls(DatasetIdentity.from_tree(tree["data"]), tree["pretrained"], tree.get("shards"))
 
     def differences(self, before: RunInputs) -> list[str]:
         """In what they are not the inputs of `before`, a few words each."""
         weights = ["model.checkpoint has another content"] if self.pretrained != before.pretrained else []
-        return [*self.data.differences(before.data), *weights]
+        shards = ["its training images lie in other shards, which decide their order"] * (self.shards != before.shards)
+        return [*self.data.differences(before.data), *weights, *shards]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,16 @@ def read_inputs(
     weights = recipe.model.checkpoint
     # A file that is not there is refused with the model.
     pretrained = file_sha256(Path(weights)) if weights is not None and Path(weights).is_file() else None
-    return InputsRecord(RunInputs(data, pretrained), dataset.stamps())
+    return InputsRecord(RunInputs(data, pretrained, _shards(recipe, dataset)), dataset.stamps())
+
+
+def _shards(recipe: Recipe, dataset: ConvertedDataset | UnconvertedDataset) -> str | None:
+    """See RunInputs."""
+    if recipe.data.order != "shards":
+        return None
+    stored = dataset.stored("train", "dali")
+    assert isinstance(stored, TarShards), stored
+    return hashlib.sha256(stored.first.astype("<i8").tobytes()).hexdigest()
 
 
 def check_same_data(
@@ -88,6 +102,6 @@ def check_same_data(
     wrong = here.differences(of_main.inputs.data)
     if wrong:
         raise ValueError(
-            f"{dataset.root} is not the data set that process 0 has at this path:\n  " + "\n  ".join(wrong) + "\ncopy "
+            f"{dataset.place} is not the data set that process 0 has at this path:\n  " + "\n  ".join(wrong) + "\ncopy "
             "that one here, or convert the same images in the same way"
         )

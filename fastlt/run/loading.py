@@ -19,6 +19,7 @@ from fastlt.state import Batch
 from fastlt.steps import STEPS
 from loaders.factory import RESIDENT_SHARE, make_loader, streaming_backend
 from loaders.order.crop import CropSpec
+from loaders.order.shard_order import ShardOrder
 from loaders.protocol import BatchLoader
 from loaders.readers import AUTO
 from loaders.readers.free_memory import free_share, readable
@@ -215,7 +216,13 @@ def open_loader(
         dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         keep_last=keep_last,
         order=order,
+        by_shards=shard_order(data) if train and split == "train" else None,
     )
+
+
+def shard_order(data: DataRecipe) -> ShardOrder | None:
+    """How training images are ordered by shards; None where all of them are shuffled."""
+    return ShardOrder(data.stream.parts, data.stream.block) if data.order == "shards" else None
 
 
 def crop_spec(data: DataRecipe, split: str | None = None, *, train: bool) -> CropSpec:

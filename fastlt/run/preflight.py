@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import PartialState
 
@@ -27,6 +28,7 @@ from fastlt.run.loading import (
     check_meta_share,
     crop_spec,
     evaluation_side,
+    shard_order,
     stage_classes,
 )
 from fastlt.run.lock import lock_folder, unlock_folder
@@ -38,8 +40,10 @@ from fastlt.run.trackers import check_trackers
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.factory import check_loader
+from loaders.order.shard_order import ShardOrder
 from loaders.readers import BACKENDS
 from loaders.sources.source import absent_classes
+from loaders.stored.streamed import StreamedDataset
 
 SOME_CLASSES = 10  # of a network that is built before the data set is known
 
@@ -69,7 +73,19 @@ def prepare(recipe: Recipe) -> RunContext:
     check_loaders(context)
     for warning in absent_classes(context.counts.names, context.inputs.inputs.data.class_counts):
         context.say(warning)
+    if recipe.data.order == "shards" and is_sorted(context.dataset.labels("train")):
+        context.say(
+            f"warning: the training images of {context.dataset.place} are stored class by class, so shards have few "
+            "classes, and batches are of those; convert them with --shuffle"
+        )
     return context
+
+
+def is_sorted(labels: np.ndarray) -> bool:
+    """Whether neighbours are of one class far more often than in a random order; labels: int64 (N,)."""
+    shares = np.bincount(labels) / len(labels)
+    by_chance = float((shares**2).sum())
+    return float((labels[1:] == labels[:-1]).mean()) > by_chance + 0.5 * (1 - by_chance)
 
 
 def holds_run(folder: Path) -> bool:
@@ -150,7 +166,7 @@ def check_inputs(context: RunContext) -> None:
     wrong = context.inputs.inputs.differences(before.inputs)
     if wrong:
         raise ValueError(
-            f"{folder} holds a run that began with other data than {context.dataset.root} has now:\n  "
+            f"{folder} holds a run that began with other data than {context.dataset.place} has now:\n  "
             + "\n  ".join(wrong)
             + "\nbring the data back as they were, or choose another name=... for a run on these"
         )
@@ -161,12 +177,12 @@ def check_dataset(context: RunContext) -> None:
     data, counts = context.recipe.data, context.counts
     if data.num_classes is not None and data.num_classes != counts.num_classes:
         raise ValueError(
-            f"data.num_classes is {data.num_classes}, but {context.dataset.root} has {counts.num_classes} "
+            f"data.num_classes is {data.num_classes}, but {context.dataset.place} has {counts.num_classes} "
             "classes; leave the key out to take what is there, or convert the data set that is meant"
         )
     if isinstance(data.shots, ShotRanks) and sum(data.shots.ranks) != counts.num_classes:
         raise ValueError(
-            f"data.shots is {counts.shots_text}, {sum(data.shots.ranks)} classes, but {context.dataset.root} has "
+            f"data.shots is {counts.shots_text}, {sum(data.shots.ranks)} classes, but {context.dataset.place} has "
             f"{counts.num_classes}; give groups that add up to them"
         )
     for name, stage in context.recipe.stages.items():
@@ -174,7 +190,7 @@ def check_dataset(context: RunContext) -> None:
         build_loss(stage.loss, counts, **stage.loss_options)
         if not stage_classes(context, stage).any():
             raise ValueError(
-                f"stages.{name}.classes is {stage.classes!r}, but {context.dataset.root} has no such class with "
+                f"stages.{name}.classes is {stage.classes!r}, but {context.dataset.place} has no such class with "
                 f"data.shots {counts.shots_text}; leave out the stage and the keys that name it, or set other shots"
             )
         _check_batches(context, name, stage)
@@ -212,6 +228,9 @@ def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
 def check_loaders(context: RunContext) -> None:
     """Mistakes that only the stored images can show: a loader that cannot read them, and sizes unlike the recipe's."""
     data = context.recipe.data
+    if isinstance(context.dataset, StreamedDataset):
+        in_use = ShardOrder(data.stream.parts, data.stream.block).shards_in_use
+        context.dataset.check_room(in_use(context.reducer.world_size, context.local_world_size))
     kinds = [STEPS[stage.method] for stage in context.recipe.stages.values()]
     specs = augmentations(data)
     wanted = {"data.augment": ("train", specs["train"])}
@@ -242,6 +261,7 @@ def _check_loader(context: RunContext, split: str, *, train: bool) -> tuple[int,
         train=train,
         crop=crop_spec(context.recipe.data, split, train=train),
         local_world_size=context.local_world_size,
+        by_shards=shard_order(context.recipe.data) if train and split == "train" else None,
     )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from loaders.daemon_threads import in_background
 from loaders.order.crop import CropSpec, crop_boxes, drawn_by_place, drawn_in_turn, random_resized_boxes
-from loaders.order.sampling import epoch_order, shard, share_places, share_size
+from loaders.order.sampling import ORDER_STREAM, epoch_order, shard, share_places, share_size
+from loaders.order.shard_order import ShardOrder
 
 AHEAD_FROM = 200_000  # images from which the next epoch is planned while this one is trained on: some 0.2 s
 # Images up to which one generator draws the rectangles of an epoch, those of all processes. Above, they follow from the
@@ -64,6 +65,8 @@ class EpochPlan:
     keep_last: whether training, too, covers each image exactly once, in a smaller last batch.
     order: int64 (n,), the positions that an evaluation visits over all processes, in this order and as often as each is
         there; None for all of them in split order.
+    by_shards: how training shuffles by shards, in the place of all images at once; None for that.
+    shard_starts: int64 (S,), the first image of each shard, for `by_shards`.
 
     Training on many images, each epoch is planned by a thread of its own during the epoch before, and the plans of both
     are held: each 4 bytes an image that this process sees, and up to `IN_TURN` images of random crops 8 more. Planning
@@ -85,6 +88,8 @@ class EpochPlan:
     classes: np.ndarray | None = None
     keep_last: bool = False
     order: np.ndarray | None = None
+    by_shards: ShardOrder | None = None
+    shard_starts: np.ndarray | None = None
     _plans: dict[int, Future[PlannedEpoch]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +97,11 @@ class EpochPlan:
         assert self.order is None or not self.train, "training draws its order"
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size}: must be at least 1")
+        if self.by_shards is not None and self.sampling != "instance":
+            raise ValueError(
+                f"sampling {self.sampling!r} takes images from all shards at any time, and by_shards has few at hand: "
+                "use 'instance', or the order of images"
+            )
         if self.crop.kind == "random_resized" and not self.train:
             raise ValueError("crop kind 'random_resized' is for training: use 'center' for evaluation")
         if self._sharing["drop_last"] and self.num_samples < self.batch_size:
@@ -190,6 +200,12 @@ class EpochPlan:
 
     def _order(self, epoch: int) -> np.ndarray:
         """The images of an epoch, of all processes: int32."""
+        if self.by_shards is not None and self.train:
+            assert self.shard_starts is not None
+            members = np.arange(len(self.labels)) if self._members is None else self._members
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, ORDER_STREAM]))
+            order = self.by_shards.draw(self.shard_starts, members, self.batch_size * self.world_size, rng)
+            return order.astype(np.int32)
         labels = self.labels if self._members is None else self.labels[self._members]
         order = epoch_order(labels, sampling=self.sampling, seed=self.seed, epoch=epoch, shuffle=self.train)
         return order if self._members is None else self._members[order].astype(np.int32)

@@ -25,6 +25,7 @@ class Backend:
     reads: the formats it reads, the preferred one first.
     streams: the format that loader "auto" reads with it where pixels are not kept on the device.
     can_augment: whether its pipeline can do `loaders.readers.dali_augment`.
+    remote: whether it can read shards that are fetched meanwhile, and of which a part is on the disk.
     fewest_workers: the least `num_workers`; 0 where it can read in the main process.
     """
 
@@ -34,6 +35,7 @@ class Backend:
     reads: tuple[str, ...]
     streams: str | None = None
     can_augment: bool = False
+    remote: bool = False
     fewest_workers: int = 1
 
     @property
@@ -57,6 +59,7 @@ BACKENDS: dict[str, Backend] = {
             "TorchLoader",
             reads=(*FORMATS, SOURCE_FILES),
             streams=SOURCE_FILES,
+            remote=True,
             fewest_workers=0,
         ),
         Backend(
@@ -66,6 +69,7 @@ BACKENDS: dict[str, Backend] = {
             reads=("dali", SOURCE_FILES),
             streams="dali",
             can_augment=True,
+            remote=True,
         ),
         Backend(
             "resident_jpeg",

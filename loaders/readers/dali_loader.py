@@ -21,7 +21,7 @@ from loaders.order.plan import Boxes, EpochPlan
 from loaders.protocol import EncodedSplit
 from loaders.readers.dali_augment import DaliAugment
 from loaders.readers.host_loader import HostLoader, upload_ahead
-from loaders.stored.damage import DamageError
+from loaders.stored.damage import DamageError, NoRoomError, ReaderError
 from loaders.stored.ffcv_kernels import resize_crop
 from loaders.stored.image_header import encoded_size
 
@@ -114,6 +114,9 @@ class DaliLoader(HostLoader):
                 for images in decoded:
                     done += len(images)
                     yield images
+            except (ReaderError, NoRoomError):
+                self._decoder = None
+                raise  # of a file that did not come: the reason is known
             except RuntimeError as error:
                 self._decoder = None  # DALI says that it is no longer valid
                 raise self._failure(index[done:], error) from error

@@ -19,7 +19,7 @@ from loaders.protocol import StoredSplit
 from loaders.readers.fork_server import fork_server, remove_segments
 from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.readers.worker_watch import WorkerWatch, shared_memory_error, shared_memory_free
-from loaders.stored.damage import DamageError, ReaderError
+from loaders.stored.damage import DamageError, NoRoomError, ReaderError
 from loaders.stored.ffcv_kernels import resize_crop
 from loaders.stored.forked_workers import end_with_parent
 
@@ -50,15 +50,15 @@ class _CroppedBatches(Dataset):
     def __init__(self, stored: StoredSplit, shape: tuple[int, int]) -> None:
         self.stored, self.shape = stored, shape
 
-    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor | DamageError | ReaderError:
+    def __getitem__(self, asked: tuple[np.ndarray, np.ndarray]) -> Tensor | DamageError | ReaderError | NoRoomError:
         """Errors are answers: raised, they would reach the user with the worker's traceback for a message."""
         index, boxes = asked
         pixels = np.empty((len(index), *self.shape, 3), dtype=np.uint8)
         try:
             for i, box, out in zip(index, boxes, pixels, strict=True):
                 resize_crop(self.stored.image(i), box, out)
-        except DamageError as damage:
-            return damage
+        except (DamageError, ReaderError, NoRoomError) as error:
+            return error
         images, worker = torch.from_numpy(pixels), get_worker_info()
         if worker is None:
             return images

@@ -106,6 +106,8 @@ def convert(
     restart: bool = False,
     say: Callable[[str], object] = lambda text: None,
     timeout_s: float = STUCK_S,
+    shard_images: int | None = None,
+    shuffle_seed: int | None = None,
 ) -> ConvertedDataset:
     """Write `source` to the folder `out`, whole or not at all; what is finished stays when it is interrupted.
 
@@ -120,6 +122,9 @@ def convert(
         checksums and with the source's files, and taken over.
     say: told in a sentence what is taken over.
     timeout_s: processes that check or write images are ended when there is no progress for so long.
+    shard_images: images a shard, see `shard_size`.
+    shuffle_seed: of the random order in which training images are stored, for shards that are read one by one; None
+        keeps the source's order.
     Raises ValueError, too, when `out` is in the way, another conversion is writing to it, a conversion that stores
     images otherwise was interrupted there, or a process fails.
     """
@@ -132,22 +137,29 @@ def convert(
         store = PieceStore(work, options, formats, _description(source, options, formats))
         listing_sha256 = source.listing_sha256()
         store.begin(restart=restart)
+        # Where images may be left out, the splits are chosen anew, and shuffled then.
+        late = on_error == "skip" and source.candidates is not None
+        if shuffle_seed is not None and not late:
+            source, _ = _shuffled(source, shuffle_seed)
         if "ffcv" in formats:
             _check_space(work, source, options)
         groups = _groups(source, on_error)
         count = sum(len(group.split) for group in groups.values())
         with total_progress("convert", count, progress) as bar:
-            tables = _store(store, groups, bar, say, timeout_s)
+            tables = _store(store, groups, bar, say, timeout_s, shard_images)
             source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
-            if any(bad.values()):
+            if shuffle_seed is not None and late:
+                source, rows = _shuffled(source, shuffle_seed)
+                checks["train"] = checks["train"].of(rows)
+            if any(bad.values()) or (shuffle_seed is not None and late):
                 groups = {name: Group(split) for name, split in source.splits.items()}
-                tables = store_images(store, groups, checked=True, timeout_s=timeout_s)
+                tables = store_images(store, groups, checked=True, timeout_s=timeout_s, shard_images=shard_images)
             else:
                 groups = {name: groups[name] for name in source.splits}
             if "dali" in formats:
-                arrange_shards(store, groups, tables, timeout_s=timeout_s)
+                arrange_shards(store, groups, tables, timeout_s=timeout_s, shard_images=shard_images)
             for name, group in groups.items():
-                finish_split(store, name, group, tables[name])
+                finish_split(store, name, group, tables[name], shard_images=shard_images)
             manifest = {
                 **_describe(store, source, tables, checks, bad, duplicates, bar),
                 "request": as_json(request),
@@ -200,8 +212,20 @@ def _describe(
     }
 
 
+def _shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
+    """The source with its training images in a random order, and the row of each before, int64 (N,)."""
+    train = source.splits["train"]
+    rows = np.random.default_rng(seed).permutation(len(train))
+    return replace(source, splits={**source.splits, "train": train.subset(rows)}), rows
+
+
 def _store(
-    store: PieceStore, groups: Mapping[str, Group], bar: TotalProgress, say: Callable[[str], object], timeout_s: float
+    store: PieceStore,
+    groups: Mapping[str, Group],
+    bar: TotalProgress,
+    say: Callable[[str], object],
+    timeout_s: float,
+    shard_images: int | None,
 ) -> dict[str, Table]:
     """Check and store the images that an earlier conversion has not; says what is taken over from it."""
     count = sum(len(group.split) for group in groups.values())
@@ -213,7 +237,7 @@ def _store(
             say(f"{taken:,} of {count:,} images are taken over from an interrupted conversion{changed}")
         bar.done_before(STORING_SHARE, taken)
 
-    return store_images(store, groups, advance=advance, taken=tell, timeout_s=timeout_s)
+    return store_images(store, groups, advance=advance, taken=tell, timeout_s=timeout_s, shard_images=shard_images)
 
 
 def _description(source: Source, options: FfcvOptions, formats: tuple[str, ...]) -> dict[str, Any]:

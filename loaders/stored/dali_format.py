@@ -33,9 +33,9 @@ def check_dali_options(options: FfcvOptions) -> None:
         raise ValueError(f"mode {options.mode!r} is FFCV's own: the dali format takes {' or '.join(MODES)}")
 
 
-def shard_size(count: int, at_least: int = SHARD_IMAGES) -> int:
-    """Images a shard of a split of `count` images."""
-    return max(at_least, -(-count // MOST_SHARDS))
+def shard_size(count: int, asked: int | None = None) -> int:
+    """Images a shard of a split of `count` images: as many as are asked for, or 1024, in 128 shards at most."""
+    return max(SHARD_IMAGES, -(-count // MOST_SHARDS)) if asked is None else asked
 
 
 class ShardWriter:

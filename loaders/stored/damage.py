@@ -19,6 +19,17 @@ class ReaderError(RuntimeError):
     """A loader's process or thread failed, and not because of the data; the message says why, and what to do."""
 
 
+class RemoteError(ReaderError, ValueError):
+    """A server did not give a file, however often it was asked; the message has its answer, and what to do.
+
+    A ValueError, because before training it is a matter of the user's surroundings.
+    """
+
+
+class NoRoomError(ValueError, RuntimeError):
+    """There is no room for files that have to be on the disk; the message says where, and what to do."""
+
+
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays `names` of an .npz file; DamageError, with the reason only, when it is not what `np.savez` wrote.
 

@@ -60,6 +60,11 @@ class ConvertedDataset:
         return cls(root, tuple(map(printable, manifest["class_names"])), manifest)
 
     @property
+    def place(self) -> str:
+        """Where it is, as users call it."""
+        return str(self.root)
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
@@ -106,7 +111,7 @@ class ConvertedDataset:
 
         DamageError when the file is not whole, or says something else of its images than the manifest.
         """
-        opened = open_split(self.shards(split) if kind == "dali" else self.beton(split))
+        opened = self._open(split, kind)
         described = self.manifest["splits"][split]
         if len(opened) != described["count"]:
             raise damaged(self.root, f"{opened.path.name} holds {len(opened):,} images, not {described['count']:,}")
@@ -117,6 +122,9 @@ class ConvertedDataset:
         ]:
             raise damaged(self.root, f"the image sizes in {opened.path.name} and the manifest disagree")
         return opened
+
+    def _open(self, split: str, kind: str) -> Beton | TarShards:
+        return open_split(self.shards(split) if kind == "dali" else self.beton(split))
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -63,17 +63,27 @@ def read_manifest(root: Path) -> dict[str, Any]:
         half = any(name.endswith(".beton") or name == LABELS for name in entries)
         what = "an unfinished or damaged data set" if half else "not a converted data set"
         raise ValueError(f"{root} is {what}, it has no {MANIFEST} ({found}): {make}")
+    return parse_manifest(path.read_bytes(), str(root), make)
+
+
+def parse_manifest(text: bytes, place: str, make: str) -> dict[str, Any]:
+    """The manifest that manifest.json holds.
+
+    place: of its folder, for messages. make: how the data set is made. ValueError and DamageError as `read_manifest`.
+    """
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text)
         schema = manifest["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        path = f"{place}/{MANIFEST}"
         raise DamageError(f"{path} is not a manifest of a converted data set ({error}): {make} --overwrite") from None
     if schema != SCHEMA:
         advice = "update fastlt" if isinstance(schema, int) and schema > SCHEMA else f"{make} --overwrite"
-        raise ValueError(f"{root} has schema {schema}, this version reads {SCHEMA}: {advice}")
+        raise ValueError(f"{place} has schema {schema}, this version reads {SCHEMA}: {advice}")
     wrong = next((what for what, holds in _statements(manifest) if not holds), None)
     if wrong is not None:
-        raise damaged(root, f"{MANIFEST} lacks {wrong}, or has something else in its place")
+        what = f"{MANIFEST} lacks {wrong}, or has something else in its place"
+        raise DamageError(f"{place} is damaged: {what}; {make.replace('make one', 'make it again')} --overwrite")
     return manifest
 
 

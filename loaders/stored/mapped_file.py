@@ -7,9 +7,11 @@ is gone. Left alone, the process would die without a word.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
+import resource
 import signal
 import threading
 import weakref
@@ -29,13 +31,24 @@ def map_file(path: Path) -> np.ndarray:
     read at all.
     """
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = _mapped_whole(path)
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        # A data set of thousands of shards: the limit that a process may set itself is far higher than the usual one.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        mapped = _mapped_whole(path)
     _mapped[mapped] = path.absolute(), len(mapped)
     _say_why_on_sigbus()
     return np.frombuffer(mapped, dtype=np.uint8)
+
+
+def _mapped_whole(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def cut_short(below: Path = Path("/")) -> str | None:

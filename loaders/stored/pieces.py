@@ -29,7 +29,7 @@ import numpy as np
 
 from loaders.sources.split import SPLITS, UNREADABLE, EncodedImages, Split, called
 from loaders.stored.atomic_folder import CONVERTED, LOCK, PIECES, OtherConversionError, write_durably
-from loaders.stored.dali_format import SHARD_IMAGES, ShardWriter, shard_size, write_indices
+from loaders.stored.dali_format import ShardWriter, shard_size, write_indices
 from loaders.stored.encode import encode, stored_sizes
 from loaders.stored.ffcv_format import BetonEnd, FfcvOptions, first_address, write_tables
 from loaders.stored.forked_workers import STUCK_S, Advance, available_cores, image_done, map_chunks
@@ -363,7 +363,7 @@ def store_images(
     checked: bool = False,
     advance: Advance = lambda n: None,
     taken: Callable[[int, int], object] = lambda count, lost: None,
-    shard_images: int = SHARD_IMAGES,
+    shard_images: int | None = None,
     timeout_s: float = STUCK_S,
 ) -> dict[str, Table]:
     """Check and store the images of the groups that no piece has yet; what is known of all of them.
@@ -371,7 +371,7 @@ def store_images(
     checked: as in `take_over`.
     advance: called with the number of images done since the last call.
     taken: called once with the number of images that are taken over, and of those in pieces that do not serve.
-    shard_images: images a shard at least.
+    shard_images: images a shard, see `shard_size`.
     timeout_s: processes that finish no image for so long are ended.
     Raises ValueError when a process dies or all are stuck, OSError when the disk is full.
     """
@@ -389,7 +389,7 @@ def store_images(
 
 
 def _missing(
-    store: PieceStore, groups: Mapping[str, Group], tables: Mapping[str, Table], shard_images: int
+    store: PieceStore, groups: Mapping[str, Group], tables: Mapping[str, Table], shard_images: int | None
 ) -> Iterator[Todo]:
     """The pieces that are to be made of images that are not done.
 
@@ -412,7 +412,7 @@ def _missing(
 
 
 def _in_shards(
-    store: PieceStore, group: Group, positions: np.ndarray, shard_images: int
+    store: PieceStore, group: Group, positions: np.ndarray, shard_images: int | None
 ) -> list[tuple[int | None, np.ndarray]]:
     """Positions, int64 (K,), by the number of their shard; None for those that go into none."""
     if not group.stored or "dali" not in store.formats:
@@ -426,7 +426,7 @@ def arrange_shards(
     groups: Mapping[str, Group],
     tables: Mapping[str, Table],
     *,
-    shard_images: int = SHARD_IMAGES,
+    shard_images: int | None = None,
     timeout_s: float = STUCK_S,
 ) -> None:
     """Copy images, all good and stored, into other shards where these are not as they have to be.
@@ -588,7 +588,7 @@ class _PieceWriter:
             self._held, self._held_bytes = [], 0
 
 
-def finish_split(store: PieceStore, name: str, group: Group, table: Table, *, shard_images: int = SHARD_IMAGES) -> None:
+def finish_split(store: PieceStore, name: str, group: Group, table: Table, *, shard_images: int | None = None) -> None:
     """Write the tables and indices of a split whose images are all good and stored; its shards get their names."""
     labels, rows = group.split.labels, table.rows
     assert table.done.all(), name
@@ -615,7 +615,7 @@ def write_split(
     formats: Sequence[str],
     *,
     advance: Advance = lambda n: None,
-    shard_images: int = SHARD_IMAGES,
+    shard_images: int | None = None,
     timeout_s: float = STUCK_S,
 ) -> list[BadImage]:
     """Write the images of one split that can be decoded to `folder`, as NAME.beton, dali/NAME.npz and its shards.

@@ -28,6 +28,7 @@ class TarShards:
 
     path: the split's index, `DIR/NAME.npz`.
     labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.  sizes: int64 (N,), bytes of their files.
+    first: int64 (S,), the first image of each shard.  shard_of: int64 (N,), each image's shard.
     """
 
     in_memory = True
@@ -35,12 +36,11 @@ class TarShards:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         index = self._read_index()
-        self._first, self._offsets, self.sizes = index["first"], index["offset"], index["size"]
+        self.first, self._offsets, self.sizes = index["first"], index["offset"], index["size"]
         self.heights, self.widths, self.labels = index["height"], index["width"], index["label"]
         self._check_index(index)
-        self._shards = [self._map(number) for number in range(len(self._first))]
-        self._shard_of = np.searchsorted(self._first, np.arange(len(self)), side="right") - 1
-        ends = np.array([shard.size for shard in self._shards])[self._shard_of]
+        self.shard_of = np.searchsorted(self.first, np.arange(len(self)), side="right") - 1
+        ends = np.array(self._open_shards())[self.shard_of]
         if (self._offsets > ends - self.sizes).any():
             raise self._unusable("a shard is cut short")
 
@@ -63,27 +63,28 @@ class TarShards:
     @property
     def tars(self) -> list[Path]:
         """The shards, in order."""
-        return [shard_path(self.path, number) for number in range(len(self._first))]
+        return [shard_path(self.path, number) for number in range(len(self.first))]
 
     def encoded(self, i: int) -> np.ndarray:
         """The JPEG or PNG file of image `i`, a read-only view uint8 (n,)."""
         start = self._offsets[i]
-        return self._shards[self._shard_of[i]][start : start + self.sizes[i]]
+        return self._shard(int(self.shard_of[i]))[start : start + self.sizes[i]]
 
     def image(self, i: int) -> np.ndarray:
         """Image `i` as RGB uint8 (H, W, 3); DamageError naming it when it is damaged."""
         height, width = int(self.heights[i]), int(self.widths[i])
+        encoded = self.encoded(i)
         try:
-            return decode(self.encoded(i), height, width)
+            return decode(encoded, height, width)
         except ValueError as error:
-            tar = shard_path(self.path, int(self._shard_of[i]))
+            tar = shard_path(self.path, int(self.shard_of[i]))
             raise DamageError(f"{tar}, image {i}: {error}; convert the data set again") from error
 
     def problems(self, shard: int) -> list[str]:
         """Where a shard and the two indices of it disagree, one line each; reads the tar file's headers and labels."""
         tar = shard_path(self.path, shard)
-        first = int(self._first[shard])
-        last = int(self._first[shard + 1]) if shard + 1 < len(self._first) else len(self)
+        first = int(self.first[shard])
+        last = int(self.first[shard + 1]) if shard + 1 < len(self.first) else len(self)
         try:
             with tarfile.open(tar) as archive:
                 found = [(m.name, m.offset_data, m.size, _label_text(archive, m)) for m in archive]
@@ -119,7 +120,7 @@ class TarShards:
             raise self._unusable("it holds no images")
         if any(len(index[name]) != len(self) for name in COLUMNS[1:]):
             raise self._unusable("the columns of its index are not equally long")
-        first = self._first
+        first = self.first
         if not len(first) or first[0] != 0 or (np.diff(first) < 1).any() or first[-1] >= len(self):
             raise self._unusable("its index does not say which shard holds an image")
         wrong = {
@@ -130,6 +131,15 @@ class TarShards:
         for what, where in wrong.items():
             if where.any():
                 raise self._unusable(f"image {int(where.argmax())} {what}")
+
+    def _open_shards(self) -> list[int]:
+        """Make the shards ready to be read; returns the bytes of each. DamageError for one that is not there."""
+        self._shards = [self._map(number) for number in range(len(self.first))]
+        return [shard.size for shard in self._shards]
+
+    def _shard(self, number: int) -> np.ndarray:
+        """The bytes of a shard, uint8 (n,)."""
+        return self._shards[number]
 
     def _map(self, number: int) -> np.ndarray:
         tar = shard_path(self.path, number)

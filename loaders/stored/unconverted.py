@@ -112,6 +112,11 @@ class UnconvertedDataset:
         return cls(source, root, check_source(source, num_workers=num_workers, progress=progress))
 
     @property
+    def place(self) -> str:
+        """Where it is, as users call it."""
+        return str(self.root)
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import tarfile
 from dataclasses import replace
@@ -128,9 +129,41 @@ def test_equal_images_give_equal_shards_whatever_the_number_of_processes(files, 
 
 
 def test_a_split_never_has_more_shards_than_may_stay_mapped(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(dali_format, "SHARD_IMAGES", 1)
     monkeypatch.setattr(dali_format, "MOST_SHARDS", 3)
-    _, index = write_shards(tmp_path / "out", files.splits["train"], LOSSLESS, shard_images=1)
+    _, index = write_shards(tmp_path / "out", files.splits["train"], LOSSLESS)
     assert len(TarShards.open(index).tars) == 3
+
+
+def test_more_shards_than_a_process_may_usually_open(files, tmp_path):
+    _, index = write_shards(tmp_path / "out", files.splits["train"], LOSSLESS, shard_images=1)
+    code = (
+        "import os, sys; from resource import *; from loaders.stored.tar_shards import TarShards\n"
+        "used = max(map(int, os.listdir('/proc/self/fd')))\n"
+        "setrlimit(RLIMIT_NOFILE, (used + 6, getrlimit(RLIMIT_NOFILE)[1]))\n"
+        "print(len(TarShards.open(sys.argv[1]).tars))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, index], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "13\n", done.stderr
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_training_images_are_stored_in_a_random_order(tmp_path, on_error):
+    for split, count in (("train", 20), ("test", 4)):
+        for name in ("cat", "dog"):
+            jpeg_files(tmp_path / "images" / split / name, mixed_shapes(count, seed=len(split + name)))
+    source = open_source("image_folder", root=tmp_path / "images", meta_per_class=4)
+    options = {"options": LOSSLESS, "request": {}, "formats": ("dali",), "progress": False, "on_error": on_error}
+    options |= {"allow_duplicates": True}
+    plain = convert(source, tmp_path / "plain", **options)
+    shuffled = convert(source, tmp_path / "shuffled", **options, shuffle_seed=0, shard_images=5)
+    assert verify(shuffled, num_workers=1, progress=False) == []
+    rows = np.random.default_rng(0).permutation(len(plain.labels("train")))
+    one, other = plain.stored("train", "dali"), shuffled.stored("train", "dali")
+    assert [one.encoded(i).tobytes() for i in rows] == [other.encoded(i).tobytes() for i in range(len(rows))]
+    np.testing.assert_array_equal(shuffled.labels("train"), plain.labels("train")[rows])
+    assert len(other.tars) == -(-len(rows) // 5)
+    np.testing.assert_array_equal(shuffled.labels("meta"), plain.labels("meta"))
 
 
 @needs_dali

@@ -214,7 +214,7 @@ def test_a_folder_that_may_not_be_read_is_said(copy, monkeypatch):
     def denied(path, **arguments):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(DamageError, match=r"copy cannot be read: Permission denied \(.*manifest.json\)"):
         ConvertedDataset.open(copy)
 

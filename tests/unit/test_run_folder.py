@@ -93,7 +93,7 @@ def test_who_waits_for_a_lock_that_is_removed_does_not_hold_the_removed_file(tmp
     path.unlink()
     with path.open("w") as third:
         fcntl.flock(third, fcntl.LOCK_EX)
-        assert not file_lock._is_at(opened, path)
+        assert not file_lock.is_at(opened, path)
         assert file_lock.open_locked(path) is None
     os.close(opened)
 

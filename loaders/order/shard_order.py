@@ -1,0 +1,68 @@
+"""An order of training images in which few shards are in use at a time, so that the others need not be on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """An epoch's images, shuffled by shards.
+
+    The shards come in a random order, their images one after the other, cut into `parts` equally long segments. Each
+    segment is shuffled within blocks of `block` shards and fills its own places of every batch, so that a batch has
+    images of `parts` blocks. A process takes a range of the places of a batch, hence the segments of that range: where
+    the number of processes divides `parts`, no two read the same segment, and the batches are the same for any number
+    of processes. Every second segment runs backwards: the shard in which two of them meet is then in use once, at the
+    beginning or at the end of the epoch, and not once at each.
+
+    parts, block: at least 1.
+    """
+
+    parts: int = 8
+    block: int = 4
+
+    def draw(self, first: np.ndarray, members: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+        """The images of an epoch in order, int64 (N,): `members`, each once.
+
+        first: int64 (S,), the first image of each shard. members: int64 (N,), the images to visit. Both ascend.
+        batch_size: of all processes together. What does not fill a batch comes last, from the shards drawn last.
+        """
+        row, shard_of = self._in_a_row(first, members, rng)
+        batches = len(row) // batch_size
+        order = np.empty(len(row), dtype=np.int64)
+        places = order[: batches * batch_size].reshape(batches, batch_size)
+        bounds = np.arange(self.parts + 1) * batch_size // self.parts
+        for part, (left, right) in enumerate(pairwise(bounds)):
+            segment = slice(batches * left, batches * right)
+            images, shards = row[segment], shard_of[segment]
+            if part % 2:
+                images, shards = images[::-1], shards[::-1]
+            blocks = np.abs(shards - shards[:1]) // self.block
+            shuffled = images[np.lexsort((rng.random(len(images)), blocks))]
+            places[:, left:right] = shuffled.reshape(batches, right - left)
+        rest = row[batches * batch_size :]
+        order[batches * batch_size :] = rest[rng.permutation(len(rest))]
+        return order
+
+    def shards_in_use(self, processes: int, on_node: int) -> int:
+        """The most shards that `on_node` of `processes` processes use at a time, with those that are fetched ahead.
+
+        Of each segment these are a block, the next one, and as many shards that a reader has not let go of yet.
+        """
+        segments = min(self.parts, -(-self.parts // processes) * on_node)
+        return 3 * self.block * segments
+
+    @staticmethod
+    def _in_a_row(first: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The images shard after shard, int64 (N,), and where in that row of shards each one's shard is, int64 (N,)."""
+        starts = np.searchsorted(members, first)
+        counts = np.diff(starts, append=len(members))
+        shards = rng.permutation(np.flatnonzero(counts))
+        counts, starts = counts[shards], starts[shards]
+        before = np.cumsum(counts) - counts
+        places = np.arange(len(members)) + np.repeat(starts - before, counts)
+        return members[places], np.repeat(np.arange(len(shards)), counts)
