@@ -37,7 +37,7 @@ from fastlt.run.fit import process_as_before
 from loaders.stored.forked_workers import available_cores
 
 NAME = "fastlt reproduce frozen"
-RATES = (0.01, 0.02, 0.05)
+RATES = (0.002, 0.005, 0.01, 0.02, 0.05)
 FACTORS = (10.0, 50.0, 100.0, 200.0)
 WRITE_EVERY_S = 30.0
 
@@ -53,7 +53,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     parser.add_argument("--backbone", metavar="NAME", help="a network of timm (default: the recipe's)")
     parser.add_argument("--weights", type=path, metavar="FILE", help="its weights (default: those that timm fetches)")
     parser.add_argument("--imbalance", nargs="+", type=float, metavar="F", help="of CIFAR (default: 10 50 100 200)")
-    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES), help="rates (default: 0.01 0.02 0.05)")
+    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES), help="rates (default: 0.002 to 0.05)")
     parser.add_argument(
         "--common-lr", type=float, metavar="LR", help="one of --lr (default: the recipe's, or the middle)"
     )
