@@ -449,7 +449,7 @@ def arrange_shards(
     store.drop(sorted(before - used))
 
 
-def _is_shard(piece: Piece, group: Group, table: Table, shard_images: int) -> bool:
+def _is_shard(piece: Piece, group: Group, table: Table, shard_images: int | None) -> bool:
     """Whether a piece is a shard as it has to be: its images, in order and under their labels, and they are its."""
     if piece.shard is None:
         return False
