@@ -42,12 +42,12 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     import torch
 
+    from fastlt.inference.inputs import gathered
     from fastlt.inference.predictor import checked_threshold
-    from fastlt.inference.stored_images import given_images
     from fastlt.run.checkpoint import write_atomically
 
     checked_threshold(arguments.abstain)
-    images = given_images([as_path(image) for image in images])
+    images = gathered([as_path(image) for image in images])
     model = load_model(arguments)
     temperature = fitted_temperature(arguments, model)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastlt.inference.transform import EvaluationTransform, ReadableImage
+from fastlt.inference.transform import EvaluationTransform, ReadableImage, StoredImage
 from fastlt.paths import expand
 from loaders.sources.decode import EXTENSIONS, looks_like_image
 from loaders.sources.image_folder import is_system_file, is_system_folder
@@ -56,12 +57,16 @@ class CutBatch:
 def gathered(images: Any) -> list[ReadableImage]:
     """The images of what a user gave, files in order: paths for files, pixels as they are.
 
-    images: a path, of a file or of a folder that is searched with all folders below it; an image of Pillow; uint8
-    pixels as an array (H, W, 3), (H, W) or (N, H, W, 3), or as a tensor (3, H, W) or (N, 3, H, W); or a list of these.
-    ValueError for anything else, and for a folder without images. Whether files can be read is found out later.
+    images: a path, of a file or of a folder that is searched with all folders below it; the bytes of a file, or an open
+    file; an image of Pillow; uint8 pixels as an array (H, W, 3), (H, W) or (N, H, W, 3), or as a tensor (3, H, W) or
+    (N, 3, H, W); or a list of these. ValueError for anything else, and for a folder without images. Whether files can
+    be read is found out later.
     """
+    if isinstance(images, StoredImage):
+        return [images]
     if isinstance(images, str | os.PathLike):
-        path = Path(expand(os.fspath(images)))
+        is_name = isinstance(images, Path) and str(images).startswith("~") and os.path.lexists(images)
+        path = Path(images) if is_name else Path(expand(os.fspath(images)))  # a name that is no home folder
         return [*images_below(path)] if path.is_dir() else [path]
     if isinstance(images, Image.Image):
         return [images]
@@ -69,9 +74,24 @@ def gathered(images: Any) -> list[ReadableImage]:
         return _of_tensor(images)
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, bytes | bytearray | memoryview):
+        return [StoredImage(None, partial(_whole, bytes(images)))]
+    read = getattr(images, "read", None)
+    if callable(read):
+        data = read()
+        if not isinstance(data, bytes):
+            raise ValueError(f"a file that is read as {type(data).__name__}: open images with mode 'rb'")
+        return [StoredImage(None, partial(_whole, data))]
     if isinstance(images, Iterable):
         return [one for image in images for one in gathered(image)]
     raise ValueError(f"images of type {type(images).__name__}: give paths, images of Pillow, arrays or tensors")
+
+
+def _whole(data: bytes) -> bytes:
+    """The bytes of a file; ValueError for none."""
+    if not data:
+        raise ValueError("the file is empty (0 bytes)")
+    return data
 
 
 def _of_tensor(images: Tensor) -> list[ReadableImage]:
@@ -110,7 +130,9 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def name_of(image: ReadableImage) -> str | None:
-    """What to call an image: its path as it was given; None for pixels."""
+    """What to call an image: its path as it was given; None for pixels and bytes, which have their position."""
+    if isinstance(image, StoredImage):
+        return image.name
     return str(image) if isinstance(image, Path) else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlt.inference.stored_images import AnyImage, StoredImage
+from fastlt.inference.transform import ReadableImage, StoredImage
 from fastlt.inspection.recognition import CONVERTED, recognise
 from fastlt.names import nearest
 from fastlt.paths import as_path
@@ -96,7 +96,7 @@ def labelled_images(data: Any, classes: Sequence[str], options: DataOptions) -> 
     return replace(chosen, labels=class_labels([names[label] for label in chosen.labels], classes, count, where))
 
 
-def _images(split: Split) -> list[AnyImage]:
+def _images(split: Split) -> list[ReadableImage]:
     if isinstance(split, FileSplit):
         return [Path(split.name(i)) for i in range(len(split))]
     read = split.contents if isinstance(split, EncodedImages) else split.image
@@ -113,7 +113,9 @@ def _converted(folder: Path, options: DataOptions) -> tuple[dict[str, LabelledIm
     for split in dataset.manifest["splits"]:
         stored, labels = dataset.stored(split, dataset.formats[0]), dataset.labels(split)
         called = f"{printable(folder)}/{split}"
-        images: list[AnyImage] = [StoredImage(f"{called}[{i}]", partial(stored.image, i)) for i in range(len(labels))]
+        images: list[ReadableImage] = [
+            StoredImage(f"{called}[{i}]", partial(stored.image, i)) for i in range(len(labels))
+        ]
         splits[split] = LabelledImages(images, labels)
     names = dataset.class_names
     return splits, names if options.class_names is None else named_classes(options.class_names, names)

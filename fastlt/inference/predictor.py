@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from fastlt.export.model_export import ExportedModel, export_model
 from fastlt.export.options import ExportOptions, Precision
 from fastlt.inference.evaluation import Evaluation, evaluation
-from fastlt.inference.inputs import CutBatch, Unreadable, cut_batches
+from fastlt.inference.inputs import CutBatch, Unreadable, cut_batches, gathered, name_of
 from fastlt.inference.labels import DataOptions, LabelledImages, class_labels, labelled_images
 from fastlt.inference.predictions import Predictions
 from fastlt.inference.priors import CarriedPrior, Prior, deployed_prior
-from fastlt.inference.stored_images import ReadingTransform, given_images, image_name
 from fastlt.inference.temperature import Temperature, fit_temperature
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.meta.class_accuracy import evaluation_mode
@@ -120,7 +119,7 @@ class Predictor:
 
         def highest() -> Iterator[tuple[Tensor, Tensor]]:
             for batch, logits in self._forward(self._network, found, batch_size, workers, progress):
-                unreadable.extend(replace(one, source=_source(found, one.position)) for one in batch.unreadable)
+                unreadable.extend(batch.unreadable)
                 places.append(batch.positions)
                 yield torch.log_softmax(logits / divisor + offset, dim=1).topk(top, dim=1)
 
@@ -131,7 +130,7 @@ class Predictor:
             raise ValueError(f"none of {len(unreadable)} images could be read: {_reasons(unreadable)}")
         return Predictions(
             classes=self.classes,
-            sources=[_source(found, k) for k in positions],
+            sources=[None if isinstance(found, Tensor) else name_of(found[k]) for k in positions],
             positions=positions,
             indices=indices,
             probabilities=np.exp(log_p),
@@ -311,7 +310,7 @@ class Predictor:
         if isinstance(images, list) and images and all(_is_float(image) for image in images):
             images = torch.stack(images)
         if not _is_float(images):
-            found = given_images(images)
+            found = gathered(images)
             if not found:
                 raise ValueError("no images were given")
             return found
@@ -374,8 +373,7 @@ class Predictor:
                 yield CutBatch(np.arange(start, start + len(part)), np.empty(0, np.uint8), []), ready
             return
         threads = available_cores() if workers is None else _at_least_one("workers", workers)
-        reading = ReadingTransform.over(self.transform)
-        for batch in cut_batches(images, reading, batch_size, threads):
+        for batch in cut_batches(images, self.transform, batch_size, threads):
             pixels = upload(torch.from_numpy(batch.pixels), self.device).permute(0, 3, 1, 2)
             yield batch, self.transform.normalise(pixels)
 
@@ -409,11 +407,6 @@ def _on_host(results: Iterable[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
         waiting = result
     if waiting is not None:
         yield [part.cpu() for part in waiting]
-
-
-def _source(images: Tensor | list[Any], position: int) -> str | None:
-    """What to call an image; None for pixels and bytes, which have their position."""
-    return None if isinstance(images, Tensor) else image_name(images[position])
 
 
 def _at_least_one(what: str, number: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,22 @@ from loaders.order.crop import CropSpec
 from loaders.sources.decode import read_image_file
 from loaders.stored.as_stored import Storage, cut, cut_jpegs, pillow_pixels
 
-ReadableImage = Path | Image.Image | np.ndarray
 JPEG_BYTES = 8 << 20  # of JPEG files that are collected before they are decoded
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that is read when its batch is.
+
+    name: what to call it; None has its position.
+    read: gives the bytes of its file, or pixels uint8 (H, W, 3); ValueError with the reason when it cannot be read.
+    """
+
+    name: str | None
+    read: Callable[[], bytes | np.ndarray]
+
+
+ReadableImage = Path | Image.Image | np.ndarray | StoredImage
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class EvaluationTransform:
         jpegs: list[tuple[int, bytes, tuple[int, int]]] = []
         for place, image in enumerate(images):
             try:
-                given = read_image_file(image) if isinstance(image, Path) else image
+                given = _read(image)
                 size = self.storage.kept_size(given) if compiled and isinstance(given, bytes) else None
                 if isinstance(given, bytes) and size is not None:
                     jpegs.append((place, given, size))
@@ -111,6 +125,13 @@ class EvaluationTransform:
         if isinstance(image, bytes):
             return self.storage.pixels(image)
         return self.storage.scaled(pillow_pixels(image) if isinstance(image, Image.Image) else _rgb(image))
+
+
+def _read(image: ReadableImage) -> bytes | Image.Image | np.ndarray:
+    """The bytes of a file, or the image or pixels as they are; ValueError with the reason when it cannot be read."""
+    if isinstance(image, StoredImage):
+        return image.read()
+    return read_image_file(image) if isinstance(image, Path) else image
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
