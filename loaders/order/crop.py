@@ -113,6 +113,8 @@ def random_resized_boxes(
 
     pending = np.arange(count, dtype=np.int32)
     for attempt in range(ATTEMPTS):
+        if not len(pending):
+            break
         left = []
         for part, (of_area, of_shape, place_y, place_x) in draws(attempt, pending):
             height, width = sides(part)
@@ -126,7 +128,7 @@ def random_resized_boxes(
             across = np.floor(place_x * (width - w + 1)).astype(np.int64)
             boxes[part[fits]] = np.stack([top, across, h, w], axis=1)[fits]
             left.append(part[~fits])
-        pending = np.concatenate([pending[:0], *left])
+        pending = np.concatenate(left)
     boxes[pending] = _fallback_boxes(*sides(pending), aspect)
     return boxes
 
