@@ -53,12 +53,15 @@ def main(arguments: list[str] | None = None, prog: str = SCRIPT) -> int:
             check(words.recipe, words.overrides)
             return 0
         # Imported late: a mistake on the command line answers before torch has loaded.
-        from fastlt.run.processes import connect
+        from fastlt.run.processes import find
 
-        processes = connect()
+        processes = find()
     except ValueError as error:
         print_error(error)
         return 2
+    except ConnectionError as error:
+        print_error(error)
+        return 1
     try:
         train(words.recipe, words.overrides)
     except BaseException as error:

@@ -20,7 +20,7 @@ from fastlt.device.random_states import random_states, restore_random_states
 from fastlt.run.lock import unlock_folder
 from fastlt.run.log import result_table
 from fastlt.run.preflight import prepare, read_recipe
-from fastlt.run.processes import connect
+from fastlt.run.processes import find
 from fastlt.run.result import recorded_result
 from fastlt.run.stopping import Interrupted, StoppingInside
 from fastlt.run.trainer import Trainer
@@ -65,7 +65,7 @@ def fit(recipe: str | Path, *overrides: str) -> FinishedRun:
 
 
 def _fit(recipe: str | Path, overrides: tuple[str, ...]) -> FinishedRun:
-    processes = connect()
+    processes = find()
     try:
         return _fit_here(recipe, overrides)
     except BaseException as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,10 +11,12 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
+from accelerate.utils.environment import get_cpu_distributed_information
 from tqdm import tqdm
 
 from fastlt.device.peers import Failure, Peers, is_broken_connection
 from fastlt.device.placement import Placement, core_share, node_ranks
+from fastlt.device.rendezvous import find_processes
 from fastlt.error_message import print_error
 
 # How Slurm's srun and MPI tell a process how many it has started; they start them without telling torch.
@@ -35,12 +36,14 @@ class Ended(Exception):  # noqa: N818  (not always an error)
 class Processes:
     """The processes of a run, as process `rank` sees them.
 
-    placements: of each, by rank. peers: by which they learn of each other's failures; None where there is only one.
+    placements: of each, by rank. peers: by which they learn of each other's failures. store: by which torch.distributed
+    connects them. Both are None where there is only one.
     """
 
     rank: int
     placements: tuple[Placement, ...]
-    peers: Peers | None
+    peers: Peers | None = None
+    store: dist.Store | None = None
 
     @cached_property
     def on_node(self) -> list[int]:
@@ -80,7 +83,7 @@ class Processes:
                 tqdm.write(str(error))
             elif not error.said and self.first_of_node:
                 print_error(error)
-            if self.peers is not None:
+            if dist.is_initialized():
                 dist.destroy_process_group()  # its threads would be ended by force with the process, which can abort it
             return error.code
         assert self.peers is not None
@@ -106,23 +109,35 @@ def _text_of(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
 
+def find() -> Processes:
+    """Find the processes that a launcher has started with this one, and learn of their failures from now on.
+
+    ConnectionError when one of them does not come.
+    """
+    global _connected
+    if _connected is None:
+        started = get_cpu_distributed_information()  # not of CPUs alone: it knows the variables of all launchers
+        if started.world_size == 1 or "MASTER_ADDR" not in os.environ:
+            return Processes(0, (Placement.here(),))
+        os.environ.setdefault("MASTER_PORT", "29500")  # as Accelerate does
+        start = find_processes(started.rank, started.world_size, Placement.here())
+        peers = Peers(started.rank, start.placements, run=start.name)
+        _connected = Processes(started.rank, start.placements, peers, start.store)
+    return _connected
+
+
 def connect() -> Processes:
-    """Connect the processes that a launcher has started; one that was started alone has nobody to connect to.
+    """`find`, and let torch.distributed connect the processes.
 
     ValueError when Accelerate sees another number of processes than were started: each would train by itself.
     """
-    global _connected
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    found = find()
+    others = (
+        {} if found.store is None else {"store": found.store, "rank": found.rank, "world_size": len(found.placements)}
+    )
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **others)
     check_all_seen(state.num_processes)
-    if state.num_processes == 1:
-        return Processes(0, (Placement.here(),), None)
-    if _connected is None:
-        found: list = [None] * state.num_processes
-        dist.all_gather_object(found, (Placement.here(), uuid.uuid4().hex))
-        placements = tuple(placement for placement, _ in found)
-        peers = Peers(state.process_index, placements, run=found[0][1])
-        _connected = Processes(state.process_index, placements, peers)
-    return _connected
+    return found
 
 
 def check_all_seen(seen: int) -> None:

@@ -1,7 +1,8 @@
 """One process of a training that several machines share: `node_process.py FAULT RECIPE [WORDS]`.
 
-FAULT: what happens to process 1 at its first validation. "none"; "error", which nobody expects; "kill"; or "kill once",
-which leaves a file `killed` by which the next start knows.
+FAULT: what happens to process 1 at its first validation. "none"; "error", which nobody expects; "kill"; "kill once"; or
+"absent once", when it does not come at the first start, and the others wait for 15 s. "once" leaves a file by which
+the next start knows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from fastlt.device import rendezvous
 from fastlt.run.trainer import Trainer
 from fastlt.train import main
 
@@ -19,21 +23,29 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_once() -> None:
-    if not Path("killed").exists():
-        Path("killed").touch()
-        kill()
+def once(fault: Callable[[], None]) -> None:
+    if not Path("failed").exists():
+        Path("failed").touch()
+        fault()
 
 
 def error() -> None:
     raise KeyError("made up")
 
 
-FAULTS = {"error": error, "kill": kill, "kill once": kill_once}
+def sleep() -> None:
+    time.sleep(600)
+
+
+FAULTS = {"error": error, "kill": kill, "kill once": lambda: once(kill)}
 
 
 def train(fault: str, *words: str) -> int:
-    if fault != "none" and os.environ["RANK"] == "1":
+    if fault == "absent once":
+        rendezvous.FIND_S = 15.0
+        if os.environ["RANK"] == "1":
+            once(sleep)
+    elif fault != "none" and os.environ["RANK"] == "1":
         validate = Trainer._validate
 
         def faulty(*arguments):

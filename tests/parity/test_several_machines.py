@@ -146,12 +146,24 @@ def test_a_process_that_is_killed_is_named(folders):
 
 
 @pytest.mark.slow
-def test_processes_are_started_again(folders):
-    """On one machine: the launchers of several may count restarts differently, and torch's connection then waits."""
-    with Machines(folders[:1], per_node=2) as machines:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_processes_are_started_again(folders, nodes):
+    """By their launcher, or by two that have to agree."""
+    with Machines(folders[:nodes], per_node=3 - nodes) as machines:
         machines.launch("mine.yaml", fault="kill once", options=["--max-restarts", "2"])
-        ends = machines.ends(150)
-    assert [code for code, *_ in ends] == [0], ends
+        ends = machines.ends(200)
+    assert {code for code, *_ in ends} == {0}, ends
+    assert (folders[nodes - 1] / "failed").exists()
+    assert (folders[0] / "runs" / "mine" / "result.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_start_of_which_one_process_does_not_come_is_tried_again(folders):
+    with Machines(folders[:1], per_node=2) as machines:
+        machines.launch("mine.yaml", fault="absent once", options=["--max-restarts", "2"])
+        ((code, _, told),) = machines.ends(200)
+    assert code == 0, told
+    assert "process 1 has not come within 15 s" in told
     assert (folders[0] / "runs" / "mine" / "result.json").is_file()
 
 
