@@ -1,8 +1,8 @@
 """Compiling a step: which of its functions are compiled, how that is tried, and what happens where it does not work.
 
 With `compile: inductor` a step asks for `parts.compiler(function)` once, when it is made, and calls what it gets. With
-`compile: cudagraph` whole iterations are captured and replayed, see `fastlt.device.replay`. With `compile: none`
-nothing is different from ordinary Python.
+`compile: cudagraph`, and on a CPU with `compile: replay`, whole iterations are captured and replayed, see
+`fastlt.device.replay`. With `compile: none` nothing is different from ordinary Python.
 """
 
 from __future__ import annotations
@@ -17,27 +17,41 @@ from torch import Tensor
 
 from fastlt.device.distributed import Reducer
 from fastlt.device.random_states import random_states, restore_random_states
+from fastlt.device.recorded_operations import CpuCapture
 from fastlt.device.replay import Capture, CudaCapture, GraphedStep, ReplayedParts, ReplayedStep
 from fastlt.state import Batch, StepOutput
 
-MODES = ("none", "inductor", "cudagraph")
+MODES = ("none", "inductor", "cudagraph", "replay")
 # Weights from which Adam is fused: those of Difficulty-Net for 1,450 classes.
 FUSED_FROM = 2**23
 
 
-def mode_for(asked: str, device: torch.device, processes: int) -> str:
-    """What a recipe's `compile` is on a device: `auto` captures iterations where it can, and else compiles nothing."""
+def mode_for(asked: str, device: torch.device, processes: int, *, on_features: bool = False) -> str:
+    """What a recipe's `compile` is on a device: `auto` captures iterations where that pays, and else compiles nothing.
+
+    on_features: whether a head is trained on features. On a CPU, Python takes most of the time of such an iteration,
+    and little of that of a network on images.
+    """
     if asked != "auto":
         return asked
-    return "cudagraph" if device.type == "cuda" and processes == 1 else "none"
+    if processes > 1:
+        return "none"
+    if device.type == "cuda":
+        return "cudagraph"
+    return "replay" if on_features else "none"
+
+
+def is_captured(mode: str) -> bool:
+    """Whether whole iterations are captured in a mode, so that what changes between them has to stand in tensors."""
+    return mode in ("cudagraph", "replay")
 
 
 class Compiler:
     """Compiles functions of a step's arithmetic, all of them or, after `give_up`, none.
 
     active: whether anything is compiled.
-    mode: "none"; "inductor" for torch.compile's default backend with the shapes of the first batch; "cudagraph", which
-        leaves functions as they are.
+    mode: "none"; "inductor" for torch.compile's default backend with the shapes of the first batch; "cudagraph" and
+        "replay", which leave functions as they are.
     """
 
     def __init__(self, mode: str = "none") -> None:
@@ -50,6 +64,11 @@ class Compiler:
             # One forward is gone backward through twice: the first time must not overwrite what it saved. Of the
             # process, not of this compiler: the backward pass is compiled when it is first run, wherever that is.
             functorch_config.donated_buffer = False
+
+    @property
+    def captures(self) -> bool:
+        """Whether whole iterations are captured, unless that was given up."""
+        return is_captured(self.mode)
 
     @property
     def traces(self) -> bool:
@@ -96,7 +115,7 @@ class CompilableStep(ReplayedStep, Protocol):
 
 def make_sgd(groups: list[dict[str, Any]], mode: str, lr: float, device: torch.device, **options: Any):
     """torch.optim.SGD, with learning rates on `device` where a captured iteration is to read them there."""
-    if mode != "cudagraph":
+    if not is_captured(mode):
         return torch.optim.SGD(groups, lr=lr, foreach=True, **options)
     # A tensor for each group: the optimizer would share one among them.
     groups = [{**group, "lr": torch.tensor(lr, device=device)} for group in groups]
@@ -131,7 +150,7 @@ def adam_options(mode: str, device: torch.device, weights: int = 0) -> dict[str,
 
     weights: how many it moves. Of many, the fused one goes through memory once, and rounds otherwise in the last bit.
     """
-    if mode == "cudagraph":
+    if is_captured(mode):
         return {"fused": True, "capturable": device.type == "cuda"}
     return {"fused": True} if weights >= FUSED_FROM else {"foreach": True}
 
@@ -162,19 +181,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 entry["step"] = entry["step"].cpu()
 
 
+CAPTURES: dict[str, Callable[[], Capture]] = {"cudagraph": CudaCapture, "replay": CpuCapture}
+
+
 def ready(
     step: CompilableStep, batch: Batch, meta_batch: Batch | None, capture: Capture | None = None
 ) -> tuple[Callable[[Batch, Batch | None], StepOutput], str | None]:
     """What takes the iterations of `step` as its compiler says, and None or why it is the step itself, uncompiled.
 
     batch, meta_batch: of the shapes that training has. Everything is tried with them and
-    taken back: what the step owns and the default generators are afterwards as they were, bit for bit. capture:
-    `CudaCapture()` unless given.
+    taken back: what the step owns and the default generators are afterwards as they were, bit for bit. capture: that of
+    the mode unless given.
     """
     compiler = step.parts.compiler
     if not compiler.active:
         return step, None
-    reason = step.why_not_compiled() or (why_no_graph(step, capture) if compiler.mode == "cudagraph" else None)
+    reason = step.why_not_compiled() or (why_no_graph(step, capture) if compiler.captures else None)
     if reason is not None:
         compiler.give_up()
         return step, reason
@@ -186,14 +208,15 @@ def ready(
         if compiler.mode == "inductor":
             return step, None
         give_optimizers_state(before, step.state_dict())
-        GraphedStep(step, batch, meta_batch, capture or CudaCapture())(batch, meta_batch)
+        make_capture = CAPTURES[compiler.mode]
+        GraphedStep(step, batch, meta_batch, capture or make_capture())(batch, meta_batch)
         # Another one, since the optimizers' state is about to be put into new memory; and a pool of its own, since
         # nothing can be captured into one whose graphs are all gone.
-        return GraphedStep(step, batch, meta_batch, capture or CudaCapture()), None
+        return GraphedStep(step, batch, meta_batch, capture or make_capture()), None
     except Exception as error:
         compiler.give_up()
         for augment in (step.parts.augment, step.parts.meta_augment):
-            if compiler.mode == "cudagraph" and augment is not None:
+            if compiler.captures and augment is not None:
                 augment.release()
         lines = str(error).strip().splitlines() or ["no message"]
         return step, f"{type(error).__name__}: {lines[0]}"
@@ -204,8 +227,11 @@ def ready(
 
 def why_no_graph(step: CompilableStep, capture: Capture | None) -> str | None:
     """Why the iterations of `step` cannot be captured, None when they can."""
-    if capture is None and step.parameters[0].device.type != "cuda":
+    device = step.parameters[0].device.type
+    if capture is None and step.parts.compiler.mode == "cudagraph" and device != "cuda":
         return "CUDA graphs need a CUDA device"
+    if capture is None and step.parts.compiler.mode == "replay" and device != "cpu":
+        return "iterations are replayed on a CPU; a CUDA device has compile: cudagraph for that"
     if step.reducer.world_size > 1:
         return "with several processes an iteration waits for the others, which is not captured"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 
-from fastlt.device.compiled import capturable, capturable_options, make_sgd
+from fastlt.device.compiled import capturable, capturable_options, is_captured, make_sgd
 from fastlt.names import pick, shortened, unknown
 
 # Of another package, with a Hessian of their own, or other names of SGD, whose momentum and nesterov are keys.
@@ -109,7 +109,7 @@ def make_optimizer(
         own = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         return make_sgd(groups, mode, lr, device, **own, **more)
     kind = optimizer_class(name)
-    if mode == "cudagraph" and capturable(kind):
+    if is_captured(mode) and capturable(kind):
         # A tensor for each group: the optimizer would share one among them.
         groups = [{**group, "lr": torch.tensor(lr, device=device)} for group in groups]
         more |= capturable_options(kind, device)

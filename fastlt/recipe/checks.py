@@ -267,7 +267,7 @@ def stages(recipe: Recipe) -> Iterator[str]:
 
 
 def machine(recipe: Recipe) -> Iterator[str]:
-    if recipe.sync_batch_norm and recipe.compile in ("inductor", "cudagraph"):
+    if recipe.sync_batch_norm and recipe.compile in ("inductor", "cudagraph", "replay"):
         yield f"compile: is {recipe.compile!r} with sync_batch_norm, whose exchange cannot be; choose one"
 
 

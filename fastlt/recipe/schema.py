@@ -390,9 +390,10 @@ class Recipe:
     name: of the run, and of its folder.
     seed: of everything that is drawn at random.
     precision: fp32, or bf16, which runs the network in bfloat16 where that is safe.
-    compile: inductor takes the passes of a step through torch.compile, cudagraph captures whole iterations on a CUDA
-        device; where the method or the machine does not allow that, the stage says why and is not compiled. auto is
-        cudagraph on a CUDA device that one process trains on, and none elsewhere.
+    compile: inductor takes the passes of a step through torch.compile. cudagraph captures whole iterations on a CUDA
+        device; replay lists the operations of an iteration on a CPU, and repeats them without the Python around them.
+        Where the method or the machine does not allow that, the stage says why and is not compiled. With one process
+        auto is cudagraph on a CUDA device, and replay for a head on features; it is none elsewhere.
     channels_last: whether images and weights are in channels_last memory.
     sync_batch_norm: with several processes, BatchNorm normalises with the batches of all of them instead of its own.
     reduce_precision: of the gradients that several processes send each other; bf16 halves what is sent, and rounds each
@@ -414,7 +415,7 @@ class Recipe:
     stages: dict[str, StageRecipe]
     seed: int = field(default=0, metadata=within(0, LARGEST_SEED))
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: Literal["auto", "none", "inductor", "cudagraph"] = "auto"
+    compile: Literal["auto", "none", "inductor", "cudagraph", "replay"] = "auto"
     channels_last: bool = True
     sync_batch_norm: bool = False
     reduce_precision: Literal["fp32", "bf16"] = "fp32"

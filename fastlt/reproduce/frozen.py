@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fastlt.device.compiled import ready
 from fastlt.models.head_init import init_head
 from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.names import pick
@@ -183,10 +184,13 @@ def _train(stage: Stage, evaluation: Evaluation) -> list[float] | None:
     step.train_mode()
     batches = endless(loaders.train, 0)
     meta_batches = None if loaders.meta is None else endless(loaders.meta, 0)
-    output, best, best_state = None, -1.0, None
+    iterate, output, best, best_state = None, None, -1.0, None
     for iteration in range(stage.iterations):
+        batch, meta_batch = next(batches), None if meta_batches is None else next(meta_batches)
         stage.begin(iteration)
-        output = step(next(batches), None if meta_batches is None else next(meta_batches))
+        if iterate is None:
+            iterate, _ = ready(step, batch, meta_batch)
+        output = iterate(batch, meta_batch)
         stage.end(iteration + 1)
         if stage.recipe.select == "best" and (iteration + 1) % stage.evaluate_every == 0:
             accuracy = evaluation.evaluate(step.model, "meta")["top1"]

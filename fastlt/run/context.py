@@ -31,7 +31,7 @@ class RunContext:
     """A recipe, and the machines and the data set on which the processes train it.
 
     processes: where they are, and what they know of each other.
-    compile: the recipe's `compile` on this device: "none", "inductor" or "cudagraph".
+    compile: the recipe's `compile` on this device: "none", "inductor", "cudagraph" or "replay".
     counts: of the training split, with the recipe's shots.
     inputs: which images and weights these are.
     features: of a frozen backbone, on which the run trains in the place of images; None where it trains on images.
@@ -115,7 +115,7 @@ def make_context(recipe: Recipe, accelerator: Accelerator) -> RunContext:
         processes=processes,
         device=device,
         reducer=reducer,
-        compile=mode_for(recipe.compile, device, reducer.world_size),
+        compile=mode_for(recipe.compile, device, reducer.world_size, on_features=recipe.data.cached_views is not None),
         dataset=dataset,
         counts=dataset.class_counts(recipe.data.shots),
         inputs=inputs,

@@ -253,7 +253,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     def why_not_compiled(self) -> str | None:
         """Why `parts.compiler` cannot serve this step, None when it can."""
-        if self.parts.compiler.mode == "cudagraph" and not capturable(type(self.optimizer)):
+        if self.parts.compiler.captures and not capturable(type(self.optimizer)):
             return f"{type(self.optimizer).__name__} counts its steps in Python, which is not captured"
         return None if self.allows.compilation else "the method has passes of its own, which are not compiled"
 

@@ -522,7 +522,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         return [*super().advice(), *([] if holes is None else [f"options.lean: {holes}"])]
 
     def why_not_compiled(self) -> str | None:
-        if self.parts.compiler.mode == "cudagraph" and self.options.approximate.every > 1:
+        if self.parts.compiler.captures and self.options.approximate.every > 1:
             return "approximate.every makes iterations that are not alike; choose one of the two"
         return super().why_not_compiled()
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastlt.augment import build_augment
 from fastlt.device import compiled
 from fastlt.device.compiled import Compiler, load_optimizer, mode_for, ready
+from fastlt.device.recorded_operations import CpuCapture
 from fastlt.device.replay import CudaCapture
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
@@ -141,48 +140,29 @@ def test_a_compiler_that_fails_is_given_up_with_its_reason_and_without_a_trace(m
     assert torch.isfinite(step(*batches(0)).loss)
 
 
-class Recorded(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: the operations of a function with the tensors they had, for another run.
+class Captured(CpuCapture):
+    """Counts what it captures."""
 
-    Numbers that came from the host stay as they were, results go where they went, and what would wait for the device is
-    an error.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
-        output = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, output))
-        return output
-
-    def replay(self):
-        with torch._C._AutoDispatchBelowAutograd():
-            for function, args, kwargs, output in self.calls:
-                again = function(*args, **kwargs)
-                for old, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-
-class Captured:
-    """`Capture` on a CPU. As on a GPU, nothing has been computed by capturing: the state is put back."""
-
-    def __init__(self, step):
-        self.step, self.graphs = step, 0
+    graphs = 0
 
     def __call__(self, function):
         self.graphs += 1
-        live = [t for _, t in tensors(self.step.state_dict())]
-        before = [t.clone() for t in live]
-        recorded = Recorded()
-        with recorded:
-            result = function()
-        for tensor, old in zip(live, before, strict=True):
-            tensor.copy_(old)
-        return recorded.replay, result
+        return super().__call__(function)
+
+
+class CalledAgain:
+    """Runs the Python of an iteration where a capture would repeat its operations."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, function):
+        def replay():
+            counters = self.step.counters()
+            function()
+            self.step.set_counters(counters)
+
+        return replay, None
 
 
 GRAPHED = {
@@ -211,15 +191,14 @@ def test_every_method_that_allows_compilation_is_replayed():
     assert not missing, f"add a case to GRAPHED for {', '.join(missing)}"
 
 
-def assert_replayed_as_stepped(case, device, make_capture):
-    """Eight iterations of a graphed step beside those of an ordinary one; returns what captured."""
+def assert_replayed_as_stepped(case, device, capture=None):
+    """Eight iterations of a graphed step beside those of an ordinary one; returns how many were captured."""
     method, refresh, options, _ = GRAPHED[case]
     plain = make_step(method, Compiler(), refresh=refresh, device=device, **options)
     graphed = make_step(method, Compiler("cudagraph"), refresh=refresh, device=device, **options)
     for augment in (plain.parts.augment, plain.parts.meta_augment):
         augment.static = True  # so that both draw the same
     before, random = copy.deepcopy(graphed.state_dict()), torch.get_rng_state()
-    capture = make_capture(graphed)
     iterate, reason = ready(graphed, *batches(0, device), capture)
     assert reason is None
     assert torch.equal(random, torch.get_rng_state())
@@ -246,13 +225,33 @@ def assert_replayed_as_stepped(case, device, make_capture):
 
 @pytest.mark.parametrize("case", GRAPHED)
 def test_replayed_iterations_are_those_of_the_step(case):
-    assert assert_replayed_as_stepped(case, "cpu", Captured) == GRAPHED[case][-1]
+    assert assert_replayed_as_stepped(case, "cpu", Captured()) == GRAPHED[case][-1]
+
+
+@pytest.mark.parametrize("case", GRAPHED)
+def test_recorded_operations_compute_bit_for_bit_what_the_step_does(case):
+    method, refresh, options, _ = GRAPHED[case]
+    states = []
+    for capture in (CalledAgain, CpuCapture):
+        step = make_step(method, Compiler("replay"), refresh=refresh, **options)
+        for augment in (step.parts.augment, step.parts.meta_augment):
+            augment.static = True  # as a captured iteration draws
+        iterate, reason = ready(step, *batches(0), capture(step) if capture is CalledAgain else capture())
+        assert reason is None
+        for iteration in range(8):
+            if iteration % 4 == 0:
+                step.start_epoch(iteration // 4)
+            step.optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + iteration))
+            iterate(*batches(iteration))
+        states.append(step.state_dict())
+    for (name, one), (_, other) in zip(*map(tensors, states), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GRAPHED)
 def test_cuda_graphs_replay_the_iterations_of_the_step(case):
-    assert_replayed_as_stepped(case, "cuda", lambda step: None)
+    assert_replayed_as_stepped(case, "cuda")
 
 
 def test_a_graph_that_cannot_be_captured_says_why_and_the_step_draws_for_itself_again():
@@ -304,10 +303,10 @@ def test_each_round_of_graphs_has_a_pool_of_its_own(monkeypatch):
     made = []
 
     def capture():
-        made.append(Captured(step))
+        made.append(Captured())
         return made[-1]
 
-    monkeypatch.setattr(compiled, "CudaCapture", capture)
+    monkeypatch.setitem(compiled.CAPTURES, "cudagraph", capture)
     monkeypatch.setattr(compiled, "why_no_graph", lambda step, capture: None)
     step = make_step("plain", Compiler("cudagraph"))
     iterate, reason = ready(step, *batches(0))
@@ -320,12 +319,12 @@ def test_what_cannot_be_a_graph_is_told_before_anything_is_tried():
     step = make_step("plain", Compiler("cudagraph"))
     assert ready(step, *batches(0)) == (step, "CUDA graphs need a CUDA device")
     step = make_step("difficulty", Compiler("cudagraph"), approximate=Approximation(every=2))
-    assert "not alike" in ready(step, *batches(0), Captured(step))[1]
+    assert "not alike" in ready(step, *batches(0), Captured())[1]
 
 
 def test_an_optimizer_that_counts_in_python_is_not_captured():
     step = make_step("plain", Compiler("cudagraph"), optimizer="lamb")
-    assert ready(step, *batches(0), Captured(step))[1] == "Lamb counts its steps in Python, which is not captured"
+    assert ready(step, *batches(0), Captured())[1] == "Lamb counts its steps in Python, which is not captured"
 
 
 def test_a_run_says_what_it_compiled_and_ends_as_without(digits_words, capsys, monkeypatch):
@@ -353,6 +352,7 @@ def test_a_run_says_what_it_compiled_and_ends_as_without(digits_words, capsys, m
     ("auto", "cuda", 1, "cudagraph"),
     ("auto", "cuda", 2, "none"),
     ("auto", "cpu", 1, "none"),
+    ("replay", "cpu", 1, "replay"),
     ("inductor", "cuda", 1, "inductor"),
     ("none", "cuda", 1, "none"),
 ])  # fmt: skip
@@ -360,7 +360,16 @@ def test_auto_captures_where_iterations_can_be_captured(asked, device, processes
     assert mode_for(asked, torch.device(device), processes) == mode
 
 
-@pytest.mark.parametrize("modes", [("none", "cudagraph"), ("cudagraph", "none"), ("none", "none")])
+@pytest.mark.parametrize(("device", "processes", "mode"), [
+    ("cpu", 1, "replay"),
+    ("cpu", 2, "none"),
+    ("cuda", 1, "cudagraph"),
+])  # fmt: skip
+def test_auto_replays_the_operations_of_heads_on_features(device, processes, mode):
+    assert mode_for("auto", torch.device(device), processes, on_features=True) == mode
+
+
+@pytest.mark.parametrize("modes", [("none", "cudagraph"), ("cudagraph", "none"), ("replay", "none"), ("none", "none")])
 def test_a_run_goes_on_with_another_implementation_of_its_optimizers(modes):
     steps = [make_step("difficulty", Compiler(mode)) for mode in modes]
     before, after = steps
