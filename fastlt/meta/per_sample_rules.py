@@ -269,6 +269,8 @@ def keep_scale_and_shift(
 
 def _sum_of_places(values: Tensor) -> Tensor:
     """(b, n, channels) to (b, channels), in float32 at least."""
+    if values.shape[1] == 1:
+        return values[:, 0].to(_wide(values.dtype))
     if values.device.type == "cpu" and values.dtype == _wide(values.dtype):
         # A product with ones takes a third of the time of a sum over an axis that is not the last one.
         return torch.matmul(values.new_ones(1, values.shape[1]), values)[:, 0]
