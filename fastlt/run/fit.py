@@ -50,7 +50,7 @@ def fit(recipe: str | Path, *overrides: str) -> FinishedRun:
     finite any more, ReaderError, a RuntimeError, for images that cannot be read on. A signal, such as a notebook's
     interrupt, lets the iteration finish and a checkpoint be saved, and is then raised anew: Ctrl-C is a
     KeyboardInterrupt. The same call goes on from there. Of several processes that a launcher has started, an error of
-    one is raised in that one, and ends the others with its message.
+    one is raised in that one, and ends the others with its message; ConnectionError when one of them does not come.
     """
     if not _one_at_a_time.acquire(blocking=False):
         raise ValueError("another run is being trained in this process: wait for its end, or start a process for it")

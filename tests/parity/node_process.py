@@ -1,8 +1,8 @@
 """One process of a training that several machines share: `node_process.py FAULT RECIPE [WORDS]`.
 
-FAULT: what happens to process 1 at its first validation. "none"; "error", which nobody expects; "kill"; "kill once"; or
-"absent once", when it does not come at the first start, and the others wait for 15 s. "once" leaves a file by which
-the next start knows.
+FAULT: what happens to process 1 at its first validation. "none"; "error", which nobody expects; "kill"; "kill once";
+"lose once", a kill of its launcher, too; or "absent once", when it does not come at the first start, for which the
+others wait 15 s. "once" leaves a file by which the next start knows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def lose() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    kill()
+
+
 def once(fault: Callable[[], None]) -> None:
     if not Path("failed").exists():
         Path("failed").touch()
@@ -37,7 +42,7 @@ def sleep() -> None:
     time.sleep(600)
 
 
-FAULTS = {"error": error, "kill": kill, "kill once": lambda: once(kill)}
+FAULTS = {"error": error, "kill": kill, "kill once": lambda: once(kill), "lose once": lambda: once(lose)}
 
 
 def train(fault: str, *words: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from machines import Machines
+from machines import Machines, free_port
 from test_processes import assert_same, comparable
 
 from fastlt.models import build_model
@@ -164,6 +164,27 @@ def test_a_start_of_which_one_process_does_not_come_is_tried_again(folders):
         ((code, _, told),) = machines.ends(200)
     assert code == 0, told
     assert "process 1 has not come within 15 s" in told
+    assert (folders[0] / "runs" / "mine" / "result.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_machine_that_was_lost_is_replaced(folders, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    port = free_port()
+
+    def launch(machines, node):
+        holds_endpoint = ["--rdzv_conf", f"is_host={int(node == 0)}"]
+        machines.launch_node(
+            node, port, "mine.yaml", fault="lose once", options=["--max-restarts", "2", *holds_endpoint]
+        )
+
+    with Machines(folders) as machines:
+        launch(machines, 0)
+        launch(machines, 1)
+        machines.started[1].wait(150)
+        launch(machines, 1)
+        (code, _, told), (lost, _, _), (new_code, _, new_told) = machines.ends(150)
+    assert (code, lost, new_code) == (0, -signal.SIGKILL, 0), told + new_told
     assert (folders[0] / "runs" / "mine" / "result.json").is_file()
 
 
