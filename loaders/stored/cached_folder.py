@@ -6,7 +6,8 @@ Processes share the cache, those of one run and of others:
     cache/DATASET/manifest.json       DATASET is `fastlt-` and the manifest's checksum: another data set at the same URL
                                       has a folder of its own
     cache/DATASET/dali/NAME.tar       whole and checked; locked, shared, by each process that uses it
-    cache/DATASET/dali/NAME.tar.SIZE.part    locked by the process that fetches it
+    cache/DATASET/dali/NAME.tar.SIZE.lock    locked by the process that fetches it
+    cache/DATASET/dali/NAME.tar.part         what has come of it; libraries remove and replace it as they like
     cache/DATASET/dali/NAME.tar.failed       why it could not be fetched, for those who waited for that
 
 The least recently used files make room for others, but none that is locked. Of a killed process the kernel releases the
@@ -75,14 +76,14 @@ class CachedFolder:
         `RemoteFolder.fetch`, NoRoomError when there is no room for it.
         """
         entry, target, since = self.files[name], self.root / name, time.time()
-        part = target.with_name(f"{target.name}.{entry.bytes}{PART}")
+        locked, part = target.with_name(f"{target.name}.{entry.bytes}{LOCK}"), _part(target)
         size, grown = -1, since
         while True:
             try:
                 held = self._present(target, entry)
                 if held is not None:
                     return held
-                lock = file_lock.open_locked(part, POLL_S)
+                lock = file_lock.open_locked(locked, POLL_S)
             except OSError as error:
                 raise self._not_written(name, error) from None
             if lock is None:
@@ -99,6 +100,7 @@ class CachedFolder:
                     _raise_failure(target, since)
                     self._fetch(name, target, part)
             finally:
+                locked.unlink(missing_ok=True)
                 os.close(lock)
 
     def hold_all(self, names: Iterable[str], progress: bool) -> list[BufferedReader]:
@@ -142,7 +144,7 @@ class CachedFolder:
         return file
 
     def _fetch(self, name: str, target: Path, part: Path) -> None:
-        """Fetch a file to `part`, which is locked, and rename it."""
+        """Fetch a file to `part`, which nobody else does meanwhile, and rename it."""
         entry, failed = self.files[name], target.with_name(target.name + FAILED)
         try:
             self._make_room(name)
@@ -184,17 +186,17 @@ class CachedFolder:
     def _make_room(self, name: str) -> None:
         """Remove files until the cache keeps its limit and the disk has room for all that is being fetched.
 
-        The file `name` is counted by its part, which is there already.
+        The file `name` is counted by its lock, which is there already.
         """
         cache = self.root.parent
         with _room_lock(cache):
             used, coming, files = 0, 0, []
             for path, status in _entries(cache):
-                if path.suffix == PART and not _abandoned(path):
+                if path.suffix == LOCK and not _abandoned(path):
                     reserved = int(path.suffixes[-2][1:])
                     used += reserved
-                    coming += reserved - min(reserved, 512 * status.st_blocks)
-                elif path.suffix not in (PART, FAILED):
+                    coming += reserved - min(reserved, _on_disk(_part(_of_lock(path))))
+                elif path.suffix not in (LOCK, PART, FAILED):
                     used += status.st_size
                     files.append((status.st_atime_ns, status.st_size, path))
             over_limit, over_disk = used - self.limit_bytes, coming - shutil.disk_usage(cache).free
@@ -243,6 +245,16 @@ def _entries(cache: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 yield path, path.stat()
 
 
+def _part(target: Path) -> Path:
+    """Where a file is fetched to."""
+    return target.with_name(target.name + PART)
+
+
+def _of_lock(path: Path) -> Path:
+    """The file that is fetched by the process that has `path` locked, NAME.SIZE.lock."""
+    return path.with_suffix("").with_suffix("")
+
+
 def _size(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     try:
@@ -251,13 +263,21 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _abandoned(part: Path) -> bool:
-    """Whether nobody fetches to this part any more; it is removed then."""
-    return _remove_unused(part)
+def _on_disk(path: Path) -> int:
+    """Bytes that a file takes of its disk; 0 where there is none."""
+    try:
+        return 512 * path.stat().st_blocks
+    except FileNotFoundError:
+        return 0
 
 
-def _remove_unused(path: Path) -> bool:
-    """Remove a file that no process has locked; whether it is gone."""
+def _abandoned(lock: Path) -> bool:
+    """Whether nobody fetches the file of this lock any more; what has come of it is removed then."""
+    return _remove_unused(lock, _part(_of_lock(lock)))
+
+
+def _remove_unused(path: Path, *others: Path) -> bool:
+    """Remove a file that no process has locked, and before it `others`; whether they are gone."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -265,9 +285,10 @@ def _remove_unused(path: Path) -> bool:
     except OSError:
         return False  # another user's
     try:
-        if not file_lock.take(descriptor, path):
+        if not (file_lock.take(descriptor, path) and file_lock.is_at(descriptor, path)):
             return False
-        path.unlink(missing_ok=True)
+        for gone in (*others, path):
+            gone.unlink(missing_ok=True)
         return True
     finally:
         os.close(descriptor)

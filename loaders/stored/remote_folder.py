@@ -1,13 +1,15 @@
 """Files of a folder on a server or in an object store, fetched through fsspec.
 
 A server that does not answer is asked again, with longer and longer pauses, and so is one that gives other bytes than
-it should. Credentials are those that fsspec's file systems find in their environment.
+it should. Credentials are those that fsspec's file systems find in their environment, and so are all other options.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +32,18 @@ STALL_S = 30.0  # without a byte, after which a connection is taken to be dead
 WRONG_TRIES = 3  # of a file that has come whole and is another one than it should be
 TELL_S = 5.0  # between two lines that say that a server is asked again
 # What to install for a protocol, where it is not there.
-PACKAGES = {"http": "fastlt[stream]", "https": "fastlt[stream]", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+PACKAGES = {
+    **dict.fromkeys(("http", "https"), "fastlt[stream]"),
+    **dict.fromkeys(("s3", "s3a"), "fastlt[s3]"),
+    **dict.fromkeys(("gs", "gcs"), "fastlt[gcs]"),
+}
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of the disk that is written to
-
+# botocore's errors of a user's configuration; its others are of a connection.
+MISCONFIGURED = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "InvalidConfigError")
+ADVICE = (
+    "data.converted is the URL of a folder that `fastlt convert --format dali` wrote, with all its files, and which "
+    "may be read from here"
+)
 Result = TypeVar("Result")
 
 
@@ -88,10 +99,11 @@ class RemoteFolder:
     def fetch(self, name: str, target: Path, entry: FileEntry) -> None:
         """Write a file to `target`, which then holds the bytes that `entry` describes.
 
+        `target` may be removed and made anew meanwhile, by the library that fetches it.
         RemoteError when the server does not give it, DamageError when it gives another one again and again, OSError
         when `target` cannot be written to.
         """
-        self._asked(name, lambda: self._fetch(name, target, entry))
+        self._asked(name, lambda: self._fetch(name, target, entry), target)
 
     def _fetch(self, name: str, target: Path, entry: FileEntry) -> None:
         self._files().get_file(self.of(name), str(target), callback=_at_most(entry.bytes))
@@ -104,22 +116,21 @@ class RemoteFolder:
     def _files(self) -> AbstractFileSystem:
         return _file_system(self.url)
 
-    def _asked(self, name: str, ask: Callable[[], Result]) -> Result:
-        """What `ask` returns, asked again after a while where it fails."""
+    def _asked(self, name: str, ask: Callable[[], Result], target: Path | None = None) -> Result:
+        """What `ask` returns, asked again after a while where it fails; the OSError when `target` is what fails."""
+        _check_installed(self.url)
         wrong, began = 0, time.monotonic()
         for tries, pause in enumerate(_pauses(), 1):
             try:
                 return ask()
-            except (FileNotFoundError, PermissionError) as error:
-                raise RemoteError(f"{self.of(name)}: {_answer(error)}; {self._advice(name)}") from None
             except _WrongContentError as error:
                 answer, wrong = str(error), wrong + 1
             except Exception as error:  # whatever a file system of fsspec and the libraries below it raise
-                if getattr(error, "errno", None) in LOCAL:
+                if isinstance(error, OSError) and _is_local(error, target):
                     raise
                 answer = _answer(error)
                 if _is_final(error):
-                    raise RemoteError(f"{self.of(name)}: {answer}; {self._advice(name)}") from None
+                    raise RemoteError(f"{self.of(name)}: {answer}; {ADVICE}") from None
             if wrong >= WRONG_TRIES:
                 raise DamageError(
                     f"{self.of(name)}: {answer}, {tries} times; it was changed on the server or is not uploaded whole: "
@@ -135,12 +146,6 @@ class RemoteFolder:
             time.sleep(pause)
         raise AssertionError("pauses never end")
 
-    def _advice(self, name: str) -> str:
-        return (
-            "data.converted is the URL of a folder that `fastlt convert --format dali` wrote, with all its files, and "
-            "which may be read from here"
-        )
-
 
 def _pauses() -> Iterator[float]:
     pause = PAUSE_S
@@ -151,23 +156,48 @@ def _pauses() -> Iterator[float]:
 
 def _answer(error: BaseException) -> str:
     """What a server said, or what became of the connection to it, in one line."""
+    lines = str(error).splitlines()
+    said = lines[0].rstrip(".") if lines and lines[0] else type(error).__name__
+    said = re.sub(r"\?\S+", "", said)  # of a URL, whose query may hold a token
+    by_store = _status_of_store(error) is not None
+    if isinstance(error, FileNotFoundError):
+        return f"there is no such file ({said})" if by_store else "there is no such file"
+    if isinstance(error, PermissionError):
+        return f"it may not be read ({said})" if by_store else "it may not be read"
     status, message = getattr(error, "status", None), getattr(error, "message", "")
     if isinstance(status, int) and status:
         return f"the server answers {status} {message}".rstrip()
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, PermissionError):
-        return "it may not be read"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer for {STALL_S:.0f} s"
-    lines = str(error).splitlines()
-    return lines[0] if lines and lines[0] else type(error).__name__
+    return said
+
+
+def _is_local(error: OSError, target: Path | None) -> bool:
+    """Whether the disk that is written to has failed, and not the server."""
+    if target is None or _status_of_store(error) is not None:
+        return False
+    return error.errno in LOCAL or str(error.filename) == str(target)
+
+
+def _status_of_store(error: BaseException) -> int | None:
+    """The status with which an object store answered, where a library has made a Python error of it."""
+    response = getattr(error.__cause__, "response", None)  # of botocore's ClientError
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
 
 
 def _is_final(error: Exception) -> bool:
     """Whether the server has answered and would answer the same again: a mistake of the one who asks."""
-    status = getattr(error, "status", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    if isinstance(error, TimeoutError):
+        return False  # S3 gives it a status of such mistakes
+    status = _status_of_store(error) or getattr(error, "status", None) or getattr(error, "code", None)  # gcsfs: code
+    if isinstance(status, int) and 300 <= status < 500:
+        return status not in (408, 425, 429)
+    return (
+        isinstance(error, (FileNotFoundError, PermissionError))
+        or type(error) is ValueError  # gcsfs: what it was configured with
+        or type(error).__name__ in MISCONFIGURED
+        or str(error).startswith("Forbidden")  # gcsfs: an OSError
+    )
 
 
 _told = -TELL_S
@@ -195,28 +225,58 @@ def _at_most(size: int) -> Any:
     return AtMost()
 
 
-@functools.lru_cache(maxsize=8)
-def _file_system(url: str) -> AbstractFileSystem:
-    """The file system of a URL. ValueError when a package for it is missing."""
+def _check_installed(url: str) -> None:
+    """ValueError when a package for the file system of a URL is missing."""
     import fsspec
 
     protocol = urlsplit(url).scheme
-    options: dict[str, Any] = {"skip_instance_cache": True}
     try:
-        if protocol in ("http", "https"):
-            options["client_kwargs"] = _http_settings(protocol)
-        return fsspec.filesystem(protocol, **options)
+        fsspec.get_filesystem_class(protocol)
     except ImportError:
         package = PACKAGES.get(protocol)
         how = f": pip install '{package}'" if package else ""
         raise ValueError(f"{url}: a package that reads {protocol}:// is not installed{how}") from None
 
 
-def _http_settings(protocol: str) -> dict[str, Any]:
-    """Of aiohttp's sessions: no limit of time for a file, but for a silent connection; fsspec's own go before."""
-    import aiohttp
+@functools.lru_cache(maxsize=8)
+def _file_system(url: str) -> AbstractFileSystem:
+    """The file system of a URL, with what fsspec is configured with, and our limits of time where that has none."""
+    import fsspec
+
+    protocol = urlsplit(url).scheme
+    return fsspec.filesystem(protocol, skip_instance_cache=True, **_settings(protocol))
+
+
+def _settings(protocol: str) -> dict[str, Any]:
+    """Options of a file system: no limit of time for a file, but for a silent connection.
+
+    What fsspec is configured with goes before. A library that asks again by itself does so for less than five minutes.
+    """
     from fsspec.config import conf
 
-    configured = conf.get(protocol, {}).get("client_kwargs", {})
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
-    return {"trust_env": True, "timeout": timeout, **configured}
+    if protocol in ("http", "https"):
+        return _configured((protocol,), "client_kwargs", _session())
+    if protocol in (names := ("gs", "gcs")):
+        logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # else each try leaves a traceback on the terminal
+        return _configured(names, "session_kwargs", _session())
+    if protocol in (names := ("s3", "s3a")):
+        # Files in one stream, as from other servers, and not in ten parts of 50 MB at a time, in memory.
+        one_stream = {} if any("max_concurrency" in conf.get(name, {}) for name in names) else {"max_concurrency": 1}
+        return one_stream | _configured(names, "config_kwargs", {"retries": {"total_max_attempts": 1}})
+    return {}
+
+
+def _configured(protocols: tuple[str, ...], option: str, ours: dict[str, Any]) -> dict[str, Any]:
+    """An option that is a dict, with what fsspec is configured with for any name of a protocol before ours."""
+    from fsspec.config import conf
+
+    for protocol in protocols:
+        ours = {**ours, **conf.get(protocol, {}).get(option, {})}
+    return {option: ours}
+
+
+def _session() -> dict[str, Any]:
+    """Of aiohttp's sessions."""
+    import aiohttp
+
+    return {"trust_env": True, "timeout": aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)}

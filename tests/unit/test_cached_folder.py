@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec.config
 import pytest
 
 from fastlt import file_lock
@@ -129,9 +131,10 @@ def test_a_file_that_was_changed_in_the_cache_is_fetched_again(server, caplog):
 def test_what_a_killed_process_left_half_is_fetched_anew_and_takes_no_room(server):
     cache = cached(server, limit=2 * SIZE)
     for number in (0, 1):
-        left = cache.root / f"{NAMES[number]}.{SIZE}.part"
-        left.parent.mkdir(parents=True, exist_ok=True)
-        left.write_bytes(b"half")
+        lock = cache.root / f"{NAMES[number]}.{SIZE}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        (cache.root / f"{NAMES[number]}.part").write_bytes(b"half")
     with cache.hold(NAMES[1]) as file:
         assert file.read() == bytes([1]) * SIZE
     assert in_cache(cache) == [NAMES[1]]
@@ -190,11 +193,36 @@ def test_an_answer_that_would_stay_the_same_ends_at_once(server, no_pauses, monk
     assert failing.asked == 1
 
 
+def test_a_library_may_remove_what_has_come_and_others_still_wait(server, no_pauses, monkeypatch):
+    """As gcsfs does when it fails: a lock on that file would be gone with it."""
+    cache, other = cached(server), cached(server, dataset="fastlt-fedcba9876543210")
+    lock, asked = cache.root / f"{NAMES[0]}.{SIZE}.lock", []
+
+    def get_file(url, target, callback):
+        asked.append(url)
+        if url.endswith(NAMES[0]) and len(asked) == 1:
+            Path(target).write_bytes(b"half")
+            Path(target).unlink()
+            raise ConnectionResetError("broken off")
+        if len(asked) == 2:
+            assert file_lock.open_locked(lock, 0.0) is None
+            Path(target).write_bytes(b"half")
+            other.hold(NAMES[1]).close()  # makes room, and leaves alone what is being fetched
+            assert Path(target).exists()
+        Path(target).write_bytes((server / "dali" / url.rpartition("/")[2]).read_bytes())
+
+    monkeypatch.setattr(remote_folder, "_file_system", lambda url: SimpleNamespace(get_file=get_file))
+    with cache.hold(NAMES[0]) as file:
+        assert file.read() == bytes(SIZE)
+    assert [url.rpartition("/")[2] for url in asked] == [f"train-0000{k}.tar" for k in (0, 0, 1)]
+    assert in_cache(cache) == [NAMES[0]]
+
+
 def test_who_waited_for_the_tries_of_another_takes_their_outcome(server, monkeypatch):
     """A second round of tries would let it wait twice as long."""
     cache = cached(server)
-    part = cache.root / f"{NAMES[0]}.{SIZE}.part"
-    lock = file_lock.open_locked(part)
+    path = cache.root / f"{NAMES[0]}.{SIZE}.lock"
+    lock = file_lock.open_locked(path)
     assert lock is not None
     failing = FailingServer(server, 1000, OSError("asked again"))
     monkeypatch.setattr(remote_folder, "_file_system", lambda url: failing)
@@ -204,7 +232,7 @@ def test_who_waited_for_the_tries_of_another_takes_their_outcome(server, monkeyp
         found = real(path, 0.01)
         if found is None:
             (cache.root / f"{NAMES[0]}.failed").write_text("the server is gone")
-            part.unlink()
+            path.unlink()
             os.close(lock)
         return found
 
@@ -216,7 +244,7 @@ def test_who_waited_for_the_tries_of_another_takes_their_outcome(server, monkeyp
 
 def test_another_process_that_is_stopped_is_not_waited_for_without_end(server, monkeypatch):
     cache = cached(server)
-    lock = file_lock.open_locked(cache.root / f"{NAMES[0]}.{SIZE}.part")
+    lock = file_lock.open_locked(cache.root / f"{NAMES[0]}.{SIZE}.lock")
     assert lock is not None
     monkeypatch.setattr(cached_folder, "STUCK_S", 0.3)
     monkeypatch.setattr(cached_folder, "POLL_S", 0.1)
@@ -273,6 +301,84 @@ def test_a_folder_that_may_not_be_written_to(server):
     (server.parent / "cache").write_text("a file")
     with pytest.raises(NoRoomError, match=r"cache cannot be written to .* data.stream.cache=DIR"):
         cached(server).hold(NAMES[0])
+
+
+def test_a_package_that_is_missing_is_named_at_once(no_pauses, monkeypatch):
+    def missing(protocol):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    for url, extra in (("s3://b/x", "s3"), ("gs://b/x", "gcs"), ("https://host/x", "stream")):
+        with pytest.raises(ValueError, match=rf"a package that reads {url[:2]}.* pip install 'fastlt\[{extra}\]'$"):
+            RemoteFolder(url).read("manifest.json")
+    assert no_pauses == []
+
+
+def of_store(made: Exception, status: int) -> Exception:
+    """As s3fs makes a Python error of an answer of S3."""
+    made.__cause__ = AnswerError(response={"ResponseMetadata": {"HTTPStatusCode": status}})
+    return made
+
+
+class AnswerError(Exception):
+    def __init__(self, **attributes) -> None:
+        self.__dict__.update(attributes)
+
+
+class NoCredentialsError(Exception):
+    """As botocore calls it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            of_store(FileNotFoundError("The specified bucket does not exist."), 404),
+            r"no such file \(The specified bucket",
+        ),
+        (of_store(PermissionError("Access Denied"), 403), r"may not be read \(Access Denied\); data.converted"),
+        (of_store(OSError(5, "QuotaExceeded"), 409), "QuotaExceeded; data.converted"),
+        (of_store(OSError(22, "the region 'x' is wrong"), 400), "the region 'x' is wrong; data.converted"),
+        (NoCredentialsError("Unable to locate credentials"), "Unable to locate credentials; data.converted"),
+        (OSError("Forbidden: http://host/o/x?token=secret and more"), "Forbidden: http://host/o/x and more; data.con"),
+        (AnswerError(code=401, message="Anonymous"), "AnswerError; data.converted"),
+        (ValueError("Bucket is requester pays"), "Bucket is requester pays; data.converted"),
+    ],
+    ids=str,
+)
+def test_answers_of_object_stores_that_would_stay_the_same(server, no_pauses, monkeypatch, error, says):
+    failing = FailingServer(server, 1000, error)
+    monkeypatch.setattr(remote_folder, "_file_system", lambda url: failing)
+    with pytest.raises(RemoteError, match=says):
+        cached(server).hold(NAMES[0])
+    assert failing.asked == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_store(OSError(5, "an unknown answer"), 500),
+        of_store(OSError(16, "Please reduce your request rate"), 503),
+        of_store(TimeoutError("Your socket connection was not read"), 400),
+        AnswerError(code=503),
+    ],
+    ids=str,
+)
+def test_answers_of_object_stores_that_may_change(server, no_pauses, monkeypatch, error):
+    """None is taken for one of the local disk, whatever its number."""
+    failing = FailingServer(server, 2, error)
+    monkeypatch.setattr(remote_folder, "_file_system", lambda url: failing)
+    cached(server).hold(NAMES[0]).close()
+    assert no_pauses == [1, 2]
+
+
+def test_what_fsspec_is_configured_with_goes_before_our_limits(monkeypatch):
+    monkeypatch.setattr(fsspec.config, "conf", {"gcs": {"session_kwargs": {"trust_env": False}}, "s3": {}})
+    assert remote_folder._settings("gs")["session_kwargs"]["trust_env"] is False
+    assert remote_folder._settings("gs")["session_kwargs"]["timeout"].total is None
+    assert remote_folder._settings("s3")["max_concurrency"] == 1
+    fsspec.config.conf["s3"] = {"max_concurrency": 3, "config_kwargs": {"retries": {"mode": "adaptive"}}}
+    assert remote_folder._settings("s3") == {"config_kwargs": {"retries": {"mode": "adaptive"}}}
 
 
 def test_urls():
