@@ -12,10 +12,10 @@ from fastlt.names import unknown
 
 KINDS = ("none", "center", "random_resized")
 ATTEMPTS = 10  # draws before the fallback crop, as in torchvision's and FFCV's random-resized crop
-PIECE = 1 << 16  # images whose rectangles are drawn at a time
-# Called with the number of an attempt and with images, it yields parts of these images and numbers for them: uniform in
-# [0, 1), float64 (4, n), for area, shape, and place down and across.
-Draws = Callable[[int, np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
+PIECE = 1 << 14  # images whose rectangles are drawn at a time, at most: 2 MB; of few images it is a fiftieth
+# Called with the number of an attempt and with images, it yields parts of these and numbers for them, which may be
+# overwritten: uniform in [0, 1), float64 (4, n), for area, shape, and place down and across.
+Draws = Callable[[int, "range | np.ndarray"], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -111,26 +111,51 @@ def random_resized_boxes(
         of = part if images is None else images[part]
         return heights[of].astype(np.int64), widths[of].astype(np.int64)
 
-    pending = np.arange(count, dtype=np.int32)
+    pending: range | np.ndarray = range(count)
     for attempt in range(ATTEMPTS):
         if not len(pending):
             break
         left = []
-        for part, (of_area, of_shape, place_y, place_x) in draws(attempt, pending):
-            height, width = sides(part)
-            area = height * width * (scale[0] + (scale[1] - scale[0]) * of_area)
-            low, high = np.log(aspect[0]), np.log(aspect[1])
-            shape = np.exp(low + (high - low) * of_shape)
-            w = np.rint(np.sqrt(area * shape)).astype(np.int64)
-            h = np.rint(np.sqrt(area / shape)).astype(np.int64)
-            fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-            top = np.floor(place_y * (height - h + 1)).astype(np.int64)
-            across = np.floor(place_x * (width - w + 1)).astype(np.int64)
-            boxes[part[fits]] = np.stack([top, across, h, w], axis=1)[fits]
-            left.append(part[~fits])
+        for part, numbers in draws(attempt, pending):
+            drawn, fits = _drawn_boxes(*sides(part), scale, aspect, numbers)
+            boxes[part[fits]] = drawn.T[fits]
+            left.append(part[~fits].astype(np.int32))
         pending = np.concatenate(left)
-    boxes[pending] = _fallback_boxes(*sides(pending), aspect)
+        del left
+    rest = np.asarray(pending, dtype=np.int32)
+    boxes[rest] = _fallback_boxes(*sides(rest), aspect)
     return boxes
+
+
+def _drawn_boxes(
+    height: np.ndarray,
+    width: np.ndarray,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+    numbers: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rectangles that one attempt draws, and which of them fit: whole numbers as float64 (4, n), and bool (n,).
+
+    height, width: int64 (n,). numbers: float64 (4, n), see `Draws`; the rectangles are written in their place.
+    """
+    area, shape, place_y, place_x = numbers
+    area *= scale[1] - scale[0]
+    area += scale[0]
+    area *= height * width
+    low, high = np.log(aspect[0]), np.log(aspect[1])
+    shape *= high - low
+    shape += low
+    np.exp(shape, out=shape)
+    w = area * shape
+    h = np.divide(area, shape, out=area)
+    for side in (w, h):
+        np.rint(np.sqrt(side, out=side), out=side)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    place_y *= height - h + 1
+    place_x *= width - w + 1
+    np.floor(place_y, out=place_y)
+    np.floor(place_x, out=place_x)
+    return np.stack([place_y, place_x, h, w]), fits
 
 
 def drawn_in_turn(rng: np.random.Generator) -> Draws:
@@ -139,15 +164,19 @@ def drawn_in_turn(rng: np.random.Generator) -> Draws:
     Memory is needed for some of the images at a time: the four kinds are drawn by copies of the generator.
     """
 
-    def draws(attempt: int, pending: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def draws(attempt: int, pending: range | np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         kinds = []
         for kind in range(4):
             bits: Any = np.random.PCG64()
             bits.state = rng.bit_generator.state
             kinds.append(np.random.Generator(bits.advance(kind * len(pending))))
-        for start in range(0, len(pending), PIECE):
-            part = pending[start : start + PIECE]
-            yield part, np.stack([one.random(len(part)) for one in kinds])
+        piece = min(PIECE, max(1, PIECE >> 4, len(pending) // 50))
+        for start in range(0, len(pending), piece):
+            part = as_array(pending[start : start + piece])
+            numbers = np.empty((4, len(part)))
+            for one, row in zip(kinds, numbers, strict=True):
+                one.random(out=row)
+            yield part, numbers
         cast("np.random.PCG64", rng.bit_generator).advance(4 * len(pending))
 
     return draws
@@ -160,7 +189,8 @@ def drawn_by_place(stream: Sequence[int], places: np.ndarray) -> Draws:
     """
     key = np.random.SeedSequence(stream).generate_state(1, np.uint64)
 
-    def draws(attempt: int, pending: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def draws(attempt: int, pending: range | np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        pending = as_array(pending)
         first = (places[pending].astype(np.uint64) * ATTEMPTS + attempt) * 4
         z = (first + np.arange(4, dtype=np.uint64)[:, None]) * np.uint64(0x9E3779B97F4A7C15) + key
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -168,6 +198,11 @@ def drawn_by_place(stream: Sequence[int], places: np.ndarray) -> Draws:
         yield pending, ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
     return draws
+
+
+def as_array(images: range | np.ndarray) -> np.ndarray:
+    """Images by their numbers: a range, which takes no memory, as an array."""
+    return np.arange(images.start, images.stop) if isinstance(images, range) else images
 
 
 def _fallback_boxes(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:

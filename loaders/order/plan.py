@@ -70,7 +70,7 @@ class EpochPlan:
 
     Training on many images, each epoch is planned by a thread of its own during the epoch before, and the plans of both
     are held: each 4 bytes an image that this process sees, and up to `IN_TURN` images of random crops 8 more. Planning
-    takes 16 bytes an image of the split.
+    takes 16 bytes an image of the split at its highest, with what it makes.
     Raises ValueError when a training split does not fill one batch, or a random crop is asked for in evaluation.
     """
 
@@ -171,8 +171,9 @@ class EpochPlan:
         if self.crop.kind == "random_resized" and len(order) <= IN_TURN:
             draws = drawn_in_turn(np.random.default_rng(self._stream(epoch)))
             scale, aspect = self.crop.scale, self.crop.aspect
-            boxes = random_resized_boxes(self.heights, self.widths, scale, aspect, draws, order, self._of_sides)
-            drawn = self._share(boxes)
+            drawn = self._share(
+                random_resized_boxes(self.heights, self.widths, scale, aspect, draws, order, self._of_sides)
+            )
         return PlannedEpoch(epoch, self._share(order), drawn)
 
     def _stream(self, epoch: int) -> list[int]:
@@ -189,10 +190,13 @@ class EpochPlan:
 
     @cached_property
     def _members(self) -> np.ndarray | None:
-        """Positions of the images that are visited, in split order or in an evaluation's own; None for all of them."""
+        """Positions of the images that are visited, in split order or in an evaluation's own; None for all of them.
+
+        int32, or an evaluation's own int64.
+        """
         if self.order is not None:
             return self.order
-        return None if self.classes is None else np.flatnonzero(self.classes[self.labels])
+        return None if self.classes is None else np.flatnonzero(self.classes[self.labels]).astype(np.int32)
 
     @property
     def _visited(self) -> int:
@@ -202,13 +206,12 @@ class EpochPlan:
         """The images of an epoch, of all processes: int32."""
         if self.by_shards is not None and self.train:
             assert self.shard_starts is not None
-            members = np.arange(len(self.labels)) if self._members is None else self._members
+            members = np.arange(len(self.labels), dtype=np.int32) if self._members is None else self._members
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, ORDER_STREAM]))
-            order = self.by_shards.draw(self.shard_starts, members, self.batch_size * self.world_size, rng)
-            return order.astype(np.int32)
+            return self.by_shards.draw(self.shard_starts, members, self.batch_size * self.world_size, rng)
         labels = self.labels if self._members is None else self.labels[self._members]
         order = epoch_order(labels, sampling=self.sampling, seed=self.seed, epoch=epoch, shuffle=self.train)
-        return order if self._members is None else self._members[order].astype(np.int32)
+        return order if self._members is None else self._members[order].astype(np.int32, copy=False)
 
     def _share(self, of_order: np.ndarray) -> np.ndarray:
         """This process's part; those of other processes are let go of."""

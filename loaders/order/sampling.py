@@ -11,7 +11,7 @@ from fastlt.names import pick
 
 GROUP = 4  # images of one class that class_aware_4 draws in a row, Liu et al. 2019 and Samuel and Chechik 2021
 BETA = 0.9999  # of the effective number of samples, Cui et al. 2019
-PART = 1 << 18  # entries of an order that are worked on at a time
+PART = 1 << 16  # entries of an order that are worked on at a time, at most; of a short one it is a fiftieth
 ORDER_STREAM = 0  # keeps these random numbers apart from other uses of (seed, epoch), such as crops
 
 
@@ -97,7 +97,9 @@ def _equal_shares(class_counts: np.ndarray) -> np.ndarray:
 
 
 def _instance(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rng.permutation(np.arange(len(labels), dtype=np.int32))
+    order = np.arange(len(labels), dtype=np.int32)
+    rng.shuffle(order)
+    return order
 
 
 def _class_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -130,8 +132,10 @@ def _class_rounds(labels: np.ndarray, count: int, rng: np.random.Generator) -> n
 def _effective_number(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     probabilities = effective_number_probabilities(np.bincount(labels))
     classes = np.empty(len(labels), dtype=np.int32)
-    for part in _parts(len(classes)):
-        classes[part] = rng.choice(len(probabilities), size=part.stop - part.start, p=probabilities)
+    quarter = max(1, -(-len(classes) // 4))  # each call sums up the probabilities anew
+    for start in range(0, len(classes), quarter):
+        part = classes[start : start + quarter]
+        part[:] = rng.choice(len(probabilities), size=len(part), p=probabilities)
     return _images_of(classes, labels, rng)
 
 
@@ -150,6 +154,7 @@ def _images_of(classes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
         list_of_class = by_class[first[c] : first[c] + counts[c]]
         shuffled = np.argsort(rng.random((-(-drawn[c] // counts[c]), counts[c])), axis=1, kind="stable")
         images[of_draws[c] : of_draws[c] + drawn[c]] = list_of_class[shuffled.reshape(-1)[: drawn[c]]]
+        del list_of_class, shuffled  # a view, by which `by_class` would stay
     del by_class
     order = np.empty(len(classes), dtype=np.int32)
     for part, before in _earlier_ones(classes, len(counts)):
@@ -162,18 +167,24 @@ def _earlier_ones(classes: np.ndarray, num_classes: int) -> Iterator[tuple[slice
     seen = np.zeros(num_classes, dtype=np.int64)
     small = np.min_scalar_type(num_classes)  # two bytes are sorted in linear time
     for part in _parts(len(classes)):
-        order = np.argsort(classes[part].astype(small), kind="stable")
-        counts = np.bincount(classes[part], minlength=num_classes)
+        of_part = classes[part].astype(small)
+        order = np.argsort(of_part, kind="stable")
+        in_order = of_part[order]
+        begins = np.flatnonzero(in_order[1:] != in_order[:-1]) + 1  # of the runs of a class, but the first
+        begins = np.concatenate([[0], begins])
+        lengths = np.diff(begins, append=len(order))
         before = np.empty(len(order), dtype=np.int64)
-        before[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-        yield part, before + seen[classes[part]]
-        seen += counts
+        before[order] = np.arange(len(order)) - np.repeat(begins, lengths)
+        before += seen[of_part]
+        seen[in_order[begins]] += lengths
+        yield part, before
 
 
 def _parts(length: int) -> Iterator[slice]:
     """Slices of up to `PART` entries; arrays as long as the split are made only where they must be."""
-    for start in range(0, length, PART):
-        yield slice(start, min(start + PART, length))
+    part = min(PART, max(1, PART >> 4, length // 50))
+    for start in range(0, length, part):
+        yield slice(start, min(start + part, length))
 
 
 @dataclass(frozen=True)

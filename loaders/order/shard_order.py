@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,27 +27,38 @@ class ShardOrder:
     block: int = 4
 
     def draw(self, first: np.ndarray, members: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-        """The images of an epoch in order, int64 (N,): `members`, each once.
+        """The images of an epoch in order, int32 (N,): `members`, each once.
 
-        first: int64 (S,), the first image of each shard. members: int64 (N,), the images to visit. Both ascend.
+        first: int64 (S,), the first image of each shard. members: int32 (N,), the images to visit. Both ascend.
         batch_size: of all processes together. What does not fill a batch comes last, from the shards drawn last.
         """
-        row, shard_of = self._in_a_row(first, members, rng)
+        row, begins = self._in_a_row(first, members, rng)
         batches = len(row) // batch_size
-        order = np.empty(len(row), dtype=np.int64)
-        places = order[: batches * batch_size].reshape(batches, batch_size)
         bounds = np.arange(self.parts + 1) * batch_size // self.parts
         for part, (left, right) in enumerate(pairwise(bounds)):
-            segment = slice(batches * left, batches * right)
-            images, shards = row[segment], shard_of[segment]
+            images = row[batches * left : batches * right]
             if part % 2:
-                images, shards = images[::-1], shards[::-1]
-            blocks = np.abs(shards - shards[:1]) // self.block
-            shuffled = images[np.lexsort((rng.random(len(images)), blocks))]
-            places[:, left:right] = shuffled.reshape(batches, right - left)
+                images[:] = images[::-1].copy()
+            for start, stop in self._blocks(begins, batches * left, batches * right, part % 2 == 1):
+                of_block = images[start:stop]
+                of_block[:] = of_block[np.argsort(rng.random(stop - start), kind="stable")]
+        order = np.empty_like(row)
+        places = order[: batches * batch_size].reshape(batches, batch_size)
+        for left, right in pairwise(bounds):
+            places[:, left:right] = row[batches * left : batches * right].reshape(batches, right - left)
         rest = row[batches * batch_size :]
         order[batches * batch_size :] = rest[rng.permutation(len(rest))]
         return order
+
+    def _blocks(self, begins: np.ndarray, first: int, last: int, backwards: bool) -> Iterator[tuple[int, int]]:
+        """The blocks of the segment from place `first` to `last` of the row, each by its places in the segment.
+
+        begins: int64 (S,), where in the row a shard begins. The segment runs backwards or not.
+        """
+        cuts = begins[(begins > first) & (begins < last)]
+        cuts = last - cuts[::-1] if backwards else cuts - first
+        ends = [0, *cuts[self.block - 1 :: self.block].tolist(), last - first]
+        yield from pairwise(ends)
 
     def shards_in_use(self, processes: int, on_node: int) -> int:
         """The most shards that `on_node` of `processes` processes use at a time, with those that are fetched ahead.
@@ -58,11 +70,13 @@ class ShardOrder:
 
     @staticmethod
     def _in_a_row(first: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The images shard after shard, int64 (N,), and where in that row of shards each one's shard is, int64 (N,)."""
-        starts = np.searchsorted(members, first)
+        """The images shard after shard, int32 (N,), and where in that row each shard begins, int64 (S,)."""
+        starts = np.searchsorted(members, first.astype(members.dtype))  # of another type, it would copy the members
         counts = np.diff(starts, append=len(members))
         shards = rng.permutation(np.flatnonzero(counts))
         counts, starts = counts[shards], starts[shards]
-        before = np.cumsum(counts) - counts
-        places = np.arange(len(members)) + np.repeat(starts - before, counts)
-        return members[places], np.repeat(np.arange(len(shards)), counts)
+        begins = np.cumsum(counts) - counts
+        row = np.empty(len(members), dtype=np.int32)
+        for begin, start, count in zip(begins.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            row[begin : begin + count] = members[start : start + count]
+        return row, begins

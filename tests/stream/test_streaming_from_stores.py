@@ -176,7 +176,9 @@ def guarded(shards, tmp_path, monkeypatch):
     """An S3 that looks at keys."""
     with running("s3") as store:
         url = store.upload(shards)
-        urllib.request.urlopen(f"http://127.0.0.1:{store.port}/moto-api/reset-auth", data=b"0", timeout=30).close()
+        plain = {"Content-Type": "text/plain"}
+        after = urllib.request.Request(f"http://127.0.0.1:{store.port}/moto-api/reset-auth", b"0", plain)
+        urllib.request.urlopen(after, timeout=30).close()
         monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
         yield url
 

@@ -12,6 +12,7 @@ from loaders.order import plan as planning
 from loaders.order import sampling as drawing
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
+from loaders.order.shard_order import ShardOrder
 
 COUNT, MANY = 1000, 300_000
 
@@ -99,22 +100,46 @@ def test_rectangles_of_very_many_images_are_drawn_when_they_are_asked_for(monkey
                 assert of_image.get(i, box) == box
 
 
-@pytest.mark.parametrize("sampling", ["instance", "class_balanced", "effective_number", "class_aware_4"])
-@pytest.mark.parametrize("in_turn", [True, False])
-def test_planning_takes_16_bytes_an_image_and_keeps_this_processs_share(sampling, in_turn, monkeypatch):
-    """The memory that NumPy allocates, beside what is worked on at a time, which the number of images leaves alone."""
-    monkeypatch.setattr(cropping, "PIECE", 1 << 10)
-    monkeypatch.setattr(drawing, "PART", 1 << 10)
+SAMPLED = ["instance", "class_balanced", "effective_number", "class_aware_4"]
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+@pytest.mark.parametrize(("processes", "in_turn"), [(1, True), (4, True), (4, False)])
+def test_planning_takes_16_bytes_an_image_and_keeps_this_processs_share(sampling, processes, in_turn, monkeypatch):
+    """All the memory that NumPy allocates, at any time of it."""
     labels, sides = np.random.default_rng(0).integers(0, 100, MANY), np.full(MANY, 400)
     monkeypatch.setattr(planning, "IN_TURN", MANY if in_turn else 0)
     crop = CropSpec("random_resized", 224)
-    plan = EpochPlan(labels, sides, sides, crop, 32, True, sampling, rank=3, world_size=4)
+    plan = EpochPlan(labels, sides, sides, crop, 32, True, sampling, rank=processes - 1, world_size=processes)
+    made, kept, peak = traced(plan)
+    assert made.index.nbytes <= 4 * MANY / processes
+    assert kept <= (12 if in_turn else 4) * MANY / processes + 10_000
+    assert peak <= 16 * MANY
+
+
+def test_planning_by_shards_takes_no_more(monkeypatch):
+    sides = np.full(MANY, 400)
+    order = {"by_shards": ShardOrder(8, 4), "shard_starts": np.arange(0, MANY, 1000)}
+    plan = EpochPlan(np.zeros(MANY, int), sides, sides, CropSpec("random_resized", 224), 32, True, **order)
+    assert traced(plan)[2] <= 16 * MANY
+
+
+def traced(plan: EpochPlan) -> tuple[planning.PlannedEpoch, int, int]:
+    """A plan, what it keeps and what it took, in bytes."""
     tracemalloc.start()
     try:
         made = plan.plan_epoch(0)
-        kept, peak = tracemalloc.get_traced_memory()
+        return made, *tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert made.index.nbytes <= 4 * MANY / 4
-    assert kept <= (12 if in_turn else 4) * MANY / 4 + 10_000
-    assert peak <= 16 * MANY + (4 + 8) * MANY / 4 + 400_000
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+def test_how_much_is_worked_on_at_a_time_leaves_orders_and_rectangles_alone(sampling, monkeypatch):
+    plan = make(sampling=sampling)
+    expected = plan.index(0), plan.boxes(0)[:]
+    monkeypatch.setattr(cropping, "PIECE", 64)
+    monkeypatch.setattr(drawing, "PART", 64)
+    plan = make(sampling=sampling)
+    np.testing.assert_array_equal(plan.index(0), expected[0])
+    np.testing.assert_array_equal(plan.boxes(0)[:], expected[1])
