@@ -145,28 +145,31 @@ def test_a_process_that_is_killed_is_named(folders):
         assert "Traceback" not in told
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_processes_are_started_again(folders, nodes):
     """By their launcher, or by two that have to agree."""
     with Machines(folders[:nodes], per_node=3 - nodes) as machines:
         machines.launch("mine.yaml", fault="kill once", options=["--max-restarts", "2"])
-        ends = machines.ends(200)
+        ends = machines.ends(400)
     assert {code for code, *_ in ends} == {0}, ends
     assert (folders[nodes - 1] / "failed").exists()
     assert (folders[0] / "runs" / "mine" / "result.json").is_file()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_a_start_of_which_one_process_does_not_come_is_tried_again(folders):
     with Machines(folders[:1], per_node=2) as machines:
         machines.launch("mine.yaml", fault="absent once", options=["--max-restarts", "2"])
-        ((code, _, told),) = machines.ends(200)
+        ((code, _, told),) = machines.ends(400)
     assert code == 0, told
     assert "process 1 has not come within 15 s" in told
     assert (folders[0] / "runs" / "mine" / "result.json").is_file()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_a_machine_that_was_lost_is_replaced(folders, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -181,9 +184,9 @@ def test_a_machine_that_was_lost_is_replaced(folders, monkeypatch):
     with Machines(folders) as machines:
         launch(machines, 0)
         launch(machines, 1)
-        machines.started[1].wait(150)
+        machines.started[1].wait(250)
         launch(machines, 1)
-        (code, _, told), (lost, _, _), (new_code, _, new_told) = machines.ends(150)
+        (code, _, told), (lost, _, _), (new_code, _, new_told) = machines.ends(250)
     assert (code, lost, new_code) == (0, -signal.SIGKILL, 0), told + new_told
     assert (folders[0] / "runs" / "mine" / "result.json").is_file()
 
