@@ -27,6 +27,7 @@ from fastlt.commands.data_options import add_data_options, choices, open_chosen,
 from fastlt.names import unknown
 from loaders.sources import SOURCES, sources_taking
 from loaders.sources.messages import printable
+from loaders.stored.remote_folder import is_url
 
 NAME = "fastlt inspect"
 PICTURES = (".png", ".svg")
@@ -35,6 +36,12 @@ PICTURES = (".png", ".svg")
 def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code."""
     parser = make_parser(__doc__, NAME, prog)
+    url = next((word for word in words if is_url(word)), None)
+    if url is not None:
+        parser.error(
+            f"{url} is a URL, and headers and copies of images are looked for in files of this machine: inspect the "
+            "folder that was uploaded, or check the remote one with `fastlt verify URL`"
+        )
     arguments = parse(parser, words)
     from fastlt.inspection.recognition import CONVERTED, recognise
 

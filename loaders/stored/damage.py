@@ -26,6 +26,10 @@ class RemoteError(ReaderError, ValueError):
     """
 
 
+class RefusedError(RemoteError):
+    """A server has answered that it does not give a file: it is not there, or may not be read."""
+
+
 class NoRoomError(ValueError, RuntimeError):
     """There is no room for files that have to be on the disk; the message says where, and what to do."""
 

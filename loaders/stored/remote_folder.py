@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import logging
 import re
 import sys
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from loaders.stored.damage import DamageError, RemoteError
+from loaders.stored.damage import DamageError, RefusedError, RemoteError
 from loaders.stored.manifest import file_sha256
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ PATIENCE_S = 120.0  # since the first answer that was none, after which the serv
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries; each pause is twice the one before
 STALL_S = 30.0  # without a byte, after which a connection is taken to be dead
 WRONG_TRIES = 3  # of a file that has come whole and is another one than it should be
+PIECE_BYTES = 1 << 23  # of a file that is read without a copy
 TELL_S = 5.0  # between two lines that say that a server is asked again
 # What to install for a protocol, where it is not there.
 PACKAGES = {
@@ -105,13 +107,22 @@ class RemoteFolder:
         """
         self._asked(name, lambda: self._fetch(name, target, entry), target)
 
+    def check(self, name: str, entry: FileEntry) -> None:
+        """Read a file, piece by piece, and compare it with `entry`; errors as `fetch`, and nothing is written."""
+        self._asked(name, lambda: self._check(name, entry))
+
     def _fetch(self, name: str, target: Path, entry: FileEntry) -> None:
         self._files().get_file(self.of(name), str(target), callback=_at_most(entry.bytes))
-        size = target.stat().st_size
-        if size != entry.bytes:
-            raise _WrongContentError(f"it has {size:,} bytes, its manifest says {entry.bytes:,}")
-        if file_sha256(target) != entry.sha256:
-            raise _WrongContentError("its sha256 is not what its manifest says")
+        _compare(target.stat().st_size, lambda: file_sha256(target), entry)
+
+    def _check(self, name: str, entry: FileEntry) -> None:
+        size, digest = 0, hashlib.sha256()
+        with self._files().open(self.of(name), "rb", block_size=PIECE_BYTES) as file:
+            while size <= entry.bytes and (piece := file.read(PIECE_BYTES)):
+                assert isinstance(piece, bytes), type(piece)
+                size += len(piece)
+                digest.update(piece)
+        _compare(size, digest.hexdigest, entry)
 
     def _files(self) -> AbstractFileSystem:
         return _file_system(self.url)
@@ -130,7 +141,7 @@ class RemoteFolder:
                     raise
                 answer = _answer(error)
                 if _is_final(error):
-                    raise RemoteError(f"{self.of(name)}: {answer}; {ADVICE}") from None
+                    raise RefusedError(f"{self.of(name)}: {answer}; {ADVICE}") from None
             if wrong >= WRONG_TRIES:
                 raise DamageError(
                     f"{self.of(name)}: {answer}, {tries} times; it was changed on the server or is not uploaded whole: "
@@ -145,6 +156,14 @@ class RemoteFolder:
             _tell(f"fastlt: {self.of(name)}: {answer}; trying again in {pause:.0f} s")
             time.sleep(pause)
         raise AssertionError("pauses never end")
+
+
+def _compare(size: int, sha256: Callable[[], str], entry: FileEntry) -> None:
+    """_WrongContentError for a file that is another one than `entry` describes."""
+    if size != entry.bytes:
+        raise _WrongContentError(f"it has {size:,} bytes, its manifest says {entry.bytes:,}")
+    if sha256() != entry.sha256:
+        raise _WrongContentError("its sha256 is not what its manifest says")
 
 
 def _pauses() -> Iterator[float]:

@@ -102,11 +102,8 @@ class StreamedDataset(ConvertedDataset):
         it gives other files than the manifest describes, or another manifest than that of `seal`.
         """
         remote = RemoteFolder(url)
-        text = remote.read(MANIFEST)
-        manifest = parse_manifest(text, url, MAKE)
+        text, manifest = remote_manifest(remote)
         found = manifest_sha256(manifest)
-        if manifest.get(SEAL, found) != found:
-            raise DamageError(f"{remote.of(MANIFEST)} is not what was written; it was edited or damaged")
         if seal is not None and seal != found:
             raise DamageError(f"{url} became another data set while the run began: give the same command again")
         if "dali" not in manifest["formats"] or CONTENTS not in manifest:
@@ -168,6 +165,16 @@ class StreamedDataset(ConvertedDataset):
         if split == STREAMED and kind == "dali":
             return StreamedShards(self.shards(split), self.files)
         return super()._open(split, kind)
+
+
+def remote_manifest(remote: RemoteFolder) -> tuple[bytes, dict[str, Any]]:
+    """The manifest of a remote data set, as it lies there and read. Errors as `StreamedDataset.open_url`."""
+    text = remote.read(MANIFEST)
+    manifest = parse_manifest(text, remote.url, MAKE)
+    found = manifest_sha256(manifest)
+    if manifest.get(SEAL, found) != found:
+        raise DamageError(f"{remote.of(MANIFEST)} is not what was written; it was edited or damaged")
+    return text, manifest
 
 
 def _fetched_first(files: Mapping[str, Any]) -> list[str]:

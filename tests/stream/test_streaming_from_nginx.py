@@ -321,3 +321,11 @@ def test_the_benchmark_counts_bytes_and_hits(shards, tmp_path, capsys):
 
 def test_the_order_is_small_enough_for_these_tests():
     assert ORDER.parts * ORDER.block < 22 / 2
+
+
+def test_verify_reads_all_files_where_they_lie(server, capsys):
+    assert cli.main(["verify", server.url, "--quiet"]) == 0
+    shard = server.folder / "dali" / "train-00009.tar"
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    assert cli.main(["verify", server.url, "--quiet"]) == 1
+    assert f"{server.url}/dali/train-00009.tar: it has {shard.stat().st_size:,} bytes" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from machines import Machines
 from object_stores import STORES, running
 from test_streamed import RECIPE, STAGE, assert_same, batches, convert_digits, loader, weights, words
 
+from fastlt import cli
 from fastlt.recipe import load_recipe
 from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
@@ -245,3 +246,15 @@ def test_an_answer_of_googles_store_that_may_change_is_asked_for_again(answers, 
     with pytest.raises(RemoteError, match=r"manifest.json: .*tries in .* s\); is the server up"):
         RemoteFolder("gs://bucket/x").read("manifest.json")
     assert len(answers[1]) > 6
+
+
+def test_verify_reads_all_objects_where_they_lie(url, store, capsys):
+    assert cli.main(["verify", url, "--quiet"]) == 0
+    assert f"{url}: every checksum of " in capsys.readouterr().out
+    files = store.files()
+    files.pipe_file(f"{url}/dali/train-00003.tar", b"another")
+    files.rm(f"{url}/dali/train-00004.tar")
+    assert cli.main(["verify", url, "--quiet"]) == 1
+    changed, missing = [line for line in capsys.readouterr().err.splitlines() if "trying" not in line]
+    assert f"{url}/dali/train-00003.tar: it has 7 bytes, its manifest says" in changed
+    assert f"{url}/dali/train-00004.tar: there is no such file" in missing
