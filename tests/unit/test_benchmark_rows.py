@@ -103,7 +103,7 @@ def test_trains_iterations_and_augmentation_are_replayed_where_they_are_captured
 
             return replay, result
 
-    monkeypatch.setattr(compiled, "CudaCapture", Capture)
+    monkeypatch.setitem(compiled.CAPTURES, "cudagraph", Capture)
     monkeypatch.setattr(benchmark_augment, "CudaCapture", Capture)
     monkeypatch.setattr(compiled, "why_no_graph", lambda step, capture: None)
     _, settings = run(capsys, "train", RECIPE, *digits_words, "compile=cudagraph", "--iterations", "3")
