@@ -67,7 +67,7 @@ class Compiler:
 
     @property
     def captures(self) -> bool:
-        """Whether whole iterations are captured, unless that was given up."""
+        """Whether whole iterations are captured in this mode, see `is_captured`."""
         return is_captured(self.mode)
 
     @property
