@@ -65,15 +65,9 @@ class FileServer:
     def start(self) -> None:
         """Start it, on the port that it had before, and wait until it answers."""
         self.work.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         self.process = subprocess.Popen(self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.02)
-        raise RuntimeError(f"{self.name} did not start on port {self.port}")
+        wait_for_answer(self.port, self.name, START_S)
 
     def stop(self) -> None:
         """End it at once; connections break."""
@@ -108,7 +102,19 @@ def serve(folder: Path, work: Path, directives: str = "") -> Iterator[FileServer
         server.stop()
 
 
-def _free_port() -> int:
+def wait_for_answer(port: int, name: str, timeout_s: float) -> None:
+    """Until a server on the loopback takes connections; RuntimeError, which calls it `name`, when it does not."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise RuntimeError(f"{name} did not start on port {port}")
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from machines import Machines, free_port
+from machines import Machines
 from test_processes import assert_same, comparable
 
+from fastlt.benchmarks.file_server import free_port
 from fastlt.models import build_model
 from fastlt.recipe import load_recipe
 from fastlt.run.dataset import ensure_converted

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import free_port
+
+from fastlt.benchmarks.file_server import free_port, wait_for_answer
 
 START_S = 30.0
 
@@ -39,14 +38,7 @@ class ObjectStore:
         """Start it, empty, and wait until it answers."""
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(self.command, env={**os.environ, **self.environment}, **quiet)
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            assert self.process.poll() is None, f"{self.command} ended"
-            time.sleep(0.1)
-        raise RuntimeError(f"{self.command} did not start on port {self.port}")
+        wait_for_answer(self.port, str(self.command), START_S)
 
     def stop(self) -> None:
         """End it, with all that it holds."""
