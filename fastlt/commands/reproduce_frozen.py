@@ -37,7 +37,7 @@ from fastlt.run.fit import process_as_before
 from loaders.stored.forked_workers import available_cores
 
 NAME = "fastlt reproduce frozen"
-RATES = (0.002, 0.005, 0.01, 0.02, 0.05)
+RATES = (0.001, 0.005, 0.02, 0.05)
 FACTORS = (10.0, 50.0, 100.0, 200.0)
 WRITE_EVERY_S = 30.0
 
@@ -53,13 +53,13 @@ def main(words: list[str], prog: str = NAME) -> int:
     parser.add_argument("--backbone", metavar="NAME", help="a network of timm (default: the recipe's)")
     parser.add_argument("--weights", type=path, metavar="FILE", help="its weights (default: those that timm fetches)")
     parser.add_argument("--imbalance", nargs="+", type=float, metavar="F", help="of CIFAR (default: 10 50 100 200)")
-    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES), help="rates (default: 0.002 to 0.05)")
+    parser.add_argument("--lr", nargs="+", type=float, default=list(RATES), help="rates (default: 0.001 to 0.05)")
     parser.add_argument(
         "--common-lr", type=float, metavar="LR", help="one of --lr (default: the recipe's, or the middle)"
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     parser.add_argument(
-        "--rate-seeds", type=positive, default=3, metavar="N", help="seeds that choose the best rate (default: 3)"
+        "--rate-seeds", type=positive, default=2, metavar="N", help="seeds that choose the best rate (default: 2)"
     )
     parser.add_argument("--ablation", action="store_true", help="the parts of Difficulty-Net in place of the methods")
     parser.add_argument("--rows", nargs="+", help="only these rows")
