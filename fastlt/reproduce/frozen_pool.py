@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -79,6 +80,8 @@ _contexts: dict[tuple[str, ...], RunContext] = {}  # of this process: that of it
 def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the parent decides
     end_with_parent(parent)
+    # The process that made the tasks has built the network too, and has said what there is to say of its weights.
+    logging.getLogger("fastlt.models").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 

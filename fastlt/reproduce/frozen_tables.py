@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
 from fastlt.reproduce.frozen import Method
+from fastlt.reproduce.paired import paired_difference
 
 Results = Mapping[tuple[str, float, int], dict[str, Any]]  # by method, rate and seed
 METRICS = ("top1", "many", "medium", "few", "ece")
@@ -31,6 +29,10 @@ class Measured:
     weights: tuple[float, float] | None
     train_s: float
     diverged: int
+
+    def by_seed(self) -> dict[int, float]:
+        """Top-1 on the test set by seed, a fraction."""
+        return dict(zip(self.seeds, self.test["top1"], strict=True))
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def rows(methods: Sequence[Method], results: Results, common: float, rate_seeds:
                 continue
             if method is methods[0]:
                 reference = measured
-            paired = None if reference is None or measured is reference else difference(measured, reference)
+            paired = None
+            if reference is not None and measured is not reference:
+                paired = paired_difference(measured.by_seed(), reference.by_seed())
             made.append(Row(method.name, choice, measured, paired))
     return made
 
@@ -93,17 +97,6 @@ def _measure(method: Method, lr: float, results: Results) -> Measured | None:
         statistics.mean(result["train_s"] for result in whole.values()),
         len(of_rate) - len(whole),
     )
-
-
-def difference(measured: Measured, reference: Measured) -> tuple[float, float] | None:
-    """The mean paired difference of top-1 accuracies and half of its 95 % interval; None below two common seeds."""
-    ours, theirs = (dict(zip(m.seeds, m.test["top1"], strict=True)) for m in (measured, reference))
-    common = sorted(ours.keys() & theirs.keys())
-    if len(common) < 2:
-        return None
-    differences = np.array([ours[seed] - theirs[seed] for seed in common])
-    half = stats.t.ppf(0.975, len(common) - 1) * differences.std(ddof=1) / len(common) ** 0.5
-    return float(differences.mean()), float(half)
 
 
 def as_record(data: str, row: Row) -> dict[str, Any]:

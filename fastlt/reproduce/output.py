@@ -11,20 +11,6 @@ from typing import Any
 from fastlt.reproduce.tables import SCALES, Cell
 from fastlt.run.checkpoint import write_atomically, write_json
 
-HEAD: tuple[str, ...] = (
-    "row",
-    "column",
-    "published",
-    "ours",
-    "difference",
-    "seeds",
-    "many",
-    "medium",
-    "few",
-    "ECE",
-    "model",
-    "time, s",
-)
 END = "<!-- end of the table -->"
 
 
@@ -46,6 +32,8 @@ def _legend(cells: Sequence[Cell]) -> str:
     text = (
         "In %, mean ± sample standard deviation over seeds; an empty cell has not been run, or nobody has published it."
     )
+    if any(cell.reference is not None for cell in cells):
+        text += " The paired difference is taken seed by seed, with its 95 % interval."
     devices = _devices(cells)
     return f"{text} Trained on {', '.join(devices)}." if devices else text
 
@@ -55,24 +43,52 @@ def _devices(cells: Sequence[Cell]) -> list[str]:
 
 
 def table(cells: Sequence[Cell]) -> list[str]:
-    """The lines of the table, an empty field where there is no number; a column says where what was trained."""
-    head, lines = [*HEAD], [_fields(cell.as_row()) for cell in cells]
-    if len(_devices(cells)) > 1:
-        head = [*head, "hardware"]
-        lines = [[*line, cell.as_row()["device"] or ""] for line, cell in zip(lines, cells, strict=True)]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    """The lines of the table, an empty field where there is no number; without columns that no cell has."""
+    rows = [cell.as_row() for cell in cells]
+    columns = {
+        "row": [row["row"] for row in rows],
+        "column": [row["column"] for row in rows],
+        "published": [number(row["paper"]) for row in rows],
+        "ours": [_ours(row) for row in rows],
+        "difference": [number(row["difference"], "+.2f") for row in rows],
+        "paired difference": [_paired(row) for row in rows],
+        "seeds": [str(row["seeds"] or "") for row in rows],
+        **{name: [number(row[name.lower()]) for row in rows] for name in ("many", "medium", "few", "ECE")},
+        "class weights": [_weights(row) for row in rows],
+        "model": [row["select"] or "" for row in rows],
+        "time, s": [number(row["wall_s"], ".0f") for row in rows],
+        "hardware": [row["device"] or "" for row in rows],
+    }
+    if all(row["paper"] is None for row in rows):
+        del columns["published"], columns["difference"]
+    if all(row["reference"] is None for row in rows):
+        del columns["paired difference"]
+    if not any(columns["class weights"]):
+        del columns["class weights"]
+    if len(_devices(cells)) < 2:  # the legend names one
+        del columns["hardware"]
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _fields(row: Mapping[str, Any]) -> list[str]:
+def _ours(row: Mapping[str, Any]) -> str:
     ours = number(row["ours"])
     if row["std"] is not None:
         ours += f" ± {row['std']:.2f}"
     other = row["ours_by_recipe_shots"]
     if other is not None and abs(other - row["ours"]) >= 0.005:
         ours += f" ({other:.2f} by the recipe's groups)"
-    fields = [row["row"], row["column"], number(row["paper"]), ours, number(row["difference"], "+.2f")]
-    fields += [str(row["seeds"] or ""), *(number(row[key]) for key in ("many", "medium", "few", "ece"))]
-    return [*fields, row["select"] or "", number(row["wall_s"], ".0f")]
+    return ours
+
+
+def _paired(row: Mapping[str, Any]) -> str:
+    if row["paired"] is None:
+        return ""
+    return f"{row['paired']:+.2f} ± {row['paired_95']:.2f} to {row['reference']}"
+
+
+def _weights(row: Mapping[str, Any]) -> str:
+    return "" if row["least_weight"] is None else f"{row['least_weight']:.2f} to {row['largest_weight']:.2f}"
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -82,14 +98,14 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 def listing(cells: Sequence[Cell]) -> str:
     """Every row with its recipe, the paper's numbers, how many seeds it is to have, and whether it can run here."""
-    lines = []
+    lines, width = [], max(len(cell.row) for cell in cells)
     for row in dict.fromkeys(c.row for c in cells):
         mine = [c for c in cells if c.row == row]
         for recipe in dict.fromkeys(c.recipe for c in mine):
             part = [c for c in mine if c.recipe == recipe]
             states = list(dict.fromkeys(c.problem or "can run" for c in part))
             numbers = ", ".join(f"{c.column}: {number(c.paper, 'g') or '-'}{_seeds(c)}" for c in part)
-            lines.append(f"{row:22} {recipe:44} {'; '.join(states)}\n{'':22} paper: {numbers}")
+            lines.append(f"{row:{width}} {recipe:44} {'; '.join(states)}\n{'':{width}} paper: {numbers}")
     return "\n".join(lines)
 
 

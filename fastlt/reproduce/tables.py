@@ -13,6 +13,7 @@ import yaml
 
 from fastlt.names import pick
 from fastlt.recipe.locations import SHIPPED, shipped_recipes
+from fastlt.reproduce.paired import paired_difference
 from fastlt.state import ClassCounts, ShotRanks
 
 PAPER = Path(__file__).with_name("paper_tables.yaml")
@@ -32,9 +33,9 @@ class Cell:
     overrides: words that make the recipe this cell's. scaled: further ones at a `--scale`, by its name. metric: key of
     result.json. seeds: how many runs the table wants, 0 where it wants none unless the cell is asked for; wanted: how
     many are to be run. rate: the learning rate that is tried, see `fastlt.reproduce.rates`. shots: the groups of the
-    published number, None where they are the recipe's. problem: why it cannot be run, or why a run failed. results:
-    result.json by seed. members: the cells that an ensemble puts together; `recipe` then names all of theirs, and
-    `overrides` holds all of theirs.
+    published number, None where they are the recipe's. reference: the cell that it is compared with, seed by seed; None
+    for none. problem: why it cannot be run, or why a run failed. results: result.json by seed. members: the cells that
+    an ensemble puts together; `recipe` then names all of theirs, and `overrides` holds all of theirs.
     """
 
     row: str
@@ -49,6 +50,7 @@ class Cell:
     wanted: int = 1
     rate: float | None = None
     shots: ShotRanks | None = None
+    reference: Cell | None = None
     problem: str | None = None
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     members: list[Cell] = field(default_factory=list)
@@ -80,6 +82,8 @@ class Cell:
             of_run_groups = statistics.mean(self.percentages().values())
         results = [result for _, result in sorted(self.results.items())]
         mean = _mean(values.values())
+        paired = None if self.reference is None else paired_difference(values, self.reference.percentages())
+        weights = [result["class_weights"] for result in results if result.get("class_weights")]
         return {
             "row": self.row,
             "column": self.column,
@@ -91,7 +95,12 @@ class Cell:
             "std": statistics.stdev(values.values()) if len(values) > 1 else None,
             "seeds": len(values),
             "difference": None if mean is None or self.paper is None else mean - self.paper,
+            "reference": None if self.reference is None else self.reference.row,
+            "paired": None if paired is None else paired[0],
+            "paired_95": None if paired is None else paired[1],
             **{key: _mean(_percentages(results, key)) for key in ("many", "medium", "few", "ece")},
+            "least_weight": _mean(map(min, weights)),
+            "largest_weight": _mean(map(max, weights)),
             "select": _all(result.get("select") for result in results),
             "train_s": _mean(result["train_s"] for result in results),
             "wall_s": _mean(result["train_s"] + sum(result.get("aside_s", {}).values()) for result in results),
@@ -149,6 +158,10 @@ def load_table(name: str, tables: Path = PAPER) -> tuple[str, list[Cell]]:
             cell = _cell(table, row, column, value)
             parts = [replace(cell, recipe=r, path=files.get(r, SHIPPED / f"{r}.yaml")) for r in recipes]
             cells.append(parts[0] if len(parts) == 1 else replace(cell, recipe="+".join(recipes), members=parts))
+    by_name = {(cell.row, cell.column): cell for cell in cells}
+    for row in table["rows"]:
+        for column in table["columns"] if "reference" in row else []:
+            by_name[row["name"], column["name"]].reference = by_name[row["reference"], column["name"]]
     return table["title"], cells
 
 

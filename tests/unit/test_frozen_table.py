@@ -17,7 +17,7 @@ from fastlt.models import build_model
 from fastlt.recipe import StageRecipe, load_recipe
 from fastlt.reproduce import frozen
 from fastlt.reproduce.frozen import Method, open_context, plan, read_methods, stage_epochs, train_head
-from fastlt.reproduce.frozen_tables import best_rate, difference, rows
+from fastlt.reproduce.frozen_tables import best_rate, rows
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
@@ -130,8 +130,7 @@ def test_a_rate_is_chosen_on_the_first_seeds():
 
 def test_a_difference_needs_two_common_seeds():
     results = {("A", 0.1, 0): result(0.5, 0.9), ("B", 0.1, 0): result(0.5, 0.8), ("B", 0.1, 1): result(0.5, 0.8)}
-    a, b = (r.measured for r in rows([Method("A"), Method("B")], results, 0.1, 3) if r.choice == "own")
-    assert difference(b, a) is None
+    assert rows([Method("A"), Method("B")], results, 0.1, 3)[1].difference is None
 
 
 # The command
@@ -183,3 +182,13 @@ def test_the_command_runs_what_is_missing_and_writes_the_table(words, tmp_path, 
     records = json.loads((tmp_path / "out" / "frozen.json").read_text())
     assert {r["seeds"] for r in records if r["choice"] == "common"} == {3}
     assert "| Balanced softmax |" in (tmp_path / "out" / "frozen.md").read_text()
+
+
+def test_of_weights_whose_head_does_not_fit_the_command_warns_once(words, tmp_path, capfd, caplog):
+    weights = tmp_path / "weights.pt"  # as the fixture has them, of seven classes
+    torch.save(build_model("cifar_resnet8", num_classes=7).state_dict(), weights)
+    given = [w for w in words if not w.startswith(("runs=", "name="))]
+    command = ["reproduce", "frozen", "--recipe", "digits_lt", "--rows", "Focal", "--lr", "0.05", "--seeds", "2"]
+    assert cli.main([*command, "--jobs", "1", "--out", str(tmp_path / "out"), "--set", *given]) == 0
+    assert caplog.text.count("its head does not fit") == 1
+    assert "its head does not fit" not in capfd.readouterr().err, "of a process that trains heads"

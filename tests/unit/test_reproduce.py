@@ -6,6 +6,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import math
 import signal
 import subprocess
 import time
@@ -31,7 +32,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = yaml.safe_load(tables.PAPER.read_text())
 # Numbers printed in each table of the supplement; dashes do not count.
 PRINTED = {"table6": 10, "table8": 102, "table9": 88, "table10": 3, "table11": 6, "table12": 16}
-PUBLISHED = {**PRINTED, "cifar10_lt": 20, "tiny100_lt": 0, "finetune": 8, "lite0_cifar10_lt": 0}
+PUBLISHED = {
+    **PRINTED,
+    "cifar10_lt": 20,
+    "cifar10_lt_ablation": 0,
+    "tiny100_lt": 0,
+    "finetune": 8,
+    "lite0_cifar10_lt": 0,
+}
 
 
 def test_every_printed_number_is_there():
@@ -560,6 +568,36 @@ def test_groups_by_rank_are_measured_from_the_accuracies_of_a_run():
     assert tables.group_accuracy(result, "few", ShotRanks((2, 2, 2))) == pytest.approx(0.1), (
         "a class without images is left out"
     )
+
+
+def test_a_row_is_compared_with_its_reference_seed_by_seed():
+    title, cells = tables.load_table("lite0_cifar10_lt")
+    values = {"Probe, CE": {0: 0.6, 1: 0.7, 2: 0.1}, "Probe, Ours": {0: 0.62, 1: 0.74}, "All weights, Ours": {0: 0.5}}
+    weights = {"Probe, Ours": {0: [0.5, 1.5], 1: [0.7, 1.1]}}
+    for cell in cells:
+        cell.results = {
+            seed: {
+                "top1": value,
+                "class_weights": weights.get(cell.row, {}).get(seed),
+                **{"train_s": 1.0, "device": "cpu", "name": "x"},
+            }
+            for seed, value in values.get(cell.row, {}).items()
+        }
+    rows = {row["row"]: row for row in (cell.as_row() for cell in cells)}
+    ours = rows["Probe, Ours"]
+    half = 12.706 * math.sqrt(2) / math.sqrt(2)  # Student's t of one degree of freedom, differences of 2 and 4 points
+    assert (ours["reference"], ours["paired"], ours["paired_95"]) == (
+        "Probe, CE",
+        pytest.approx(3),
+        pytest.approx(half, rel=1e-4),
+    )
+    assert (ours["least_weight"], ours["largest_weight"]) == (pytest.approx(0.6), pytest.approx(1.3))
+    assert rows["All weights, Ours"]["paired"] is None, "its reference has no result"
+    text = output.markdown(title, cells, "paper")
+    assert "| row | column | ours | paired difference | seeds |" in text
+    assert f"| Probe, Ours | 100 | 68.00 ± 8.49 | +3.00 ± {half:.2f} to Probe, CE | 2 |" in text
+    assert "| 0.60 to 1.30 |" in text
+    assert "paired" not in output.markdown("title", tables.load_table("table8")[1], "paper")
 
 
 def test_the_published_groups_of_table_9_add_up_to_its_overall_numbers():
