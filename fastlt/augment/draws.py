@@ -141,6 +141,8 @@ class HeldDraws:
         """Put draws of the same names, shapes and types into their place, without a wait for the device."""
         tensors = _tensors(draws)
         assert [(tensor.dtype, tensor.shape) for tensor in tensors] == self.layout, "draws differ from batch to batch"
+        if not tensors:
+            return
         # New for each batch: pinned memory is not given out again before the copies from it are done.
         host = torch.empty(self.block.shape, dtype=torch.uint8, pin_memory=self.block.device.type == "cuda")
         for place, tensor in zip(self._views(host), tensors, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -11,9 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from fastlt.device.compiled import ready
+from fastlt.models import Classifier
 from fastlt.models.head_init import init_head
 from fastlt.models.trained_state import load_trained_state, trained_state
 from fastlt.names import pick
@@ -32,6 +36,8 @@ RECIPE = "cifar10_lt_linear_probe"
 STAGE, SECOND = "end_to_end", "second"
 # What a row does not say of its stage, whatever the recipe has.
 PLAIN = {"method": "plain", "options": {}, "loss": "cross_entropy", "loss_options": {}, "sampling": "instance"}
+# By seed and model section of the recipe: the first model of a run, and the state of the random numbers after it.
+BuiltModels = dict[tuple[int, str], tuple[Classifier, Tensor]]
 SECOND_SHARE = 3  # a second stage has the iterations of the first over this number
 
 
@@ -145,15 +151,19 @@ def stage_epochs(context: RunContext) -> float:
     return stage.length if stage.epochs is not None else stage.length / iterations_per_epoch(context, stage)
 
 
-def train_head(context: RunContext, path: Path, words: Sequence[str]) -> dict[str, Any]:
+def train_head(
+    context: RunContext, path: Path, words: Sequence[str], built: BuiltModels | None = None
+) -> dict[str, Any]:
     """Train what `words` make of the recipe file `path` on the features of `context`; leaves no files.
 
+    built: the models that earlier runs on these features began with; gets those that are not there.
     Returns "validation" and "test", metrics; "weights", the class weights of the last iteration, None without any;
     "train_s"; and "problem", a sentence where numbers were not finite, else None.
     """
     recipe = load_recipe(path, words)
     context = with_recipe(context, recipe)
-    model, evaluation, weights = new_model(context), Evaluation(context), None
+    model = _first_model(context, {} if built is None else built)
+    evaluation, weights = Evaluation(context), None
     started = time.perf_counter()
     for position, (name, stage_recipe) in enumerate(recipe.stages.items()):
         model = prepare_model(context, model, stage_recipe)
@@ -176,6 +186,19 @@ def train_head(context: RunContext, path: Path, words: Sequence[str]) -> dict[st
         "train_s": took,
         "problem": None if finite else "the outputs of the network are not finite",
     }
+
+
+def _first_model(context: RunContext, built: BuiltModels) -> Classifier:
+    """The model that the trainer would begin with, and the state of the generator then; without the backbone."""
+    key = context.recipe.seed, repr(context.recipe.model)
+    if key not in built:
+        # Making a backbone and reading its weights takes a quarter of the time that a short run takes.
+        model = new_model(context)
+        model.drop_backbone()
+        built[key] = model, torch.get_rng_state()
+    model, state = built[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 def _train(stage: Stage, evaluation: Evaluation) -> list[float] | None:

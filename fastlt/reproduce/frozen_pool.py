@@ -16,7 +16,7 @@ from typing import Any
 
 from fastlt.parent_process import end_with_parent
 from fastlt.recipe import load_recipe
-from fastlt.reproduce.frozen import HeadRun, open_context, train_head
+from fastlt.reproduce.frozen import BuiltModels, HeadRun, open_context, train_head
 from fastlt.reproduce.plan import digest, result_digest
 from fastlt.run.checkpoint import read_json, write_json
 from fastlt.run.context import RunContext
@@ -74,7 +74,8 @@ def run_tasks(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None]) ->
             raise
 
 
-_contexts: dict[tuple[str, ...], RunContext] = {}  # of this process: that of its latest data set
+# Of this process: the surroundings of its latest data set, and the models that runs on it begin with.
+_contexts: dict[tuple[str, ...], tuple[RunContext, BuiltModels]] = {}
 
 
 def _begin(parent: int) -> None:
@@ -89,6 +90,7 @@ def _train(task: Task) -> None:
     data_words = (*task.data_words, f"num_threads={task.threads}")
     if data_words not in _contexts:
         _contexts.clear()  # of one data set at a time, whose features fill memory
-        _contexts[data_words] = open_context(load_recipe(task.recipe, data_words))
-    result = train_head(_contexts[data_words], task.recipe, [*data_words, *task.run.words])
+        _contexts[data_words] = open_context(load_recipe(task.recipe, data_words)), {}
+    context, built = _contexts[data_words]
+    result = train_head(context, task.recipe, [*data_words, *task.run.words], built)
     write_json(task.file, {**result, "threads": task.threads})

@@ -73,7 +73,10 @@ def test_a_run_is_that_of_the_trainer(name, words):
     methods = [row for row in ROWS if row.name == name]
     context = open_context(load_recipe(RECIPE, words))
     (run,) = plan(context.recipe, methods, [0.05], 1, stage_epochs(context))
-    ours = train_head(context, RECIPE, [*words, *run.words])
+    built = {}
+    train_head(context, RECIPE, [*words, *run.words], built)
+    ours = train_head(context, RECIPE, [*words, *run.words], built)  # from a model that was built before
+    assert len(built) == 1
     theirs = Trainer(prepare(load_recipe(RECIPE, [*words, *run.words, "name=whole"]))).fit()
     assert ours["test"]["per_class_accuracy"] == theirs["per_class_accuracy"]
     assert ours["test"]["ece"] == theirs["ece"]
