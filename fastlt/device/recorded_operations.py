@@ -147,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         run, given = fx.GraphModule(nn.Module(), self.graph).forward, self.given
 
         def replay() -> None:
-            with torch.no_grad():
+            with torch.inference_mode():  # without what a graph for a backward pass would need
                 results = run(*given)
                 for tensor, result in zip(kept, results, strict=True):
                     tensor.copy_(result)
