@@ -67,7 +67,7 @@ class FileServer:
         self.work.mkdir(parents=True, exist_ok=True)
         self.port = self.port or free_port()
         self.process = subprocess.Popen(self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_answer(self.port, self.name, START_S)
+        wait_for_answer(self.process, self.port, self.name, START_S)
 
     def stop(self) -> None:
         """End it at once; connections break."""
@@ -102,10 +102,10 @@ def serve(folder: Path, work: Path, directives: str = "") -> Iterator[FileServer
         server.stop()
 
 
-def wait_for_answer(port: int, name: str, timeout_s: float) -> None:
-    """Until a server on the loopback takes connections; RuntimeError, which calls it `name`, when it does not."""
+def wait_for_answer(process: subprocess.Popen[bytes], port: int, name: str, timeout_s: float) -> None:
+    """Until a server on the loopback takes connections; RuntimeError with its `name` when it does not, or ends."""
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as tried:
             if tried.connect_ex(("127.0.0.1", port)) == 0:
                 return

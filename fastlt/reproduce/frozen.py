@@ -192,7 +192,7 @@ def _first_model(context: RunContext, built: BuiltModels) -> Classifier:
     """The model that the trainer would begin with, and the state of the generator then; without the backbone."""
     key = context.recipe.seed, repr(context.recipe.model)
     if key not in built:
-        # Making a backbone and reading its weights takes a quarter of the time that a short run takes.
+        # Making a backbone and reading its weights takes a fifth of the time that a short run takes.
         model = new_model(context)
         model.drop_backbone()
         built[key] = model, torch.get_rng_state()

@@ -38,7 +38,7 @@ class ObjectStore:
         """Start it, empty, and wait until it answers."""
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(self.command, env={**os.environ, **self.environment}, **quiet)
-        wait_for_answer(self.port, str(self.command), START_S)
+        wait_for_answer(self.process, self.port, str(self.command), START_S)
 
     def stop(self) -> None:
         """End it, with all that it holds."""
