@@ -11,6 +11,8 @@ in common are trained once: all stages of a run but the last are a run of their 
 end, as if it had been stopped there. A cell of several runs ends with `fastlt ensemble` on them. All runs of one seed
 come before those of the next, the shortest first. A run that fails is told, and the others go on.
 TABLE.md, .csv and .json are written to --out after every run, TABLE_SCALE.md and so on at another scale than paper.
+TABLE_runs.json beside them holds the results of the runs. Several machines share a table by it: with --results FILE,
+runs whose results are in the file are not run here.
 --into puts the table into a document, between the lines <!-- fastlt reproduce TABLE --scale SCALE --> and
 <!-- end of the table -->. --rates compares learning rates on validation, for the row CE unless --rows names others.
 The published numbers, which recipe belongs to which row, which rows and columns run when none are named, and how many
@@ -25,7 +27,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastlt.arguments import make_parser, path, positive, whole
@@ -34,6 +36,7 @@ from fastlt.reproduce.availability import resolve
 from fastlt.reproduce.execution import Campaign
 from fastlt.reproduce.output import check_place, listing, markdown, write_files, write_into
 from fastlt.reproduce.rates import at_rates, rates_table
+from fastlt.reproduce.shared_results import SharedResult, read_results, write_results
 from fastlt.reproduce.tables import SCALES, Cell, chosen, load_table, table_names
 from fastlt.run.checkpoint import write_atomically
 
@@ -62,16 +65,17 @@ def main(words: list[str], prog: str = NAME) -> int:
     if given.list:
         print(listing(cells))
         return 0
+    shared = read_results(given.results)
     code = 0
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = _run(cells, title, given)
+        code = _run(cells, title, given, shared)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         code = 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(_write(cells, title, given))
+    print(_write(cells, title, given, shared))
     return code
 
 
@@ -95,6 +99,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="compare learning rates on validation")
     parser.add_argument("--runs", type=path, default=Path("runs/reproduce"), help="where the runs are kept")
     parser.add_argument("--out", type=path, default=Path("runs/reproduce"), help="where the tables are written")
+    parser.add_argument(
+        "--results", nargs="+", type=path, default=[], metavar="FILE", help="TABLE_runs.json of other machines"
+    )
     parser.add_argument("--into", type=path, metavar="FILE", help="a Markdown document to put the table into")
     return parser
 
@@ -106,21 +113,22 @@ def _chosen(cells: list[Cell], given: argparse.Namespace) -> list[Cell]:
     return at_rates(chosen(cells, rows, columns), given.rates, given.scale)
 
 
-def _run(cells: Sequence[Cell], title: str, given: argparse.Namespace) -> int:
+def _run(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: dict[str, SharedResult]) -> int:
     """Collect what is there and run what is missing, the table being written after every run; the exit code."""
     campaign = Campaign(
         cells,
         given.runs.resolve(),
         jobs=given.jobs,
         nice=given.nice,
-        changed=lambda: _write(cells, title, given),
+        shared=shared,
+        changed=lambda: _write(cells, title, given, shared),
     )
-    _write(cells, title, given)
+    _write(cells, title, given, shared)
     failed = len(campaign.failed) if given.collect else campaign.run()
     return 1 if failed else 0
 
 
-def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace) -> str:
+def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: Mapping[str, SharedResult]) -> str:
     """Write the table to the files that it belongs in; returns its text."""
     name = given.table if given.scale == "paper" else f"{given.table}_{given.scale}"
     if given.rates:
@@ -129,6 +137,7 @@ def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace) -> str:
         return text
     text = markdown(title, cells, given.scale)
     write_files(given.out, name, text, [cell.as_row() for cell in cells])
+    write_results(given.out / f"{name}_runs.json", shared)
     if given.into is not None:
         write_into(given.into, given.table, given.scale, cells)
     return text

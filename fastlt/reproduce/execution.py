@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fastlt import file_lock
 from fastlt.parent_process import LAUNCHER
-from fastlt.reproduce.plan import Run, plan_run
+from fastlt.reproduce.plan import Run, TrainingRun, plan_run
+from fastlt.reproduce.shared_results import SharedResult
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
 from fastlt.run.folder import result_file
@@ -59,7 +60,8 @@ class Campaign:
     comes after those that it needs. A run that fails takes those with it that need it, and no others.
 
     cells: get their results, and the reason of a failure as `problem`. runs: where run folders are. jobs: processes at
-    once, which share the cores. nice: what is added to their niceness. changed: called when a cell has changed.
+    once, which share the cores. nice: what is added to their niceness. shared: results of runs on other machines, by
+    identity; those of the runs here are added. changed: called when a cell has changed.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Campaign:
         *,
         jobs: int = 1,
         nice: int = 0,
+        shared: dict[str, SharedResult] | None = None,
         changed: Callable[[], object] = lambda: None,
     ) -> None:
         self.runs, self.jobs, self.nice, self.changed = runs, jobs, nice, changed
+        self.shared = {} if shared is None else shared
         self.threads = None if jobs == 1 else max(1, available_cores() // jobs)
         self.tasks: dict[str, Task] = {}
         self.failed: dict[str, str] = {}
@@ -85,13 +89,24 @@ class Campaign:
         """Take the result of a cell that is there, or note the run that it takes."""
         try:
             run = plan_run(cell, self.runs, seed)
-            if run.finished():
-                cell.results[seed] = read_json(result_file(run.folder))
+            result = self._result_here(run) if run.finished() else self._result_elsewhere(run)
+            if result is not None:
+                cell.results[seed] = result
             elif can_run:
                 self._task(run, cell.label(seed), seed).asked.append((cell, seed))
         except ValueError as error:  # a damaged file of an earlier run, or a recipe that is none here
             if can_run:
                 cell.problem = self.failed[cell.label(seed)] = " ".join(str(error).split())
+
+    def _result_here(self, run: Run) -> dict[str, Any]:
+        result = read_json(result_file(run.folder))
+        if isinstance(run, TrainingRun):
+            self.shared[run.identity] = SharedResult(run.recipe, result)
+        return result
+
+    def _result_elsewhere(self, run: Run) -> dict[str, Any] | None:
+        found = self.shared.get(run.identity)
+        return found.result if found is not None and isinstance(run, TrainingRun) and found.is_of(run.recipe) else None
 
     def _task(self, run: Run, label: str, seed: int) -> Task:
         if run.identity not in self.tasks:
@@ -167,8 +182,9 @@ class Campaign:
     def _finish(self, task: Task) -> None:
         _close(task)
         try:
+            result = self._result_here(task.run)
             for cell, seed in task.asked:
-                cell.results[seed] = read_json(result_file(task.run.folder))
+                cell.results[seed] = result
         except ValueError as error:
             self._fail(task, " ".join(str(error).split()))
             return

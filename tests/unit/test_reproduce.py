@@ -519,6 +519,40 @@ def test_results_that_were_brought_here_are_collected_and_put_into_a_document(
     assert page.read_text() == "nothing\n"
 
 
+def test_results_of_another_machine_are_taken_where_their_recipe_is_the_same(digits, tmp_path, capsys, in_process):
+    def words(machine, *more):
+        folders = ["--runs", str(tmp_path / machine), "--out", str(tmp_path / f"{machine}_out"), *more]
+        small = [*SMALL[1:], "data.convention=paper", "data.image_size=8", *few_iterations("end_to_end")]
+        small += ["data.source=digits", f"data.converted={digits}", "stages.end_to_end.options.driver_target=absolute"]
+        return ["reproduce", "cifar10_lt", "--scale", "quick", "--columns", "100", *folders, "--set", *small]
+
+    assert cli.main(words("first", "--rows", "Ours", "--seeds", "1")) == 0
+    file = tmp_path / "first_out" / "cifar10_lt_quick_runs.json"
+    assert str(tmp_path) not in file.read_text(), "it says nothing of the machine"
+    (first,) = in_process
+    again = ["--rows", "Ours", "--seeds", "2", "--results", str(file)]
+    assert cli.main(words("second", *again)) == 0
+    assert [name.endswith("-1") for name in in_process] == [False, True], "seed 0 is not run again"
+    (row,) = json.loads((tmp_path / "second_out" / "cifar10_lt_quick.json").read_text())
+    assert row["seeds"] == 2
+    assert row["runs"].split() == in_process
+    both = json.loads((tmp_path / "second_out" / "cifar10_lt_quick_runs.json").read_text())
+    assert sorted(entry["result"]["name"] for entry in both.values()) == sorted(in_process)
+
+    # A default that another version had: the run has the same name, and another meaning.
+    (entry,) = json.loads(file.read_text()).values()
+    entry["recipe"]["stages"]["end_to_end"]["options"]["driver_target"] = "relative"
+    file.write_text(json.dumps({first.removeprefix("cifar10_lt-"): entry}))
+    assert cli.main(words("third", "--rows", "Ours", "--seeds", "1", "--results", str(file))) == 0
+    assert in_process[2:] == [first]
+    capsys.readouterr()
+    for text in ("[]", '{"a": {"result": {}}}', "{"):
+        file.write_text(text)
+        assert cli.main(words("fourth", *again)) == 2
+        assert str(file) in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists()
+
+
 def test_rates_are_compared_on_validation_alone(digits, tmp_path, capsys, in_process):
     words = [
         "cifar10_lt",
