@@ -402,15 +402,13 @@ WAYS: dict[str, Callable[[Problem], Way]] = {
     "torchopt": TorchOpt,
     "general": _general,
     "lean": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), lean=True),
-    "autocast_tangent": lambda problem: OwnStep(
-        problem, "difficulty", FrozenAccuracy(problem.accuracy), tangent="autocast"
-    ),
+    "fp32_tangent": lambda problem: OwnStep(problem, "difficulty", FrozenAccuracy(problem.accuracy), tangent="fp32"),
     "late_weights": lambda problem: _approximate(problem, late_weights=True),
     "lookahead_head": lambda problem: _approximate(problem, lookahead_only=["head"]),
     "late_head": lambda problem: _approximate(problem, late_weights=True, lookahead_only=["head"]),
 }
 OWN = tuple(name for name in WAYS if name not in ("double_backward", "higher", "torchopt"))
-ON_REQUEST = ("general", "lean", "autocast_tangent", "late_weights", "lookahead_head", "late_head")
+ON_REQUEST = ("general", "lean", "fp32_tangent", "late_weights", "lookahead_head", "late_head")
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 

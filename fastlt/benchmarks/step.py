@@ -10,7 +10,7 @@ higher, torchopt the same gradient by these packages
 On request (--rows), with the accuracies given, what takes less memory, and what costs less than exactness can:
 general          as exact; with passes of their own for lookahead, tangent and update, also where one pass serves all
 lean             as exact; activations that are cheap to compute are computed again
-autocast_tangent in bf16, the tangent has the types of the training pass, as that of the packages has
+fp32_tangent     in bf16, the tangent is float32, and not of the training pass's types
 late_weights     the update takes the weights of the lookahead
 lookahead_head   the lookahead moves the head alone
 late_head        both late_weights and lookahead_head

@@ -59,7 +59,7 @@ def meta_steps(recipe: Recipe, model: Classifier) -> list[str]:
         kind = STEPS[stage.method]
         if not issubclass(kind, MetaStep):
             continue
-        float32_tangent = recipe.precision != "fp32" and getattr(stage.options, "tangent", "fp32") == "fp32"
+        float32_tangent = recipe.precision != "fp32" and getattr(stage.options, "tangent", None) == "fp32"
         reason = kind.why_general(recipe.compile == "inductor", float32_tangent)
         if stage.accumulate > 1:
             reason = f"micro-batches (accumulate {stage.accumulate}) keep nothing for later"

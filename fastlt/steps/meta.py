@@ -133,15 +133,13 @@ class MetaStep(Step[OptionsT]):
         if traces:
             return "compile: inductor takes the passes apart"
         if float32_tangent:
-            return (
-                "the tangent is float32 in mixed precision (options.tangent: autocast takes the training pass's types)"
-            )
+            return "options.tangent is fp32, and keeps nothing of the training pass"
         return None
 
     def __init__(self, parts: StepParts, options: OptionsT | None = None) -> None:
         super().__init__(parts, options)
         self.network: nn.Module = parts.model
-        self.low_tangent = False  # whether the tangent has the types of mixed precision, and not float32
+        self.low_tangent = True  # whether, in mixed precision, the tangent has the types of the training pass
         self.lean = False  # whether activations that are cheap to compute are computed again to save memory
         self.lean_meta_pass = True  # until the model overwrites a tensor that they are recomputed from
         # The parameters that the lookahead moves: all that are trained, unless an approximation says otherwise.
@@ -385,7 +383,6 @@ class MetaStep(Step[OptionsT]):
         return meta_gradient.replayed_randomness(run.random_state, run.inputs.device)
 
     def _tangent_of_pass(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
-        # Outside autocast, but for `low_tangent`: along one direction, a bfloat16 tangent was 1e-2 off, this one 1e-4.
         if self.parts.compiler.traces:
             stays = meta_gradient.what_stays(self.network, self.ahead)
             return meta_gradient.along_unit_direction(
@@ -393,6 +390,7 @@ class MetaStep(Step[OptionsT]):
                 self.ahead,
                 direction,
             )
+        # A float32 tangent is 1e-4 off along one direction, one in the training pass's types 1e-2.
         losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
         record = run.record if self._replays(run.inputs.device) else None
         return meta_gradient.directional_derivative(losses, self.ahead, direction, record)
@@ -445,18 +443,20 @@ class LearnedWeightOptions(MetaOptions):
     lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are released and computed again, as exact and a
         little slower; not with `compile: inductor`.
     tangent: how the meta-gradient's tangent is computed under mixed precision: fp32 by a forward pass of its own,
-        autocast from the training pass's activations and in their types, as differentiating twice would.
+        autocast from the training pass's activations and in their types, as differentiating twice would. null is
+        autocast where those are kept, and fp32 under `compile: inductor` and where the batch is cut (`accumulate`).
     """
 
     lr: float = field(default=1e-3, metadata=at_least(0))
     weight_decay: float = field(default=1e-4, metadata=at_least(0))
     approximate: Approximation = field(default_factory=Approximation)
     lean: bool = False
-    tangent: Literal["fp32", "autocast"] = "fp32"
+    tangent: Literal["fp32", "autocast"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
+        if self.tangent is not None:
+            pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
 
 
 LearnedT = TypeVar("LearnedT", bound=LearnedWeightOptions, default=LearnedWeightOptions)
@@ -498,7 +498,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
 
     def __init__(self, parts: StepParts, options: LearnedT | None = None) -> None:
         super().__init__(parts, options)
-        self.lean, self.low_tangent = self.options.lean, self.options.tangent == "autocast"
+        self.lean, self.low_tangent = self.options.lean, self.options.tangent != "fp32"
         if self.lean and not self._records(self.parameters[0]):
             raise ValueError(f"options.lean is true; {WHERE_LEAN}")
         self.ahead = self.options.approximate.parameters_of(parts.model)
