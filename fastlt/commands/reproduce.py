@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastlt.arguments import make_parser, path, positive, whole
@@ -36,7 +36,7 @@ from fastlt.reproduce.availability import resolve
 from fastlt.reproduce.execution import Campaign
 from fastlt.reproduce.output import check_place, listing, markdown, write_files, write_into
 from fastlt.reproduce.rates import at_rates, rates_table
-from fastlt.reproduce.shared_results import SharedResult, read_results, write_results
+from fastlt.reproduce.shared_results import SharedResults, read_results
 from fastlt.reproduce.tables import SCALES, Cell, chosen, load_table, table_names
 from fastlt.run.checkpoint import write_atomically
 
@@ -113,7 +113,7 @@ def _chosen(cells: list[Cell], given: argparse.Namespace) -> list[Cell]:
     return at_rates(chosen(cells, rows, columns), given.rates, given.scale)
 
 
-def _run(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: dict[str, SharedResult]) -> int:
+def _run(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: SharedResults) -> int:
     """Collect what is there and run what is missing, the table being written after every run; the exit code."""
     campaign = Campaign(
         cells,
@@ -128,7 +128,7 @@ def _run(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: d
     return 1 if failed else 0
 
 
-def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: Mapping[str, SharedResult]) -> str:
+def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: SharedResults) -> str:
     """Write the table to the files that it belongs in; returns its text."""
     name = given.table if given.scale == "paper" else f"{given.table}_{given.scale}"
     if given.rates:
@@ -137,7 +137,7 @@ def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared:
         return text
     text = markdown(title, cells, given.scale)
     write_files(given.out, name, text, [cell.as_row() for cell in cells])
-    write_results(given.out / f"{name}_runs.json", shared)
+    shared.write(given.out / f"{name}_runs.json")
     if given.into is not None:
         write_into(given.into, given.table, given.scale, cells)
     return text

@@ -15,7 +15,7 @@ from typing import IO, Any
 from fastlt import file_lock
 from fastlt.parent_process import LAUNCHER
 from fastlt.reproduce.plan import Run, TrainingRun, plan_run
-from fastlt.reproduce.shared_results import SharedResult
+from fastlt.reproduce.shared_results import SharedResults
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
 from fastlt.run.folder import result_file
@@ -60,8 +60,8 @@ class Campaign:
     comes after those that it needs. A run that fails takes those with it that need it, and no others.
 
     cells: get their results, and the reason of a failure as `problem`. runs: where run folders are. jobs: processes at
-    once, which share the cores. nice: what is added to their niceness. shared: results of runs on other machines, by
-    identity; those of the runs here are added. changed: called when a cell has changed.
+    once, which share the cores. nice: what is added to their niceness. shared: results of runs on other machines; those
+    of the runs here are added. changed: called when a cell has changed.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Campaign:
         *,
         jobs: int = 1,
         nice: int = 0,
-        shared: dict[str, SharedResult] | None = None,
+        shared: SharedResults | None = None,
         changed: Callable[[], object] = lambda: None,
     ) -> None:
         self.runs, self.jobs, self.nice, self.changed = runs, jobs, nice, changed
-        self.shared = {} if shared is None else shared
+        self.shared = SharedResults() if shared is None else shared
         self.threads = None if jobs == 1 else max(1, available_cores() // jobs)
         self.tasks: dict[str, Task] = {}
         self.failed: dict[str, str] = {}
@@ -101,12 +101,11 @@ class Campaign:
     def _result_here(self, run: Run) -> dict[str, Any]:
         result = read_json(result_file(run.folder))
         if isinstance(run, TrainingRun):
-            self.shared[run.identity] = SharedResult(run.recipe, result)
+            self.shared.add(run.recipe, result)
         return result
 
     def _result_elsewhere(self, run: Run) -> dict[str, Any] | None:
-        found = self.shared.get(run.identity)
-        return found.result if found is not None and isinstance(run, TrainingRun) and found.is_of(run.recipe) else None
+        return self.shared.get(run.recipe) if isinstance(run, TrainingRun) else None
 
     def _task(self, run: Run, label: str, seed: int) -> Task:
         if run.identity not in self.tasks:

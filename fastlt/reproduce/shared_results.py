@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlt import strict_json
-from fastlt.recipe import Recipe, RecipeError, differences, recipe_from_tree, without_paths
+from fastlt.recipe import Recipe, RecipeError, recipe_from_tree, without_paths
+from fastlt.reproduce.plan import result_digest
 from fastlt.run.checkpoint import read_json, write_atomically
 
 
@@ -19,36 +20,49 @@ class SharedResult:
     recipe: Recipe
     result: dict[str, Any]
 
-    def is_of(self, recipe: Recipe) -> bool:
-        """Whether a recipe would give this result, on the same data."""
-        return not differences(without_paths(self.recipe), without_paths(recipe))
+
+class SharedResults:
+    """Results by what their runs have trained: by recipes without paths, which differ from machine to machine."""
+
+    def __init__(self, results: Iterable[SharedResult] = ()) -> None:
+        self.by_key = {_key(one.recipe): one for one in results}
+
+    def add(self, recipe: Recipe, result: dict[str, Any]) -> None:
+        """Take the result of a recipe, in place of an earlier one."""
+        self.by_key[_key(recipe)] = SharedResult(recipe, result)
+
+    def get(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The result of a recipe; None where there is none."""
+        found = self.by_key.get(_key(recipe))
+        return None if found is None else found.result
+
+    def write(self, file: Path) -> None:
+        """A JSON list with a line a run; nothing in it says where files are on this machine."""
+        lines = [
+            strict_json.dumps({"recipe": without_paths(one.recipe).to_tree(), "result": one.result})
+            for _, one in sorted(self.by_key.items())
+        ]
+        write_atomically(file, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
-def read_results(files: Sequence[Path]) -> dict[str, SharedResult]:
-    """The results of files that `write_results` wrote, by the identities of their runs; the first of two is taken.
+def _key(recipe: Recipe) -> str:
+    # By this version's defaults: a default that has changed makes no run pass for another.
+    return f"{result_digest(without_paths(recipe))}-{recipe.seed}"
+
+
+def read_results(files: Sequence[Path]) -> SharedResults:
+    """The results of files that `SharedResults.write` wrote; of two of one run, the later.
 
     ValueError when a file is none, or has a recipe that this version of fastlt does not know.
     """
-    found: dict[str, SharedResult] = {}
+    found = []
     for file in files:
         content = read_json(file)
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} has no results; give a TABLE_runs.json of fastlt reproduce")
-        for identity, entry in content.items():
+        if not isinstance(content, list):
+            raise ValueError(f"{file} has no results of runs; give a TABLE_runs.json of fastlt reproduce")
+        for place, entry in enumerate(content):
             try:
-                one = SharedResult(recipe_from_tree(entry["recipe"]), dict(entry["result"]))
-                one.result["top1"], one.result["name"]
+                found.append(SharedResult(recipe_from_tree(entry["recipe"]), dict(entry["result"])))
             except (RecipeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{file}: {identity} is no result of a run ({error})") from None
-            found.setdefault(identity, one)
-    return found
-
-
-def write_results(file: Path, results: Mapping[str, SharedResult]) -> None:
-    """A line a run, sorted; nothing in them says where files are on this machine."""
-    lines = [
-        f"{strict_json.dumps(identity)}: "
-        + strict_json.dumps({"recipe": without_paths(one.recipe).to_tree(), "result": one.result})
-        for identity, one in sorted(results.items())
-    ]
-    write_atomically(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+                raise ValueError(f"{file}: entry {place} is no result of a run ({error})") from None
+    return SharedResults(found)
