@@ -32,14 +32,14 @@ class DifficultyOptions(LearnedWeightOptions):
     meta_weight: weight of the meta loss in Eq. 10; at 0 the driver loss alone trains the network, as in the authors'
         release, which loses the meta-gradient.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
-    driver_target: target of the driver loss, relative or absolute difficulty; see
-        `fastlt.meta.difficulty.driver_target`.
+    driver_target: target of the driver loss: absolute difficulty, or relative as in the authors' release, which leaves
+        the weights nearly uniform; see `fastlt.meta.difficulty.driver_target`.
     """
 
     hidden: int | Literal["auto"] | None = field(default=None, metadata=WIDTH)
     meta_weight: float = field(default=1.0, metadata=at_least(0))
     driver_weight: float = field(default=0.3, metadata=at_least(0))
-    driver_target: Literal["relative", "absolute"] = "relative"
+    driver_target: Literal["relative", "absolute"] = "absolute"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -94,7 +94,7 @@ def slow_driver(values, losses, weight, target):
     [
         ("mwn", {}, 0.0),
         ("sample_difficulty", {}, 0.3),
-        ("sample_difficulty", {"driver_target": "absolute", "driver_weight": 0.7}, 0.7),
+        ("sample_difficulty", {"driver_target": "relative", "driver_weight": 0.7}, 0.7),
     ],
 )
 def test_weights_from_losses_follow_the_reference(method, options, weight):
@@ -114,7 +114,7 @@ def test_weights_from_losses_follow_the_reference(method, options, weight):
 
         objective = meta_loss(model, normalised, batch, meta_batch, scale=LR / len(batch))
         if weight:
-            target = options.get("driver_target", "relative")
+            target = options.get("driver_target", "absolute")
             objective = objective + slow_driver(net(seen[0]), seen[0], weight, target)
         adam.zero_grad()
         objective.backward()
