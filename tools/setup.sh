@@ -59,7 +59,8 @@ fi
 
 # Of use and not needed: another malloc (for `options.lean` alone), and an OpenMP that gives way to other programs on the
 # same cores. Nothing fails for their sake, and nobody is asked for a password.
-preloads() { ! LD_PRELOAD=$1 env true 2>&1 | grep -q 'cannot be preloaded'; }
+# Not by a pipe into grep -q: that ends at the first line, and SIGPIPE would end the writer of the second as a failure.
+preloads() { [[ $(LD_PRELOAD=$1 env true 2>&1) != *'cannot be preloaded'* ]]; }
 useful() {
     if ! preloads "$1" && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
         echo "setup: installing $2"

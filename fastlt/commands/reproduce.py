@@ -12,7 +12,7 @@ end, as if it had been stopped there. A cell of several runs ends with `fastlt e
 come before those of the next, the shortest first. A run that fails is told, and the others go on.
 TABLE.md, .csv and .json are written to --out after every run, TABLE_SCALE.md and so on at another scale than paper.
 TABLE_runs.json beside them holds the results of the runs. Several machines share a table by it: with --results FILE,
-runs whose results are in the file are not run here.
+runs whose results are in the file are not run here. Paths of data and weights are taken to lead to the same content.
 --into puts the table into a document, between the lines <!-- fastlt reproduce TABLE --scale SCALE --> and
 <!-- end of the table -->. --rates compares learning rates on validation, for the row CE unless --rows names others.
 The published numbers, which recipe belongs to which row, which rows and columns run when none are named, and how many
