@@ -152,7 +152,7 @@ def _plan(path: Path, words: list[str]) -> TrainingRun:
         first = _plan(path, [*words, f"stages.{last}=null"]) if before else None
     except ValueError:
         first = None  # stages that are no recipe without the last one are trained with it
-    identity = f"{result_digest(recipe)}-{recipe.seed}"
+    identity = identity_of(recipe)
     # Rows and tables that ask for the same training share it, whatever recipe file it was first asked for by.
     there = sorted(Path(recipe.runs).glob(f"*-{identity}"))
     name = there[0].name if there else f"{path.stem}-{identity}"
@@ -162,6 +162,11 @@ def _plan(path: Path, words: list[str]) -> TrainingRun:
 def digest(value: Any, digits: int = 8) -> str:
     """So many digits that are equal for equal containers."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def identity_of(recipe: Recipe) -> str:
+    """A text that is equal for recipes whose results are, on the same data."""
+    return f"{result_digest(recipe)}-{recipe.seed}"
 
 
 def result_digest(recipe: Recipe) -> str:

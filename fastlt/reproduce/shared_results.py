@@ -9,7 +9,7 @@ from typing import Any
 
 from fastlt import strict_json
 from fastlt.recipe import Recipe, RecipeError, recipe_from_tree, without_paths
-from fastlt.reproduce.plan import result_digest
+from fastlt.reproduce.plan import identity_of
 from fastlt.run.checkpoint import read_json, write_atomically
 
 
@@ -47,7 +47,7 @@ class SharedResults:
 
 def _key(recipe: Recipe) -> str:
     # By this version's defaults: a default that has changed makes no run pass for another.
-    return f"{result_digest(without_paths(recipe))}-{recipe.seed}"
+    return identity_of(without_paths(recipe))
 
 
 def read_results(files: Sequence[Path]) -> SharedResults:
