@@ -172,7 +172,7 @@ def test_gradients_in_bfloat16_lose_little_and_are_the_same_in_all_processes(cas
     moved = {name for name in exact if not torch.equal(first[name], exact[name])}
     assert moved
     for name in moved:
-        assert (first[name] - exact[name]).norm() <= 0.04 * exact[name].norm(), name
+        assert torch.allclose(first[name], exact[name], rtol=1e-2, atol=1e-2), name
 
 
 def test_the_error_of_gradients_in_bfloat16_is_that_of_its_eight_bits(ranks):

@@ -67,6 +67,8 @@ IN_PIECES = [
 ]
 BATCH_NORMS = 2  # layers in the network that has them
 OPTIONS = {
+    # The absolute target jumps with an accuracy, which rounded gradients may change by an image.
+    "difficulty": {"driver_target": "relative"},
     "cb_da": {"from_epoch": 0, "eps_lr": 1.0},
     "paco": {"dim": 4, "queue": 20, "momentum": 0.5, "alpha": 0.2},
     "dro_lt": {"radius": 0.5},
