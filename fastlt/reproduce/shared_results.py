@@ -57,7 +57,7 @@ def read_results(files: Sequence[Path]) -> SharedResults:
     """
     found = []
     for file in files:
-        content = read_json(file)
+        content = read_json(file, "copy it again from where it was written")
         if not isinstance(content, list):
             raise ValueError(f"{file} has no results of runs; give a TABLE_runs.json of fastlt reproduce")
         for place, entry in enumerate(content):

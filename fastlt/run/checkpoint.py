@@ -95,12 +95,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (strict_json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError when it is damaged or may not be read."""
+def read_json(path: Path, remedy: str = "move it away to measure the run again") -> Any:
+    """The content of a JSON file; ValueError when it is damaged, with the remedy, or may not be read.
+
+    remedy: what the user can do about a damaged file; that of a result if not given.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); move it away to measure the run again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
     except OSError as error:
         raise RunFileError(f"{path} cannot be read: {error.strerror}") from None
 

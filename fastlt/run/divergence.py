@@ -25,4 +25,4 @@ class Divergence:
 def recorded_divergence(folder: Path) -> Divergence | None:
     """What was noticed after the last checkpoint of a run; None when all has been finite."""
     file = divergence_file(folder)
-    return Divergence(**read_json(file)) if file.exists() else None
+    return Divergence(**read_json(file, "move it away to go on from the last checkpoint")) if file.exists() else None

@@ -74,7 +74,7 @@ def written_inputs(folder: Path) -> InputsRecord | None:
     if not path.exists():
         return None
     try:
-        return InputsRecord.from_tree(checkpoint.read_json(path))
+        return InputsRecord.from_tree(checkpoint.read_json(path, "the last checkpoint is asked instead"))
     except (ValueError, KeyError, TypeError) as error:
         _warn_once(f"{path} is damaged ({error})")
         return None

@@ -109,7 +109,7 @@ def _identity(folder: Path) -> str:
     path = tracker_id_file(folder)
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex})
-    return read_json(path)["id"]
+    return read_json(path, "move it away, and trackers show the run as a new one from here on")["id"]
 
 
 def _configure_tensorboard(tracker: Any, values: dict[str, Any]) -> None:

@@ -219,7 +219,7 @@ def is_model_folder(folder: Path) -> bool:
 
 def _own_part(folder: Path) -> dict[str, Any]:
     """What a model folder says of its run."""
-    config = checkpoint.read_json(folder / CONFIG)
+    config = checkpoint.read_json(folder / CONFIG, "copy the model folder again from where it was written")
     if OURS not in config:
         raise ValueError(f"{folder} holds a model that was not made by fastlt: its {CONFIG} says nothing of a run")
     return config[OURS]

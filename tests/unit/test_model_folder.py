@@ -130,6 +130,13 @@ def test_the_card_has_data_recipe_results_and_command(place):
     assert load_recipe(recipe).stages == read_finished(folder).recipe.stages
 
 
+def test_a_model_folder_that_was_cut_off_says_so(place, tmp_path):
+    copy = Path(shutil.copytree(place / "runs" / "lws" / "model", tmp_path / "model"))
+    (copy / "config.json").write_text((copy / "config.json").read_text()[:100])
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON \(.*\); copy the model folder again"):
+        load_trained(copy, CPU)
+
+
 @pytest.mark.parametrize("case", OWN)
 def test_what_timm_has_not_is_kept_for_fastlt_and_says_why(digits_words, tmp_path, case, capsys):
     more, why = OWN[case]

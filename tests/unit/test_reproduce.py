@@ -546,10 +546,15 @@ def test_results_of_another_machine_are_taken_where_their_recipe_is_the_same(dig
     assert cli.main(words("third", "--rows", "Ours", "--seeds", "1", "--results", str(file))) == 0
     assert in_process[2:] == [first]
     capsys.readouterr()
-    for text in ("{}", '[{"result": {}}]', "["):
-        file.write_text(text)
+    no_json = "; copy it again from where it was written"
+    no_results = " has no results of runs; give a TABLE_runs.json of fastlt reproduce"
+    no_result = ": entry 0 is no result of a run"
+    for content, reason in ((b"{}", no_results), (b'[{"result": {}}]', no_result), (b"[", no_json), (b"\xff", no_json)):
+        file.write_bytes(content)
         assert cli.main(words("fourth", *again)) == 2
-        assert str(file) in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert str(file) in told
+        assert reason in told
     assert not (tmp_path / "fourth").exists()
 
 
