@@ -119,9 +119,8 @@ SECOND = ("cRT", "LWS", "LAS")
 CAMPAIGN = {
     **{row: {"100": 5, "10": 1, "200": 1} for row in ("CE", "Bal. Softmax", "Ours", "Ours + Bal. Softmax")},
     "Ours, absolute driver target": {"100": 5},
-    **{
-        row: {"100": 3} for row in ("Focal Loss", "Class-Balanced Focal", "LDAM-DRW", "CDB-CE", "MWN", "mixup", *SECOND)
-    },
+    **{row: {"100": 3} for row in ("Focal Loss", "Class-Balanced Focal", "LDAM-DRW", "MWN", "mixup", *SECOND)},
+    **{row: {"100": 3} for row in ("CDB-CE", "CDB-CE, A in every iteration")},
     **{f"{first} + {row}": {"100": 3} for first in ("mixup", "Ours + Bal. Softmax") for row in SECOND},
 }
 
