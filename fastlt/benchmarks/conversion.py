@@ -49,7 +49,7 @@ from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import kernels
 from loaders.stored.forked_workers import available_cores
 from loaders.stored.image_check import check_images
-from loaders.stored.pieces import write_split
+from loaders.stored.piece_writer import write_split
 from loaders.stored.progress import progress_bar
 
 NAME = "fastlt benchmark conversion"

@@ -50,7 +50,8 @@ from loaders.stored.manifest import (
     sealed,
     versions,
 )
-from loaders.stored.pieces import Group, PieceStore, Table, arrange_shards, finish_split, store_images
+from loaders.stored.piece_writer import arrange_shards, finish_split, store_images
+from loaders.stored.pieces import Group, PieceStore, Table
 from loaders.stored.progress import TotalProgress, total_progress
 
 SIZED_IMAGES = 200  # of a split, by which the room for raw pixels is estimated

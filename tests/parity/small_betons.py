@@ -17,7 +17,7 @@ from loaders.readers import BACKENDS
 from loaders.stored.beton import Beton
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import keep_torch_threads
-from loaders.stored.pieces import write_split
+from loaders.stored.piece_writer import write_split
 from loaders.stored.tar_shards import TarShards
 
 NUM_CLASSES = 5

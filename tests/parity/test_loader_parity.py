@@ -22,7 +22,7 @@ from loaders.sources import FileSplit, Source
 from loaders.stored.convert import convert
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import keep_torch_threads
-from loaders.stored.pieces import write_split
+from loaders.stored.piece_writer import write_split
 from loaders.stored.tar_shards import TarShards
 
 COUNT = 37

@@ -28,7 +28,7 @@ from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.image_check import BadImage
 from loaders.stored.manifest import file_sha256, sealed
-from loaders.stored.pieces import write_split
+from loaders.stored.piece_writer import write_split
 from loaders.stored.tar_shards import TarShards, is_jpeg
 from loaders.stored.verify import verify
 

@@ -17,7 +17,7 @@ from loaders.stored.beton import Beton
 from loaders.stored.encode import stored_sizes
 from loaders.stored.ffcv_format import BetonEnd, FfcvOptions, page_of, places
 from loaders.stored.image_check import check_images
-from loaders.stored.pieces import write_split
+from loaders.stored.piece_writer import write_split
 
 RNG = np.random.default_rng(0)
 BETON = ("ffcv",)
