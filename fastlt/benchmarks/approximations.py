@@ -30,7 +30,8 @@ from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.difficulty import class_weights, difficulty_gradient_loss
 from fastlt.state import Batch
 from fastlt.steps.difficulty import DifficultyStep
-from fastlt.steps.meta import Approximation, TrainingPass
+from fastlt.steps.learned_weights import Approximation
+from fastlt.steps.meta import TrainingPass
 
 NAME = "fastlt benchmark approximations"
 

@@ -33,7 +33,7 @@ from fastlt.models import Classifier, build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.difficulty import DifficultyOptions, DifficultyStep
-from fastlt.steps.meta import Approximation
+from fastlt.steps.learned_weights import Approximation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4

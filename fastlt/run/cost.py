@@ -14,7 +14,7 @@ from fastlt.meta.difficulty import RULE_UP_TO, WIDEST_TRIED, DifficultyNet, advi
 from fastlt.recipe import Recipe, StageRecipe
 from fastlt.steps import STEPS
 from fastlt.steps.difficulty import DifficultyOptions, DifficultyStep
-from fastlt.steps.meta import SHARDED_FROM
+from fastlt.steps.learned_weights import SHARDED_FROM
 
 # Weights of the network that is timed: 16 MB, more than the caches of a core hold. Larger ones take as long a weight.
 PROBED, ROUNDS = 2**22, 3

@@ -19,7 +19,8 @@ from fastlt.meta.difficulty import (
 from fastlt.names import pick
 from fastlt.ranges import at_least
 from fastlt.state import Batch
-from fastlt.steps.meta import WIDTH, LearnedWeightOptions, LearnedWeightStep, TrainingPass
+from fastlt.steps.learned_weights import WIDTH, LearnedWeightOptions, LearnedWeightStep
+from fastlt.steps.meta import TrainingPass
 from fastlt.steps.needs import Allows, Needs
 
 

@@ -6,40 +6,28 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import TypeVar
 
 from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_recompute
-from fastlt.device.compiled import adam_options, load_optimizer
 from fastlt.device.distributed import Reducer
 from fastlt.device.gradients import mean_gradients, mean_of_each
-from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, try_network
-from fastlt.models import Classifier
-from fastlt.names import pick
-from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, ShardedAdam, optimizer_class, preconditioner
-from fastlt.ranges import at_least, check_ranges, within
-from fastlt.state import Batch, StepOutput
+from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
+from fastlt.state import Batch
 from fastlt.steps.base import GradientSum, OptionsT, Step, StepOptions, StepParts
-from fastlt.steps.needs import LogitsPrior, Needs
+from fastlt.steps.needs import Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
-TANGENTS = ("fp32", "autocast")
-WIDTH = within(1, 65536)  # of a layer
 # Where samples do not couple and most of the network is trained, the meta batch goes forward and back in parts: what is
 # kept of the training batch and the activations of half of the meta batch take 1.4 times the memory of a whole batch's.
 META_PARTS = 2
-# Weights of theta from which several processes share Adam's state, 268 MB of 33 million. In return theta, 134 MB, is
-# sent to all processes in every iteration.
-SHARDED_FROM = 2**25
-WHERE_LEAN = "activations are made again on CPUs and CUDA devices, in what is not compiled by inductor"
 
 
 def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -394,228 +382,3 @@ class MetaStep(Step[OptionsT]):
         losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
         record = run.record if self._replays(run.inputs.device) else None
         return meta_gradient.directional_derivative(losses, self.ahead, direction, record)
-
-
-@dataclass(frozen=True)
-class Approximation:
-    """Ways below the cost of the exact meta-gradient; by default none of them is taken.
-
-    late_weights: the update takes the weights of the lookahead, and theta's new value counts from the next iteration on
-        (Eq. 11 with theta_t in the place of theta_{t+1}). The two gradients are then one: a backward pass less.
-    every: theta moves in every k-th iteration only; the others are plain iterations with the weights it gives.
-    lookahead_only: names of submodules (`head`, `backbone.layer3`, ...); only their parameters take the lookahead of
-        Eq. 9. The backward passes and the tangent of the meta-gradient end there. null is all of them.
-    """
-
-    late_weights: bool = False
-    every: int = field(default=1, metadata=at_least(1))
-    lookahead_only: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.lookahead_only is not None and not self.lookahead_only:
-            raise ValueError("lookahead_only is empty: name a submodule, such as head, or leave it out")
-
-    def parameters_of(self, model: nn.Module) -> meta_gradient.Tensors:
-        """The trainable parameters of `model` that the lookahead moves, by name; ValueError for a name without any."""
-        trainable = meta_gradient.trainable_parameters(model)
-        if self.lookahead_only is None:
-            return trainable
-        for module in self.lookahead_only:
-            if not any(name.startswith(f"{module}.") for name in trainable):
-                modules = sorted(
-                    {".".join(n.split(".")[:depth]) for n in trainable for depth in (1, 2)} - set(trainable)
-                )
-                raise ValueError(
-                    f"approximate.lookahead_only names {module!r}, which has no trained parameters; "
-                    f"allowed are modules of the network, such as {', '.join(modules)}"
-                )
-        return {name: p for name, p in trainable.items() if any(name.startswith(f"{m}.") for m in self.lookahead_only)}
-
-
-@dataclass(frozen=True)
-class LearnedWeightOptions(MetaOptions):
-    """Options of every method whose weights come from a learned network.
-
-    lr: learning rate of Adam for the network's parameters theta (supplement, Sec. 1.2).
-    weight_decay: of Adam for theta.
-    approximate: ways below the cost of the exact meta-gradient.
-    lean: activations that are cheap to compute (BatchNorm, ReLU, sums) are released and computed again, as exact and a
-        little slower; not with `compile: inductor`.
-    tangent: how the meta-gradient's tangent is computed under mixed precision: fp32 by a forward pass of its own,
-        autocast from the training pass's activations and in their types, as differentiating twice would. null is
-        autocast where those are kept, and fp32 under `compile: inductor` and where the batch is cut (`accumulate`).
-    """
-
-    lr: float = field(default=1e-3, metadata=at_least(0))
-    weight_decay: float = field(default=1e-4, metadata=at_least(0))
-    approximate: Approximation = field(default_factory=Approximation)
-    lean: bool = False
-    tangent: Literal["fp32", "autocast"] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tangent is not None:
-            pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
-
-
-LearnedT = TypeVar("LearnedT", bound=LearnedWeightOptions, default=LearnedWeightOptions)
-
-
-class LearnedWeightStep(MetaStep[LearnedT]):
-    """A network with parameters theta gives the weight of each sample; Eq. 9 to 11 in turn, one Adam step on theta.
-
-    Subclasses give the network, its input, and the objective of its Adam step.
-    """
-
-    logits_prior = LogitsPrior("weighted", "class weights, which change while a model is trained, count as logged last")
-
-    Options = LearnedWeightOptions
-
-    @classmethod
-    def check_stage(cls, options: LearnedT, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        mistakes = super().check_stage(options, stage, recipe)
-        if stage.accumulate > 1:
-            why = f"with accumulate {stage.accumulate}, which keeps no activations; leave it out"
-            mistakes += [f"options.lean: is true {why}"] if options.lean else []
-            mistakes += [f"options.tangent: is autocast {why}"] if options.tangent == "autocast" else []
-        if options.lean and recipe.compile == "inductor":
-            mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
-        if options.tangent == "autocast":
-            if recipe.precision == "fp32":
-                mistakes.append("options.tangent: is autocast with precision: fp32, where all is float32; leave it out")
-            if recipe.compile == "inductor":
-                mistakes.append(
-                    "options.tangent: is autocast with compile: inductor, which records no passes; set compile: none"
-                )
-        return mistakes
-
-    @classmethod
-    def check_model(cls, model: Classifier, options: LearnedT) -> None:
-        if options.lean and not recordable(next(model.parameters())):
-            raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out")
-        options.approximate.parameters_of(model)
-
-    def __init__(self, parts: StepParts, options: LearnedT | None = None) -> None:
-        super().__init__(parts, options)
-        self.lean, self.low_tangent = self.options.lean, self.options.tangent != "fp32"
-        if self.lean and not self._records(self.parameters[0]):
-            raise ValueError(f"options.lean is true; {WHERE_LEAN}")
-        self.ahead = self.options.approximate.parameters_of(parts.model)
-        self.ahead_positions = [i for i, p in enumerate(self.parameters) if any(p is a for a in self.ahead.values())]
-        first = self.parameters[0]
-        self.net = self.make_net().to(device=first.device, dtype=first.dtype)
-        self.net_parameters = list(self.net.parameters())
-        weights = sum(p.numel() for p in self.net_parameters)
-        kind = ShardedAdam if self.reducer.world_size > 1 and weights >= SHARDED_FROM else torch.optim.Adam
-        self.net_optimizer = kind(
-            self.net_parameters,
-            lr=self.options.lr,
-            weight_decay=self.options.weight_decay,
-            **adam_options(parts.compiler.mode, first.device, weights),
-        )
-        self.iteration = 0
-        self.metrics: dict[str, Tensor] = {}  # of the latest step on theta
-
-    def advice(self) -> list[str]:
-        holes = why_holes_stay() if self.lean and self.parameters[0].device.type == "cpu" else None
-        return [*super().advice(), *([] if holes is None else [f"options.lean: {holes}"])]
-
-    def why_not_compiled(self) -> str | None:
-        if self.parts.compiler.captures and self.options.approximate.every > 1:
-            return "approximate.every makes iterations that are not alike; choose one of the two"
-        return super().why_not_compiled()
-
-    def counters(self) -> Any:
-        return self.iteration, super().counters()
-
-    def set_counters(self, counters: Any) -> None:
-        self.iteration, others = counters
-        super().set_counters(others)
-
-    def advance(self) -> None:
-        super().advance()
-        self.iteration += 1
-
-    def learns(self) -> bool:
-        return self.iteration % self.options.approximate.every == 0
-
-    def make_net(self) -> nn.Module:
-        """The network with parameters theta, as it is initialised."""
-        raise NotImplementedError
-
-    def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
-        """The training pass, and what the network sees in this iteration."""
-        raise NotImplementedError
-
-    def sample_weights(self, seen: Tensor, run: TrainingPass) -> Tensor:
-        """The weights (b,) of this process's batch under the current theta."""
-        raise NotImplementedError
-
-    def objective(self, seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What Adam minimises in theta (0-d, with a graph), the same on every process, and metrics of it.
-
-        per_sample: dL_meta/dw_i (b,) of this process, see `per_sample_gradient`.
-        """
-        raise NotImplementedError
-
-    def per_class(self, seen: Tensor) -> dict[str, Tensor]:
-        """What the log shows of every class."""
-        return {}
-
-    def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        assert meta_batch is not None, "needs.meta_batch is not set"
-        run, seen = self.forward(batch)
-        weights = self.sample_weights(seen, run)
-        due = self.learns()
-        self.iteration += 1
-        if due and self.options.approximate.late_weights:
-            gradients = self.weighted_gradients(run, weights, self.parameters, retain_graph=True)
-            ahead = [gradients[i] for i in self.ahead_positions]
-            self._update_net(seen, run, *self.gradient_at(run, ahead, meta_batch))
-            self.apply(gradients)
-        else:
-            if due:
-                self._update_net(seen, run, *self.per_sample_gradient(run, weights, meta_batch))
-                weights = self.sample_weights(seen, run)
-            self.apply(self.weighted_gradients(run, weights, self.parameters))
-        objective = (weights * run.losses.detach()).mean()
-        return StepOutput(
-            objective, metrics={**self.metrics, "weight_std": weights.std()}, per_class=self.per_class(seen)
-        )
-
-    def _update_net(self, seen: Tensor, run: TrainingPass, per_sample: Tensor, meta_loss: Tensor) -> None:
-        """Eq. 10: one Adam step on theta."""
-        objective, metrics = self.objective(seen, run, per_sample)
-        gradients = torch.autograd.grad(objective, self.net_parameters)
-        if isinstance(self.net_optimizer, ShardedAdam):
-            self.net_optimizer.step(gradients)
-        else:
-            for parameter, gradient in zip(self.net_parameters, gradients, strict=True):
-                parameter.grad = gradient
-            self.net_optimizer.step()
-            self.net_optimizer.zero_grad(set_to_none=True)
-        self.metrics = {"meta_loss": meta_loss, **metrics}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "net": self.net.state_dict(),
-            "net_optimizer": self.net_optimizer.state_dict(),
-            "iteration": self.iteration,
-        }
-
-    def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(self.net_optimizer, ShardedAdam):
-            return {**state, "net_optimizer": self.net_optimizer.gathered()}
-        return super().gather_state(state)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.net.load_state_dict(state["net"])
-        if isinstance(self.net_optimizer, ShardedAdam):
-            self.net_optimizer.load_state_dict(state["net_optimizer"])
-        else:
-            load_optimizer(self.net_optimizer, state["net_optimizer"])
-        self.iteration = state["iteration"]
-        self.metrics = {}

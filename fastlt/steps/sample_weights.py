@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastlt.meta.difficulty import chosen_width, driver_loss
 from fastlt.state import Batch
 from fastlt.steps.difficulty import DifficultyOptions
-from fastlt.steps.meta import WIDTH, LearnedT, LearnedWeightOptions, LearnedWeightStep, TrainingPass
+from fastlt.steps.learned_weights import WIDTH, LearnedT, LearnedWeightOptions, LearnedWeightStep
+from fastlt.steps.meta import TrainingPass
 from fastlt.steps.needs import Allows, LogitsPrior
 
 

@@ -21,7 +21,7 @@ from fastlt.names import pick, unknown
 from fastlt.state import Batch, ClassCounts, StepOutput, upload
 from fastlt.steps import STEPS
 from fastlt.steps.base import Step, StepParts
-from fastlt.steps.meta import LearnedWeightStep
+from fastlt.steps.learned_weights import LearnedWeightStep
 
 # Those that train any network as it is: no head of ours, no second view of an image, no stage before.
 METHODS = ("plain", "difficulty", "sample_difficulty", "mwn", "cb_da", "cdb", "mixup", "cutmix")

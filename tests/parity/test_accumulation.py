@@ -9,7 +9,7 @@ from float64_steps import COUNTS, LR, Float64Augment, make_step, some
 from reference import forward
 
 from fastlt.optim import Clip
-from fastlt.steps.meta import Approximation
+from fastlt.steps.learned_weights import Approximation
 
 
 def assert_same_training(one, other, iterations=2):

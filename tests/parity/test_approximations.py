@@ -14,7 +14,7 @@ from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
-from fastlt.steps.meta import Approximation
+from fastlt.steps.learned_weights import Approximation
 
 LR = 0.1
 COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5, 2]).numpy(), tuple("abcde"))

@@ -19,6 +19,7 @@ from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps import meta as meta_steps
+from fastlt.steps.learned_weights import Approximation
 
 CLASSES, LR, ITERATIONS = 5, 0.1, 4
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
@@ -135,9 +136,9 @@ VARIANTS = {
     "balanced softmax": ({"loss": "balanced_softmax"}, ITERATIONS),
     "equalization, which draws": ({"loss": "equalization"}, ITERATIONS),
     "lean": ({"lean": True}, ITERATIONS),
-    "late weights": ({"approximate": meta_steps.Approximation(late_weights=True)}, ITERATIONS),
-    "every other": ({"approximate": meta_steps.Approximation(every=2)}, ITERATIONS // 2),
-    "head ahead": ({"approximate": meta_steps.Approximation(lookahead_only=["head"])}, ITERATIONS),
+    "late weights": ({"approximate": Approximation(late_weights=True)}, ITERATIONS),
+    "every other": ({"approximate": Approximation(every=2)}, ITERATIONS // 2),
+    "head ahead": ({"approximate": Approximation(lookahead_only=["head"])}, ITERATIONS),
 }
 
 

@@ -30,7 +30,7 @@ from fastlt.models import Classifier, ExpertClassifier, LinearHead
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.optim import ShardedAdam
 from fastlt.state import Batch, ClassCounts
-from fastlt.steps import STEPS, StepParts, base, meta
+from fastlt.steps import STEPS, StepParts, base, learned_weights, meta
 
 CLASSES, ITERATIONS = 5, 6
 # method (with `options.lean` or in two micro-batches where it says so), how A is refreshed where the method wants it,
@@ -346,7 +346,7 @@ def main(rank: str, folder: str) -> None:
     results["bfloat16"] = rounded_gradients(reducer)
     results["balms"] = train_balms(reducer)
     results["sharded_adam"] = sharded_adam(reducer)
-    with patch.object(meta, "SHARDED_FROM", 0):
+    with patch.object(learned_weights, "SHARDED_FROM", 0):
         results["sharded theta"] = train("difficulty", "exact", "group", reducer)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
-from fastlt.steps.meta import Approximation
+from fastlt.steps.learned_weights import Approximation
 
 CLASSES = 4
 COUNTS = ClassCounts(torch.tensor([40, 20, 10, 5]).numpy(), tuple("abcd"))

@@ -24,7 +24,7 @@ from fastlt.recipe.compose import Override, merge
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from fastlt.steps.difficulty import DifficultyStep
-from fastlt.steps.meta import Approximation
+from fastlt.steps.learned_weights import Approximation
 
 BASE = {
     "data": {"source": "digits", "image_size": 8, "mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4], "augment": ["flip"]},

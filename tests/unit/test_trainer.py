@@ -28,7 +28,7 @@ from fastlt.run.result import recorded_result
 from fastlt.run.saving import Checkpoints
 from fastlt.run.stopping import Interrupted, Stopping
 from fastlt.run.trainer import Trainer
-from fastlt.steps import meta
+from fastlt.steps import learned_weights
 from fastlt.train import main
 from loaders.stored.beton import Beton
 
@@ -198,9 +198,9 @@ def test_a_lean_run_says_once_what_keeps_it_from_saving_memory(digits_words, cap
 
 
 def test_a_lean_step_on_a_gpu_has_nothing_to_say_about_malloc(monkeypatch):
-    monkeypatch.setattr(meta, "why_holes_stay", lambda: "memory comes from glibc 2.36")
+    monkeypatch.setattr(learned_weights, "why_holes_stay", lambda: "memory comes from glibc 2.36")
     for device, advice in (("cpu", 1), ("meta", 0)):
-        step = object.__new__(meta.LearnedWeightStep)
+        step = object.__new__(learned_weights.LearnedWeightStep)
         step.lean, step.parameters = True, [torch.empty(1, device=device)]
         step.parts = SimpleNamespace(class_accuracy=None)
         assert len(step.advice()) == advice
