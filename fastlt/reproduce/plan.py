@@ -31,16 +31,22 @@ NOT_IN_NAME = ("seed", "data.converted")
 class TrainingRun:
     """One run of the trainer: a recipe file, and the override words that go after it, all but its name.
 
-    identity: equal for runs whose results are. first: the run of all stages but the last, whose end this one goes on
-    from; None for a recipe of one stage.
+    identity: equal for runs whose results are; they share a folder, whatever rows and tables ask for them. first: the
+    run of all stages but the last, whose end this one goes on from; None for a recipe of one stage.
     """
 
     path: Path
     words: tuple[str, ...]
     recipe: Recipe
     identity: str
-    name: str
     first: TrainingRun | None
+
+    @property
+    def name(self) -> str:
+        """Of the folder with its identity, by whatever recipe file that was made; else of a new one by this file."""
+        # Looked up each time: another row of the same campaign may have made it since the runs were planned.
+        there = sorted(Path(self.recipe.runs).glob(f"*-{self.identity}"))
+        return there[0].name if there else f"{self.path.stem}-{self.identity}"
 
     @property
     def folder(self) -> Path:
@@ -152,11 +158,7 @@ def _plan(path: Path, words: list[str]) -> TrainingRun:
         first = _plan(path, [*words, f"stages.{last}=null"]) if before else None
     except ValueError:
         first = None  # stages that are no recipe without the last one are trained with it
-    identity = identity_of(recipe)
-    # Rows and tables that ask for the same training share it, whatever recipe file it was first asked for by.
-    there = sorted(Path(recipe.runs).glob(f"*-{identity}"))
-    name = there[0].name if there else f"{path.stem}-{identity}"
-    return TrainingRun(path, tuple(words), recipe, identity, name, first)
+    return TrainingRun(path, tuple(words), recipe, identity_of(recipe), first)
 
 
 def digest(value: Any, digits: int = 8) -> str:

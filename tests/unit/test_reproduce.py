@@ -381,6 +381,18 @@ def leaves(state, where: str = "") -> dict[str, object]:
     return {where: state.numpy().tobytes() if isinstance(state, torch.Tensor) else state}
 
 
+def test_a_row_and_second_stages_on_it_run_in_one_campaign(digits, tmp_path, in_process):
+    """What they share is made by the first row's recipe file, after the runs of all of them were planned."""
+    words = ["--rows", "LWS", "cRT", "CE", "--columns", "100", "--scale", "short", "--seeds", "1"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--set", *SMALL]
+    words += [f"data.converted={digits}", "data.convention=paper", *few_iterations("end_to_end")]
+    assert cli.main(["reproduce", "cifar10_lt", *words]) == 0
+    rows = json.loads((tmp_path / "out" / "cifar10_lt_short.json").read_text())
+    assert {row["row"]: row["seeds"] for row in rows} == {"CE": 1, "cRT": 1, "LWS": 1}
+    assert sorted(row["runs"] for row in rows) == sorted(in_process), "what they share is trained once"
+    assert in_process[0].startswith("cifar10_lt_ce-")
+
+
 @pytest.mark.parametrize(
     ("alone", "row", "extra"),
     [
