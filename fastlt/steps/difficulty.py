@@ -31,7 +31,7 @@ class DifficultyOptions(LearnedWeightOptions):
     hidden: width of the hidden layers of the network; null is the supplement's rule for the number of classes, auto the
         rule up to 4,096 classes and 2,048 beyond.
     meta_weight: weight of the meta loss in Eq. 10; at 0 the driver loss alone trains the network, as in the authors'
-        release, which loses the meta-gradient.
+        release, which loses the meta-gradient: none is computed then.
     driver_weight: weight of the driver loss, lambda of Eq. 10.
     driver_target: target of the driver loss: absolute difficulty, or relative as in the authors' release, which leaves
         the weights nearly uniform; see `fastlt.meta.difficulty.driver_target`.
@@ -57,6 +57,9 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
 
     def make_net(self) -> DifficultyNet:
         return DifficultyNet(self.parts.class_counts.num_classes, self.options.hidden)
+
+    def uses_meta_batch(self) -> bool:
+        return self.options.meta_weight > 0
 
     def advice(self) -> list[str]:
         width = advice_on_width(self.parts.class_counts.num_classes, self.options.hidden)

@@ -172,8 +172,12 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         super().advance()
         self.iteration += 1
 
-    def learns(self) -> bool:
+    def moves_theta(self) -> bool:
+        """Whether theta takes a step in this iteration."""
         return self.iteration % self.options.approximate.every == 0
+
+    def learns(self) -> bool:
+        return self.uses_meta_batch() and self.moves_theta()
 
     def make_net(self) -> nn.Module:
         """The network with parameters theta, as it is initialised."""
@@ -190,7 +194,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
     def objective(self, seen: Tensor, run: TrainingPass, per_sample: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What Adam minimises in theta (0-d, with a graph), the same on every process, and metrics of it.
 
-        per_sample: dL_meta/dw_i (b,) of this process, see `per_sample_gradient`.
+        per_sample: dL_meta/dw_i (b,) of this process, see `per_sample_gradient`; zeros where no meta-gradient is taken.
         """
         raise NotImplementedError
 
@@ -199,27 +203,30 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         return {}
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
-        assert meta_batch is not None, "needs.meta_batch is not set"
         run, seen = self.forward(batch)
         weights = self.sample_weights(seen, run)
-        due = self.learns()
+        due, learns, late = self.moves_theta(), self.learns(), self.options.approximate.late_weights
         self.iteration += 1
-        if due and self.options.approximate.late_weights:
-            gradients = self.weighted_gradients(run, weights, self.parameters, retain_graph=True)
-            ahead = [gradients[i] for i in self.ahead_positions]
-            self._update_net(seen, run, *self.gradient_at(run, ahead, meta_batch))
-            self.apply(gradients)
-        else:
-            if due:
+        gradients = None
+        if learns:
+            assert meta_batch is not None, "needs.meta_batch is not set"
+            if late:
+                gradients = self.weighted_gradients(run, weights, self.parameters, retain_graph=True)
+                ahead = [gradients[i] for i in self.ahead_positions]
+                self._update_net(seen, run, *self.gradient_at(run, ahead, meta_batch))
+            else:
                 self._update_net(seen, run, *self.per_sample_gradient(run, weights, meta_batch))
-                weights = self.sample_weights(seen, run)
-            self.apply(self.weighted_gradients(run, weights, self.parameters))
+        elif due:
+            self._update_net(seen, run, torch.zeros_like(run.losses))
+        if due and not late:
+            weights = self.sample_weights(seen, run)
+        self.apply(self.weighted_gradients(run, weights, self.parameters) if gradients is None else gradients)
         objective = (weights * run.losses.detach()).mean()
         return StepOutput(
             objective, metrics={**self.metrics, "weight_std": weights.std()}, per_class=self.per_class(seen)
         )
 
-    def _update_net(self, seen: Tensor, run: TrainingPass, per_sample: Tensor, meta_loss: Tensor) -> None:
+    def _update_net(self, seen: Tensor, run: TrainingPass, per_sample: Tensor, meta_loss: Tensor | None = None) -> None:
         """Eq. 10: one Adam step on theta."""
         objective, metrics = self.objective(seen, run, per_sample)
         gradients = torch.autograd.grad(objective, self.net_parameters)
@@ -230,7 +237,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
                 parameter.grad = gradient
             self.net_optimizer.step()
             self.net_optimizer.zero_grad(set_to_none=True)
-        self.metrics = {"meta_loss": meta_loss, **metrics}
+        self.metrics = metrics if meta_loss is None else {"meta_loss": meta_loss, **metrics}
 
     def state_dict(self) -> dict[str, Any]:
         return {

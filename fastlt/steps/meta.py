@@ -234,7 +234,9 @@ class MetaStep(Step[OptionsT]):
 
     def _records(self, inputs: Tensor) -> bool:
         """Whether a pass is recorded: for the tangent or for `lean`, unless inductor compiles it."""
-        return not self.parts.compiler.traces and recordable(inputs) and (self.lean or self._replays(inputs.device))
+        if self.parts.compiler.traces or not recordable(inputs):
+            return False
+        return self.lean or (self.learns() and self._replays(inputs.device))
 
     def _replays(self, device: torch.device) -> bool:
         """Whether the tangent is taken from the recorded training pass: if it has the types of that pass."""

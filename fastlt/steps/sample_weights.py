@@ -120,6 +120,9 @@ class SampleDifficultyStep(SampleWeightStep[DifficultyOptions]):
     def meta_weight(self) -> float:
         return self.options.meta_weight
 
+    def uses_meta_batch(self) -> bool:
+        return self.meta_weight > 0
+
     def widths(self) -> tuple[int, ...]:
         width = chosen_width(self.parts.class_counts.num_classes, self.options.hidden)
         return (width, width)

@@ -367,7 +367,9 @@ def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_
         meta_index = torch.randperm(20)[:10]
         batch = Batch(images, labels, torch.arange(12))
         meta_batch = Batch(meta_set[0][meta_index], meta_set[1][meta_index], meta_index)
-        step(batch, meta_batch)
+        assert step.uses_meta_batch() == (meta_weight > 0)
+        output = step(batch, meta_batch if step.uses_meta_batch() else None)
+        assert ("meta_loss" in output.metrics) == step.uses_meta_batch()
         reference.iterate(
             (prepare(images), labels),
             (prepare(meta_batch.images), meta_batch.labels),

@@ -171,6 +171,7 @@ GRAPHED = {
     "difficulty-exact": ("difficulty", "exact", {}, 1),
     "difficulty-rolling": ("difficulty", "rolling", {}, 4),
     "difficulty-late": ("difficulty", "exact", {"approximate": Approximation(late_weights=True)}, 1),
+    "difficulty-driver": ("difficulty", "exact", {"meta_weight": 0.0}, 1),
     "difficulty-uncoupled": ("difficulty", "exact", {"frozen": "norms"}, 1),
     "difficulty-head": ("difficulty", "rolling", {"frozen": "backbone"}, 4),
     "mwn": ("mwn", "exact", {}, 1),

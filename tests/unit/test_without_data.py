@@ -106,6 +106,7 @@ ONE_PASS = "one backward pass keeps the gradients of all samples"
             "options.tangent is fp32",
         ),
         (["model.name=vit_tiny_patch16_224", "precision=bf16"], ONE_PASS),
+        (["model.name=cifar_resnet8", f"{STAGE}.options.meta_weight=0"], "none is taken, options.meta_weight is 0"),
     ],
 )
 def test_the_command_says_how_the_meta_gradient_is_taken(words, expected, tmp_path, monkeypatch, capsys):
