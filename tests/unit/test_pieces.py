@@ -15,7 +15,7 @@ from small_betons import smooth_images
 
 from loaders.sources import ArraySplit, FileSplit, Source, open_source
 from loaders.stored import convert as convert_module
-from loaders.stored import encode, image_check, pieces
+from loaders.stored import encode, image_check, piece_writer
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
@@ -56,8 +56,8 @@ def root(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Some pieces and shards, of few images."""
-    monkeypatch.setattr(pieces, "PIECE_IMAGES", 4)
-    monkeypatch.setattr(pieces, "shard_size", lambda count, at_least: 6)
+    monkeypatch.setattr(piece_writer, "PIECE_IMAGES", 4)
+    monkeypatch.setattr(piece_writer, "shard_size", lambda count, at_least: 6)
 
 
 def source_of(root: Path, at: int = 10**9) -> Source:
