@@ -134,7 +134,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
     def __init__(self, parts: StepParts, options: LearnedT | None = None) -> None:
         super().__init__(parts, options)
         self.lean, self.low_tangent = self.options.lean, self.options.tangent != "fp32"
-        if self.lean and not self._records(self.parameters[0]):
+        if self.lean and (parts.compiler.traces or not recordable(self.parameters[0])):
             raise ValueError(f"options.lean is true; {WHERE_LEAN}")
         self.ahead = self.options.approximate.parameters_of(parts.model)
         self.ahead_positions = [i for i, p in enumerate(self.parameters) if any(p is a for a in self.ahead.values())]
@@ -171,6 +171,14 @@ class LearnedWeightStep(MetaStep[LearnedT]):
     def advance(self) -> None:
         super().advance()
         self.iteration += 1
+
+    @property
+    def meta_weight(self) -> float:
+        """The weight of the meta loss in what theta descends; at 0 no meta-gradient is taken."""
+        return 1.0
+
+    def uses_meta_batch(self) -> bool:
+        return self.meta_weight > 0
 
     def moves_theta(self) -> bool:
         """Whether theta takes a step in this iteration."""

@@ -233,10 +233,10 @@ class MetaStep(Step[OptionsT]):
         return self.uses_meta_batch()
 
     def _records(self, inputs: Tensor) -> bool:
-        """Whether a pass is recorded: for the tangent or for `lean`, unless inductor compiles it."""
-        if self.parts.compiler.traces or not recordable(inputs):
+        """Whether a pass is recorded: for the meta-gradient's tangent or for `lean`, unless inductor compiles it."""
+        if self.parts.compiler.traces or not recordable(inputs) or not self.learns():
             return False
-        return self.lean or (self.learns() and self._replays(inputs.device))
+        return self.lean or self._replays(inputs.device)
 
     def _replays(self, device: torch.device) -> bool:
         """Whether the tangent is taken from the recorded training pass: if it has the types of that pass."""

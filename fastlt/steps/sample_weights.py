@@ -62,11 +62,6 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
         """What is added to the meta loss, 0-d, from V's values (B,) and the losses (B,) they belong to."""
         return None
 
-    @property
-    def meta_weight(self) -> float:
-        """The weight of the meta loss in what V descends."""
-        return 1.0
-
     def forward(self, batch: Batch) -> tuple[TrainingPass, Tensor]:
         """What V sees are the losses (B,) of all processes."""
         run = self.training_pass(batch)
@@ -119,9 +114,6 @@ class SampleDifficultyStep(SampleWeightStep[DifficultyOptions]):
     @property
     def meta_weight(self) -> float:
         return self.options.meta_weight
-
-    def uses_meta_batch(self) -> bool:
-        return self.meta_weight > 0
 
     def widths(self) -> tuple[int, ...]:
         width = chosen_width(self.parts.class_counts.num_classes, self.options.hidden)

@@ -335,6 +335,7 @@ def make_step(loss_name, model, meta_set, counts, lr, **options):
         ("balanced_softmax", "absolute", False, 1),
         ("cross_entropy", "absolute", True, 0.4),
         ("cross_entropy", "relative", False, 0),  # the driver loss alone, as in the authors' release
+        ("cross_entropy", "absolute", True, 0),
     ],
 )
 def test_ten_iterations_follow_the_reference_in_every_parameter_and_buffer(loss_name, target, lean, meta_weight):
