@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fastlt.run.processes import connect
 from loaders.readers import BACKENDS, formats_for
 from loaders.sources import SOURCES, Source, open_source
 from loaders.sources.cut import split_text
-from loaders.stored.atomic_folder import MANIFEST
+from loaders.stored.atomic_folder import MANIFEST, ConversionRunningError
 from loaders.stored.cached_folder import default_cache
 from loaders.stored.convert import conversion_request, convert
 from loaders.stored.dataset import ConvertedDataset
@@ -168,14 +169,29 @@ def open_data_source(data: DataRecipe) -> Source:
 
 
 def ensure_converted(data: DataRecipe, folder: Path) -> None:
-    """Convert into `folder` unless what the recipe asks for is there; for one process. ValueError as above."""
-    if (folder / MANIFEST).exists():
-        _check_request(data, folder, ConvertedDataset.open(folder).manifest["request"])
-        _check_format(data, folder)
-        return
-    if not SOURCES[data.source].small:
-        raise ValueError(f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}")
-    convert(open_data_source(data), folder, options=_options(data), request=request(data), formats=_formats(data))
+    """Convert into `folder` unless what the recipe asks for is there; for one process. ValueError as above.
+
+    A conversion that another run has begun is waited for.
+    """
+    source, told = None, False
+    while not (folder / MANIFEST).exists():
+        if not SOURCES[data.source].small:
+            raise ValueError(
+                f"{folder} holds no converted data set; make it with\n  {conversion_command(data, folder)}"
+            )
+        source = source or open_data_source(data)
+        try:
+            convert(source, folder, options=_options(data), request=request(data), formats=_formats(data))
+            return
+        except ConversionRunningError:
+            if not told:
+                print(f"fastlt: waiting for another run to convert images into {folder}", file=sys.stderr, flush=True)
+            told = True
+        except ValueError:
+            if not (folder / MANIFEST).exists():  # else that other run has just finished
+                raise
+    _check_request(data, folder, ConvertedDataset.open(folder).manifest["request"])
+    _check_format(data, folder)
 
 
 def _check_request(data: DataRecipe, folder: Path | str, made_from: dict[str, Any]) -> None:

@@ -47,12 +47,16 @@ class OtherConversionError(ValueError):
     """What an unfinished conversion has left belongs to another command."""
 
 
+class ConversionRunningError(ValueError):
+    """Another process converts into the same folder."""
+
+
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
     """`OUT.partial`, locked while this conversion writes; gone afterwards unless it holds finished pieces.
 
-    Raises ValueError when it cannot be made, when another conversion has it, and when the disk becomes full. A
-    ValueError from inside says what is kept, too.
+    Raises ConversionRunningError when another conversion has it; ValueError when it cannot be made, and when the disk
+    becomes full. A ValueError from inside says what is kept, too.
     """
     work = partial_folder(out)
     try:
@@ -63,7 +67,7 @@ def work_folder(out: Path) -> Iterator[Path]:
             "in another one"
         ) from None
     if lock is None:
-        raise ValueError(f"another conversion is writing {work}: wait for it, or give another folder")
+        raise ConversionRunningError(f"another conversion is writing {work}: wait for it, or give another folder")
     try:
         yield work
     except OSError as error:

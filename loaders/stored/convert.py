@@ -126,8 +126,8 @@ def convert(
     shard_images: images a shard, see `shard_size`.
     shuffle_seed: of the random order in which training images are stored, for shards that are read one by one; None
         keeps the source's order.
-    Raises ValueError, too, when `out` is in the way, another conversion is writing to it, a conversion that stores
-    images otherwise was interrupted there, or a process fails.
+    Raises ConversionRunningError when another conversion is writing to `out`; ValueError when it is in the way, a
+    conversion that stores images otherwise was interrupted there, or a process fails.
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error is {on_error!r}: it must be 'stop' or 'skip'")
@@ -135,6 +135,7 @@ def convert(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
+        check_target(out, overwrite=overwrite)  # again: while the lock was waited for, its owner may have finished
         store = PieceStore(work, options, formats, _description(source, options, formats))
         listing_sha256 = source.listing_sha256()
         store.begin(restart=restart)

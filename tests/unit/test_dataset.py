@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastlt.recipe import load_recipe
+from fastlt.run.dataset import ensure_converted
 from loaders.sources import FileSplit, Source, open_source
 from loaders.stored import convert as convert_module
+from loaders.stored.atomic_folder import publish
 from loaders.stored.beton import Beton
 from loaders.stored.convert import conversion_request, convert, write_skipped
 from loaders.stored.dali_format import ShardWriter
@@ -26,6 +31,7 @@ from loaders.stored.image_check import BadImage
 from loaders.stored.manifest import SCHEMA, file_sha256, sealed
 from loaders.stored.verify import verify
 
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = FfcvOptions(num_workers=2)
 REQUEST = conversion_request("digits", imbalance_factor=20, options=OPTIONS)
 
@@ -330,6 +336,35 @@ def test_two_conversions_do_not_write_the_same_folder(files, tmp_path):
         with pytest.raises(ValueError, match="another conversion is writing"):
             convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
     assert (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("ending", ["finished", "failed"])
+def test_a_run_waits_for_the_conversion_of_another(digits, tmp_path, capsys, monkeypatch, ending):
+    """What the other has finished is taken; where it fails, this run converts."""
+    data = load_recipe(ROOT / "recipes" / "digits_lt.yaml").data
+    conversions = []
+    monkeypatch.setattr("loaders.stored.convert.publish", lambda *args: (conversions.append(args[1]), publish(*args)))
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    work.mkdir()
+    with (work / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = threading.Thread(target=ensure_converted, args=(data, out), daemon=True)
+        run.start()
+        deadline = time.monotonic() + 30
+        told = ""
+        while "waiting for another run to convert images" not in told and time.monotonic() < deadline:
+            told += capsys.readouterr().err
+            time.sleep(0.05)
+        assert run.is_alive()
+        if ending == "finished":
+            shutil.copytree(digits, work / "converted")
+            (work / "converted").rename(out)
+            shutil.rmtree(work)
+    run.join(60)
+    assert told.count("waiting") == 1
+    assert ConvertedDataset.open(out).matches(ConvertedDataset.open(digits).manifest["request"])
+    assert conversions == ([] if ending == "finished" else [out])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_converted_data_sets_are_replaced_and_only_when_asked(files, tmp_path):
