@@ -85,7 +85,7 @@ KINDS = {"softmax": softmax_terms, "sigmoid": sigmoid_terms, "focal": focal_term
 class ClassBalanced(DeferredWeights):
     """w_y times a softmax, sigmoid or (sigmoid) focal loss: Eqs. 11, 13 and 14 of Cui et al. 2019.
 
-    With the two sigmoid kinds the paper starts the last layer's bias at -log(C - 1); at 0 the first losses are large.
+    With the two sigmoid kinds the paper starts the last layer's bias at -log(C - 1): `model.head_init: uniform_prior`.
 
     kind: softmax, sigmoid or focal.
     beta: of the effective number, in [0, 1).

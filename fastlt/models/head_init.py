@@ -1,7 +1,8 @@
-"""How a new head begins: with the class means of the features, with the rows of a file, or with zeros."""
+"""How a new head begins: with class means of the features, rows of a file, zeros, or the bias that sigmoids want."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from torch import Tensor
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import CosineHead, Head, LinearHead
 
-CLASS_MEAN, ZEROS = "class_mean", "zeros"
+CLASS_MEAN, ZEROS, UNIFORM_PRIOR = "class_mean", "zeros", "uniform_prior"
+NAMES = (CLASS_MEAN, ZEROS, UNIFORM_PRIOR)
 
 
 def read_rows(path: str | Path) -> Tensor:
     """The one matrix in a .npy, .safetensors or torch.save file: float32 (R, C), on the CPU; ValueError otherwise."""
     path, key = Path(path), "model.head_init"
     if not path.is_file():
-        raise ValueError(f"{key}: {path} is not a file; give class_mean, zeros, or a file with one row a class")
+        raise ValueError(f"{key}: {path} is not a file; give {', '.join(NAMES)}, or a file with one row a class")
     try:
         if path.suffix == ".npy":
             held = torch.from_numpy(np.load(path, allow_pickle=False))
@@ -44,7 +46,7 @@ def read_rows(path: str | Path) -> Tensor:
 
 def check_head_init(init: str, model: Classifier) -> None:
     """ValueError for a beginning that the head of `model` cannot have."""
-    if init in (CLASS_MEAN, ZEROS):
+    if init in NAMES:
         return
     rows, head = read_rows(init), model.head
     if rows.shape != (head.out_features, head.in_features):
@@ -66,6 +68,8 @@ def init_head(
         set_head(head, class_means(), means=True)
     elif init == ZEROS:
         set_head(head, torch.zeros(head.out_features, head.in_features), means=False)
+    elif init == UNIFORM_PRIOR:
+        set_uniform_prior(head)
     else:
         set_head(head, read(init), means=False)
 
@@ -85,6 +89,18 @@ def set_head(head: Head, rows: Tensor, *, means: bool) -> None:
     assert isinstance(head, LinearHead), type(head)
     head.weight.copy_(rows)
     head.bias.copy_(-rows.square().sum(1) / 2 if means else torch.zeros_like(head.bias))
+
+
+@torch.no_grad()
+def set_uniform_prior(head: Head) -> None:
+    """Let a linear head begin with a bias of -log(C - 1), in place; its weights stay random.
+
+    A sigmoid of each logit then begins near 1 / C, and a sum of C binary losses is not led by the C - 1 classes that a
+    sample is not of. Lin et al. 2017 (RetinaNet); Cui et al. 2019 and their code.
+    """
+    head = _plain(head)
+    assert isinstance(head, LinearHead), type(head)
+    head.bias.fill_(-math.log(head.out_features - 1))
 
 
 def _plain(head: Head) -> Head:

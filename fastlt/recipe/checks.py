@@ -15,7 +15,7 @@ from fastlt.augment import check_augment, check_mean, check_std
 from fastlt.losses import LOSSES, check_loss
 from fastlt.models import check_model
 from fastlt.models.adapters import read_adapter
-from fastlt.models.head_init import CLASS_MEAN, ZEROS
+from fastlt.models.head_init import NAMES, UNIFORM_PRIOR, ZEROS
 from fastlt.names import shortened
 from fastlt.optim import check_optimizer
 from fastlt.recipe.schema import FILE_KEYS, Recipe, StageRecipe
@@ -224,8 +224,12 @@ def head(recipe: Recipe) -> Iterator[str]:
         yield f"model.head_scale: is {model.head_scale}, which belongs to model.head cosine; leave one of the two out"
     if model.head_init == ZEROS and model.head == "cosine":
         yield "model.head_init: is zeros with model.head cosine, and zero has no direction; take class_mean"
-    elif model.head_init not in (None, ZEROS, CLASS_MEAN) and not Path(model.head_init).is_file():
-        yield f"model.head_init: {model.head_init} is not a file; give class_mean, zeros, or a file of one row a class"
+    elif model.head_init == UNIFORM_PRIOR and model.head == "cosine":
+        yield "model.head_init: is uniform_prior with model.head cosine, which has no bias; take class_mean"
+    elif model.head_init not in (None, *NAMES) and not Path(model.head_init).is_file():
+        yield (
+            f"model.head_init: {model.head_init} is not a file; give {', '.join(NAMES)}, or a file of one row a class"
+        )
     if model.head_init is not None and model.experts is not None:
         yield "model.head_init: is set with model.experts, which have a head each; leave one of the two out"
 

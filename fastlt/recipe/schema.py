@@ -235,8 +235,9 @@ class ModelRecipe:
     adapt: adapters that are put into the backbone, as a name or a mapping of the name to its options. The backbone is
         frozen: with adapt, train: all is nothing of it, and norms or a list are trained beside the adapters.
     head_init: how the head of a new network begins: class_mean, as the nearest mean feature of a class in the training
-        set; zeros; or with the rows of a .npy, .safetensors or .pt file, one a class, such as text features. A cosine
-        head takes directions. null is at random.
+        set; zeros; uniform_prior, at random with a bias of -log(C - 1), for losses of sigmoids; or with the rows of a
+        .npy, .safetensors or .pt file, one a class, such as text features. A cosine head takes directions. null is at
+        random.
     """
 
     name: str

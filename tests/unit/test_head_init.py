@@ -78,6 +78,12 @@ def test_zeros_give_every_class_the_same_logit(digits_words):
     assert not head.bias.any()
 
 
+def test_a_uniform_prior_moves_the_bias_alone(digits_words):
+    random, head = new_head(make(digits_words)), new_head(make(digits_words, "model.head_init=uniform_prior"))
+    assert torch.equal(head.weight, random.weight)
+    torch.testing.assert_close(torch.sigmoid(head.bias.double()), torch.full((10,), 0.1, dtype=torch.float64))
+
+
 def save_rows(path, rows):
     if path.suffix == ".npy":
         np.save(path, rows.numpy())
@@ -124,6 +130,8 @@ def test_what_is_no_beginning_is_refused(tmp_path, digits_words):
         load_recipe(RECIPE, ["model.head_init=class_means"])
     with pytest.raises(RecipeError, match=r"model.head_init: is zeros with model.head cosine"):
         load_recipe(RECIPE, ["model.head_init=zeros", "model.head=cosine"])
+    with pytest.raises(RecipeError, match=r"model.head_init: is uniform_prior with model.head cosine"):
+        load_recipe(RECIPE, ["model.head_init=uniform_prior", "model.head=cosine"])
     path = save_rows(tmp_path / "rows.npy", torch.ones(10, 3))
     with pytest.raises(ValueError, match="has 10 rows of 3 numbers"):
         make(digits_words, f"model.head_init={path}")
