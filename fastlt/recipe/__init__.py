@@ -3,6 +3,7 @@
 from fastlt.recipe.checks import check
 from fastlt.recipe.compose import load_recipe, read_resolved
 from fastlt.recipe.from_model import unlike_model
+from fastlt.recipe.portable import without_paths
 from fastlt.recipe.resuming import Change, Standing, changes
 from fastlt.recipe.schema import (
     CHOICE_KEYS,
@@ -16,7 +17,6 @@ from fastlt.recipe.schema import (
     differences,
     is_harmless,
     recipe_from_tree,
-    without_paths,
 )
 from fastlt.recipe.yaml_text import RecipeError
 

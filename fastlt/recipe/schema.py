@@ -464,18 +464,6 @@ def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
     return build(Recipe, tree)
 
 
-def without_paths(recipe: Recipe) -> Recipe:
-    """The recipe with the default of every key that is a path, for others to read: it says nothing of this machine."""
-    tree = recipe.to_tree()
-    for (*parents, last), value in values(recipe).items():
-        if value.field is not None and value.field.metadata.get("path"):
-            part = tree
-            for name in parents:
-                part = part[name]
-            part[last] = value.field.default
-    return recipe_from_tree(tree)
-
-
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """The keys in which two recipes differ, each with both values; harmless keys are left out."""
     a, b = values(one), values(other)

@@ -22,7 +22,7 @@ class SharedResult:
 
 
 class SharedResults:
-    """Results by what their runs have trained: by recipes without paths, which differ from machine to machine."""
+    """Results by what their runs have trained: by recipes with file names and checksums for paths."""
 
     def __init__(self, results: Iterable[SharedResult] = ()) -> None:
         self.by_key = {_key(one.recipe): one for one in results}

@@ -22,6 +22,7 @@ from fastlt import cli
 from fastlt.recipe import load_recipe
 from fastlt.reproduce import availability, execution, output, tables
 from fastlt.reproduce.plan import plan_run
+from fastlt.reproduce.shared_results import SharedResults, read_results
 from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint
 from fastlt.run.stopping import Stopping
@@ -567,6 +568,33 @@ def test_results_of_another_machine_are_taken_where_their_recipe_is_the_same(dig
         assert str(file) in told
         assert reason in told
     assert not (tmp_path / "fourth").exists()
+
+
+def test_shared_results_tell_files_apart_by_their_contents(tmp_path):
+    """The same file lies elsewhere on another machine; a recipe without one, or with another one, is another recipe."""
+    for folder, content in (("here", b"1"), ("there", b"1"), ("other", b"2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights.pt").write_bytes(content)
+
+    def recipe(*words):
+        return load_recipe("digits_lt", [f"runs={tmp_path}", *words])
+
+    def with_weights(folder):
+        return recipe(f"model.checkpoint={tmp_path / folder / 'weights.pt'}")
+
+    results = SharedResults()
+    results.add(with_weights("here"), {"top1": 0.5})
+    results.add(recipe("model.head_init=class_mean"), {"top1": 0.6})
+    results.write(tmp_path / "runs.json")
+    assert "weights.pt (sha256 6b86b273ff34fce1)" in (tmp_path / "runs.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "runs.json").read_text()
+    for found in (results, read_results([tmp_path / "runs.json"])):
+        assert found.get(with_weights("there")) == {"top1": 0.5}
+        assert found.get(with_weights("other")) is None
+        assert found.get(recipe("model.head_init=class_mean")) == {"top1": 0.6}
+        assert found.get(recipe()) is None
+    (tmp_path / "there" / "weights.pt").write_bytes(b"changed")
+    assert results.get(with_weights("there")) is None
 
 
 def test_rates_are_compared_on_validation_alone(digits, tmp_path, capsys, in_process):
