@@ -5,7 +5,7 @@
     fastlt export runs/mine --to onnx --opset 18 --dynamic-size --precision fp16 --out half.onnx
     fastlt export runs/mine --to torch --out mine.pt2
     fastlt export runs/mine --to timm --push OWNER/NAME   # to the Hugging Face hub, with a card
-    fastlt export runs/a runs/b --to onnx                 # the mean of their probabilities
+    fastlt export runs/a runs/b --to onnx --out both.onnx                 # the mean of their probabilities
 
 timm: a folder for timm.create_model("local-dir:FOLDER", pretrained=True). onnx: for onnxruntime and others, any number
 of images a batch; needs the extra `export`. torch: a program of torch.export, any batch. torchscript: the older form.

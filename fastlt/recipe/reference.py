@@ -71,13 +71,20 @@ LINKS: dict[tuple[type, str], str] = {
     (StageRecipe, "optimizer"): "a name of `timm.optim.list_optimizers()`",
     (StageRecipe, "loss"): "a [loss](#losses)",
     (StageRecipe, "loss_options"): "those of the [loss](#losses)",
+    (DataRecipe, "mean"): "list of 3 numbers, or `model`",
+    (DataRecipe, "std"): "list of 3 numbers, or `model`",
+    (DataRecipe, "eval_ratio"): "number in (0, 1], or `model`",
     (DataRecipe, "augment"): "list of [augmentations](#augmentations)",
     (DataRecipe, "meta_augment"): "list of [augmentations](#augmentations), or null",
     (DataRecipe, "second_augment"): "list of [augmentations](#augmentations), or null",
     (DataRecipe, "dali_augment"): f"one of {', '.join(f'`{name}`' for name in DALI_AUGMENTATIONS)}, or null",
 }
 # Defaults that come from the composition of a recipe, and not from its type.
-DEFAULTS: dict[tuple[type, str], str] = {(Recipe, "name"): "the name of the file"}
+DEFAULTS: dict[tuple[type, str], str] = {
+    (Recipe, "name"): "the name of the file",
+    (DataRecipe, "mean"): "`model` with pretrained weights, else required",
+    (DataRecipe, "std"): "`model` with pretrained weights, else required",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,7 @@ class RideStep(Step[RideOptions]):
     times as large, and leaves the teacher in training mode; with k = 0 it trains the mean and not each expert.
     """
 
-    allows = Allows(experts=True)
+    allows = Allows(experts=True, features=False, trained_part=False)
 
     Options = RideOptions
 
@@ -170,7 +170,7 @@ class RideRouterStep(Step[RideRouterOptions]):
     """
 
     needs = Needs(trained_model=True, trained_head=True)
-    allows = Allows(experts=True)
+    allows = Allows(experts=True, features=False, trained_part=False)
     plain_steps = 0.35
     logits_prior = LogitsPrior("before")
 
