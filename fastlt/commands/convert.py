@@ -92,7 +92,12 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     storage.add_argument(
         "--shuffle", action="store_true", help="training images in random order, for shards on a server"
     )
-    storage.add_argument("--shard-images", type=whole(1), metavar="N", help="images a shard (default: 1024, and more where a split would have over 128)")
+    storage.add_argument(
+        "--shard-images",
+        type=whole(1),
+        metavar="N",
+        help="images a shard (default: 1024, and more where a split would have over 128)",
+    )
 
     run = parser.add_argument_group("the run")
     run.add_argument("--workers", type=worker_count, metavar="N", help="processes (default: all cores)")

@@ -11,8 +11,9 @@ in common are trained once: all stages of a run but the last are a run of their 
 end, as if it had been stopped there. A cell of several runs ends with `fastlt ensemble` on them. All runs of one seed
 come before those of the next, the shortest first. A run that fails is told, and the others go on.
 TABLE.md, .csv and .json are written to --out after every run, TABLE_SCALE.md and so on at another scale than paper.
-TABLE_runs.json beside them holds the results of the runs. Several machines share a table by it: with --results FILE,
-runs whose results are in the file are not run here. Paths of data and weights are taken to lead to the same content.
+They have the chosen rows and columns. TABLE_runs.json beside them holds the results of these runs, and of those that
+other calls have written there. Several machines share a table by it: with --results FILE, runs whose results are in the
+file are not run here. Paths of data and weights are taken to lead to the same content.
 --into puts the table into a document, between the lines <!-- fastlt reproduce TABLE --scale SCALE --> and
 <!-- end of the table -->. --rates compares learning rates on validation, for the row CE unless --rows names others.
 The published numbers, which recipe belongs to which row, which rows and columns run when none are named, and how many
@@ -36,7 +37,7 @@ from fastlt.reproduce.availability import resolve
 from fastlt.reproduce.execution import Campaign
 from fastlt.reproduce.output import check_place, listing, markdown, write_files, write_into
 from fastlt.reproduce.rates import at_rates, rates_table
-from fastlt.reproduce.shared_results import SharedResults, read_results
+from fastlt.reproduce.shared_results import read_results
 from fastlt.reproduce.tables import SCALES, Cell, chosen, load_table, table_names
 from fastlt.run.checkpoint import write_atomically
 
@@ -65,17 +66,17 @@ def main(words: list[str], prog: str = NAME) -> int:
     if given.list:
         print(listing(cells))
         return 0
-    shared = read_results(given.results)
+    reproduction = _Reproduction(cells, title, given)
     code = 0
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = _run(cells, title, given, shared)
+        code = reproduction.run()
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         code = 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(_write(cells, title, given, shared))
+    print(reproduction.write())
     return code
 
 
@@ -113,31 +114,43 @@ def _chosen(cells: list[Cell], given: argparse.Namespace) -> list[Cell]:
     return at_rates(chosen(cells, rows, columns), given.rates, given.scale)
 
 
-def _run(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: SharedResults) -> int:
-    """Collect what is there and run what is missing, the table being written after every run; the exit code."""
-    campaign = Campaign(
-        cells,
-        given.runs.resolve(),
-        jobs=given.jobs,
-        nice=given.nice,
-        shared=shared,
-        changed=lambda: _write(cells, title, given, shared),
-    )
-    _write(cells, title, given, shared)
-    failed = len(campaign.failed) if given.collect else campaign.run()
-    return 1 if failed else 0
+class _Reproduction:
+    """The chosen cells of a table: their runs, and the files that tell of them."""
 
+    def __init__(self, cells: Sequence[Cell], title: str, given: argparse.Namespace) -> None:
+        self.cells, self.title, self.given = cells, title, given
+        self.name = given.table if given.scale == "paper" else f"{given.table}_{given.scale}"
+        self.shared = read_results(given.results)
 
-def _write(cells: Sequence[Cell], title: str, given: argparse.Namespace, shared: SharedResults) -> str:
-    """Write the table to the files that it belongs in; returns its text."""
-    name = given.table if given.scale == "paper" else f"{given.table}_{given.scale}"
-    if given.rates:
-        text = rates_table(cells)
-        write_atomically(given.out / f"{name}_rates.md", text.encode())
+    def run(self) -> int:
+        """Collect what is there and run what is missing, the table being written after every run; the exit code."""
+        given = self.given
+        campaign = Campaign(
+            self.cells,
+            given.runs.resolve(),
+            jobs=given.jobs,
+            nice=given.nice,
+            shared=self.shared,
+            changed=self.write,
+        )
+        self.write()
+        failed = len(campaign.failed) if given.collect else campaign.run()
+        return 1 if failed else 0
+
+    def write(self) -> str:
+        """Write the table to the files that it belongs in; returns its text."""
+        given = self.given
+        if given.rates:
+            text = rates_table(self.cells)
+            write_atomically(given.out / f"{self.name}_rates.md", text.encode())
+            return text
+        text = markdown(self.title, self.cells, given.scale)
+        write_files(given.out, self.name, text, [cell.as_row() for cell in self.cells])
+        file = given.out / f"{self.name}_runs.json"
+        # Results that other calls have written there stay, whatever this one asks for.
+        results = read_results([file] if file.exists() else [])
+        results.update(self.shared)
+        results.write(file)
+        if given.into is not None:
+            write_into(given.into, given.table, given.scale, self.cells)
         return text
-    text = markdown(title, cells, given.scale)
-    write_files(given.out, name, text, [cell.as_row() for cell in cells])
-    shared.write(given.out / f"{name}_runs.json")
-    if given.into is not None:
-        write_into(given.into, given.table, given.scale, cells)
-    return text

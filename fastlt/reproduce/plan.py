@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from fastlt.reproduce.cost import cost
 from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import atomic_file, read_json
 from fastlt.run.dataset import converted_folder, ensure_converted
-from fastlt.run.folder import last_checkpoint, log_file, result_file
+from fastlt.run.folder import class_history_file, last_checkpoint, log_file, result_file
 from fastlt.run.lock import lock_folder, unlock_folder
-from fastlt.run.recorded import is_complete, readable_result
+from fastlt.run.recorded import is_complete, readable_result, written_inputs
 from loaders.sources import SOURCES
+from loaders.stored.atomic_folder import MANIFEST
+from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.identity import DatasetIdentity
 from loaders.stored.remote_folder import is_url
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -83,8 +87,10 @@ class TrainingRun:
         if self.first is None or not self.needs:
             return
         last = last_checkpoint(self.first.folder)
+        history = class_history_file(self.first.folder)
+        beside = [log_file(self.first.folder), *([history] if history.exists() else [])]
         # The last checkpoint comes last: with it the folder is ready, see `needs`.
-        files = [log_file(self.first.folder), *(p for p in last.parent.iterdir() if p != last), last]
+        files = [*beside, *(p for p in last.parent.iterdir() if p != last), last]
         lock_folder(self.folder)
         try:
             for file in files:
@@ -94,8 +100,20 @@ class TrainingRun:
             unlock_folder(self.folder)
 
     def finished(self) -> bool:
-        """Whether the folder holds the result of this recipe; of another one, train.py refuses with the reason."""
-        return is_complete(replace(self.recipe, name=self.name))
+        """Whether the folder holds the result of this recipe on these data.
+
+        Of another recipe, or of other data, train.py refuses with the reason.
+        """
+        return is_complete(replace(self.recipe, name=self.name)) and self._has_its_data()
+
+    def _has_its_data(self) -> bool:
+        """Whether the data are those of the run in the folder; True where there are none to compare."""
+        record, data = written_inputs(self.folder), self.recipe.data
+        folder = None if is_url(data.converted) else converted_folder(data)
+        if record is None or folder is None or not (folder / MANIFEST).exists():
+            return True
+        identity = _identity(folder, (folder / MANIFEST).stat().st_mtime_ns)
+        return identity is None or not identity.differences(record.inputs.data)
 
 
 @dataclass(frozen=True)
@@ -133,6 +151,12 @@ class EnsembleRun:
             return False
         recorded = [(m["run"], m["top1"]) for m in result.get("members", [])]
         return recorded == [(m.name, read_json(result_file(m.folder))["top1"]) for m in self.members]
+
+
+@lru_cache
+def _identity(folder: Path, modified_ns: int) -> DatasetIdentity | None:
+    """What a data set is by its manifest; modified_ns: of that file, which is read again when it has changed."""
+    return ConvertedDataset.open(folder).recorded_identity()
 
 
 Run = TrainingRun | EnsembleRun

@@ -31,6 +31,10 @@ class SharedResults:
         """Take the result of a recipe, in place of an earlier one."""
         self.by_key[_key(recipe)] = SharedResult(recipe, result)
 
+    def update(self, others: SharedResults) -> None:
+        """Take all results of `others`, in place of earlier ones."""
+        self.by_key |= others.by_key
+
     def get(self, recipe: Recipe) -> dict[str, Any] | None:
         """The result of a recipe; None where there is none."""
         found = self.by_key.get(_key(recipe))

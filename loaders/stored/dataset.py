@@ -164,6 +164,11 @@ class ConvertedDataset:
                     raise damaged(self.root, f"the images or labels of {what} are not those that were converted")
         return DatasetIdentity.of(self.class_names, self._labels, contents)
 
+    def recorded_identity(self) -> DatasetIdentity | None:
+        """Which images this is by the manifest alone; None where an early version has written it."""
+        contents = self.manifest.get(CONTENTS)
+        return None if contents is None else DatasetIdentity.of(self.class_names, self._labels, contents)
+
     def _unread_contents(
         self, known: DatasetIdentity | None, stamps: Mapping[str, Sequence[int]] | None
     ) -> Mapping[str, Mapping[str, str]] | None:

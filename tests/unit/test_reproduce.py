@@ -7,6 +7,7 @@ import csv
 import fcntl
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -27,6 +28,7 @@ from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint
 from fastlt.run.stopping import Stopping
 from fastlt.state import ShotRanks
+from loaders.stored.manifest import sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -424,7 +426,25 @@ def test_a_shared_first_stage_changes_nothing(alone, row, extra, digits, tmp_pat
     (result, log, last), (result_whole, log_whole, last_whole) = comparable(shared), comparable(tmp_path / "whole")
     assert result == result_whole
     assert log == log_whole
+    assert (shared / "class_history.npy").read_bytes() == (tmp_path / "whole" / "class_history.npy").read_bytes()
     assert leaves(last) == leaves(last_whole)
+
+
+def test_a_result_on_other_data_is_not_taken(digits, tmp_path, capsys, in_process):
+    """Folders of data are no part of a run's name: the data in them are compared, and the trainer says what differs."""
+    other = Path(shutil.copytree(digits, tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["contents"]["ffcv"]["train"] = "0" * 64
+    (other / "manifest.json").write_text(sealed(manifest))
+    words = ["cifar10_lt", "--rows", "CE", "--columns", "100", "--scale", "short", "--seeds", "1"]
+    words += ["--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--set", *SMALL, "data.convention=paper"]
+    words += few_iterations("end_to_end")
+    assert cli.main(["reproduce", *words, f"data.converted={digits}"]) == 0
+    assert cli.main(["reproduce", *words, f"data.converted={digits}"]) == 0
+    assert len(in_process) == 1
+    assert cli.main(["reproduce", *words, f"data.converted={other}"]) == 1
+    assert len(in_process) == 2
+    assert "failed with code" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_and_a_running_one_is_waited_for(digits, tmp_path, capsys, monkeypatch, in_process):
@@ -548,8 +568,12 @@ def test_results_of_another_machine_are_taken_where_their_recipe_is_the_same(dig
     (row,) = json.loads((tmp_path / "second_out" / "cifar10_lt_quick.json").read_text())
     assert row["seeds"] == 2
     assert row["runs"].split() == in_process
-    both = json.loads((tmp_path / "second_out" / "cifar10_lt_quick_runs.json").read_text())
+    theirs = tmp_path / "second_out" / "cifar10_lt_quick_runs.json"
+    both = json.loads(theirs.read_text())
     assert sorted(entry["result"]["name"] for entry in both) == sorted(in_process)
+    # A call that asks for other rows leaves them there.
+    assert cli.main(words("second", "--rows", "CE", "--seeds", "1", "--collect")) == 0
+    assert json.loads(theirs.read_text()) == both
 
     # Of another recipe.
     (entry,) = json.loads(file.read_text())
