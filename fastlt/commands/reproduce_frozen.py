@@ -29,11 +29,12 @@ from tqdm import tqdm
 from fastlt.arguments import make_parser, path, positive
 from fastlt.recipe import Recipe, load_recipe
 from fastlt.reproduce.availability import CIFAR_FILES, find_data
-from fastlt.reproduce.frozen import STAGE, Method, base_recipe, open_context, plan, read_methods, stage_epochs
+from fastlt.reproduce.frozen import STAGE, Method, base_recipe, open_context, plan, read_methods
 from fastlt.reproduce.frozen_pool import Task, make_tasks, run_tasks
 from fastlt.reproduce.frozen_tables import as_record, best_rate, markdown, rows
 from fastlt.reproduce.output import write_files
 from fastlt.run.fit import process_as_before
+from fastlt.run.loading import iterations_per_epoch
 from loaders.stored.forked_workers import available_cores
 
 NAME = "fastlt reproduce frozen"
@@ -129,7 +130,9 @@ def _tasks(given: argparse.Namespace, methods: Sequence[Method], words: list[str
     words = [*words, *found]
     with process_as_before():
         context = open_context(load_recipe(given.recipe, words))
-    runs = plan(recipe, methods, sorted(set(given.lr)), given.seeds, stage_epochs(context))
+    runs = plan(
+        recipe, methods, sorted(set(given.lr)), given.seeds, iterations_per_epoch(context, recipe.stages[STAGE])
+    )
     threads = max(1, available_cores() // given.jobs)
     return make_tasks(Path(given.recipe), words, runs, context, given.out / "results", threads)
 

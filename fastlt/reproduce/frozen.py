@@ -27,7 +27,7 @@ from fastlt.run.background import on_host
 from fastlt.run.context import RunContext, make_accelerator, make_context, with_recipe
 from fastlt.run.evaluation import Evaluation
 from fastlt.run.feature_cache import compute_features
-from fastlt.run.loading import endless, iterations_per_epoch
+from fastlt.run.loading import endless
 from fastlt.run.preflight import check_dataset, check_loaders, check_model
 from fastlt.run.stage import Stage, build_stage, new_model, prepare_model
 
@@ -85,32 +85,39 @@ def base_recipe() -> Path:
     return shipped_recipes()[RECIPE]
 
 
-def plan(recipe: Recipe, methods: Sequence[Method], rates: Sequence[float], seeds: int, epochs: float) -> list[HeadRun]:
+def plan(
+    recipe: Recipe, methods: Sequence[Method], rates: Sequence[float], seeds: int, per_epoch: int
+) -> list[HeadRun]:
     """Every run of a data set, the seeds of a method and rate in a row.
 
-    epochs: the length of the recipe's stage on these data. ValueError for a method that the recipe cannot have.
+    per_epoch: iterations an epoch of the recipe's stage on these data. ValueError for a method that the recipe cannot
+    have.
     """
     runs = []
     for method in methods:
         if method.of is not None:
             continue
         for lr in rates:
-            words = _words(recipe, method, lr, epochs)
+            words = _words(recipe, method, lr, per_epoch)
             runs += [HeadRun(method.name, lr, seed, (*words, f"seed={seed}")) for seed in range(seeds)]
     return runs
 
 
-def _words(recipe: Recipe, method: Method, lr: float, epochs: float) -> list[str]:
+def _words(recipe: Recipe, method: Method, lr: float, per_epoch: int) -> list[str]:
     """The override words of a method at a rate."""
+    first = recipe.stages[STAGE]
+    iterations = first.length if first.epochs is None else first.length * per_epoch
     stage = {"lr": lr, **PLAIN, **method.stage}
     words = [f"model.{key}={_text(value)}" for key, value in method.model.items()]
-    words += [f"stages.{STAGE}.{key}={_text(_in_epochs(value, epochs))}" for key, value in stage.items()]
+    words += [
+        f"stages.{STAGE}.{key}={_text(_in_epochs(value, iterations / per_epoch))}" for key, value in stage.items()
+    ]
     if method.second is not None:
-        first = recipe.stages[STAGE]
-        length = max(1, first.length // SECOND_SHARE)
+        length = max(1, iterations // SECOND_SHARE)
         second = {
             **{key: getattr(first, key) for key in ("batch_size", "meta_batch_size", "schedule", "weight_decay")},
             **{"iterations": length, "evaluate_every": length, "lr": lr},
+            "milestones": [round(at / first.length * length) for at in first.milestones],
             **method.second,
         }
         words.append(f"stages.{SECOND}={_text(second)}")
@@ -137,18 +144,19 @@ def open_context(recipe: Recipe) -> RunContext:
     """
     if recipe.data.cached_views is None:
         raise ValueError(f"{recipe.name} trains through the network: set data.cached_views, and model.train: head")
+    for name, stage in recipe.stages.items():
+        if stage.ema is not None or stage.select == "smoothed":
+            raise ValueError(
+                f"stages.{name}: has {'ema' if stage.ema is not None else 'select: smoothed'}, and a row is measured "
+                "with the last or the best model; set stages."
+                f"{name}.{'ema=null' if stage.ema is not None else 'select=last'}"
+            )
     context = make_context(recipe, make_accelerator(recipe))
     check_dataset(context)
     check_loaders(context)
     model = new_model(context)
     check_model(context, model)
     return replace(context, features=compute_features(context, model))
-
-
-def stage_epochs(context: RunContext) -> float:
-    """The length of the stage that the methods change, in epochs of the context's data set."""
-    stage = context.recipe.stages[STAGE]
-    return stage.length if stage.epochs is not None else stage.length / iterations_per_epoch(context, stage)
 
 
 def train_head(
@@ -214,8 +222,9 @@ def _train(stage: Stage, evaluation: Evaluation) -> list[float] | None:
         if iterate is None:
             iterate, _ = ready(step, batch, meta_batch)
         output = iterate(batch, meta_batch)
-        stage.end(iteration + 1)
-        if stage.recipe.select == "best" and (iteration + 1) % stage.evaluate_every == 0:
+        done = iteration + 1
+        stage.end(done)
+        if stage.recipe.select == "best" and (done % stage.evaluate_every == 0 or done == stage.iterations):
             accuracy = evaluation.evaluate(step.model, "meta")["top1"]
             if accuracy >= best:  # of equals the later, as the trainer has it
                 best, best_state = accuracy, on_host(trained_state(step.model))

@@ -16,8 +16,9 @@ from fastlt.losses import LOSSES
 from fastlt.models import build_model
 from fastlt.recipe import StageRecipe, load_recipe
 from fastlt.reproduce import frozen
-from fastlt.reproduce.frozen import Method, open_context, plan, read_methods, stage_epochs, train_head
+from fastlt.reproduce.frozen import Method, open_context, plan, read_methods, train_head
 from fastlt.reproduce.frozen_tables import best_rate, rows
+from fastlt.run.loading import iterations_per_epoch
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.steps import STEPS
@@ -35,6 +36,10 @@ def words(digits_words, tmp_path):
     torch.save(build_model("cifar_resnet8", num_classes=10).state_dict(), weights)
     given = [w for w in digits_words if not w.startswith(f"{STAGE}.options")]
     return [*given, "model.train=head", f"model.checkpoint={weights}", "data.augment=[]", "data.cached_views=1"]
+
+
+def per_epoch(context):
+    return iterations_per_epoch(context, context.recipe.stages["end_to_end"])
 
 
 # The rows
@@ -59,7 +64,7 @@ def test_every_loss_sampling_and_method_has_a_row_or_a_reason():
 )
 def test_a_row_trains(method, words):
     context = open_context(load_recipe(RECIPE, words))
-    (run,) = plan(context.recipe, [method], [0.02], 1, stage_epochs(context))
+    (run,) = plan(context.recipe, [method], [0.02], 1, per_epoch(context))
     result = train_head(context, RECIPE, [*words, *run.words])
     assert result["problem"] is None
     assert 0 <= result["test"]["top1"] <= 1
@@ -72,7 +77,7 @@ def test_a_row_trains(method, words):
 def test_a_run_is_that_of_the_trainer(name, words):
     methods = [row for row in ROWS if row.name == name]
     context = open_context(load_recipe(RECIPE, words))
-    (run,) = plan(context.recipe, methods, [0.05], 1, stage_epochs(context))
+    (run,) = plan(context.recipe, methods, [0.05], 1, per_epoch(context))
     built = {}
     train_head(context, RECIPE, [*words, *run.words], built)
     ours = train_head(context, RECIPE, [*words, *run.words], built)  # from a model that was built before
@@ -80,6 +85,26 @@ def test_a_run_is_that_of_the_trainer(name, words):
     theirs = Trainer(prepare(load_recipe(RECIPE, [*words, *run.words, "name=whole"]))).fit()
     assert ours["test"]["per_class_accuracy"] == theirs["per_class_accuracy"]
     assert ours["test"]["ece"] == theirs["ece"]
+
+
+@pytest.mark.parametrize(
+    ("words", "milestones"),
+    [
+        (["iterations=27"], []),
+        (["iterations=null", "epochs=3", "warmup=0", "schedule=multistep", "milestones=[1, 2]"], [3, 6]),
+    ],
+)
+def test_a_second_stage_has_a_third_of_the_iterations_of_the_first(words, milestones):
+    words = [f"stages.end_to_end.{word}" for word in words]
+    (run,) = plan(load_recipe(RECIPE, words), [row for row in ROWS if row.name == "LWS"], [0.05], 1, 9)
+    second = load_recipe(RECIPE, [*words, *run.words]).stages["second"]
+    assert (second.iterations, second.milestones) == (9, milestones)
+
+
+@pytest.mark.parametrize("key", ["ema={decay: 0.9}", "select=smoothed"])
+def test_a_recipe_whose_result_is_another_model_is_refused(words, key):
+    with pytest.raises(ValueError, match=f"stages.end_to_end: has {key.split('=')[0]}.*; set stages.end_to_end"):
+        open_context(load_recipe(RECIPE, [*words, f"stages.end_to_end.{key}"]))
 
 
 # The table
