@@ -32,7 +32,7 @@ class Reducer:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over processes. All have one dtype and are on one device."""
-        if self.world_size == 1:
+        if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
@@ -57,7 +57,7 @@ class Reducer:
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each floating-point tensor by its mean over processes."""
-        if self.world_size == 1:
+        if self.world_size == 1 or not tensors:
             return
         torch._foreach_div_(list(tensors), self.world_size)
         self.sum_(tensors)

@@ -236,6 +236,15 @@ def assert_same(one, other, where=""):
         assert one == other, where
 
 
+def test_two_processes_train_a_network_in_which_no_statistics_move(digits_words, tmp_path):
+    """Where nothing is averaged before an evaluation: a head alone, and most transformers."""
+    short = ["stages.end_to_end.iterations=4", "stages.end_to_end.evaluate_every=2", "stages.end_to_end.warmup=0"]
+    process = launch(digits_words, "head", "model.train=head", *short)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert json.loads((tmp_path / "runs" / "head" / "result.json").read_text())["processes"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["launcher", "one process"])
 def test_two_processes_stop_together_and_resume_bit_for_bit(digits_words, tmp_path, to):
