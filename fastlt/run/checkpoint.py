@@ -33,12 +33,18 @@ def atomic_file(path: Path, *, keep: int = 1, needed: Callable[[], int] | None =
     """A file to write in, which takes the place of `path` at the end of the context.
 
     A kill at any moment leaves the old content or the new, never a part; an error leaves the old. The keep - 1 newest
-    files that were at `path` before stay, see `versions`. Raises RunFileError where the file cannot be written.
+    files that were at `path` before stay, see `versions`. Links are followed. A device or a pipe is written to as it
+    is. Raises RunFileError where the file cannot be written.
 
     needed: tells the bytes that will be written, for the error.
     """
+    path = Path(os.path.realpath(path))
     part = part_file(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file

@@ -78,6 +78,27 @@ def test_torch_alone_does_not_notice(tmp_path):
         checkpoint.load(path)
 
 
+def test_links_pipes_and_devices_stay_what_they_are(tmp_path):
+    """`--csv /dev/null` must not put a file in the place of the device."""
+    there = tmp_path / "elsewhere" / "file.csv"
+    there.parent.mkdir()
+    there.write_bytes(b"old")
+    (tmp_path / "link").symlink_to(there)
+    checkpoint.write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert there.read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    checkpoint.write_atomically(tmp_path / "pipe", b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(checkpoint.RunFileError, match="Is a directory"):
+        checkpoint.write_atomically(tmp_path / "folder", b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "folder", "link", "pipe"]
+
+
 def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     checkpoint.save(path, {})
