@@ -47,7 +47,9 @@ def result_file(folder: Path) -> Path:
 
 
 def earlier_result_file(folder: Path, which: str) -> Path:
-    """The result of a run that went on after it was finished; which: its number of iterations, or "damaged"."""
+    """The result of a run that went on after it was finished; which: its number of iterations, "damaged", or for a
+    model whose result is gone "unknown".
+    """
     return folder / f"result-{which}.json"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +36,18 @@ def recorded_result(context: RunContext) -> dict[str, Any] | None:
 def set_aside_result(context: RunContext) -> None:
     """Rename the result of a run that goes on: it was finished with fewer iterations, or the file is damaged.
 
-    The predictions that belong to it are removed.
+    So is the model that belongs to it, also where the result is gone. The predictions are removed.
     """
     path, result = result_file(context.folder), readable_result(context.folder)
     predictions_file(context.folder).unlink(missing_ok=True)
+    which = str(result.get("iterations")) if result is not None else "damaged" if path.exists() else "unknown"
+    if model_folder(context.folder).exists():  # first: after a kill in between the result still says of which it is
+        earlier = earlier_model_folder(context.folder, which)
+        if earlier.exists():
+            shutil.rmtree(earlier)
+        model_folder(context.folder).rename(earlier)
     if path.exists():
-        which = "damaged" if result is None else str(result.get("iterations"))
         context.say(f"the result that was there is kept as {path.rename(earlier_result_file(context.folder, which))}")
-        if result is not None and model_folder(context.folder).exists():
-            model_folder(context.folder).rename(earlier_model_folder(context.folder, which))
 
 
 def circumstances(context: RunContext) -> dict[str, Any]:

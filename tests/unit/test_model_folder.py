@@ -206,6 +206,20 @@ def test_a_run_that_goes_on_keeps_its_earlier_model_apart(digits_words):
     assert load_trained(folder / "model", CPU).iteration == 6
 
 
+@pytest.mark.parametrize("left", [None, "no JSON"])
+def test_a_model_whose_result_is_gone_is_kept_apart_too(digits_words, left):
+    """The result was moved away or damaged; the run goes on, and its model is the new one."""
+    folder = run(digits_words, "stages.end_to_end.schedule=constant")
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    (folder / "result.json").unlink()
+    if left is not None:
+        (folder / "result.json").write_text(left)
+    run(digits_words, "stages.end_to_end.schedule=constant", "stages.end_to_end.iterations=6")
+    kept = folder / ("model-unknown" if left is None else "model-damaged")
+    assert (kept / "model.safetensors").read_bytes() == before
+    assert load_trained(folder / "model", CPU).iteration == 6
+
+
 def test_a_model_that_is_not_the_trained_one_is_not_left(place, tmp_path, monkeypatch):
     trained = load_trained(place / "runs" / "lws", CPU)
     images = validation_images(trained.recipe.data, 4)
