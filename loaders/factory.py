@@ -138,10 +138,11 @@ def check_loader(
     crop: CropSpec,
     local_world_size: int = 1,
     by_shards: ShardOrder | None = None,
-) -> tuple[int, int]:
-    """(H, W) of the images that `make_loader` would cut; raises what it would raise, and reads no image.
+) -> tuple[str, tuple[int, int]]:
+    """The backend that `make_loader` would take, and (H, W) of the images that it would cut.
 
-    Batches are taken to be of one image: whether a split fills larger ones is not asked.
+    Raises what it would raise, and reads no image. Batches are taken to be of one image: whether a
+    split fills larger ones is not asked.
     """
     stored, device = _open(dataset, split, backend, by_shards is not None), torch.device(device)
     plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train)
@@ -149,7 +150,7 @@ def check_loader(
         reader = streaming_backend(dataset, by_shards is not None)
         backend, _ = _choose(stored, plan, device, None, reader, local_world_size)
     BACKENDS[backend].load().check(stored, plan, device, local_world_size)
-    return plan.output_shape
+    return backend, plan.output_shape
 
 
 def _open(dataset: StoredDataset, split: str, backend: str, by_shards: bool = False) -> StoredSplit:

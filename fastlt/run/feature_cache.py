@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,8 +22,9 @@ from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
 from fastlt.run.features import Features
-from fastlt.run.loading import EVALUATION_BATCH, make_augment, normaliser, open_loader
+from fastlt.run.loading import EVALUATION_BATCH, check_split, make_augment, normaliser, open_loader
 from fastlt.state import Batch
+from loaders.factory import format_read
 from loaders.protocol import BatchLoader
 from loaders.readers.free_memory import free_share, readable
 from loaders.stored.damage import DamageError
@@ -35,6 +37,7 @@ DECIDES = (  # keys of `data` on which features depend, beside the content of th
     *("augment", "meta_augment", "dali_augment"),
 )
 PIXELS = 2  # raised when a version of fastlt makes other pixels of the same image
+ABANDONED_S = 3600.0  # since the last byte of a half-written file, after which nobody writes it
 MOST_OF_MEMORY = 0.5  # of what is free on the device
 
 
@@ -74,7 +77,13 @@ class _Source:
             "pixels": PIXELS,
             "precision": context.recipe.precision,
             **{key: data[key] for key in DECIDES},
+            "format": format_read(context.dataset, context.recipe.data.loader),
         }
+        self.backends: dict[str, str] = {}
+        self.folder = Path(context.recipe.runs) / FOLDER
+        for part in self.folder.glob("*.part"):  # of a process that was killed
+            if time.time() - part.stat().st_mtime > ABANDONED_S:
+                part.unlink(missing_ok=True)
 
     def view(self, split: str, view: int | None) -> Tensor:
         """One view of a split, float32 (N, D) on the device; None is the view of evaluation."""
@@ -89,11 +98,18 @@ class _Source:
 
     def _path(self, split: str, view: int | None) -> Path:
         # Only what is drawn depends on the seed.
-        drawn = None if view is None else [view, self.context.recipe.seed]
+        # Backends draw crops of their own, and kinds of devices other augmentations.
+        by = None if view is None else [view, self.context.recipe.seed, self._backend(split), self.context.device.type]
         # Data sets that differ in another split share the features of this one.
         contents = {kind: of_kind.get(split) for kind, of_kind in self.context.inputs.inputs.data.contents.items()}
-        text = json.dumps([self.decides, contents, split, drawn], sort_keys=True)
-        return Path(self.context.recipe.runs) / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
+        text = json.dumps([self.decides, contents, split, by], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pt"
+
+    def _backend(self, split: str) -> str:
+        """By which the training images of a split are read."""
+        if split not in self.backends:
+            self.backends[split], _ = check_split(self.context, split, train=True)
+        return self.backends[split]
 
     def _read(self, path: Path) -> Tensor | None:
         if not path.exists():
@@ -107,7 +123,8 @@ class _Source:
     def _compute(self, split: str, view: int | None) -> Tensor:
         context, train = self.context, view is not None
         size = min(EVALUATION_BATCH, len(context.dataset.labels(split)))
-        with closing(open_loader(context, split, size, train=train, keep_last=True)) as loader:
+        backend = self._backend(split) if train else None
+        with closing(open_loader(context, split, size, train=train, backend=backend, keep_last=True)) as loader:
             prepare = self._augment(split, view, loader) if view is not None else normaliser(context)
             features = torch.zeros(
                 len(context.dataset.labels(split)), self.model.head.in_features, device=context.device

@@ -17,7 +17,7 @@ from fastlt.run.context import RunContext
 from fastlt.run.features import FeatureLoader
 from fastlt.state import Batch
 from fastlt.steps import STEPS
-from loaders.factory import RESIDENT_SHARE, make_loader, streaming_backend
+from loaders.factory import RESIDENT_SHARE, check_loader, make_loader, streaming_backend
 from loaders.order.crop import CropSpec
 from loaders.order.shard_order import ShardOrder
 from loaders.protocol import BatchLoader
@@ -216,6 +216,21 @@ def open_loader(
         dali_augment=data.dali_augment if train and (split == "train" or data.meta_augment is None) else None,
         keep_last=keep_last,
         order=order,
+        by_shards=shard_order(data) if train and split == "train" else None,
+    )
+
+
+def check_split(context: RunContext, split: str, *, train: bool) -> tuple[str, tuple[int, int]]:
+    """The backend by which `open_loader` reads a split, and (H, W) of its images; `check_loader` for a recipe."""
+    data = context.recipe.data
+    return check_loader(
+        context.dataset,
+        split,
+        backend=data.loader,
+        device=context.device,
+        train=train,
+        crop=crop_spec(data, split, train=train),
+        local_world_size=context.local_world_size,
         by_shards=shard_order(data) if train and split == "train" else None,
     )
 

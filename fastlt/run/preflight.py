@@ -26,9 +26,8 @@ from fastlt.run.loading import (
     augmentations,
     batch_size,
     check_meta_share,
-    crop_spec,
+    check_split,
     evaluation_side,
-    shard_order,
     stage_classes,
 )
 from fastlt.run.lock import lock_folder, unlock_folder
@@ -39,7 +38,6 @@ from fastlt.run.recorded import changed, is_complete, readable_result, recorded_
 from fastlt.run.trackers import check_trackers
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
-from loaders.factory import check_loader
 from loaders.order.shard_order import ShardOrder
 from loaders.readers import BACKENDS
 from loaders.sources.source import absent_classes
@@ -239,30 +237,16 @@ def check_loaders(context: RunContext) -> None:
     if data.second_augment is not None:
         wanted["data.second_augment"] = ("train", specs["second"])
     for key, (split, chain) in wanted.items():
-        shape = _check_loader(context, split, train=True)
+        _, shape = check_split(context, split, train=True)
         try:
             shape = output_size(check_augment(chain, data.image_size), *shape)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
         _check_image_size(context, split, shape, "data.train_crop=random_resized, or a random_crop in data.augment")
     for split in ("meta", "test"):
-        height, width = _check_loader(context, split, train=False)
+        _, (height, width) = check_split(context, split, train=False)
         more = evaluation_side(data, split) - data.image_size
         _check_image_size(context, split, (height - more, width - more), "data.eval_crop=center")
-
-
-def _check_loader(context: RunContext, split: str, *, train: bool) -> tuple[int, int]:
-    """(H, W) of the images as the loader gives them."""
-    return check_loader(
-        context.dataset,
-        split,
-        backend=context.recipe.data.loader,
-        device=context.device,
-        train=train,
-        crop=crop_spec(context.recipe.data, split, train=train),
-        local_world_size=context.local_world_size,
-        by_shards=shard_order(context.recipe.data) if train and split == "train" else None,
-    )
 
 
 def _check_image_size(context: RunContext, split: str, shape: tuple[int, int], advice: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -179,6 +180,27 @@ def test_features_are_read_from_the_disk_and_computed_again_where_they_are_damag
     # Another seed draws other views, and evaluates on the same features.
     run(head_words, "data.cached_views=2", "seed=1", "name=fourth")
     assert [view for _, view in computed[1:]] == [0, 1, 0, 1]
+
+
+def test_another_way_of_drawing_crops_has_features_of_its_own(head_words, tmp_path, monkeypatch):
+    """The resident loader draws crops on the device, the others by the plan of the epoch."""
+    crop = ["data.train_crop=random_resized", "data.image_size=8", "data.cached_views=1"]
+    run(head_words, *crop, "data.loader=resident", "name=first")
+    computed = []
+    compute = feature_cache._Source._compute
+    monkeypatch.setattr(
+        feature_cache._Source, "_compute", lambda self, *which: computed.append(which) or compute(self, *which)
+    )
+    abandoned, in_use = (tmp_path / "runs" / feature_cache.FOLDER / f"{n}.pt.1.part" for n in "ab")
+    for part in (abandoned, in_use):
+        part.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    run(head_words, *crop, "data.loader=auto", "name=second")
+    assert computed == [], "auto chooses the same loader"
+    run(head_words, *crop, "data.loader=ffcv", "name=third")
+    assert computed == [("train", 0), ("meta", 0)], "the views of evaluation are the same"
+    assert in_use.exists()
+    assert not abandoned.exists()
 
 
 REFUSED = {
