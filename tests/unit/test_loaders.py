@@ -313,6 +313,27 @@ def test_auto_keeps_the_split_resident_when_it_fits_and_says_why(small, mixed, m
     assert "is more than 0.0 MiB, the memory budget" in tight.reason
 
 
+def test_memory_is_free_by_the_narrowest_control_group(tmp_path, monkeypatch):
+    """Files that the kernel keeps in memory count as used there, and make room when it is needed."""
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "OWN_GROUP", tmp_path / "own")
+    everything = free_memory.free_bytes(torch.device("cpu"))
+    (tmp_path / "own").write_text("1:name=systemd:/\n0::/job/step\n")
+
+    def group(folder, limit, used, files):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files - 100}\nactive_file 100\n")
+
+    group(tmp_path / "job" / "step", "max", 5000, 4000)
+    assert free_memory.free_bytes(torch.device("cpu")) == pytest.approx(everything, rel=0.2)
+    group(tmp_path / "job", 9000, 8000, 6000)
+    assert free_memory.free_bytes(torch.device("cpu")) == 7000
+    group(tmp_path, 6000, 5500, 1000)
+    assert free_memory.free_bytes(torch.device("cpu")) == 1500
+
+
 def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
     monkeypatch.setattr(free_memory, "free_bytes", lambda device: int(COUNT * 16 * 16 * 3 / 0.4) + 3)
     assert make(small, "auto").backend == "resident"
@@ -322,7 +343,7 @@ def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
     monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2 * COUNT * 16 * 16 * 3 - 1)
     make(small, "resident", world_size=2)
     arguments = {"backend": "resident", "device": "cpu", "train": True, "crop": CropSpec("none")}
-    assert check_loader(small, "train", **arguments) == (16, 16)
+    assert check_loader(small, "train", **arguments) == ("resident", (16, 16))
     with pytest.raises(ValueError, match=r"its pixels take .* choose data.loader 'auto'"):
         check_loader(small, "train", **arguments, local_world_size=2)
     monkeypatch.setattr(free_memory, "free_bytes", lambda device: COUNT * 16 * 16 * 3 - 1)
