@@ -43,6 +43,7 @@ from fastlt.run.progress import PlannedStage
 from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 from loaders.protocol import BatchLoader
+from loaders.stored.damage import DamageError
 
 BAR_AFTER_S = 2.0  # a shorter pass over the meta set shows no progress
 TrainingImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -230,7 +231,9 @@ def stage_model(context: RunContext, name: str) -> StageModel:
 
     def read() -> dict[str, Any]:
         if not versions(path):
-            raise ValueError(f"{path} is not there, the model of stages.{name}, which is trained first: run all stages")
+            raise DamageError(
+                f"{path} is not there, the model of stages.{name}, which is trained first: run all stages"
+            )
         return checkpoint.load_newest(path, device)[1]
 
     def build(weights: bool) -> Classifier:

@@ -213,6 +213,9 @@ class Trainer:
                 # Also by a run that resumes here: it may have been stopped before this.
                 self.checkpoints.save_model("last", name, stage.models, self.progress)
                 self.checkpoints.finish()
+                stop, _ = self.stopping.agreed(False, log_now=True)
+                if stop:  # while the end was validated or saved
+                    raise Interrupted(stop, self.progress.iteration, name)
             finally:
                 bar.close()
                 self.time_left.end()

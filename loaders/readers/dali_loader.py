@@ -170,7 +170,7 @@ class DaliLoader(HostLoader):
             except DamageError as damage:
                 return damage
         reason = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
-        return RuntimeError(
+        return ReaderError(
             f"{self.stored.path}: DALI failed on one of the images {suspects[0]} to {suspects[-1]}, which other "
             f"decoders take ({reason[0] if reason else 'no reason given'}); the 'torch' backend reads them without DALI"
         )
@@ -323,7 +323,8 @@ class _Decoder:
     def _drain(self) -> None:
         """Finish the batches in flight, so that the pipeline is ready for another epoch."""
         self._feed.batches = iter(())
-        with contextlib.suppress(StopIteration):
+        # Nobody waits for these images: that one of them cannot be decoded is told when its turn comes.
+        with contextlib.suppress(StopIteration, RuntimeError):
             while True:
                 self._run_once()
 

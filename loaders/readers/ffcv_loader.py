@@ -23,7 +23,7 @@ from loaders.daemon_threads import DaemonThreads
 from loaders.order.plan import Boxes, EpochPlan
 from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.stored.beton import Beton
-from loaders.stored.damage import DamageError
+from loaders.stored.damage import DamageError, ReaderError
 from loaders.stored.ffcv_kernels import NONE_DAMAGED, decoding_loop
 
 BUFFER_BYTES = 4 << 20  # decoded in one go: as many whole batches as this holds, at least one
@@ -105,14 +105,14 @@ class FfcvLoader(HostLoader):
         try:
             piece.result(timeout=STALL_S)
         except FutureTimeout:
-            raise RuntimeError(
+            raise ReaderError(
                 f"{self.stored.path}: no batch for {STALL_S:.0f} s; is the disk reachable? "
                 "The 'torch' backend reads it without FFCV's kernels"
             ) from None
         except DamageError as damage:
             raise DamageError(str(damage)) from damage  # in this thread, with its own traceback
         except Exception as error:
-            raise RuntimeError(
+            raise ReaderError(
                 f"{self.stored.path}: a decoding thread stopped with {type(error).__name__}: {error}; "
                 "the 'torch' backend reads the same file in other processes"
             ) from error

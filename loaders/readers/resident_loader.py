@@ -16,6 +16,7 @@ from loaders.protocol import StoredSplit
 from loaders.readers.base_loader import BaseLoader
 from loaders.readers.free_memory import free_share, readable
 from loaders.readers.ragged_pixels import FILL_BYTES, RaggedPixels, most_taps, shrinking
+from loaders.stored.damage import NoRoomError
 from loaders.stored.ffcv_kernels import resize_crop
 
 
@@ -103,11 +104,11 @@ def kept_bytes(plan: EpochPlan) -> int:
 
 
 def check_pixels(stored: StoredSplit, plan: EpochPlan, device: torch.device, processes: int = 1) -> None:
-    """ValueError when the pixels do not fit into the memory that is free on `device`, for so many processes at once."""
+    """NoRoomError when the pixels do not fit into the memory free on `device`, for so many processes at once."""
     needed = kept_bytes(plan)
     free = free_share(device, processes)
     if needed > free:
-        raise ValueError(
+        raise NoRoomError(
             f"{stored.path}: its pixels take {readable(needed)}, and {readable(free)} of memory are free on {device}: "
             "choose data.loader 'auto', or another one that does not keep them there"
         )

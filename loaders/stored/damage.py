@@ -31,7 +31,7 @@ class RefusedError(RemoteError):
 
 
 class NoRoomError(ValueError, RuntimeError):
-    """There is no room for files that have to be on the disk; the message says where, and what to do."""
+    """There is no room on the disk or in memory for what has to be there; the message says where, and what to do."""
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -370,6 +370,27 @@ def test_a_signal_ends_the_wait_for_a_loader_that_does_not_open(digits_words, mo
     assert stopped.value.signal == signal.SIGTERM
 
 
+def test_a_signal_while_the_end_is_validated_stops_before_the_test(digits_words, monkeypatch):
+    validate = Trainer._validate
+
+    def signalled(self, stage, output):
+        validate(self, stage, output)
+        if self.progress.iteration == stage.iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", signalled)
+        with pytest.raises(Interrupted) as stopped:
+            make(digits_words, "name=ended").fit()
+    assert stopped.value.signal == signal.SIGTERM
+    resumed = make(digits_words, "name=ended")
+    assert not (resumed.folder / "result.json").exists()
+    result = resumed.fit()
+    whole = make(digits_words, "name=whole")
+    assert result["per_class_accuracy"] == whole.fit()["per_class_accuracy"]
+    assert_same(comparable(resumed.folder), comparable(whole.folder))
+
+
 def test_a_signal_ends_the_wait_for_a_batch_that_never_comes_and_nothing_is_lost(digits_words, monkeypatch):
     """The source of images stops to answer in the eighth iteration; later the same run goes on to the same result."""
     monkeypatch.setattr("fastlt.run.stopping.WAIT_S", 0.5)
