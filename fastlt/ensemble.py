@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlt.device.openmp import runtime
 from fastlt.recipe.typed_yaml import to_tree
-from fastlt.run.dataset import open_converted
+from fastlt.run.dataset import existing_dataset
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
 from fastlt.run.recorded import written_inputs
@@ -28,6 +28,7 @@ from fastlt.run.result import processor_name, standard_error, versions
 from fastlt.run.trained import FinishedRun, load_trained, read_finished
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
+from loaders.stored.unconverted import UnconvertedDataset
 
 SPLITS = ("train", "meta", "test")
 ROWS = 4096  # images whose predictions are averaged at a time
@@ -38,7 +39,7 @@ class Member:
     """A finished run, and its data set."""
 
     run: FinishedRun
-    dataset: ConvertedDataset
+    dataset: ConvertedDataset | UnconvertedDataset
 
     def batches(self, split: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The positions int64 (N,) and logits float32 (N, C) of a split's images, batch by batch, on the device."""
@@ -73,7 +74,7 @@ def open_member(folder: Path) -> Member:
     """ValueError when the folder holds no finished run or its data set is not there."""
     run = read_finished(folder)
     data = run.recipe.data
-    dataset, record = open_converted(data), written_inputs(folder)
+    dataset, record = existing_dataset(data), written_inputs(folder)
     if record is not None:
         wrong = dataset.identity(record.inputs.data, record.stamps, say=print).differences(record.inputs.data)
         if wrong:
@@ -90,8 +91,10 @@ def check_members(members: Sequence[Member]) -> None:
         both = f"{first.run.folder} and {other.run.folder} belong to different data sets"
         one, two = first.dataset, other.dataset
         if one.root.resolve() != two.root.resolve():
-            a, b = one.manifest["request"], two.manifest["request"]
-            wrong = [f"{k} is {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)]
+            a, b = (d.manifest["request"] if isinstance(d, ConvertedDataset) else None for d in (one, two))
+            wrong = (
+                [f"{k} is {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)] if a and b else []
+            )
             if wrong:
                 raise ValueError(f"{both} ({one.root}, {two.root}): {'; '.join(wrong)}")
             same = one.class_names == two.class_names and all(

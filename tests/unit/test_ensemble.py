@@ -80,6 +80,15 @@ def test_a_run_with_itself_is_the_run(digits_words, tmp_path, capsys, more):
     assert f"{100 * alone['top1']:.2f}" in capsys.readouterr().out
 
 
+def test_runs_on_unconverted_images_are_put_together(digits_words, tmp_path, capsys):
+    words = [*digits_words, "data.convert=false", "data.converted=null"]
+    one, two = (run(words, f"seed={seed}", f"name=seed{seed}") for seed in (0, 1))
+    assert cli.main(["ensemble", str(one.folder), str(two.folder), "--out", str(tmp_path / "out")]) == 0
+    (one.folder / "predictions.npz").unlink()
+    assert cli.main(["report", str(one.folder), "--measure"]) == 0
+    assert (one.folder / "predictions.npz").exists()
+
+
 def test_two_heads_and_experts_give_the_mean_of_what_each_network_predicts(digits_words, tmp_path):
     linear = run(digits_words, "stages.end_to_end.method=plain", LAS, "name=linear")
     cosine = run(digits_words, "stages.end_to_end.method=plain", LAS, "model.head=cosine", "name=cosine", "seed=1")
