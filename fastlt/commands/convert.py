@@ -156,6 +156,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
                 "convert it anew with --format both --overwrite, or give another folder"
             )
         if there.matches(request):
+            if arguments.num_classes not in (None, there.num_classes):
+                raise ValueError(f"--num-classes is {arguments.num_classes}, and {out} has {there.num_classes} classes")
             remove_published(out)
             print(f"{out} already holds this data set: nothing to do{compare_listing(there, arguments, chosen)}")
             return 0

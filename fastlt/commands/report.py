@@ -45,6 +45,11 @@ def main(words: list[str], prog: str = NAME) -> int:
     if arguments.files and arguments.out is None:
         raise ValueError("--files stands beside a page: add --out FILE.html")
 
+    alone = [name for name in ("plot", "weights") if getattr(arguments, name)]
+    given = [f"--{name}" for name in (*alone, "out", "measure") if getattr(arguments, name)]
+    if alone and len(given) > 1:
+        raise ValueError(f"{given[0]} is a task of its own: leave out {' and '.join(given[1:])}")
+
     if arguments.plot is not None:
         plot(arguments)
         return 0

@@ -193,17 +193,19 @@ class Predictor:
         prior, temperature, workers, progress: as in `predict`.
         Images that cannot be read are left out, and named in the predictions. ValueError for unknown classes.
         """
+        options = DataOptions(
+            source=source,
+            root=None if root is None else as_path(root),
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            split_column=split_column,
+            class_names=None if class_names is None else as_path(class_names),
+        )
         if labels is None:
-            options = DataOptions(
-                source=source,
-                root=None if root is None else as_path(root),
-                split=split,
-                image_column=image_column,
-                label_column=label_column,
-                split_column=split_column,
-                class_names=None if class_names is None else as_path(class_names),
-            )
             measured = labelled_images(images, self.classes, options)
+        elif options != DataOptions():
+            raise ValueError("labels are given, and options of a data set: leave one of the two out")
         else:
             given = self._inputs(images)
             measured = LabelledImages(given, class_labels(labels, self.classes, len(given)))

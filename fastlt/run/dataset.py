@@ -79,9 +79,9 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
         words += ["--root", data.root or "DIR"]
     for key in CHOICE_KEYS:
         value = getattr(data, key)
-        if value and key != "convention":
+        if value and (key, value) != ("convention", "paper"):
             option = "imbalance" if key == "imbalance_factor" else key.replace("_", "-")
-            text = split_text(value) if key == "split" else f"{value:g}" if isinstance(value, float) else str(value)
+            text = split_text(value) if key == "split" else str(value).removesuffix(".0")
             words += [f"--{option}", text]
     words += ["--mode", data.storage.mode]
     if len(_formats(data)) > 1:

@@ -62,6 +62,14 @@ class _CocoFile:
 def _read(path: Path) -> _CocoFile:
     where = printable(path)
     content = _content(path, where)
+    for name in ("images", "categories"):
+        number = Counter(one["id"] for one in content[name])
+        twice = [str(key) for key, count in number.items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"{where}: {len(twice):,} ids of {name!r} stand there more than once ({some(twice[:10])}): give each "
+                "image and category its own"
+            )
     categories = {one["id"]: str(one.get("name", one["id"])) for one in content["categories"]}
     category_of: dict[Any, int] = {}
     several = {}

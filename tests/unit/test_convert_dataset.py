@@ -118,6 +118,8 @@ def test_other_images_under_the_same_options_are_not_taken_for_the_converted_one
     assert capsys.readouterr().out.endswith("already holds this data set: nothing to do\n")
     run(*words, folder)  # the images may be gone after the conversion
     assert "nothing to do (though the images are not as they were: root " in capsys.readouterr().out
+    run(*words, folder, "--num-classes", 5, code=2)
+    assert "--num-classes is 5, and" in capsys.readouterr().err
     (tmp_path / "moved" / "train" / "ant" / "11.jpg").rename(tmp_path / "moved" / "train" / "ant" / "12.jpg")
     run(*words, tmp_path / "moved", code=2)
     assert "was made from other images than" in capsys.readouterr().err

@@ -31,6 +31,8 @@ def test_the_test_images_give_the_metrics_of_the_run(root, trainer, model):  # n
     names = [path.parent.name for path in paths]
     for labels in (names, found.labels.tolist(), found.labels):
         assert model.evaluate(paths, labels).metrics == found.metrics
+    with pytest.raises(ValueError, match="labels are given, and options of a data set"):
+        model.evaluate(paths, labels, split="test")
     transformed = torch.stack([model.transform(path) for path in paths])
     assert model.evaluate(transformed, names).metrics == found.metrics
 

@@ -214,6 +214,8 @@ def test_odd_json_is_read_or_refused(tmp_path, rows):
             {"annotations": [{"image_id": 1000, "category_id": 4}]},
             "annotations have categories that it does not list: 4",
         ),
+        ({"images": [*whole["images"], whole["images"][0]]}, "1 ids of 'images' stand there more than once .1000"),
+        ({"categories": [*whole["categories"], {"id": 3}]}, "1 ids of 'categories' stand there more than once .3"),
         ({"annotations": []}, "has no annotated image"),
         ({"annotations": None}, "has no list 'annotations': .*a file without labels cannot be used"),
         ({"images": [{"id": 3}]}, "entry 0 of 'images' has no usable 'file_name'"),

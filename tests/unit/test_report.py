@@ -64,6 +64,8 @@ def test_weights_are_printed_and_drawn(run, tmp_path, capsys):
     picture = tmp_path / "weights.png"
     assert cli.main(["report", folder, "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["report", folder, "--weights", "--out", str(tmp_path / "page.html")]) == 2
+    assert "--weights is a task of its own: leave out --out" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path, capsys):
