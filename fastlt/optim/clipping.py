@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
@@ -38,3 +39,17 @@ class Clip:
         ((mode, limit),) = [(name, value) for name, value in vars(self).items() if value is not None]
         spared = set(head) if mode == "agc" else set()
         dispatch_clip_grad([p for p in parameters if p not in spared], limit, mode=mode)
+
+    def factors(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], head: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What clipping would multiply each number of these gradients by; changes nothing and waits for nothing."""
+        views = [p.detach() for p in parameters]
+        for view, gradient in zip(views, gradients, strict=True):
+            view.grad = gradient.clone()
+        heads = set(head)
+        self(views, [view for view, parameter in zip(views, parameters, strict=True) if parameter in heads])
+        return [
+            torch.ones_like(g) if view.grad is None else torch.where(g == 0, 1.0, view.grad / g)
+            for view, g in zip(views, gradients, strict=True)
+        ]

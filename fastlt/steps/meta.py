@@ -306,15 +306,25 @@ class MetaStep(Step[OptionsT]):
     def lookahead_diagonal(self, gradients: list[Tensor]) -> meta_gradient.Diagonal | None:
         """P of the lookahead phi - lr P grad, for each of `self.ahead`; None where it is the identity.
 
-        The preconditioner of the optimizer if the stage asks for it, times the rate of the parameter over `lr`.
+        The preconditioner of the optimizer if the stage asks for it, times the rate of the parameter over `lr`. Where
+        gradients are clipped, it is that of clipped ones, times what clipping multiplies them by: the optimizer's mean
+        of squares is of clipped gradients, so that another one would be thrown far off.
         """
         ahead = list(self.ahead.values())
-        diagonal = preconditioner(self.optimizer, ahead, gradients) if self.preconditions else None
+        diagonal = self._preconditioner(ahead, gradients) if self.preconditions else None
         if all(factor == 1 for factor in self.lr_factors):
             return diagonal
         if diagonal is None:
             return self.lr_factors
         return [p.mul_(factor) for p, factor in zip(diagonal, self.lr_factors, strict=True)]
+
+    @torch.no_grad()
+    def _preconditioner(self, ahead: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        if self.parts.clip is None:
+            return preconditioner(self.optimizer, ahead, gradients)
+        factors = self.parts.clip.factors(ahead, gradients, list(self.model.head.parameters()))
+        clipped = [g * factor for g, factor in zip(gradients, factors, strict=True)]
+        return [p.mul_(f) for p, f in zip(preconditioner(self.optimizer, ahead, clipped), factors, strict=True)]
 
     def _meta_gradient(self, ahead: meta_gradient.Tensors, inputs: Tensor, labels: Tensor, run: TrainingPass):
         """The meta loss (0-d) at the lookahead, and its gradient there, averaged over processes.

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from float64_steps import BETA, COUNTS, EPS, Float64Augment, make_step, some
 from reference import forward
 
+from fastlt.optim import preconditioner
+from fastlt.optim.clipping import Clip
+
 
 def slow_preconditioner(step, gradients):
-    """1 / (sqrt(v_hat) + eps) by the letters of Adam's algorithm, from the state before this gradient."""
+    """1 / (sqrt(v_hat) + eps) by the letters of Adam's algorithm, from the state before this gradient.
+
+    With a clip, of the clipped gradient, times what it was multiplied by.
+    """
+    if step.parts.clip is not None:
+        clipped = slowly_clipped(step.parts.clip, gradients)
+        unclipped = slow_preconditioner(SimpleNamespace(**{**vars(step), "parts": SimpleNamespace(clip=None)}), clipped)
+        return {n: p * torch.where(gradients[n] == 0, 1.0, clipped[n] / gradients[n]) for n, p in unclipped.items()}
     found = {}
     for name, parameter in step.model.named_parameters():
         state, (group,) = (
@@ -24,6 +36,14 @@ def slow_preconditioner(step, gradients):
         v = (BETA * state["exp_avg_sq"] if state else 0) + (1 - BETA) * gradient**2
         found[name] = 1 / ((v / (1 - BETA**t)) ** 0.5 + EPS)
     return found
+
+
+def slowly_clipped(clip, gradients):
+    """By the definition of torch: all numbers by one factor, or each to a largest size."""
+    if clip.value is not None:
+        return {n: g.clamp(-clip.value, clip.value) for n, g in gradients.items()}
+    total = sum(float((g**2).sum()) for g in gradients.values()) ** 0.5
+    return {n: g * min(1.0, clip.norm / (total + 1e-6)) for n, g in gradients.items()}
 
 
 def slow_weight_gradient(step, weights, batch, meta_batch, preconditioned):
@@ -75,6 +95,43 @@ def test_it_equals_double_backward_of_that_very_function(
     assert slow.norm() > 0
     assert (fast - slow).norm() / slow.norm() <= 1e-10
     torch.testing.assert_close(fast_loss, slow_loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("clip", [Clip(norm=0.05), Clip(value=1e-3)], ids=["norm", "value"])
+@pytest.mark.parametrize("iterations", [0, 3], ids=["first", "later"])
+def test_clipping_is_a_part_of_the_preconditioner(clip, iterations):
+    step = make_step("difficulty", "cifar_resnet8", "adamw", clip=clip)
+    for _ in range(iterations):
+        step(some(8), some(8))
+    batch, meta_batch = some(8), some(8)
+    weights = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    slow, _ = slow_weight_gradient(step, weights, batch, meta_batch, preconditioned=True)
+    fast, _ = step.per_sample_gradient(step.training_pass(batch), weights, meta_batch)
+    assert (fast - slow).norm() / slow.norm() <= 1e-10
+
+
+def test_a_clipped_lookahead_is_the_step_of_the_optimizer():
+    """Without momentum and weight decay; P of the clipped gradient on the whole one would be many times as long."""
+    step = make_step("plain", "cifar_resnet8", "sgd")
+    parameters = list(step.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.0, BETA), weight_decay=0.0)
+    clip, head = Clip(norm=1e-3), list(step.model.head.parameters())
+    for number in range(3):
+        gradients = [torch.randn_like(p) * (number + 1) for p in parameters]
+        factors = clip.factors(parameters, gradients, head)
+        clipped = [g * f for g, f in zip(gradients, factors, strict=True)]
+        ahead = [
+            p.detach() - d * f * g
+            for p, d, f, g in zip(
+                parameters, preconditioner(optimizer, parameters, clipped), factors, gradients, strict=True
+            )
+        ]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        clip(parameters, head)
+        optimizer.step()
+        for one, other in zip(ahead, parameters, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["difficulty", "sample_difficulty", "mwn", "cb_da"])
