@@ -293,7 +293,10 @@ class Step(Replayable, Generic[OptionsT]):
 
     def mean_loss(self, losses: Tensor, labels: Tensor) -> Tensor:
         """The mean of per-sample losses (b,) as the loss's authors take it, over the batches of all processes: 0-d."""
-        weight = self.loss.mean_weight(labels)
+        return self.mean_by_weight(losses, self.loss.mean_weight(labels))
+
+    def mean_by_weight(self, losses: Tensor, weight: Tensor | None) -> Tensor:
+        """The mean of losses (b,) over `weight`, `PerSampleLoss.mean_weight` of their labels: 0-d."""
         if weight is None:
             return losses.mean()
         self.reducer.mean_([weight])

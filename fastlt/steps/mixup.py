@@ -49,7 +49,10 @@ class MixupStep(Step[MixupOptions]):
         with self.parts.autocast():
             logits = self.model(mixed)
             losses = lam * self.loss(logits, labels) + (1 - lam) * self.loss(logits, partners)
-        objective = losses.mean()
+        weight, of_partners = self.loss.mean_weight(labels), self.loss.mean_weight(partners)
+        if weight is not None and of_partners is not None:
+            weight = lam * weight + (1 - lam) * of_partners
+        objective = self.mean_by_weight(losses, weight)
         self.descend(objective)
         return StepOutput(objective.detach(), metrics={"lam": lam})
 

@@ -53,6 +53,26 @@ def test_a_step_descends_the_cross_entropy_with_soft_labels(method, mix):
     np.testing.assert_allclose(after[1], before[1] - LR * (p - target).mean(0), rtol=1e-6, atol=1e-9)
 
 
+def test_deferred_weights_are_averaged_by_themselves():
+    """As `PerSampleLoss.mean_weight` says: else a step would shrink when the re-weighting begins."""
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(243, 3)).double()
+    loss = build_loss("ldam", COUNTS, reweight_from_epoch=0, max_margin=0.0)
+    parts = StepParts(model, loss, torch.optim.SGD(model.parameters(), lr=LR), Float64(), None, COUNTS)
+    batch, before = pictures(), [p.detach().clone() for p in model.parameters()]
+    torch.manual_seed(SEED)
+    output = STEPS["mixup"](parts, STEPS["mixup"].Options(alpha=0.7))(batch)
+    mixed, _, partners, lam = mixup(Float64()(batch.images), batch.labels, 0.7, torch.Generator().manual_seed(SEED))
+    z = mixed.flatten(1) @ before[0].T + before[1]
+    weights, log_p = loss.class_weights, torch.log_softmax(z, 1)
+    total = over = 0.0
+    for i in range(len(z)):
+        for share, label in ((float(lam), batch.labels[i]), (1 - float(lam), partners[i])):
+            total -= share * float(weights[label]) * float(log_p[i, label])
+            over += share * float(weights[label])
+    assert float(output.loss) == pytest.approx(total / over, rel=1e-6)
+
+
 def test_nothing_to_blend_is_refused():
     for alpha in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"alpha is {alpha}"):
