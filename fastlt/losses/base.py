@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ class PerSampleLoss(nn.Module):
     draws: ClassVar[bool] = False
     without_imbalance: ClassVar[str | None] = None
     prior_assumption: ClassVar[str | None] = None
+
+    @classmethod
+    def makes_up_for_frequencies(cls, options: Mapping[str, Any]) -> bool:
+        """`corrects_prior` of a loss with these options."""
+        return cls.corrects_prior
 
     def on_epoch(self, epoch: int) -> None:
         """Called before the first iteration of `epoch` (from 0 in each stage); for deferred re-weighting."""

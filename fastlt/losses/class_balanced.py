@@ -89,7 +89,7 @@ class ClassBalanced(DeferredWeights):
 
     kind: softmax, sigmoid or focal.
     beta: of the effective number, in [0, 1).
-    gamma: of the focal loss, >= 0.
+    gamma: of the focal loss, >= 0; null is 1.
     from_epoch: the first epoch with the weights, counted from 0; 0 is the paper's loss, a later epoch is DRW.
     """
 
@@ -102,12 +102,14 @@ class ClassBalanced(DeferredWeights):
         class_counts: ClassCounts,
         kind: Literal["softmax", "sigmoid", "focal"] = "softmax",
         beta: float = 0.9999,
-        gamma: float = 1.0,
+        gamma: float | None = None,
         from_epoch: int = 0,
     ) -> None:
         super().__init__(class_counts, beta, from_epoch)
         self.terms = pick("kind of loss class_balanced", kind, KINDS)
-        self.gamma = check_number("gamma", gamma, 0)
+        if gamma is not None and kind != "focal":
+            raise ValueError(f"gamma is {gamma}, which is for kind focal, and kind is {kind!r}: leave it out")
+        self.gamma = check_number("gamma", 1.0 if gamma is None else gamma, 0)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = self.terms(at_least_float32(logits), labels, self.gamma)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,6 +53,10 @@ class LDAM(DeferredWeights):
         self.scale = check_number("scale", scale, 0)
         shifts = self.scale * margins(class_counts.counts, check_number("max_margin", max_margin, 0))
         self.register_buffer("shifts", torch.from_numpy(shifts), persistent=False)
+
+    @classmethod
+    def makes_up_for_frequencies(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("reweight_from_epoch") is not None
 
     def mean_weight(self, labels: Tensor) -> Tensor:
         """LDAM's code averages by the weights' sum over the batch. By its size, the losses of a long-tailed batch, most

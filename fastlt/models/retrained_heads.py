@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlt.models.heads import CosineHead, Head, LinearHead
+from fastlt.models.restricted_head import RestrictedHead
 
 
 class ScaledHead(Head):
@@ -26,11 +27,12 @@ class ScaledHead(Head):
 
 
 def fresh_head(head: Head, seed: int) -> Head:
-    """A head of the same kind, size, device and precision with random weights drawn from `seed`; without scales.
+    """A head of the same kind, size, device and precision with random weights drawn from `seed`; without scales,
+    and for all classes.
 
     Draws from a generator of its own: the default one stays where it is, so a resumed run can call this too.
     """
-    if isinstance(head, ScaledHead):
+    if isinstance(head, ScaledHead | RestrictedHead):
         return fresh_head(head.inner, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -21,6 +21,7 @@ from fastlt.optim import check_optimizer
 from fastlt.recipe.schema import FILE_KEYS, Recipe, StageRecipe
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, Step
+from fastlt.steps.decoupled import CrtStep
 from loaders.order.crop import CropSpec
 from loaders.readers import AUTO, backends_that
 from loaders.readers.dali_augment import build_dali_augment
@@ -318,13 +319,17 @@ def schedule(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         yield f"milestones: is {stage.milestones}; allowed: ascending, between 0 and {stage.length}"
 
 
+def _makes_up_for_frequencies(stage: StageRecipe) -> bool:
+    return stage.loss in LOSSES and LOSSES[stage.loss].makes_up_for_frequencies(stage.loss_options)
+
+
 def sampling(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if stage.sampling == "class_aware_4" and stage.batch_size % 4:
         yield (
             f"batch_size: is {stage.batch_size} with sampling class_aware_4, which fills batches with groups "
             "of 4 images of a class; allowed: a multiple of 4 for each process"
         )
-    if stage.sampling != "instance" and stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+    if stage.sampling != "instance" and _makes_up_for_frequencies(stage):
         yield (
             f"loss: is {stage.loss!r} with sampling {stage.sampling!r}: the loss makes up for class "
             "frequencies that such batches do not have. Set sampling: instance, or loss: cross_entropy"
@@ -426,7 +431,7 @@ def averaging(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
 def adjustment(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if stage.eval_adjustment is None:
         return
-    if stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+    if _makes_up_for_frequencies(stage):
         yield (
             f"eval_adjustment: is {stage.eval_adjustment} with loss {stage.loss!r}, which makes up for class "
             "frequencies in training: together they do it twice. Leave it out, or set loss: cross_entropy"
@@ -477,6 +482,16 @@ def cached_views_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         )
 
 
+def behind_an_expert(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
+    if any(one.method == "expert" for one in recipe.lineage(stage)[:-1]) and not issubclass(
+        STEPS[stage.method], CrtStep
+    ):
+        yield (
+            "start: is 'previous' behind an expert, whose head knows a part of the classes; set start: fresh, or take "
+            f"method {methods_that(lambda step: issubclass(step, CrtStep))}, with a new head"
+        )
+
+
 def needed_by_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     first = len(recipe.lineage(stage)) == 1
     if first and STEPS[stage.method].needs.trained_model and not recipe.model.checkpoint:
@@ -524,6 +539,7 @@ STAGE_CHECKS: tuple[Callable[[StageRecipe, Recipe], Iterator[str]], ...] = (
     adjustment,
     trained_part_of_method,
     cached_views_of_method,
+    behind_an_expert,
     needed_by_method,
     length,
     optimizer,

@@ -118,6 +118,14 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
             mistakes.append("nesterov: is true; balms looks one step of SGD with plain momentum ahead: set it to false")
         if stage.optimizer != "sgd":
             mistakes.append(f"optimizer: is {stage.optimizer!r}; balms looks one step of SGD ahead: set optimizer: sgd")
+        if stage.clip is not None:
+            mistakes.append(
+                "clip: is set; balms looks the optimizer's own step ahead, which is not clipped: leave it out"
+            )
+        if stage.optimizer_options.get("dampening"):
+            mistakes.append(
+                "optimizer_options: have dampening; balms looks one step of SGD without it ahead: leave it out"
+            )
         if stage.decay != "all":
             mistakes.append("decay: is 'weights'; balms looks one step with one weight decay ahead: set decay: all")
         return mistakes

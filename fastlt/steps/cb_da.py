@@ -51,7 +51,7 @@ class CbDaStep(MetaStep[CbDaOptions]):
                 f"sampling: is {stage.sampling!r}; cb_da weights classes by their counts, for batches that have the "
                 "training set's frequencies: set sampling: instance"
             )
-        if stage.loss in LOSSES and LOSSES[stage.loss].corrects_prior:
+        if stage.loss in LOSSES and LOSSES[stage.loss].makes_up_for_frequencies(stage.loss_options):
             mistakes.append(
                 f"loss: is {stage.loss!r}, which makes up for class frequencies as cb_da's weights do: together they "
                 "do it twice. Set loss: cross_entropy"

@@ -44,7 +44,7 @@ class DecoupledStep(Step[OptionsT]):
         if by_layer:
             return by_layer
         loss = LOSSES.get(stage.loss)
-        if stage.sampling == "instance" and loss is not None and not loss.corrects_prior:
+        if stage.sampling == "instance" and loss is not None and not loss.makes_up_for_frequencies(stage.loss_options):
             return [
                 "sampling: is 'instance'; a head retrained on the long tail leans to its head classes again. "
                 "Set sampling: class_balanced (the papers' choice) or effective_number, or take a loss that makes up "

@@ -30,12 +30,6 @@ class ExpertStep(PlainStep):
     allows = Allows(compilation=True, experts=True, some_classes=True, accumulation=True)
 
     @classmethod
-    def check_stage(cls, options: StepOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
-        if any(s.method == "expert" for s in recipe.lineage(stage)[:-1]):
-            return ["start: is 'previous' with an expert before it; experts are trained apart: set start: fresh"]
-        return []
-
-    @classmethod
     def prepare_model(cls, model: Classifier, options: StepOptions, *, seed: int) -> None:
         model.head = RestrictedHead(model.head)
         model.unfreeze()
@@ -114,10 +108,6 @@ class LfmeStep(Step[LfmeOptions]):
             mistakes.append(
                 f"options.experts: they know the classes {taught}; each class has one expert at most: one stage with "
                 "classes: all, or one each with many, medium and few"
-            )
-        if any(s.method == "expert" for s in recipe.lineage(stage)[:-1]):
-            mistakes.append(
-                "start: is 'previous' behind an expert, which knows a part of the classes; set start: fresh"
             )
         return mistakes
 

@@ -136,6 +136,9 @@ class PacoStep(Step[PacoOptions]):
                 f"loss: is {stage.loss!r}; paco's loss is its own and takes from here only whether log pi is added to "
                 "the logits of the class centres: set loss: balanced_softmax, or cross_entropy for none"
             )
+        unused = sorted(stage.loss_options.keys() - {"tau"})
+        if unused:
+            mistakes.append(f"loss_options: has {', '.join(unused)}, which paco's loss does not take; leave it out")
         queue = options.queue
         if 0 < queue < stage.batch_size:
             mistakes.append(

@@ -18,10 +18,12 @@ from fastlt.meta.bounded_accuracy import class_accuracy
 from fastlt.meta.class_accuracy import REFRESHES, evaluation_mode
 from fastlt.models import Classifier
 from fastlt.names import pick, unknown
+from fastlt.optim import PRECONDITIONERS
 from fastlt.state import Batch, ClassCounts, StepOutput, upload
 from fastlt.steps import STEPS
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.learned_weights import LearnedWeightStep
+from fastlt.steps.meta import MetaOptions
 
 # Those that train any network as it is: no head of ours, no second view of an image, no stage before.
 METHODS = ("plain", "difficulty", "sample_difficulty", "mwn", "cb_da", "cdb", "mixup", "cutmix")
@@ -184,9 +186,20 @@ def build_step(
                 reducer=reducer,
                 autocast=autocast,
             )
+    made = kind.Options(**options)
+    preconditions = isinstance(made, MetaOptions) and made.preconditions(type(optimizer))
+    if preconditions and type(optimizer) not in PRECONDITIONERS:
+        raise ValueError(
+            f"lookahead is 'preconditioned', and {type(optimizer).__name__} has no diagonal preconditioner; take "
+            "lookahead='sgd'"
+        )
     groups = optimizer.param_groups
-    for group in groups[1:]:
-        group.setdefault("lr_factor", group["lr"] / groups[0]["lr"])
+    # A schedule that warms up from 0 keeps the rates themselves as initial_lr.
+    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    for group, rate in zip(groups[1:], rates[1:], strict=True):
+        if rates[0] == 0:
+            raise ValueError("the optimizer's first group has lr 0, and the rates of the others count in its rate")
+        group.setdefault("lr_factor", rate / rates[0])
     parts = StepParts(
         model=cast("Classifier", model),  # these methods call it, and ask for its parameters and buffers
         loss=_per_sample(loss, counts).to(device),
@@ -198,7 +211,7 @@ def build_step(
         autocast=autocast,
         reducer=reducer,
     )
-    step = kind(parts, kind.Options(**options))
+    step = kind(parts, made)
     if reducer.world_size > 1 and isinstance(step, LearnedWeightStep):
         for parameter in step.net.parameters():  # the processes may have drawn different ones
             dist.broadcast(parameter.data, 0)

@@ -25,12 +25,16 @@ OTHERS = {"ride", "ride_router", "paco", "dro_lt", "oltr", "expert", "lfme"}
 LOSS_OPTIONS = {"equalization": {"threshold": 0.1}, "ldam": {"reweight_from_epoch": 0}}
 
 
+def makes_up(loss):
+    return LOSSES[loss].makes_up_for_frequencies(LOSS_OPTIONS.get(loss, {}))
+
+
 def stage(method, loss=None, **more):
     """Two iterations of a method, as its papers want it unless `more` says otherwise."""
     loss = loss or ("label_aware_smoothing" if method == "las" else "cross_entropy")
     tree = {"method": method, "loss": loss, "loss_options": LOSS_OPTIONS.get(loss, {})}
     tree |= {"lr": 0.01, "iterations": 2, "evaluate_every": 2, "batch_size": 16}
-    if method in ("crt", "lws", "las", "tau_norm") and not LOSSES[loss].corrects_prior:
+    if method in ("crt", "lws", "las", "tau_norm") and not makes_up(loss):
         tree["sampling"] = "class_balanced"
     if STEPS[method].needs.meta_batch:
         tree["meta_batch_size"] = 10
@@ -72,7 +76,7 @@ def test_every_method_is_in_the_matrix():
 def test_end_to_end_methods_with_every_loss(method, train):
     stages = []
     for loss in LOSSES:
-        if method == "cb_da" and LOSSES[loss].corrects_prior:
+        if method == "cb_da" and makes_up(loss):
             assert_refused("together they do it twice", [stage(method, loss)])
         else:
             stages.append(stage(method, loss))
@@ -132,6 +136,26 @@ REFUSED = {
     "balms learns its rates": ([stage("plain"), stage("balms", sampling="class_balanced")], [], "set sampling: inst"),
     "balms draws a part": ([stage("plain"), stage("balms", batch_size=18)], [], "give a multiple of 4"),
     "balms looks ahead": ([stage("plain"), stage("balms", nesterov=True)], [], "set it to false"),
+    "balms looks ahead without a clip": (
+        [stage("plain"), stage("balms", clip={"norm": 1.0})],
+        [],
+        "which is not clipped",
+    ),
+    "balms looks ahead without dampening": (
+        [stage("plain"), stage("balms", optimizer_options={"dampening": 0.5})],
+        [],
+        "one step of SGD without it ahead",
+    ),
+    "deferred weights need the prior": (
+        [stage("plain", "ldam", loss_options={"reweight_from_epoch": 3}, sampling="class_balanced")],
+        ["model.head=cosine"],
+        "makes up for class frequencies that such batches do not have",
+    ),
+    "gamma is of the focal kind": (
+        [stage("plain", "class_balanced", loss_options={"kind": "softmax", "gamma": 2.0})],
+        [],
+        "gamma is 2.0, which is for kind focal",
+    ),
     "tau after scales": ([stage("plain"), stage("lws"), stage("tau_norm")], [], "rebuild it"),
     "mixup is no augmentation": ([stage("difficulty")], ["data.augment=[flip, mixup]"], "method: mixup with options"),
     "mixup of nothing": ([stage("mixup", options={"alpha": 0})], [], "alpha: is 0"),

@@ -411,7 +411,15 @@ REFUSED = {
     "all-and-few": (["stages.medium.classes=all"], "each class has one expert at most"),
     "method": (["stages.many.method=plain", "stages.many.classes=all"], "are stages of methods {'many': 'plain'}"),
     "previous": (student("start: fresh", "start: previous"), "set start: fresh"),
-    "experts-previous": (["stages.few.start=previous"], "experts are trained apart"),
+    "experts-previous": (["stages.few.start=previous"], "behind an expert, whose head knows a part of the classes"),
+    "plain-previous": (
+        ["stages.student={method: plain, lr: 0.1, iterations: 1}"],
+        "behind an expert, whose head knows",
+    ),
+    "lws-previous": (
+        ["stages.student={method: lws, sampling: class_balanced, lr: 0.1, iterations: 1}"],
+        "take method crt, balms, with a new head",
+    ),
     "plain-part": (["stages.many.method=plain"], "method 'plain' is for all classes at once"),
     "until": (student("curriculum_epochs: 2", "distil_until: 1.0"), "distil_until: is 1.0"),
     "temperature": (student("curriculum_epochs: 2", "temperature: 0"), "temperature: is 0"),

@@ -200,6 +200,7 @@ def test_losses_of_torch_and_optimizers_of_torch_are_taken():
         ({"loss": "balanced_sofmax"}, "did you mean 'balanced_softmax'"),
         ({"loss": nn.CrossEntropyLoss()}, 'reduction="none"'),
         ({"refresh": "eppch"}, "did you mean 'epoch'"),
+        ({"lookahead": "preconditioned"}, "SGD has no diagonal preconditioner"),
         ({"optimizer": "part"}, "optimizer has not '4.weight' and 1 more"),
         ({"optimizer": "more"}, "1 parameters that the model does not train"),
     ],
@@ -304,3 +305,17 @@ def test_an_interrupt_saves_a_checkpoint_and_is_raised_anew(digits_words, monkey
     monkeypatch.undo()
     run = fastlt.fit("digits_lt", *digits_words, *QUICK)
     assert run.result["iterations"] == 4
+
+
+def test_rates_of_groups_are_told_apart_though_they_warm_up_from_nothing():
+    model = network()
+    groups = [{"params": model[:4].parameters()}, {"params": model[4:].parameters(), "lr": 0.05}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: iteration / 10)
+    fastlt.build_step("difficulty", model, optimizer, COUNTS, meta_set=[images_of([6] * 4)])
+    assert optimizer.param_groups[1]["lr_factor"] == 0.5
+    optimizer = torch.optim.SGD(
+        [{"params": model[:4].parameters(), "lr": 0.0}, {"params": model[4:].parameters()}], 0.1
+    )
+    with pytest.raises(ValueError, match="first group has lr 0"):
+        fastlt.build_step("difficulty", model, optimizer, COUNTS, meta_set=[images_of([6] * 4)])

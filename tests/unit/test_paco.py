@@ -301,6 +301,7 @@ def test_random_resized_crops_of_a_cropping_loader_come_in_pairs(digits_words):
 
 REFUSED = {
     "loss": (["loss=focal"], "log pi is added"),
+    "smoothing": (["loss_options={label_smoothing: 0.1}"], "has label_smoothing, which paco's loss does not take"),
     "queue": (["options={queue: 16}"], "options.queue: is 16 with batch_size 64"),
     "alpha": (["options={alpha: -1}"], "alpha: is -1"),
     "temperature": (["options={temperature: 0}"], "temperature: is 0"),
