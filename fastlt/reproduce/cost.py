@@ -19,7 +19,7 @@ def cost(recipe: Recipe, stages: list[StageRecipe]) -> float:
         else:
             images = images or training_images(recipe.data)
             trained_on = stage.length * images
-        total += trained_on * STEPS[stage.method].plain_steps
+        total += trained_on * STEPS[stage.method].time_of(stage.options)
     return total
 
 

@@ -116,7 +116,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     needs, allows: what a recipe and the trainer have to know of a method before they make a step.
     logits_prior: what those who use its models have to know of their logits.
-    plain_steps: about the time of an iteration over that of method plain; the shortest runs of a table go first by it.
+    plain_steps: about the time of an iteration over that of method plain, see `time_of`.
     """
 
     needs = Needs()
@@ -146,6 +146,11 @@ class Step(Replayable, Generic[OptionsT]):
         options: the stage's, as in the methods below.
         """
         return []
+
+    @classmethod
+    def time_of(cls, options: OptionsT) -> float:
+        """About the time of an iteration over that of method plain; the shortest runs of a table go first by it."""
+        return cls.plain_steps
 
     @classmethod
     def follows(cls, options: OptionsT, stage: StageSettings) -> list[str]:

@@ -55,6 +55,11 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
 
     Options = DifficultyOptions
 
+    @classmethod
+    def time_of(cls, options: DifficultyOptions) -> float:
+        # Without the meta-gradient what is left is to score the meta set.
+        return cls.plain_steps if options.meta_weight > 0 else 1.2
+
     def make_net(self) -> DifficultyNet:
         return DifficultyNet(self.parts.class_counts.num_classes, self.options.hidden)
 

@@ -157,8 +157,8 @@ def test_the_quick_budget_is_one_for_all_rows_of_cifar_10():
 
 @pytest.mark.parametrize("scale", ["quick", "paper"])
 def test_second_stages_share_the_run_of_their_first(scale, tmp_path):
-    def plan(row):
-        (cell,) = tables.chosen(tables.load_table("cifar10_lt")[1], [row], ["100"])
+    def plan(row, table="cifar10_lt"):
+        (cell,) = tables.chosen(tables.load_table(table)[1], [row], ["100"])
         availability.resolve(cell, [], scale, [])
         return plan_run(cell, tmp_path, 1)
 
@@ -171,6 +171,7 @@ def test_second_stages_share_the_run_of_their_first(scale, tmp_path):
             assert run.cost < alone.cost / 5
     assert plan("MiSLAS").first.identity == plan("mixup").identity
     assert plan("Ours").cost > 3 * plan("CE").cost
+    assert plan("Absolute driver alone", "cifar10_lt_ablation").cost < 1.5 * plan("CE").cost
 
 
 def test_processes_that_share_a_machine_share_its_threads(tmp_path):
