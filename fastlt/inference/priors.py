@@ -49,12 +49,12 @@ class CarriedPrior:
     def replaced_by(self, deployed: np.ndarray) -> np.ndarray:
         """log d - log b, float64 (C,): what is added to logits for classes with the shares d (C,).
 
-        -inf for a class that does not occur there; 0 for one that the network does not know, whose logit is -inf.
+        -inf for a class that does not occur there; else 0 for one that the network does not know, whose logit is -inf.
         """
         known = self.shares > 0
         log_carried = np.log(self.shares, out=np.zeros_like(self.shares), where=known)
         log_deployed = np.log(deployed, out=np.full_like(self.shares, -np.inf), where=deployed > 0)
-        return np.where(known, log_deployed - log_carried, 0.0)
+        return np.where(known | (deployed == 0), log_deployed - log_carried, 0.0)
 
 
 def carried_prior(
@@ -104,7 +104,12 @@ def _of_stage(
     elif factor is not None:
         shares = shares * np.exp(factor.double().numpy())
     if class_weights is not None:
-        shares = shares * np.asarray(class_weights, dtype=np.float64)
+        weights = np.asarray(class_weights, dtype=np.float64)
+        if not weights.all():
+            # One iteration without a class does not take it out of a network that was trained on it before.
+            assumptions.append("classes whose last weight is 0 are taken to have the smallest weight of the others")
+            weights = np.where(weights > 0, weights, weights[weights > 0].min(initial=1.0))
+        shares = shares * weights
     return CarriedPrior(shares / shares.sum(), tuple(assumptions))
 
 
@@ -134,7 +139,7 @@ def read_shares(path: Path, names: Sequence[str]) -> np.ndarray:
     head. ValueError as `deployed_prior`, with the path.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"prior {path}: no such file; allowed are {', '.join(NAMED)} and a file of counts") from None
     except UnicodeDecodeError:
@@ -148,7 +153,7 @@ def read_shares(path: Path, names: Sequence[str]) -> np.ndarray:
 def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     try:
         found = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error})") from None
     if not isinstance(found, list) or not all(isinstance(row, tuple) for row in found):
         raise ValueError(f'{path} holds no JSON object: write {{"class": count, ...}}')
@@ -156,7 +161,10 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
-    rows = [row for row in csv.reader(text.splitlines()) if row]
+    try:
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV ({error}); write lines of `class,count`") from None
     if rows and len(rows[0]) == 2 and _number(rows[0][1]) is None:
         rows = rows[1:]
     wrong = next((row for row in rows if len(row) != 2), None)
@@ -168,7 +176,7 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, Any]]:
 def _number(value: object) -> float | None:
     try:
         return None if isinstance(value, bool) else float(value)  # pyright: ignore[reportArgumentType]  # TypeError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -173,6 +173,17 @@ def test_the_stages_of_a_recipe_are_followed():
     assert (expert.replaced_by(DEPLOYED)[2:] == 0).all()  # their logits are -inf already
 
 
+def test_a_class_whose_last_weight_is_zero_is_known_all_the_same():
+    """CDB-CE: all of its validation images were right at that moment. Its logit is as finite as the others'."""
+    carried = carried_prior(recipe("stages.end_to_end.method=cdb"), COUNTS, [0.0, 0.5, 1.5, 2.0])
+    expected = PI * [0.5, 0.5, 1.5, 2.0]
+    np.testing.assert_allclose(carried.shares, expected / expected.sum())
+    assert "whose last weight is 0" in carried.assumptions[-1]
+    offset = carried.replaced_by(deployed_prior([0, 1, 1, 1], COUNTS))
+    assert offset[0] == -np.inf
+    assert np.isfinite(offset[1:]).all()
+
+
 def test_a_loss_that_does_not_say_its_factor_is_taken_to_have_removed_the_prior(monkeypatch):
     monkeypatch.setattr(LOSSES["balanced_softmax"], "log_prior_factor", lambda self: None)
     carried = carried_prior(recipe("stages.end_to_end.loss=balanced_softmax"), COUNTS)
@@ -209,6 +220,8 @@ def test_deployment_counts_in_every_form_are_the_same_shares(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(counts))
     (tmp_path / "a.csv").write_text("class,count\n" + "".join(f"{k},{v}\n" for k, v in reversed(counts.items())))
     (tmp_path / "b.csv").write_text("".join(f"{k},{v}.0\n" for k, v in counts.items()))
+    (tmp_path / "excel.csv").write_text("".join(f"{k},{v}\n" for k, v in counts.items()), encoding="utf-8-sig")
+    np.testing.assert_allclose(deployed_prior(tmp_path / "excel.csv", COUNTS), DEPLOYED)
     for prior in (tmp_path / "a.json", str(tmp_path / "a.csv"), tmp_path / "b.csv", counts, [1, 2, 3, 4]):
         np.testing.assert_allclose(deployed_prior(prior, COUNTS), DEPLOYED)
     np.testing.assert_allclose(deployed_prior("training", COUNTS), PI)
@@ -232,6 +245,9 @@ def test_deployment_counts_in_every_form_are_the_same_shares(tmp_path):
         ("a.json", '{"cat": true}', "count of 'cat' is True"),
         ("a.json", "[1, 2]", "no JSON object"),
         ("a.json", "{", "is no JSON"),
+        ("a.json", '{"cat": ' * 100_000, "is no JSON"),
+        ("a.json", f'{{"cat": 1{"0" * 400}}}', "count of 'cat' is"),
+        ("a.csv", "a" * 200_000 + ",1\n", "is no CSV .field larger"),
     ],
 )
 def test_a_file_of_counts_that_says_something_else_is_refused(tmp_path, name, text, message):
