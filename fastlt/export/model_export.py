@@ -112,7 +112,8 @@ def _to_timm(trained: TrainedRun, files: Sequence[Path] | None, out: Path) -> Ex
     """ValueError where timm alone cannot load it; the folder is then there for fastlt."""
     _, reason = in_timm(trained)
     if reason is not None:
-        if not is_model_folder(out):
+        own = out.resolve() == model_folder(trained.run.folder).resolve()
+        if not (own and is_model_folder(out)):
             write_model_folder(trained, _images(trained, files)[0], out)
         raise ValueError(
             f"{reason}; fastlt.load reads it from {out}, and for programs without fastlt export it --to onnx, torch or "

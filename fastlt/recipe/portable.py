@@ -20,7 +20,9 @@ def without_paths(recipe: Recipe) -> Recipe:
             part = tree
             for name in parents:
                 part = part[name]
-            part[last] = value.field.default if is_harmless(value.field) else _named(value.value)
+            # Where converted images lie changes no result, and their content is no part of a recipe.
+            left_out = is_harmless(value.field) or (*parents, last) == ("data", "converted")
+            part[last] = value.field.default if left_out else _named(value.value)
     return recipe_from_tree(tree)
 
 

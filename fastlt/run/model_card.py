@@ -58,13 +58,15 @@ predictions = model.predict(["image.jpg"], top=5)
 def model_card(trained: TrainedRun) -> dict[str, Any]:
     """The card without its use, in the parts that timm writes a README from."""
     run, counts, data = trained.run, trained.counts, trained.recipe.data
+    result = measured(trained)
+    accuracy = "" if result is None else f" Its top-1 accuracy on the test split is {percent(result['top1'])} %."
     images = counts.counts
     cut = f"the central square of {data.eval_ratio:.4g} of the shorter side" if data.eval_crop == "center" else "none"
     return {
         "tags": ["image-classification", "timm", "fastlt", "long-tailed"],
         "license": "unknown",
         "description": f"A `{trained.recipe.model.name}` for {counts.num_classes} classes, trained on long-tailed data "
-        f"by fastlt. Its top-1 accuracy on the test split is {percent(run.result['top1'])} %.",
+        f"by fastlt.{accuracy}",
         "details": {
             "Training images": f"{images.sum():,} of {counts.num_classes} classes, from {images.max():,} to "
             f"{images.min():,} a class (imbalance factor {counts.imbalance_factor:.4g})",
@@ -98,34 +100,47 @@ def usage(trained: TrainedRun, reason: str | None, *, of_timm: bool) -> str:
     return own + BY_FASTLT + _results(trained) + _training(trained)
 
 
+def measured(trained: TrainedRun) -> dict[str, Any] | None:
+    """The metrics of a model on the test split, as in result.json; None for a model that was not measured there.
+
+    Only the result of the run has the accuracy of every class.
+    """
+    result = trained.run.result
+    return result if trained.select == trained.run.select else result.get("selection", {}).get(trained.select)
+
+
 def _results(trained: TrainedRun) -> str:
-    result, counts = trained.run.result, trained.counts
+    result, counts = measured(trained), trained.counts
+    if result is None:
+        return "\n## Results\n\nThis model of the run was not measured on the test split.\n"
     masks = counts.shot_masks()
     groups = [["overall", counts.num_classes, int(counts.counts.sum()), percent(result["top1"])]]
     groups += [
         [f"{name}-shot", int(mask.sum()), int(counts.counts[mask].sum()), percent(result[name])]
         for name, mask in masks.items()
     ]
+    others = {"top-5": "top5", "macro-F1": "macro_f1", "ECE": "ece"}
+    more = ", ".join(f"{word} {percent(result[key])} %" for word, key in others.items())
+    of_groups = _table(["", "classes", "training images", "top-1 %"], groups)
+    text = f"\n## Results on the test split\n\n{of_groups}\n\n{more}.\n"
+    accuracy = result.get("per_class_accuracy")
+    if accuracy is None:
+        return text
     order = sorted(range(counts.num_classes), key=lambda c: -counts.counts[c])
-    accuracy = result["per_class_accuracy"]
     rows = [[_cell(counts.names[c]), int(counts.counts[c]), percent(accuracy[c])] for c in order]
     which = "All classes"
     if len(rows) > MOST_CLASSES:
         half = MOST_CLASSES // 2
         which = f"The {half} largest and the {half} smallest classes; `config.json` has all {len(rows)}"
         rows = [*rows[:half], *rows[-half:]]
-    others = {"top-5": "top5", "macro-F1": "macro_f1", "ECE": "ece"}
-    more = ", ".join(f"{word} {percent(result[key])} %" for word, key in others.items())
-    of_groups = _table(["", "classes", "training images", "top-1 %"], groups)
-    of_classes = _table(["class", "training images", "top-1 %"], rows)
-    return f"\n## Results on the test split\n\n{of_groups}\n\n{more}.\n\n{which}:\n\n{of_classes}\n"
+    return f"{text}\n{which}:\n\n{_table(['class', 'training images', 'top-1 %'], rows)}\n"
 
 
 def _training(trained: TrainedRun) -> str:
     root = " data.root=DIR" if "root" in SOURCES[trained.recipe.data.source].takes else ""
     versions = ", ".join(f"{name} {of}" for name, of in trained.run.result["versions"].items())
     return (
-        "\n## Training\n\nWith this recipe as `recipe.yaml`, its paths left out, and the data set at hand:\n\n"
+        "\n## Training\n\nWith this recipe as `recipe.yaml`, paths for file names, and the data set at hand:\n\n"
         f"    fastlt train recipe.yaml{root}\n\n"
         f"```yaml\n{without_paths(trained.recipe).to_yaml()}```\n\nMade with {versions}.\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -314,6 +315,19 @@ def test_the_wrong_words_are_answered_before_work_starts(runs, tmp_path, capsys,
 def test_another_checkpoint_goes_to_another_place(runs, tmp_path, capsys):
     told(capsys, runs / "linear", "--to", "timm", "--checkpoint", "best", "--out", tmp_path / "best")
     assert load_trained(tmp_path / "best", CPU).select == "best"
+    card = (tmp_path / "best" / "README.md").read_text()
+    measured = json.loads((runs / "linear" / "result.json").read_text())["selection"]["best"]
+    assert f"top-1 accuracy on the test split is {100 * measured['top1']:.2f} %" in card
+    assert f"ECE {100 * measured['ece']:.2f} %" in card
+    assert "All classes" not in card, "accuracies of classes are those of the result"
+
+
+def test_a_network_that_timm_has_not_takes_the_place_of_an_earlier_export(runs, tmp_path, capsys):
+    for select in ("best", "last"):
+        words = ["export", str(runs / "cosine"), "--to", "timm", "--checkpoint", select, "--out", str(tmp_path / "out")]
+        assert cli.main(words) == 2
+        assert f"fastlt.load reads it from {tmp_path / 'out'}" in capsys.readouterr().err
+        assert load_trained(tmp_path / "out", CPU).select == select
 
 
 def test_a_run_that_is_not_finished_says_so(digits_words, capsys):
