@@ -40,7 +40,9 @@ def main(words: list[str], prog: str = NAME) -> int:
         help="make the predictions of finished runs that keep none, from the tested model and the data",
     )
     parser.add_argument("--weights", action="store_true", help="print the class weights at every validation")
-    parser.add_argument("--plot", type=path, metavar="FILE.png", help="draw the class weights of one run")
+    parser.add_argument(
+        "--plot", type=path, metavar="FILE.png", help="draw the class weights of one run, as PNG or SVG"
+    )
     arguments = parser.parse_args(words)
     if arguments.files and arguments.out is None:
         raise ValueError("--files stands beside a page: add --out FILE.html")
@@ -106,11 +108,14 @@ def plot(arguments: argparse.Namespace) -> None:
     """Draw the class weights of the one run that was given."""
     from fastlt.report.figures import weights_of_run
     from fastlt.report.runs import open_run
-    from fastlt.report.style import in_style, to_png
+    from fastlt.report.style import WRITERS, in_style
     from fastlt.run.checkpoint import write_atomically
 
+    write = WRITERS.get(arguments.plot.suffix.lower())
+    if write is None:
+        raise ValueError(f"--plot {arguments.plot}: give a name that ends in {' or '.join(WRITERS)}")
     if len(arguments.runs) != 1:
         raise ValueError(f"--plot draws one run, {len(arguments.runs)} were given")
     with in_style():
-        write_atomically(arguments.plot, to_png(weights_of_run(open_run(arguments.runs[0]))))
+        write_atomically(arguments.plot, write(weights_of_run(open_run(arguments.runs[0]))))
     print(arguments.plot)

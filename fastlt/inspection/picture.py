@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from fastlt.inspection.profile import Profile
-from fastlt.report.style import INK, SHOTS, in_style, new_figure, to_png, to_svg
+from fastlt.report.style import INK, SHOTS, WRITERS, in_style, new_figure
 from fastlt.run.checkpoint import write_atomically
-
-WRITERS = {".png": lambda figure: to_png(figure), ".svg": lambda figure: to_svg(figure).encode()}
 
 
 def draw(profile: Profile, path: Path) -> None:

@@ -167,11 +167,11 @@ def accuracy_of_classes(series: Sequence[Series]) -> Figure:
     order = by_count(counts)
     figure, axes = new_figure("Accuracy of every class", height=1.0 + 0.185 * len(order) + 0.12 * len(series))
     places = np.arange(len(order))
-    for one in series:
+    for place, one in enumerate(series):
         accuracy = one.group.class_accuracy
         assert accuracy is not None
         mean, deviation = accuracy[0][order], accuracy[1][order]
-        shift = 0.34 * ((one.number + 0.5) / len(series) - 0.5) if len(series) > 1 else 0
+        shift = 0.34 * ((place + 0.5) / len(series) - 0.5) if len(series) > 1 else 0
         if not np.isnan(deviation).all():
             axes.hlines(places + shift, mean - deviation, mean + deviation, color=one.colour, linewidth=1.2, alpha=0.6)
         axes.scatter(mean, places + shift, s=20, color=one.colour, label=one.label, edgecolors=SURFACE, linewidths=0.6)

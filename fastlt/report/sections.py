@@ -10,6 +10,7 @@ import numpy as np
 
 from fastlt.recipe import is_harmless
 from fastlt.recipe.schema import values
+from fastlt.recipe.typed_yaml import to_tree
 from fastlt.report import figures
 from fastlt.report.blocks import (
     Block,
@@ -88,6 +89,13 @@ def overview(series: Sequence[Series], warnings: Sequence[str]) -> Section:
         text = "Test accuracy. Mean ± sample standard deviation over seeds where a run has several."
         blocks += [TextBlock(text), TableBlock("metrics", columns, rows)]
     blocks += [TextBlock(text, warning=True) for text in warnings]
+    known = [one.group.counts for one in series if one.group.counts is not None]
+    shots = list(dict.fromkeys(str(to_tree(counts.shots)) for counts in known))
+    if len(shots) > 1:
+        text = (
+            f"Runs have different data.shots, {' and '.join(shots)}: many, medium and few are not of the same classes."
+        )
+        blocks.append(TextBlock(text, warning=True))
     runs = [run for one in series for run in one.group.runs]
     blocks += [TextBlock(f"{run.folder}: {text}", warning=True) for run in runs for text in run.damage]
     return Section("Overview", [*blocks, run_table(series)])
@@ -130,7 +138,7 @@ def tested_model(result: dict[str, Any]) -> str | None:
 
 
 def by_data(series: Sequence[Series]) -> list[list[Series]]:
-    """Those of one list of classes with the same training images together."""
+    """Those of one list of classes with the same training images and shot groups together."""
     parts: list[list[Series]] = []
     for one in series:
         counts = one.group.counts
@@ -139,7 +147,8 @@ def by_data(series: Sequence[Series]) -> list[list[Series]]:
         for part in parts:
             other = part[0].group.counts
             assert other is not None
-            if other.names == counts.names and np.array_equal(other.counts, counts.counts):
+            same_classes = other.names == counts.names and np.array_equal(other.counts, counts.counts)
+            if same_classes and other.shots == counts.shots:
                 part.append(one)
                 break
         else:
@@ -335,16 +344,20 @@ def wrong_images(series: Sequence[Series]) -> Section:
             images = test_images(one.group.runs[0].recipe.data, predictions[0].labels)
         except (ValueError, OSError) as error:
             blocks.append(TextBlock(f"Without pictures: {' '.join(str(error).split())}", warning=True))
-        pictures, rows = [], []
+        pictures, rows, unread = [], [], []
         for found in wrong:
             true, taken_for = counts.names[found.true], counts.names[found.taken_for]
             if images is not None:
                 lines = [f"taken for {taken_for}", f"{100 * found.probability:.0f} %"]
                 if len(predictions) > 1:
                     lines[1] += f", {found.seeds} of {len(predictions)} seeds"
-                pictures.append(Picture(*picture(images(found.index)), true, lines))
+                try:
+                    pictures.append(Picture(*picture(images(found.index)), true, lines))
+                except (ValueError, OSError) as error:
+                    unread.append(f"test image {found.index}: {' '.join(str(error).split())}")
             number = int(counts.counts[found.true])
             rows.append([true, taken_for, 100 * found.probability, found.seeds, number, found.index])
+        blocks += [TextBlock(f"Without a picture: {text}", warning=True) for text in unread]
         columns = [Column("test image of"), Column("taken for"), Column("probability %", 1), Column("seeds", 0)]
         columns += [Column("training images", 0), Column("position in the test split", 0)]
         table = TableBlock(f"wrong_images_{one.file}", columns, rows, title="These images", folded=bool(pictures))

@@ -140,6 +140,10 @@ def to_png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+# How a figure is written, by the ending of the file's name.
+WRITERS = {".png": to_png, ".svg": lambda figure: to_svg(figure).encode()}
+
+
 def for_page(svg: str, name: str, description: str) -> str:
     """An SVG document as a part of a page: in the page's colours and font, with no names but its own.
 

@@ -64,6 +64,10 @@ def test_weights_are_printed_and_drawn(run, tmp_path, capsys):
     picture = tmp_path / "weights.png"
     assert cli.main(["report", folder, "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["report", folder, "--plot", str(tmp_path / "weights.svg")]) == 0
+    assert "<svg" in (tmp_path / "weights.svg").read_text()
+    assert cli.main(["report", folder, "--plot", str(tmp_path / "weights.bmp")]) == 2
+    assert "give a name that ends in .png or .svg" in capsys.readouterr().err
     assert cli.main(["report", folder, "--weights", "--out", str(tmp_path / "page.html")]) == 2
     assert "--weights is a task of its own: leave out --out" in capsys.readouterr().err
 

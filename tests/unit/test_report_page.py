@@ -20,7 +20,7 @@ from fastlt.recipe import load_recipe
 from fastlt.report.blocks import Column, TableBlock
 from fastlt.report.calibration import calibration
 from fastlt.report.confusion import class_groups, confused_pairs, confusion, where_errors_go
-from fastlt.report.figures import binned, class_history, over_seeds
+from fastlt.report.figures import Series, accuracy_of_classes, binned, class_history, over_seeds
 from fastlt.report.files import to_csv
 from fastlt.report.runs import open_run
 from fastlt.report.seeds import Group, group_runs
@@ -308,6 +308,24 @@ def test_runs_on_other_classes_are_compared_apart(runs):
     assert {p.name for p in (runs / "page" / "report_files").glob("classes*.csv")} == {"classes_1.csv", "classes_2.csv"}
 
 
+def test_runs_with_other_shot_groups_are_compared_apart(runs):
+    write_run(runs, "shots", long_tail(10), "stages.end_to_end.lr=0.4", "data.shots=[30, 10]")
+    _, page = report(runs, "--files")
+    assert "Runs have different data.shots, [60, 20] and [30, 10]" in page
+    assert {p.name for p in (runs / "page" / "report_files").glob("classes*.csv")} == {"classes_1.csv", "classes_2.csv"}
+
+
+def test_points_of_a_class_stay_in_its_row(runs):
+    """Whatever numbers the finished runs have among all."""
+    groups = group_runs([open_run(folder) for folder in sorted(runs.iterdir())])
+    finished = [group for group in groups if group.finished]
+    figure = accuracy_of_classes([Series(group, 5 + k, group.name, group.name) for k, group in enumerate(finished)])
+    heights = [points.get_offsets()[:, 1] for points in figure.axes[0].collections if len(points.get_offsets()) == 10]
+    assert len(heights) == len(finished) == 2
+    for of_run in heights:
+        assert (abs(of_run - np.arange(10)) < 0.2).all()
+
+
 def test_as_many_classes_as_inaturalist_has(tmp_path):
     counts = long_tail(8142)
     for seed in (0, 1):
@@ -363,6 +381,20 @@ def test_wrong_images_are_shown_from_the_data_set_or_from_the_source(trained):
     shutil.rmtree(data)
     _, from_source = report(folder.parent, folders=[folder])
     assert re.findall(r'<img src="(data:image/png[^"]+)"', from_source) == pictures
+
+
+def test_an_image_that_cannot_be_read_costs_its_picture_alone(trained, monkeypatch):
+    def damaged(data, labels):
+        def image(index):
+            raise ValueError("damaged: it has no end")
+
+        return image
+
+    monkeypatch.setattr("fastlt.report.sections.test_images", damaged)
+    code, page = report(trained[0].parent, folders=[trained[0]])
+    assert code == 0
+    assert "damaged: it has no end" in page
+    assert "These images" in page
 
 
 def test_a_run_of_an_earlier_version_has_the_values_of_classes_in_its_log(trained):
