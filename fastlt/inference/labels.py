@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from loaders.sources.classes import named_classes
 from loaders.sources.messages import printable, some
 from loaders.sources.split import SPLIT_WORDS
 from loaders.stored.dataset import ConvertedDataset
+
+log = logging.getLogger(__name__)
 
 ALL, DEFAULT = "all", "test"
 SPLIT_NAMES = {"train": "train", "meta": "val", "test": "test"}
@@ -87,6 +90,8 @@ def labelled_images(data: Any, classes: Sequence[str], options: DataOptions) -> 
             split_column=options.split_column,
             class_names=options.class_names,
         )
+        for note in source.notes:
+            log.warning("%s", note)
         splits = {split: LabelledImages(_images(part), part.labels) for split, part in source.splits.items()}
         names = source.class_names
     chosen = _chosen(splits, options.split, where)

@@ -13,11 +13,11 @@ from typing import Any
 
 from fastlt.names import pick
 from loaders.order.longtail import CONVENTIONS
-from loaders.sources.cifar import CIFAR10, CIFAR100, open_cifar
+from loaders.sources.cifar import CIFAR10, CIFAR100, CifarSpec, open_cifar, open_whole_cifar
 from loaders.sources.classes import named_classes
 from loaders.sources.coco import open_coco
 from loaders.sources.cut import Cut, Shares
-from loaders.sources.digits import open_digits
+from loaders.sources.digits import open_digits, open_whole_digits
 from loaders.sources.hf_dataset import open_hf_dataset
 from loaders.sources.image_folder import open_image_folder
 from loaders.sources.list_file import open_list_files
@@ -48,12 +48,14 @@ class SourceKind:
     open: gives the Source; its parameters are those of `open_source` that it takes, with "root" a folder that exists,
         unless it takes "download", too, and may make it, and "cut" for those of `Cut`; None leaves all images in the
         splits that the data bring, which need not have train.
+    whole: of a source that every run cuts for itself: gives all images, in the splits that were published.
     small: whether a run converts it by itself; the others are converted by a command before.
     numbered: whether its labels are the numbers of classes without any names.
     """
 
     name: str
     open: Callable[..., Source]
+    whole: Callable[..., Source] | None = None
     small: bool = False
     numbered: bool = False
 
@@ -75,12 +77,16 @@ DUPLICATES, CLASS_NAMES = "allow_duplicates", "class_names"
 _OF_CUT = tuple(key.name for key in fields(Cut))
 
 
+def _cifar(spec: CifarSpec) -> tuple[Callable[..., Source], Callable[..., Source]]:
+    return functools.partial(open_cifar, spec), functools.partial(open_whole_cifar, spec)
+
+
 SOURCES: dict[str, SourceKind] = {
     kind.name: kind
     for kind in (
-        SourceKind("digits", open_digits, small=True),
-        SourceKind("cifar10", functools.partial(open_cifar, CIFAR10), small=True),
-        SourceKind("cifar100", functools.partial(open_cifar, CIFAR100), small=True),
+        SourceKind("digits", open_digits, open_whole_digits, small=True),
+        SourceKind("cifar10", *_cifar(CIFAR10), small=True),
+        SourceKind("cifar100", *_cifar(CIFAR100), small=True),
         SourceKind("image_folder", open_image_folder),
         SourceKind("list_file", open_list_files, numbered=True),
         SourceKind("table", open_table),
@@ -192,7 +198,8 @@ def open_labelled(
         **{"num_classes": None, "allow_duplicates": True, "convention": "paper", "cut": None},
         **{key.name: key.default for key in fields(Cut)},
     }
-    source = kind.open(**{name: arguments[name] for name in inspect.signature(kind.open).parameters})
+    read = kind.whole or kind.open
+    source = read(**{name: arguments[name] for name in inspect.signature(read).parameters})
     return (
         source if class_names is None else replace(source, class_names=named_classes(class_names, source.class_names))
     )

@@ -100,6 +100,12 @@ def open_cifar(
     return Source(spec.name, class_names, splits)
 
 
+def open_whole_cifar(spec: CifarSpec, root: Path, *, download: bool) -> Source:
+    """CIFAR-10/100 as published, train and test. ValueError as `open_cifar`."""
+    train, test, class_names = read_cifar(spec, root, download=download)
+    return Source(spec.name, class_names, {"train": train, "test": test})
+
+
 def read_cifar(spec: CifarSpec, root: Path, *, download: bool) -> tuple[ArraySplit, ArraySplit, tuple[str, ...]]:
     """All training images, all test images and the class names of a CIFAR data set, in file order.
 

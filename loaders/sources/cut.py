@@ -94,7 +94,7 @@ class Candidates:
             f"{where} has no test set: {test:.0%} of each class are drawn as {CALLED['test']}, and {meta:.0%}, at most "
             f"{cut.meta_per_class} images, as {CALLED['meta']}; --split sets other shares"
         )
-        return cls(pools, class_names, cut, {"meta": meta, "test": test}, (said,))
+        return cls(pools, class_names, cut, {"test": test, "meta": meta}, (said,))
 
     def choose(self, usable: Mapping[str, np.ndarray] | None = None) -> dict[str, Choice]:
         """The images of each split, among those that can be used.

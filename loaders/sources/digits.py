@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sklearn.utils import Bunch
 
 TEST_PER_CLASS = 40
+NAMES = tuple(str(digit) for digit in range(10))
 INK_LEVELS = 16  # the pixels count inked dots of a 4x4 block: 0..16
 
 
@@ -22,11 +23,7 @@ def open_digits(*, imbalance_factor: float | None, meta_per_class: int, split_se
 
     Raises ValueError when so many images are held out that a class has none left, or the tail cannot be cut.
     """
-    from sklearn.datasets import load_digits  # lazily: it takes a second, and a usage error must not
-
-    bunch = cast("Bunch", load_digits())  # a tuple with other arguments only
-    gray = np.rint(bunch.images * (255 / INK_LEVELS)).astype(np.uint8)
-    labels = bunch.target.astype(np.int64)
+    pixels, labels = _read()
     members = class_members(labels, 10)
     room = min(len(of_class) for of_class in members) - TEST_PER_CLASS - 1
     if not 1 <= meta_per_class <= room:
@@ -45,7 +42,6 @@ def open_digits(*, imbalance_factor: float | None, meta_per_class: int, split_se
         train = train[longtail_subset(labels[train], counts)]
         tail = f"first n_c of each class not held out, n_max {counts[0]}, imbalance factor {imbalance_factor:g}"
 
-    pixels = np.repeat(gray[:, :, :, None], 3, axis=3)
     provenance = {
         "train": f"{how}: {tail}",
         "meta": f"{how}: {meta_per_class} a class",
@@ -53,4 +49,20 @@ def open_digits(*, imbalance_factor: float | None, meta_per_class: int, split_se
     }
     rows = {"train": train, "meta": meta, "test": test}
     splits = {name: ArraySplit(pixels, labels[rows[name]], rows[name], "digits", provenance[name]) for name in rows}
-    return Source("digits", tuple(str(digit) for digit in range(10)), splits)
+    return Source("digits", NAMES, splits)
+
+
+def open_whole_digits() -> Source:
+    """All digits as "train": no test set of them was published, each seed of `open_digits` draws its own."""
+    pixels, labels = _read()
+    everything = ArraySplit.whole(pixels, labels, origin="digits", provenance="scikit-learn load_digits")
+    return Source("digits", NAMES, {"train": everything})
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (1797, 8, 8, 3) and int64 (1797,)."""
+    from sklearn.datasets import load_digits  # lazily: it takes a second, and a usage error must not
+
+    bunch = cast("Bunch", load_digits())  # a tuple with other arguments only
+    gray = np.rint(bunch.images * (255 / INK_LEVELS)).astype(np.uint8)
+    return np.repeat(gray[:, :, :, None], 3, axis=3), bunch.target.astype(np.int64)

@@ -51,6 +51,9 @@ def open_table(
             raise ValueError(f"{printable(given['train'])} has no row of split train")
     elif split_column is not None:
         raise ValueError("split_column is for one table of all images, and there are several: leave it out")
+    else:
+        for name, table in tables.items():
+            _check_own_split(name, table)
     where = {name: part.where for name, part in lists.items()}
     labels, names = number_classes(as_classes({name: part.classes for name, part in lists.items()}), where, cut=cut)
     pools, _ = listed_files(root, lists, labels, allow_duplicates=allow_duplicates)
@@ -97,6 +100,19 @@ class _Table:
         if rows:
             listed = some([f"{self.unit} {self.lines[i]}" for i in rows[:10]], ", ")
             raise ValueError(f"{printable(self.path)}: {len(rows):,} rows have no {what}: {listed}")
+
+
+def _check_own_split(name: str, table: _Table) -> None:
+    """ValueError for a table of one split that has a column of splits with another one in it."""
+    for column in called(list(table.columns), SPLIT_COLUMNS):
+        others = sorted(
+            {str(w) for w in table.columns[column] if SPLIT_WORDS.get(str(w).strip().lower(), name) != name}
+        )
+        if others:
+            raise ValueError(
+                f"{printable(table.path)} is the table of split {name!r}, and its column {column!r} says "
+                f"{some([repr(shortened(word)) for word in others], ', ')}: give it alone, or take the column out"
+            )
 
 
 def _by_split(table: _Table, images: Listing, asked: str | None) -> dict[str, Listing]:

@@ -124,13 +124,19 @@ def data_sets(root, tmp_path):  # noqa: F811
     return found
 
 
-def test_a_data_set_in_every_form_gives_the_metrics_of_the_test(root, trainer, model, data_sets):  # noqa: F811
+def test_a_data_set_in_every_form_gives_the_metrics_of_the_test(root, trainer, model, data_sets, tmp_path, caplog):  # noqa: F811
     expected = model.evaluate(root / "test")
     data_sets["a converted data set"] = (trainer.context.dataset.root, {})
     for name, (data, options) in data_sets.items():
         found = model.evaluate(data, **options)
         assert found.metrics == expected.metrics, name
         assert (found.split == "test") == ("split" in name or "converted" in name), name
+    assert not caplog.records
+    coco = json.loads(data_sets["JSON"][0].read_text())
+    coco["images"].append({"id": 99, "file_name": coco["images"][0]["file_name"]})
+    (tmp_path / "more.json").write_text(json.dumps(coco))
+    assert model.evaluate(tmp_path / "more.json", root=root).metrics == expected.metrics
+    assert "1 images without an annotation are not read" in caplog.text
     val = model.evaluate(root / "val").metrics
     table, options = data_sets["a table with splits"]
     assert model.evaluate(table, **options, split="val").metrics == val != expected.metrics

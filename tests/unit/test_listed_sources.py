@@ -101,6 +101,10 @@ def test_a_table_for_each_split(tmp_path, rows):
     assert len(source.splits["test"]) == len(rows) - 20
     with pytest.raises(ValueError, match="split_column is for one table of all images, and there are several"):
         table(tmp_path, train_list="a.csv", test_list="b.csv", split=None, split_column="x")
+    part = "".join(f"{path},{label},{'val' if k % 5 == 0 else 'train'}\n" for k, (path, label) in enumerate(rows[:20]))
+    (tmp_path / "a.csv").write_text("path,label,split\n" + part)
+    with pytest.raises(ValueError, match=r"a.csv is the table of split 'train', and its column 'split' says 'val'"):
+        table(tmp_path, train_list="a.csv", test_list="b.csv", split=None, meta_per_class=1)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders.sources import duplicates, open_source
-from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, read_cifar
+from loaders.sources import duplicates, open_labelled, open_source
+from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, open_whole_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, plain_jpeg
 from loaders.sources.image_folder import _images, _Unread
 from loaders.sources.list_file import read_list
@@ -236,6 +236,8 @@ def test_every_published_form_gives_the_same_images(tmp_path, spec):
         assert train.labels.tolist() == np.concatenate([expected[n][1] for n in spec.forms[0].train_files]).tolist()
         assert len(test) == spec.num_test
         assert names == tuple(f"class {c}" for c in range(spec.num_classes))
+    whole = open_whole_cifar(spec, roots[0], download=False)
+    assert {name: len(split) for name, split in whole.splits.items()} == {"train": len(train), "test": len(test)}
 
 
 def test_pickles_of_python_2_and_of_old_numpy_are_read():
@@ -901,3 +903,9 @@ def test_wrong_arguments_are_refused_with_advice(tmp_path):
         open_source("digits", num_classes=11)
     with pytest.raises(ValueError, match="leaves the last of 10 classes"):
         open_source("digits", imbalance_factor=5000)
+
+
+def test_what_every_run_cuts_for_itself_is_measured_whole():
+    """Its own cut is that of other runs: their training images would be called a test."""
+    source = open_labelled("digits")
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 1797}
