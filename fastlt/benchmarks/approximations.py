@@ -29,7 +29,7 @@ from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.difficulty import class_weights, difficulty_gradient_loss
 from fastlt.state import Batch
-from fastlt.steps.difficulty import DifficultyStep
+from fastlt.steps.difficulty import DifficultyOptions, DifficultyStep
 from fastlt.steps.learned_weights import Approximation
 from fastlt.steps.meta import TrainingPass
 
@@ -57,6 +57,13 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     words = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:
         loop = DifficultyLoop(words, runs, lambda stage: ["data.meta_augment=[]"])
+        options = loop.step.options
+        assert isinstance(options, DifficultyOptions)
+        if options.meta_weight == 0 or options.approximate != Approximation():
+            raise ValueError(
+                f"stages.{loop.name}.options: the exact step is compared with here; set meta_weight above 0, and leave "
+                "approximate out"
+            )
         shadows = [LateWeights("late_weights"), *(Every(f"every {k}", k, loop.step) for k in words.every)]
         shadows += [LookaheadOnly(f"lookahead_only {m}", m.split(","), loop.step) for m in words.modules]
         exact = follow(loop, shadows)
@@ -121,7 +128,7 @@ class OwnTheta(Shadow):
         """One Adam step, as the step takes it, with another dL_meta/dw (C,)."""
         options = moment.step.options
         scalar, _ = difficulty_gradient_loss(
-            self.net, moment.accuracy, gradient, options.driver_weight, options.driver_target
+            self.net, moment.accuracy, options.meta_weight * gradient, options.driver_weight, options.driver_target
         )
         self.optimizer.zero_grad()
         scalar.backward()

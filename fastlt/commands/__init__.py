@@ -14,7 +14,7 @@ from fastlt.device.openmp import load_llvm_openmp
 def run(module: str, words: list[str], prog: str) -> int:
     """Call a module's `main(words, prog)`; returns the exit code.
 
-    A ValueError is one message and code 2, and so is a file that may not be read or written. A reader that failed is
+    A ValueError is one message and code 2, and so is a file that cannot be read or written. A reader that failed is
     one message and code 1.
     """
     try:
@@ -23,7 +23,9 @@ def run(module: str, words: list[str], prog: str) -> int:
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
+    except OSError as error:
+        if error.filename is None or isinstance(error, ConnectionError):
+            raise
         print(f"{prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:

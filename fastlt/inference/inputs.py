@@ -67,7 +67,8 @@ def gathered(images: Any) -> list[ReadableImage]:
     if isinstance(images, str | os.PathLike):
         is_name = isinstance(images, Path) and str(images).startswith("~") and os.path.lexists(images)
         path = Path(images) if is_name else Path(expand(os.fspath(images)))  # a name that is no home folder
-        return [*images_below(path)] if path.is_dir() else [path]
+        # isdir answers False for a name that cannot be looked at, which is told with the images that cannot be read.
+        return [*images_below(path)] if os.path.isdir(path) else [path]
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, Tensor):

@@ -45,3 +45,7 @@ def test_another_method_is_refused(digits_words, capsys):
     words = [*digits_words, "stages.end_to_end.method=plain"]
     assert cli.main(["benchmark", "approximations", "--", "recipes/digits_lt.yaml", *words]) == 2
     assert "method=difficulty" in capsys.readouterr().err
+    for option in ("meta_weight=0", "approximate={every: 2}"):
+        words = [*digits_words, f"stages.end_to_end.options.{option}"]
+        assert cli.main(["benchmark", "approximations", "--", "recipes/digits_lt.yaml", *words]) == 2
+        assert "the exact step is compared with here" in capsys.readouterr().err
