@@ -16,7 +16,7 @@ from fastlt.models import Classifier
 from fastlt.models.trained_state import WEIGHTS, load_trained_state, trained_state
 from fastlt.recipe import Standing, changes, recipe_from_tree
 from fastlt.run import checkpoint
-from fastlt.run.background import BackgroundSaves
+from fastlt.run.background import BackgroundSaves, on_host
 from fastlt.run.context import RunContext
 from fastlt.run.folder import divergence_file, last_checkpoint, recipe_file, stage_checkpoint, versions
 from fastlt.run.inputs import RunInputs
@@ -128,7 +128,8 @@ class Checkpoints:
         own["buffers"] = {k: b.cpu() for k, b in step.model.moving_buffers().items()}
         if average is not None:
             own["average_buffers"] = {k: b.cpu() for k, b in average.moving_buffers().items()}
-        processes = gather_object([own])
+        # In memory: a tensor on a GPU would be put on that GPU by every process that gets it.
+        processes = gather_object([on_host(own)])
         numbers = dict(vars(progress))
         state = {
             "step": state,
@@ -244,7 +245,7 @@ class Checkpoints:
     def _check_best(self, stage: str, progress: Progress) -> None:
         """When a best model of a stage that goes on is damaged, let an earlier one or the next be the best."""
         kinds = {"best", self.context.recipe.stages[stage].select} - {"last"}
-        for select in kinds:
+        for select in sorted(kinds):  # in one order on all processes: each is read by one and sent to the others
             if progress.score(select) < 0:
                 continue
             try:
