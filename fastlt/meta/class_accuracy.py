@@ -124,6 +124,9 @@ class ClassAccuracy(Replayable):
         self.prepare, self.autocast = self._prepared(prepare), autocast or torch.no_grad
         self.folded: FoldedForward | None = None
         self.searched: nn.Module | None = None  # the model that `prefix` belongs to
+        self.tried: nn.Module | None = None  # the model of which `overwrites` is known
+        self.overwrites: bool | None = None  # whether it writes into the images that it is given; None: not known
+        self.given: Tensor | None = None  # by which that is found out
         self.prefix: FrozenPrefix | None = None
         self.kept: Tensor | None = None  # its outputs for all images, in the state `kept_of`
         self.kept_of: Hashable = None
@@ -216,15 +219,25 @@ class ClassAccuracy(Replayable):
         """Keep for each of the `count` images in `parts` whether it is classified right."""
         if not count:
             return
+        if self.tried is not model:
+            self.tried, self.overwrites = model, None
         kept = self._kept_outputs(model) if keeps else None
         with evaluation_mode(model), self.autocast(), self._forward(model, count, kept) as logits_of:
             for part in parts:
                 logits = logits_of(part)
                 self.correct[part] = (logits.argmax(1) == self.labels[part]).float()
+        if self.overwrites is None and self.given is not None:
+            self.overwrites, self.given = self.given._version > 0, None
+
+    def _one_image(self) -> Tensor:
+        """A copy of the first image, as the network takes it."""
+        return self.prepare(self.images[:1]).clone()
 
     def _inputs(self, part: Part) -> Tensor:
         """What the network takes of a part."""
         images = self.images[part]
+        if isinstance(part, slice) and self.overwrites is not False:  # those that are kept must not change
+            images = self.given = images.clone()
         return self.prepare(images if isinstance(part, slice) else images.contiguous(memory_format=torch.channels_last))
 
     @contextmanager
@@ -243,7 +256,7 @@ class ClassAccuracy(Replayable):
             yield lambda part: model(self._inputs(part))
             return
         if self.folded is None or self.folded.model is not model:
-            self.folded = FoldedForward(model, self.prepare(self.images[:1]))
+            self.folded = FoldedForward(model, self._one_image())
         folded = self.folded
         with folded.weights():
             yield lambda part: folded(self._inputs(part))
@@ -256,7 +269,7 @@ class ClassAccuracy(Replayable):
         if self.searched is not model:
             moving = moving_statistics(model)
             with evaluation_mode(model), self.autocast():
-                self.prefix = find_prefix(model, moving, self.prepare(self.images[:1]))
+                self.prefix = find_prefix(model, moving, self._one_image())
             self.searched, self.kept, self.kept_of = model, None, None
         prefix = self.prefix
         if prefix is None or prefix.one.numel() * prefix.one.element_size() * len(self.images) > KEPT_BYTES:
@@ -270,7 +283,7 @@ class ClassAccuracy(Replayable):
             with evaluation_mode(model), self.autocast():
                 # Into the same memory: a captured iteration may read it.
                 for part in self.shown(self._batches(0, len(self.images))):
-                    self.kept[part] = prefix.outputs(self.prepare(self.images[part]))
+                    self.kept[part] = prefix.outputs(self._inputs(part))
             self.kept_of = state
         return self.kept
 

@@ -263,3 +263,25 @@ def test_what_is_kept_is_not_overwritten_by_the_network():
         wanted = torch.zeros(CLASSES).index_add_(0, labels, right) / PER_CLASS
         assert torch.equal(accuracy.update(model), wanted)
     assert accuracy.prefix.cut is model.layer
+
+
+class Overwriting(nn.Sequential):
+    """A network that normalises its input in place."""
+
+    def forward(self, images):
+        return super().forward(images.sub_(0.5).mul_(2.0))
+
+
+@pytest.mark.parametrize("part", ["all", "head"])
+def test_a_network_that_overwrites_its_input_leaves_the_meta_set_as_it_is(part):
+    torch.manual_seed(0)
+    labels = torch.arange(CLASSES).repeat(3)
+    images = torch.rand(len(labels), 3, 8, 8)
+    model = Overwriting(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    if part == "head":
+        model[0].requires_grad_(False)
+    accuracy = ClassAccuracy(images.clone(), labels, CLASSES, prepare=lambda x: x, batch_size=8)
+    kept, first = accuracy.images.clone(), accuracy.update(model)
+    for _ in range(3):
+        assert torch.equal(accuracy.update(model), first)
+    assert torch.equal(accuracy.images, kept)
