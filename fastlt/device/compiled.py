@@ -106,6 +106,8 @@ class CompilableStep(ReplayedStep, Protocol):
     @property
     def parameters(self) -> Sequence[Tensor]: ...
     @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
     def reducer(self) -> Reducer: ...
 
     def why_not_compiled(self) -> str | None: ...
@@ -232,6 +234,8 @@ def why_no_graph(step: CompilableStep, capture: Capture | None) -> str | None:
         return "CUDA graphs need a CUDA device"
     if capture is None and step.parts.compiler.mode == "replay" and device != "cpu":
         return "iterations are replayed on a CPU; a CUDA device has compile: cudagraph for that"
+    if any(group.get("dampening") for group in step.optimizer.param_groups):
+        return "the first step of SGD with dampening is another than those that follow"
     if step.reducer.world_size > 1:
         return "with several processes an iteration waits for the others, which is not captured"
     return None

@@ -323,6 +323,12 @@ def test_what_cannot_be_a_graph_is_told_before_anything_is_tried():
     assert "not alike" in ready(step, *batches(0), Captured())[1]
 
 
+def test_the_first_step_of_sgd_with_dampening_is_not_captured():
+    step = make_step("plain", Compiler("replay"))
+    step.optimizer.param_groups[0]["dampening"] = 0.5
+    assert "dampening" in ready(step, *batches(0))[1]
+
+
 def test_an_optimizer_that_counts_in_python_is_not_captured():
     step = make_step("plain", Compiler("cudagraph"), optimizer="lamb")
     assert ready(step, *batches(0), Captured())[1] == "Lamb counts its steps in Python, which is not captured"
