@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlt.autograd.activations import Activation, Operation
-from fastlt.autograd.modes import RuleMode, TrackingMode
+from fastlt.autograd.modes import DualMode, TrackingMode
 from fastlt.autograd.rules import ForwardChangedError, Rule, unpack_dual
 from fastlt.autograd.saved_tensors import SavedTensorsMode
 
@@ -108,7 +109,7 @@ class _LeanRecordMode(SavedTensorsMode):
         activation.hold(tensor)
 
 
-class _ReplayMode(RuleMode):
+class _ReplayMode(DualMode):
     """Returns recorded outputs as dual tensors; recomputes those that are released.
 
     position: how many of the recorded operations have been repeated.
@@ -125,14 +126,15 @@ class _ReplayMode(RuleMode):
         operation, activation = self._next(function, overwrites)
         if not overwrites:
             self._end_recompute()
-        if activation is self.recomputing or activation.tensor is None:
-            output = self._recompute(operation, activation, args, kwargs)
-        elif activation.in_memory():
-            output = activation.tensor
-        else:
+        released = activation is self.recomputing or activation.tensor is None
+        if not (released or activation.in_memory()):
             # An operation without a rule has overwritten the output and will do so again: it needs one of its own.
-            return function(*args, **kwargs)
-        tangent = rule.tangent(function, operation.aux, output, *args, **kwargs)
+            return self.run_other(function, args, kwargs)
+        constant = not torch.is_grad_enabled()
+        with torch.no_grad():
+            output = self._recompute(operation, activation, args, kwargs) if released else activation.tensor
+            assert output is not None, "kept or computed again"
+            tangent = None if constant else rule.tangent(function, operation.aux, output, *args, **kwargs)
         if overwrites:
             # The memory holds the result already. The tangent was changed in place, as the caller expects of `args[0]`.
             return args[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -31,25 +32,46 @@ class RuleMode(TorchFunctionMode):
         """Run `function(*args, **kwargs)` by its rule and return its output. overwrites: its first argument."""
         raise NotImplementedError
 
+    def run_other(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run an operation without a rule."""
+        return function(*args, **kwargs)
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         returned, self.returned = self.returned, None
         rule = find_rule(func, args, kwargs)
         if rule is None:
-            return func(*args, **kwargs)
+            return self.run_other(func, args, kwargs)
         overwrites = rule.overwrites(*args, **kwargs)
         if overwrites and args[0] is not returned:
-            return func(*args, **kwargs)
+            return self.run_other(func, args, kwargs)
         self.returned = self.run_operation(rule, overwrites, func, args, kwargs)
         return self.returned
 
 
-class TangentMode(RuleMode):
-    """Inside a dual level: operations with a rule have their tangents from it, next to their outputs."""
+class DualMode(RuleMode):
+    """Inside a dual level, with gradients enabled: what a network computes under `torch.no_grad` has no tangent.
+
+    Backwards it is a constant; of itself, forward mode would differentiate it.
+    """
+
+    def run_other(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        if torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with forward_ad._set_fwd_grad_enabled(False):
+            return function(*args, **kwargs)
+
+
+class TangentMode(DualMode):
+    """Operations with a rule have their tangents from it, next to their outputs."""
 
     def run_operation(self, rule: Rule, overwrites: bool, function: Callable, args: tuple, kwargs: dict) -> Tensor:
-        if overwrites:
-            return function(*args, **kwargs)  # torch's own derivative is as short here
+        if overwrites or not torch.is_grad_enabled():
+            return self.run_other(function, args, kwargs)  # torch's own derivative is as short here
+        with torch.no_grad():
+            return self._with_tangent(rule, function, args, kwargs)
+
+    def _with_tangent(self, rule: Rule, function: Callable, args: tuple, kwargs: dict) -> Tensor:
         primals = [unpack_dual(a)[0] for a in args]
         named = {name: unpack_dual(a)[0] for name, a in kwargs.items()}
         output, aux = rule.forward(function, *primals, **named)

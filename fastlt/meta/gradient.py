@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,21 +80,30 @@ def tangents_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> C
     return tangents
 
 
-def what_stays(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-    """The (constants, buffers) of `losses_at` for a model of which `parameters` are varied; tensors, not copies."""
+def what_stays(
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[Tensors, Tensors]:
+    """The (constants, buffers) of `losses_at` for a model of which `parameters` are varied; tensors, not copies.
+
+    buffers: in place of the model's own, by name.
+    """
     constants = {name: p.detach() for name, p in model.named_parameters() if name not in parameters}
-    return constants, dict(model.named_buffers())
+    return constants, {**dict(model.named_buffers()), **buffers}
 
 
 def functional_losses(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> LossOfParameters:
     """The per-sample losses of `model` on one batch as a function of its parameters, or of some of them.
 
-    Parameters that it is not given are constants; otherwise see `losses_at`.
+    Parameters that it is not given are constants; otherwise see `losses_at`. buffers: see `what_stays`.
     """
     losses = losses_at(model, loss)
-    return lambda parameters: losses(parameters, *what_stays(model, parameters), images, labels)
+    return lambda parameters: losses(parameters, *what_stays(model, parameters, buffers), images, labels)
 
 
 def lookahead(parameters: Tensors, gradients: Sequence[Tensor], lr: float | Tensor) -> Tensors:
@@ -168,7 +178,7 @@ def along_unit_direction(
 
 def _tangent_along(losses: LossOfParameters, parameters: Tensors, direction: Tensors) -> Tensor:
     """d/de losses(parameters + e * direction) at e = 0, (b,); parameters: detached."""
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), torch.enable_grad():
         values = losses({name: forward_ad.make_dual(p, direction[name]) for name, p in parameters.items()})
         primal, tangent = forward_ad.unpack_dual(values)
         return torch.zeros_like(primal) if tangent is None else tangent

@@ -6,13 +6,14 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_recompute
 from fastlt.device.distributed import Reducer
@@ -47,6 +48,7 @@ class TrainingPass:
         own.
     parts: the passes of the micro-batches where the batch has several. No losses have a graph then: what is
         differentiated is computed again, one micro-batch at a time, see `MetaStep.losses_again`.
+    buffers: before the forward, of those that it moves and may compute with, by name.
     """
 
     inputs: Tensor
@@ -56,6 +58,7 @@ class TrainingPass:
     record: ForwardRecord | None = None
     gradients: PerSampleGradients | None = None
     parts: tuple[TrainingPass, ...] = ()
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class MetaStep(Step[OptionsT]):
         self.ahead = meta_gradient.trainable_parameters(parts.model)
         options = self.options
         self.preconditions = isinstance(options, MetaOptions) and options.preconditions(type(parts.optimizer))
+        self.moved_buffers: list[str] | None = None  # see `TrainingPass.buffers`; None before the first pass
         self.trial: Trial | None = None  # whether a batch can go through `kept_pass`; None before the first one
 
     @functools.cached_property
@@ -189,25 +193,43 @@ class MetaStep(Step[OptionsT]):
                 self._take(Trial(str(error), error.parameter))
                 meta_gradient.set_random_state(random_state or {}, inputs.device)
         if not self._records(inputs):
-            return TrainingPass(inputs, batch.labels, self.losses(inputs, batch.labels), random_state)
+            losses, buffers = self._losses_and_buffers(inputs, batch.labels, nullcontext())
+            return TrainingPass(inputs, batch.labels, losses, random_state, buffers=buffers)
         record = ForwardRecord(self.lean, self.parts.autocast)
-        with record.recording():
-            losses = self.losses(inputs, batch.labels)
-        return TrainingPass(inputs, batch.labels, losses, random_state, record)
+        losses, buffers = self._losses_and_buffers(inputs, batch.labels, record.recording())
+        return TrainingPass(inputs, batch.labels, losses, random_state, record, buffers=buffers)
+
+    def _losses_and_buffers(
+        self, inputs: Tensor, labels: Tensor, within: AbstractContextManager[object]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`losses`, computed inside a context, and `TrainingPass.buffers`.
+
+        BatchNorm's statistics are not among them: a pass that moves them does not compute with them.
+        """
+        modules = self.network.named_modules()
+        own = {id(b) for _, m in modules if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+        now = {n: b for n, b in self.network.named_buffers() if id(b) not in own}
+        names = now if self.moved_buffers is None else self.moved_buffers
+        before, versions = {n: now[n].clone() for n in names}, {n: b._version for n, b in now.items()}
+        with within:
+            losses = self.losses(inputs, labels)
+        if self.moved_buffers is None:
+            after = dict(self.network.named_buffers())
+            self.moved_buffers = [n for n, b in now.items() if after[n] is not b or b._version != versions[n]]
+        return losses, {n: before[n] for n in self.moved_buffers}
 
     def _pass_in_parts(self, inputs: Tensor, labels: Tensor) -> TrainingPass:
         """The forward passes of the micro-batches, for their losses and for BatchNorm's running statistics alone."""
         parts = []
         for part in self.micro_batches(len(labels)):
             random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
-            with torch.no_grad():
-                losses = self.losses(inputs[part], labels[part])
-            parts.append(TrainingPass(inputs[part], labels[part], losses, random_state))
+            losses, buffers = self._losses_and_buffers(inputs[part], labels[part], torch.no_grad())
+            parts.append(TrainingPass(inputs[part], labels[part], losses, random_state, buffers=buffers))
         return TrainingPass(inputs, labels, torch.cat([part.losses for part in parts]), None, parts=tuple(parts))
 
     def losses_again(self, part: TrainingPass) -> Tensor:
         """The losses of a micro-batch with their graph, from the same random draws; leaves no trace in buffers."""
-        losses = meta_gradient.functional_losses(self.network, self.loss, part.inputs, part.labels)
+        losses = meta_gradient.functional_losses(self.network, self.loss, part.inputs, part.labels, part.buffers)
         with self._drawn_by(part), self.parts.autocast():
             return losses(meta_gradient.trainable_parameters(self.network))
 
@@ -384,13 +406,13 @@ class MetaStep(Step[OptionsT]):
 
     def _tangent_of_pass(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         if self.parts.compiler.traces:
-            stays = meta_gradient.what_stays(self.network, self.ahead)
+            stays = meta_gradient.what_stays(self.network, self.ahead, run.buffers)
             return meta_gradient.along_unit_direction(
                 lambda primals, unit: self.tangents(primals, unit, *stays, run.inputs, run.labels),
                 self.ahead,
                 direction,
             )
         # A float32 tangent is 1e-4 off along one direction, one in the training pass's types 1e-2.
-        losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels)
+        losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels, run.buffers)
         record = run.record if self._replays(run.inputs.device) else None
         return meta_gradient.directional_derivative(losses, self.ahead, direction, record)

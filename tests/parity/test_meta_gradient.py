@@ -549,3 +549,69 @@ def test_accuracy_of_reference_and_class_accuracy_agree():
     prepare = Float64Augment()
     fast = ClassAccuracy(images, labels, CLASSES, prepare=prepare, batch_size=7).update(model)
     assert torch.allclose(fast.double(), accuracy_of(model, prepare(images), labels, CLASSES))
+
+
+class Centring(torch.nn.Module):
+    """Takes off a running mean that this very pass has moved: unlike BatchNorm it computes with its buffer."""
+
+    def __init__(self, channels, constant):
+        super().__init__()
+        self.constant = constant
+        self.register_buffer("mean", torch.zeros(channels, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training and self.constant == "detach":
+            self.mean.mul_(0.5).add_(x.detach().mean((0, 2, 3)), alpha=0.5)
+        if self.training and self.constant == "no_grad":
+            with torch.no_grad():
+                self.mean.mul_(0.5).add_(x.mean((0, 2, 3)), alpha=0.5)
+        return x - self.mean[None, :, None, None]
+
+
+@pytest.mark.parametrize("constant", ["detach", "no_grad", "spectral_norm"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_layer_that_computes_with_the_buffer_that_it_moves_is_differentiated_where_it_was(accumulate, constant):
+    """Spectral normalisation moves its vectors by the weights, without gradients, and divides the weights by them."""
+    torch.manual_seed(0)
+    first = torch.nn.Conv2d(3, 4, 3)
+    if constant == "spectral_norm":
+        first = torch.nn.utils.parametrizations.spectral_norm(first)
+    model = torch.nn.Sequential(
+        *(
+            torch.nn.Conv2d(3, 4, 3),
+            Centring(4, constant),
+            torch.nn.Tanh(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * 36, CLASSES),
+        )
+    ).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counts = ClassCounts.of([5, 4, 3, 2, 1])
+    given = lambda images: images  # noqa: E731
+    meta = Batch(torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % CLASSES, torch.arange(8))
+    accuracy = ClassAccuracy(meta.images, meta.labels, CLASSES, prepare=given)
+    loss = build_loss("cross_entropy", counts)
+    parts = StepParts(model, loss, optimizer, given, given, counts, class_accuracy=accuracy, accumulate=accumulate)
+    step = STEPS["difficulty"](parts, STEPS["difficulty"].Options())
+    batch = Batch(torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % CLASSES, torch.arange(8))
+    weights = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    start = copy.deepcopy(model)
+    fast, _ = step.per_sample_gradient(step.training_pass(batch), weights, meta)
+
+    model = start.train()
+    parameters, w = dict(model.named_parameters()), weights.clone().requires_grad_()
+    losses = torch.cat(
+        [
+            cross_entropy(model(i), y)
+            for i, y in zip(batch.images.chunk(accumulate), batch.labels.chunk(accumulate), strict=True)
+        ]
+    )
+    gradients = torch.autograd.grad((w * losses).mean(), list(parameters.values()), create_graph=True)
+    ahead = {n: p - 0.1 * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+    meta_losses = []
+    for images, labels in zip(meta.images.chunk(accumulate), meta.labels.chunk(accumulate), strict=True):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        meta_losses.append(cross_entropy(torch.func.functional_call(model, {**buffers, **ahead}, (images,)), labels))
+    (slow,) = torch.autograd.grad(torch.cat(meta_losses).mean(), w)
+    assert slow.norm() > 0
+    assert (fast - slow).norm() / slow.norm() < 1e-10
