@@ -15,7 +15,7 @@ from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
 from fastlt.models import Classifier
 from fastlt.names import pick
-from fastlt.optim import ShardedAdam
+from fastlt.optim import OPTIMIZERS, ShardedAdam, optimizer_class
 from fastlt.ranges import at_least, check_ranges, within
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import StepParts
@@ -114,6 +114,13 @@ class LearnedWeightStep(MetaStep[LearnedT]):
             why = f"with accumulate {stage.accumulate}, which keeps no activations; leave it out"
             mistakes += [f"options.lean: is true {why}"] if options.lean else []
             mistakes += [f"options.tangent: is autocast {why}"] if options.tangent == "autocast" else []
+        clipped = stage.clip is not None and stage.clip.norm is not None
+        adaptive = stage.optimizer in OPTIMIZERS and options.preconditions(optimizer_class(stage.optimizer))
+        if clipped and adaptive and options.approximate.lookahead_only is not None:
+            mistakes.append(
+                "clip: has norm, that of all gradients, and options.approximate.lookahead_only takes the gradients of "
+                "some of them: take clip value, options.lookahead: sgd, or the whole lookahead"
+            )
         if options.lean and recipe.compile == "inductor":
             mistakes.append(f"options.lean: is true with compile: inductor; {WHERE_LEAN}; set compile: none")
         if options.tangent == "autocast":

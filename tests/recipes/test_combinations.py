@@ -146,6 +146,18 @@ REFUSED = {
         [],
         "one step of SGD without it ahead",
     ),
+    "a clip of all gradients": (
+        [
+            stage(
+                "difficulty",
+                clip={"norm": 1.0},
+                optimizer="adamw",
+                options={"approximate": {"lookahead_only": ["head"]}},
+            )
+        ],
+        [],
+        "takes the gradients of some of them",
+    ),
     "deferred weights need the prior": (
         [stage("plain", "ldam", loss_options={"reweight_from_epoch": 3}, sampling="class_balanced")],
         ["model.head=cosine"],
