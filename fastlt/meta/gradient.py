@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -224,9 +224,29 @@ def is_stochastic(model: nn.Module) -> bool:
         rates = [getattr(module, "drop_rate", 0), getattr(module, "drop_prob", 0)]
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates.append(module.p)
+        if isinstance(module, nn.MultiheadAttention):
+            rates.append(module.dropout)
         return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
     return any(drops(module) for module in model.modules())
+
+
+def draws_in_attention(model: nn.Module) -> bool:
+    """Whether a network drops attention weights in training: torch's layer by a number, timm's by a module."""
+    return any(
+        (isinstance(m, nn.MultiheadAttention) and m.dropout > 0)
+        or (isinstance(drop := getattr(m, "attn_drop", None), nn.Dropout) and drop.p > 0)
+        for m in model.modules()
+    )
+
+
+def repeatable_attention(drops: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Inside, attention with dropout draws what the tangent's pass draws from the same state.
+
+    That pass has matrix products for attention, and fused kernels of a GPU draw in another order. drops: see
+    `draws_in_attention`.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if drops and device.type == "cuda" else nullcontext()
 
 
 def random_state(device: torch.device) -> Mapping[str, Tensor]:

@@ -148,6 +148,11 @@ class MetaStep(Step[OptionsT]):
         return [factor_of[p] / groups[0].get("lr_factor", 1.0) for p in self.ahead.values()]
 
     @functools.cached_property
+    def draws_in_attention(self) -> bool:
+        """Of the network, see `meta_gradient.draws_in_attention`."""
+        return meta_gradient.draws_in_attention(self.network)
+
+    @functools.cached_property
     def divides_meta_batch(self) -> bool:
         """Whether the meta batch goes in parts: of few trained numbers little is kept, and so of a single layer."""
         sizes = [(p.numel(), p.requires_grad) for p in self.network.parameters()]
@@ -211,7 +216,7 @@ class MetaStep(Step[OptionsT]):
         now = {n: b for n, b in self.network.named_buffers() if id(b) not in own}
         names = now if self.moved_buffers is None else self.moved_buffers
         before, versions = {n: now[n].clone() for n in names}, {n: b._version for n, b in now.items()}
-        with within:
+        with within, meta_gradient.repeatable_attention(self.draws_in_attention, inputs.device):
             losses = self.losses(inputs, labels)
         if self.moved_buffers is None:
             after = dict(self.network.named_buffers())
@@ -230,7 +235,8 @@ class MetaStep(Step[OptionsT]):
     def losses_again(self, part: TrainingPass) -> Tensor:
         """The losses of a micro-batch with their graph, from the same random draws; leaves no trace in buffers."""
         losses = meta_gradient.functional_losses(self.network, self.loss, part.inputs, part.labels, part.buffers)
-        with self._drawn_by(part), self.parts.autocast():
+        repeatable = meta_gradient.repeatable_attention(self.draws_in_attention, part.inputs.device)
+        with self._drawn_by(part), self.parts.autocast(), repeatable:
             return losses(meta_gradient.trainable_parameters(self.network))
 
     def _keeps(self, inputs: Tensor) -> bool:

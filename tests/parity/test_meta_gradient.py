@@ -615,3 +615,18 @@ def test_a_layer_that_computes_with_the_buffer_that_it_moves_is_differentiated_w
     (slow,) = torch.autograd.grad(torch.cat(meta_losses).mean(), w)
     assert slow.norm() > 0
     assert (fast - slow).norm() / slow.norm() < 1e-10
+
+
+def test_attention_with_dropout_is_computed_the_same_way_twice_on_a_gpu():
+    """Fused kernels draw their masks in another order than the matrix products that have a forward-mode derivative."""
+    with_dropout = torch.nn.TransformerEncoderLayer(8, 2, dropout=0.1)
+    vit = build_model("vit_tiny_patch16_224", num_classes=CLASSES, image_size=32)
+    assert meta_gradient.draws_in_attention(with_dropout)
+    assert meta_gradient.is_stochastic(torch.nn.MultiheadAttention(8, 2, dropout=0.1))
+    assert not meta_gradient.draws_in_attention(vit)
+    vit.backbone.blocks[3].attn.attn_drop.p = 0.1
+    assert meta_gradient.draws_in_attention(vit)
+    fused = torch.backends.cuda.flash_sdp_enabled
+    for drops, device, expected in ((True, "cuda", False), (False, "cuda", fused()), (True, "cpu", fused())):
+        with meta_gradient.repeatable_attention(drops, torch.device(device)):
+            assert fused() == expected
