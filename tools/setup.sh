@@ -76,7 +76,13 @@ useful libomp.so.5 libomp5 "two programs on the same cores will slow each other 
     || fail "$("$python" --version) is too old: Python 3.10 or newer is needed; name one with PYTHON=python3.12 make setup"
 
 echo "setup: installing into .venv (about 7 GB: torch brings its CUDA libraries, and runs on a CPU as well)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Scripts in .venv hold its place, so one that was moved, or is of another Python, is made anew; so is half of one.
+made_for="$PWD, $("$python" --version)"
+if [ -e .venv/made-for ] && [ "$(cat .venv/made-for)" != "$made_for" ] ||
+    ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    "$python" -m venv --clear .venv
+fi
+printf '%s' "$made_for" >.venv/made-for
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]" \
     || fail "pip could not install the project; what it said stands above"
 .venv/bin/python -c 'import ffcv, timm, torch, torchvision, accelerate, nvidia.dali' \

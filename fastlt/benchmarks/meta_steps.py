@@ -417,7 +417,7 @@ def missing(name: str, of_all: bool = True) -> str | None:
     if name in NEEDS_PACKAGE and not of_all:
         return f"{name} is written here for networks that are trained as a whole: leave --train and --adapt out"
     if name in NEEDS_PACKAGE and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed: pip install -c constraints.txt -e '.[bench]'"
+        return f"{name} is not installed: pip install 'fastlt[bench]'"
     return None
 
 
