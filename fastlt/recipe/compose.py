@@ -66,7 +66,22 @@ def read_resolved(path: Path) -> Recipe:
 
     RecipeError where it cannot be read, or has a key that this version does not know.
     """
-    return recipe_from_tree(read_yaml(path))
+    return recipe_from_tree(as_recorded(read_yaml(path)))
+
+
+def as_recorded(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a run's recipe with the defaults of fastlt 0.1.0, which did not write them down.
+
+    Later versions write every key. Changes `tree`.
+    """
+    for stage in stages_of(tree).values():
+        options = stage.get("options") or {}
+        if stage.get("method") == "difficulty" and "driver_target" not in options:
+            options["driver_target"] = "relative"
+        if stage.get("method") in ("difficulty", "sample_difficulty", "mwn") and tree.get("precision") == "bf16":
+            options.setdefault("tangent", "fp32")
+        stage["options"] = options
+    return tree
 
 
 def compose(path: Path) -> dict[str, Any]:

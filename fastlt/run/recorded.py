@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastlt.recipe import Change, Recipe, RecipeError, Standing, changes, load_recipe, recipe_from_tree
+from fastlt.recipe import Change, Recipe, RecipeError, Standing, changes, read_resolved, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.divergence import recorded_divergence
 from fastlt.run.folder import (
@@ -39,7 +39,7 @@ def recorded_recipe(folder: Path) -> Recipe | None:
     path, problem = recipe_file(folder), "is not there"
     if path.exists():
         try:
-            return load_recipe(path)
+            return read_resolved(path)
         except RecipeError as error:
             problem = f"cannot be read ({' '.join(str(error).split())})"
     state = saved_state(folder)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastlt.recipe import Standing, changes, load_recipe, recipe_from_tree
 from fastlt.recipe.resuming import RULES, table
+from fastlt.run.recorded import recorded_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "digits_lt.yaml"
@@ -80,3 +82,17 @@ def test_a_recipe_comes_back_from_its_tree():
 def test_the_page_has_the_table_of_the_rules():
     assert table() in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert all(rule.change in table() for rule in RULES.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_of_the_first_version_has_that_versions_defaults(tmp_path, precision):
+    """It did not write them down; those of today are others."""
+    recipe = load_recipe("digits_lt", [f"runs={tmp_path}", "name=old", f"precision={precision}"])
+    tree = recipe.to_tree()
+    tree["stages"]["end_to_end"]["options"] = {}
+    recipe.folder.mkdir()
+    (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    before = recorded_recipe(recipe.folder).stages["end_to_end"].options
+    assert (before.driver_target, before.tangent) == ("relative", "fp32" if precision == "bf16" else None)
+    found = changes(recorded_recipe(recipe.folder), recipe, Standing(0))
+    assert any("driver_target" in change.line for change in found), "to go on with another target is told"
