@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastlt.run.loading import (
     check_meta_share,
     check_split,
     evaluation_side,
+    iterations_per_epoch,
     stage_classes,
 )
 from fastlt.run.lock import lock_folder, unlock_folder
@@ -69,7 +71,10 @@ def prepare(recipe: Recipe) -> RunContext:
     on_main(accelerator, lambda: check_inputs(context))
     check_dataset(context)
     check_loaders(context)
-    for warning in absent_classes(context.counts.names, context.inputs.inputs.data.class_counts):
+    for warning in (
+        *absent_classes(context.counts.names, context.inputs.inputs.data.class_counts),
+        *never_begun(context),
+    ):
         context.say(warning)
     if recipe.data.order == "shards" and is_sorted(context.dataset.labels("train")):
         context.say(
@@ -77,6 +82,21 @@ def prepare(recipe: Recipe) -> RunContext:
             "classes, and batches are of those; convert them with --shuffle"
         )
     return context
+
+
+def never_begun(context: RunContext) -> Iterator[str]:
+    """A warning for each part of a loss or a method that is to begin in an epoch that its stage does not have."""
+    for name, stage in context.recipe.stages.items():
+        per_epoch = iterations_per_epoch(context, stage)
+        epochs = stage.epochs if stage.epochs is not None else math.ceil(stage.length / max(1, per_epoch))
+        given = {f"loss_options.{key}": value for key, value in stage.loss_options.items()}
+        given |= {f"options.{key}": value for key, value in vars(stage.options).items()}
+        for key, value in given.items():
+            if key.endswith("from_epoch") and isinstance(value, int) and value >= epochs:
+                yield (
+                    f"warning: stages.{name}.{key} is {value}, and the stage has {epochs} epochs, counted from 0: it "
+                    "never begins"
+                )
 
 
 def is_sorted(labels: np.ndarray) -> bool:

@@ -508,3 +508,12 @@ def test_a_damaged_data_set_is_one_message_and_exit_code_2(tmp_path, capsys, mon
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlt: ")]
     assert len(error) == 1
     assert error[0].startswith(reason)
+
+
+@pytest.mark.parametrize(("from_epoch", "told"), [(1, False), (2, True)])
+def test_weights_that_never_begin_are_told(digits_words, capsys, from_epoch, told):
+    """The stage has 12 iterations of 6 an epoch."""
+    loss = [f"{STAGE}.method=plain", f"{STAGE}.loss=ldam", "model.head=cosine"]
+    make(digits_words, *loss, f"{STAGE}.loss_options={{reweight_from_epoch: {from_epoch}}}")
+    warning = f"{STAGE}.loss_options.reweight_from_epoch is {from_epoch}, and the stage has 2 epochs"
+    assert (warning in capsys.readouterr().out) == told
