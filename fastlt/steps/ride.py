@@ -79,7 +79,7 @@ class RideStep(Step[RideOptions]):
     def check_stage(cls, options: RideOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = [] if recipe.model.experts is not None else [WITHOUT_EXPERTS.format("ride")]
         if options.teacher is not None and not Path(options.teacher).is_file():
-            mistakes.append(f"options.teacher: {options.teacher} is not a file; give best_STAGE.pt of a finished run")
+            mistakes.append(f"options.teacher: {options.teacher} is not a file; give final_STAGE.pt of a finished run")
         return mistakes
 
     def __init__(self, parts: StepParts, options: RideOptions | None = None) -> None:

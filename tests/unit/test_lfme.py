@@ -427,6 +427,16 @@ REFUSED = {
 }
 
 
+def test_behind_a_new_head_any_stage_may_follow_an_expert(digits_words):
+    more = "sampling: class_balanced, batch_size: 32, lr: 0.05, iterations: 4, evaluate_every: 2"
+    stages = f"end_to_end: {{{EXPERT}, classes: many}}, new: {{method: crt, {more}}}, scales: {{method: lws, {more}}}"
+    assert list(load_recipe(RECIPE, [*digits_words[:5], f"stages={{{stages}}}"]).stages) == [
+        "end_to_end",
+        "new",
+        "scales",
+    ]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_experts_and_student_is_refused_by_the_recipe(digits_words, case):
     words, expected = REFUSED[case]
