@@ -211,16 +211,19 @@ class MetaStep(Step[OptionsT]):
 
         BatchNorm's statistics are not among them: a pass that moves them does not compute with them.
         """
+        repeatable = meta_gradient.repeatable_attention(self.draws_in_attention, inputs.device)
+        if self.moved_buffers is not None:
+            before = {name: self.network.get_buffer(name).clone() for name in self.moved_buffers}
+            with within, repeatable:
+                return self.losses(inputs, labels), before
         modules = self.network.named_modules()
         own = {id(b) for _, m in modules if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
         now = {n: b for n, b in self.network.named_buffers() if id(b) not in own}
-        names = now if self.moved_buffers is None else self.moved_buffers
-        before, versions = {n: now[n].clone() for n in names}, {n: b._version for n, b in now.items()}
-        with within, meta_gradient.repeatable_attention(self.draws_in_attention, inputs.device):
+        before, versions = {n: b.clone() for n, b in now.items()}, {n: b._version for n, b in now.items()}
+        with within, repeatable:
             losses = self.losses(inputs, labels)
-        if self.moved_buffers is None:
-            after = dict(self.network.named_buffers())
-            self.moved_buffers = [n for n, b in now.items() if after[n] is not b or b._version != versions[n]]
+        after = dict(self.network.named_buffers())
+        self.moved_buffers = [n for n, b in now.items() if after[n] is not b or b._version != versions[n]]
         return losses, {n: before[n] for n in self.moved_buffers}
 
     def _pass_in_parts(self, inputs: Tensor, labels: Tensor) -> TrainingPass:
