@@ -91,12 +91,11 @@ def check_members(members: Sequence[Member]) -> None:
         both = f"{first.run.folder} and {other.run.folder} belong to different data sets"
         one, two = first.dataset, other.dataset
         if one.root.resolve() != two.root.resolve():
-            a, b = (d.manifest["request"] if isinstance(d, ConvertedDataset) else None for d in (one, two))
-            wrong = (
-                [f"{k} is {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)] if a and b else []
-            )
-            if wrong:
-                raise ValueError(f"{both} ({one.root}, {two.root}): {'; '.join(wrong)}")
+            if isinstance(one, ConvertedDataset) and isinstance(two, ConvertedDataset):
+                a, b = one.manifest["request"], two.manifest["request"]
+                wrong = [f"{k} is {a.get(k)!r} and {b.get(k)!r}" for k in {**a, **b} if a.get(k) != b.get(k)]
+                if wrong:
+                    raise ValueError(f"{both} ({one.root}, {two.root}): {'; '.join(wrong)}")
             same = one.class_names == two.class_names and all(
                 np.array_equal(one.labels(split), two.labels(split)) for split in SPLITS
             )

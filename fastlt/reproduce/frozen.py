@@ -145,12 +145,15 @@ def open_context(recipe: Recipe) -> RunContext:
     if recipe.data.cached_views is None:
         raise ValueError(f"{recipe.name} trains through the network: set data.cached_views, and model.train: head")
     for name, stage in recipe.stages.items():
-        if stage.ema is not None or stage.select == "smoothed":
-            raise ValueError(
-                f"stages.{name}: has {'ema' if stage.ema is not None else 'select: smoothed'}, and a row is measured "
-                "with the last or the best model; set stages."
-                f"{name}.{'ema=null' if stage.ema is not None else 'select=last'}"
-            )
+        for has, key, instead in (
+            (stage.ema is not None, "ema", "ema=null"),
+            (stage.select == "smoothed", "select: smoothed", "select=last"),
+        ):
+            if has:
+                raise ValueError(
+                    f"stages.{name}: has {key}, and a row is measured with the last or the best model; set "
+                    f"stages.{name}.{instead}"
+                )
     context = make_context(recipe, make_accelerator(recipe))
     check_dataset(context)
     check_loaders(context)

@@ -87,12 +87,15 @@ def prepare(recipe: Recipe) -> RunContext:
 def never_begun(context: RunContext) -> Iterator[str]:
     """A warning for each part of a loss or a method that is to begin in an epoch that its stage does not have."""
     for name, stage in context.recipe.stages.items():
-        per_epoch = iterations_per_epoch(context, stage)
-        epochs = stage.epochs if stage.epochs is not None else math.ceil(stage.length / max(1, per_epoch))
         given = {f"loss_options.{key}": value for key, value in stage.loss_options.items()}
         given |= {f"options.{key}": value for key, value in vars(stage.options).items()}
+        given = {k: value for k, value in given.items() if k.endswith("from_epoch") and isinstance(value, int)}
+        if not given:  # of many images an epoch takes time to count
+            continue
+        per_epoch = iterations_per_epoch(context, stage)
+        epochs = stage.epochs if stage.epochs is not None else math.ceil(stage.length / max(1, per_epoch))
         for key, value in given.items():
-            if key.endswith("from_epoch") and isinstance(value, int) and value >= epochs:
+            if value >= epochs:
                 yield (
                     f"warning: stages.{name}.{key} is {value}, and the stage has {epochs} epochs, counted from 0: it "
                     "never begins"

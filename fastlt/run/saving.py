@@ -125,11 +125,12 @@ class Checkpoints:
         own = {"step": {k: state.pop(k) for k in PER_PROCESS}, "random": random_states()}
         own["backends"] = backends
         # BatchNorm's running statistics are those of each process's own batches.
-        own["buffers"] = {k: b.cpu() for k, b in step.model.moving_buffers().items()}
+        own["buffers"] = step.model.moving_buffers()
         if average is not None:
-            own["average_buffers"] = {k: b.cpu() for k, b in average.moving_buffers().items()}
-        # In memory: a tensor on a GPU would be put on that GPU by every process that gets it.
-        processes = gather_object([on_host(own)])
+            own["average_buffers"] = average.moving_buffers()
+        # Gathered in memory: a tensor on a GPU would be put on that GPU by every process that gets it. What one process
+        # has is copied once, with the rest.
+        processes = [own] if context.reducer.world_size == 1 else gather_object([on_host(own)])
         numbers = dict(vars(progress))
         state = {
             "step": state,
