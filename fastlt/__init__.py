@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastlt.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fastlt.augment import build_augment
     from fastlt.batches import Batches, build_loader
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from fastlt.state import Batch, ClassCounts, StepOutput
     from fastlt.steps.standalone import TrainingStep, build_step
     from loaders.order.sampler import build_sampler
-
-__version__ = "0.1.0"
 
 # Each public name and the module that it is defined in or handed on by; the type checker's imports above say the same.
 _HOMES = {

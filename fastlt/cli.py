@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from fastlt import __version__
 from fastlt.commands import run
 from fastlt.console import print_anything
 from fastlt.names import unknown
+from fastlt.version import __version__
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_f
 from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
 from fastlt.run.recorded import is_complete, readable_result
+from fastlt.version import __version__
 from loaders.factory import format_read
 from loaders.stored.as_stored import Storage
 
@@ -139,5 +140,5 @@ def standard_error(accuracy: float, images: int) -> float:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that a result depends on."""
-    packages = ("fastlt", "torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    packages = ("torch", "torchvision", "timm", "accelerate", "ffcv", "numpy")
+    return {"python": platform.python_version(), "fastlt": __version__, **{p: version(p) for p in packages}}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlt.version import __version__
 from loaders.sources.split import SPLITS
 from loaders.stored import FORMATS
 from loaders.stored.atomic_folder import MANIFEST
@@ -42,7 +43,7 @@ MANIFEST_KEYS = {
     "files": dict,
     "versions": dict,
 }
-LIBRARIES = ("fastlt", "ffcv", "numpy", "opencv-python", "pillow", "scikit-learn")
+LIBRARIES = ("ffcv", "numpy", "opencv-python", "pillow", "scikit-learn")
 MAKE = "fastlt convert SOURCE --out {folder}"
 
 
@@ -210,7 +211,7 @@ def file_checksums(paths: Sequence[Path], advance: Advance = lambda n: None) -> 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that decide what is stored."""
     of_libraries = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
-    return {"python": platform.python_version(), **of_libraries}
+    return {"python": platform.python_version(), "fastlt": __version__, **of_libraries}
 
 
 def _installed(name: str) -> bool:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
     {"fastlt.file_lock", "fastlt.names", "fastlt.paths", "fastlt.ranges", "fastlt.state", "fastlt.strict_json"}
-    | {"fastlt.parent_process", "loaders.daemon_threads"},
+    | {"fastlt.parent_process", "fastlt.version", "loaders.daemon_threads"},
     {"fastlt.arguments", "fastlt.console", "fastlt.error_message"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "fastlt.optim", "loaders.sources"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"fastlt.run"},
     {"fastlt.report", "fastlt.ensemble", "fastlt.export", "fastlt.inference", "fastlt.reproduce", "fastlt.benchmarks"}
     | {"fastlt.inspection"},
-    {"fastlt"},  # the public names; __version__ too, for the command
+    {"fastlt"},  # the public names
     {"fastlt.commands"},
     {"fastlt.train", "fastlt.cli"},
     {"fastlt.__main__"},
@@ -45,7 +45,7 @@ RUN_LAYERS = [
     {"trainer"},
     {"fit"},
 ]
-ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt.parent_process"}
+ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt.parent_process", "fastlt.version"}
 
 
 def package(module: str) -> str:
