@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fastlt.device.openmp import runtime
-from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.dataset import existing_dataset
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.metrics import Metrics
 from fastlt.run.recorded import written_inputs
 from fastlt.run.result import processor_name, standard_error, versions
 from fastlt.run.trained import FinishedRun, load_trained, read_finished
+from fastlt.typed_yaml import to_tree
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.unconverted import UnconvertedDataset

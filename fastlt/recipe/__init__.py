@@ -18,7 +18,7 @@ from fastlt.recipe.schema import (
     is_harmless,
     recipe_from_tree,
 )
-from fastlt.recipe.yaml_text import RecipeError
+from fastlt.typed_yaml import RecipeError
 
 __all__ = [
     "CHOICE_KEYS",

@@ -13,8 +13,8 @@ from fastlt.recipe.checks import check
 from fastlt.recipe.from_model import take_from_model
 from fastlt.recipe.locations import find_base, find_recipe
 from fastlt.recipe.schema import ALIASES, Recipe, recipe_from_tree
-from fastlt.recipe.typed_yaml import build, describe
-from fastlt.recipe.yaml_text import RecipeError, parse
+from fastlt.recipe.yaml_text import parse
+from fastlt.typed_yaml import RecipeError, build, describe
 from loaders.stored.remote_folder import is_url
 
 LARGEST = 1 << 20  # bytes of a recipe file

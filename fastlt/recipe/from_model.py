@@ -9,7 +9,7 @@ import timm
 
 from fastlt.models.pretrained import config_of, input_config, is_published, read_published
 from fastlt.recipe.schema import Recipe
-from fastlt.recipe.yaml_text import RecipeError
+from fastlt.typed_yaml import RecipeError
 
 MODEL = "model"  # the value that stands for that of the network
 ALIKE = 1e-3  # recipes round means

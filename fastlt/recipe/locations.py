@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fastlt.paths import expand
-from fastlt.recipe.yaml_text import RecipeError
+from fastlt.typed_yaml import RecipeError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Installed, the recipes are in the package; in a checkout they are beside it.

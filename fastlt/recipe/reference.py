@@ -29,9 +29,9 @@ from fastlt.recipe.schema import (
     StorageRecipe,
     is_harmless,
 )
-from fastlt.recipe.typed_yaml import types_of
 from fastlt.steps import STEPS
 from fastlt.steps.needs import Allows, Needs
+from fastlt.typed_yaml import types_of
 from loaders.readers import AUTO, BACKENDS
 from loaders.readers.dali_augment import DALI_AUGMENTATIONS
 from loaders.sources import SOURCES

@@ -14,11 +14,11 @@ from fastlt.arguments import MOST_WORKERS
 from fastlt.optim import Clip, Ema
 from fastlt.paths import PATH
 from fastlt.ranges import above, at_least, within
-from fastlt.recipe.typed_yaml import build, one_of, to_tree, typed_by
 from fastlt.recipe.yaml_text import dump
 from fastlt.state import ShotRanks
 from fastlt.steps import STEPS, StepOptions
 from fastlt.steps.settings import StageSettings
+from fastlt.typed_yaml import build, one_of, to_tree, typed_by
 from loaders.readers import AUTO, BACKENDS
 from loaders.sources import SOURCES
 

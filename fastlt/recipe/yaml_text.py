@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from fastlt.typed_yaml import RecipeError
+
 DEEPEST = 50
 MOST_VALUES = 100_000  # after aliases: a short text can stand for a gigabyte
 RAW_BYTES = "\udc80-\udcff"
@@ -30,10 +32,6 @@ RESOLVERS = (
     ),
     (MERGE, r"<<", ["<"]),
 )
-
-
-class RecipeError(ValueError):
-    """What is wrong with a recipe: one line a mistake."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,7 +10,6 @@ import numpy as np
 
 from fastlt.recipe import is_harmless
 from fastlt.recipe.schema import values
-from fastlt.recipe.typed_yaml import to_tree
 from fastlt.report import figures
 from fastlt.report.blocks import (
     Block,
@@ -32,6 +31,7 @@ from fastlt.report.seeds import Group, deviation
 from fastlt.report.wrong_images import most_confidently_wrong, picture, rare_classes, test_images
 from fastlt.run.predictions import Predictions
 from fastlt.state import ClassCounts
+from fastlt.typed_yaml import to_tree
 
 SHOTS = ("many", "medium", "few")
 METRICS = {

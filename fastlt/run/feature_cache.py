@@ -18,12 +18,12 @@ from fastlt.meta.class_accuracy import evaluation_mode
 from fastlt.models import Classifier
 from fastlt.models.frozen_part import content_hash
 from fastlt.models.head_init import CLASS_MEAN
-from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run import checkpoint
 from fastlt.run.context import RunContext
 from fastlt.run.features import Features
 from fastlt.run.loading import EVALUATION_BATCH, check_split, make_augment, normaliser, open_loader
 from fastlt.state import Batch
+from fastlt.typed_yaml import to_tree
 from loaders.factory import format_read
 from loaders.protocol import BatchLoader
 from loaders.readers.free_memory import free_share, readable

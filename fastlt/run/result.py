@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from fastlt.device.openmp import runtime
-from fastlt.recipe.typed_yaml import to_tree
 from fastlt.run.checkpoint import read_json
 from fastlt.run.context import RunContext
 from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_folder, predictions_file, result_file
 from fastlt.run.main_process import on_main
 from fastlt.run.progress import Progress
 from fastlt.run.recorded import is_complete, readable_result
+from fastlt.typed_yaml import to_tree
 from fastlt.version import __version__
 from loaders.factory import format_read
 from loaders.stored.as_stored import Storage

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlt.meta import gradient as meta_gradient
-from fastlt.meta.difficulty import (
-    DRIVER_TARGETS,
-    DifficultyNet,
-    advice_on_width,
-    class_weights,
-    difficulty_gradient_loss,
-)
-from fastlt.names import pick
+from fastlt.meta.difficulty import DifficultyNet, advice_on_width, class_weights, difficulty_gradient_loss
 from fastlt.ranges import at_least
 from fastlt.state import Batch
 from fastlt.steps.learned_weights import WIDTH, LearnedWeightOptions, LearnedWeightStep
@@ -41,10 +34,6 @@ class DifficultyOptions(LearnedWeightOptions):
     meta_weight: float = field(default=1.0, metadata=at_least(0))
     driver_weight: float = field(default=0.3, metadata=at_least(0))
     driver_target: Literal["relative", "absolute"] = "absolute"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pick("driver_target", self.driver_target, dict.fromkeys(DRIVER_TARGETS))
 
 
 class DifficultyStep(LearnedWeightStep[DifficultyOptions]):

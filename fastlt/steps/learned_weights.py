@@ -14,7 +14,6 @@ from fastlt.device.compiled import adam_options, load_optimizer
 from fastlt.device.host_memory import why_holes_stay
 from fastlt.meta import gradient as meta_gradient
 from fastlt.models import Classifier
-from fastlt.names import pick
 from fastlt.optim import OPTIMIZERS, ShardedAdam, optimizer_class
 from fastlt.ranges import at_least, check_ranges, within
 from fastlt.state import Batch, StepOutput
@@ -23,7 +22,6 @@ from fastlt.steps.meta import MetaOptions, MetaStep, TrainingPass
 from fastlt.steps.needs import LogitsPrior
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
-TANGENTS = ("fp32", "autocast")
 WIDTH = within(1, 65536)  # of a layer
 # Weights of theta from which several processes share Adam's state, 268 MB of 33 million. In return theta, 134 MB, is
 # sent to all processes in every iteration.
@@ -87,11 +85,6 @@ class LearnedWeightOptions(MetaOptions):
     approximate: Approximation = field(default_factory=Approximation)
     lean: bool = False
     tangent: Literal["fp32", "autocast"] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tangent is not None:
-            pick("tangent", self.tangent, dict.fromkeys(TANGENTS))
 
 
 LearnedT = TypeVar("LearnedT", bound=LearnedWeightOptions, default=LearnedWeightOptions)

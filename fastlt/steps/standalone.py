@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from fastlt.augment import Augment
 from fastlt.device.distributed import Reducer
 from fastlt.losses import PerSampleLoss, build_loss
 from fastlt.meta.bounded_accuracy import class_accuracy
-from fastlt.meta.class_accuracy import REFRESHES, evaluation_mode
+from fastlt.meta.class_accuracy import REFRESHES, ClassAccuracy, evaluation_mode
 from fastlt.models import Classifier
 from fastlt.names import pick, unknown
 from fastlt.optim import PRECONDITIONERS
@@ -24,6 +24,7 @@ from fastlt.steps import STEPS
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.learned_weights import LearnedWeightStep
 from fastlt.steps.meta import MetaOptions
+from fastlt.typed_yaml import build
 
 # Those that train any network as it is: no head of ours, no second view of an image, no stage before.
 METHODS = ("plain", "difficulty", "sample_difficulty", "mwn", "cb_da", "cdb", "mixup", "cutmix")
@@ -149,18 +150,12 @@ def build_step(
     images_per_step: with refresh="rolling", the most images that an iteration scores, see `BoundedAccuracy`.
     autocast: makes the context of forward passes, such as `lambda: torch.autocast("cuda", torch.bfloat16)`.
     seed: of the meta batches.
-    options: of the method, see docs/recipes.md.
+    options: of the method, see docs/recipes.md; values as in a recipe, such as approximate={"every": 2}.
     ValueError for what does not fit together.
     """
     kind = pick("method", method, {name: STEPS[name] for name in METHODS})
-    names = [field.name for field in dataclasses.fields(kind.Options)]
-    for name in options:
-        if name not in names:
-            raise ValueError(unknown(f"option of method {method}", name, names))
-    if refresh not in REFRESHES:
-        raise ValueError(unknown("refresh", refresh, REFRESHES))
-    if images_per_step is not None and (refresh != "rolling" or images_per_step < 1):
-        raise ValueError(f"images_per_step is {images_per_step}: give 1 or more, with refresh='rolling'")
+    made = build(kind.Options, options)
+    scored = _scored(refresh, window, images_per_step)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model is wrapped in DistributedDataParallel: give model.module, the step averages gradients")
     _check_parameters(model, optimizer)
@@ -175,31 +170,14 @@ def build_step(
         _check_logits(model, images, counts)
         meta = MetaBatches(images, labels, meta_batch_size, seed + reducer.rank)
         if kind.needs.class_accuracy:
-            accuracy = class_accuracy(
-                images,
-                labels,
-                counts.num_classes,
-                prepare=lambda images: images,
-                refresh=refresh,
-                window=window,
-                images_per_step=images_per_step,
-                reducer=reducer,
-                autocast=autocast,
-            )
-    made = kind.Options(**options)
+            accuracy = scored(images, labels, counts.num_classes, reducer=reducer, autocast=autocast)
     preconditions = isinstance(made, MetaOptions) and made.preconditions(type(optimizer))
     if preconditions and type(optimizer) not in PRECONDITIONERS:
         raise ValueError(
             f"lookahead is 'preconditioned', and {type(optimizer).__name__} has no diagonal preconditioner; take "
             "lookahead='sgd'"
         )
-    groups = optimizer.param_groups
-    # A schedule that warms up from 0 keeps the rates themselves as initial_lr.
-    rates = [group.get("initial_lr", group["lr"]) for group in groups]
-    for group, rate in zip(groups[1:], rates[1:], strict=True):
-        if rates[0] == 0:
-            raise ValueError("the optimizer's first group has lr 0, and the rates of the others count in its rate")
-        group.setdefault("lr_factor", rate / rates[0])
+    _set_relative_rates(optimizer)
     parts = StepParts(
         model=cast("Classifier", model),  # these methods call it, and ask for its parameters and buffers
         loss=_per_sample(loss, counts).to(device),
@@ -249,6 +227,27 @@ def _per_sample(loss: Loss, counts: ClassCounts) -> PerSampleLoss:
     if isinstance(loss, str):
         return build_loss(loss, counts)
     return loss if isinstance(loss, PerSampleLoss) else OwnLoss(loss)
+
+
+def _scored(refresh: str, window: int, images_per_step: int | None) -> Callable[..., ClassAccuracy]:
+    """`class_accuracy` with these settings, of images as the network takes them."""
+    if refresh not in REFRESHES:
+        raise ValueError(unknown("refresh", refresh, REFRESHES))
+    if images_per_step is not None and (refresh != "rolling" or images_per_step < 1):
+        raise ValueError(f"images_per_step is {images_per_step}: give 1 or more, with refresh='rolling'")
+    settings = {"refresh": refresh, "window": window, "images_per_step": images_per_step}
+    return partial(class_accuracy, prepare=lambda images: images, **settings)
+
+
+def _set_relative_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Note in every group but the first its rate over that of the first, as "lr_factor", unless one is there."""
+    groups = optimizer.param_groups
+    # A schedule that warms up from 0 keeps the rates themselves as initial_lr.
+    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    for group, rate in zip(groups[1:], rates[1:], strict=True):
+        if rates[0] == 0:
+            raise ValueError("the optimizer's first group has lr 0, and the rates of the others count in its rate")
+        group.setdefault("lr_factor", rate / rates[0])
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

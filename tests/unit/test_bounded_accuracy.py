@@ -12,7 +12,7 @@ from fastlt.device.distributed import Reducer
 from fastlt.meta.bounded_accuracy import BoundedAccuracy, class_accuracy, rounds
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.recipe import load_recipe
-from fastlt.recipe.yaml_text import RecipeError
+from fastlt.typed_yaml import RecipeError
 
 IMAGES = CLASSES * PER_CLASS
 

@@ -188,8 +188,16 @@ def test_losses_of_torch_and_optimizers_of_torch_are_taken():
     [
         ({"method": "dificulty"}, "unknown method 'dificulty'.*did you mean 'difficulty'"),
         ({"method": "crt"}, "unknown method 'crt'"),
-        ({"driver_wieght": 1}, "did you mean 'driver_weight'"),
-        ({"driver_weight": -1}, "driver_weight is -1"),
+        ({"driver_wieght": 1}, "driver_wieght: unknown key.*did you mean driver_weight"),
+        ({"driver_weight": -1}, "driver_weight: is -1"),
+        ({"lookahead": "precond"}, "lookahead: is a string.*did you mean 'preconditioned'"),
+        ({"tangent": "fp23"}, "tangent: is a string.*did you mean 'fp32'"),
+        ({"driver_target": "absolut"}, "driver_target: is a string.*did you mean 'absolute'"),
+        ({"hidden": "autoo"}, "hidden: is a string.*an integer or auto"),
+        ({"lean": 3}, "lean: is an integer.*true or false"),
+        ({"meta_weight": True}, "meta_weight: is a boolean.*a number"),
+        ({"lr": "fast"}, "lr: is a string.*a number"),
+        ({"approximate": {"evry": 2}}, "approximate.evry: unknown key.*did you mean approximate.every"),
         ({"meta_set": None}, "needs a meta_set"),
         ({"meta_set": [torch.zeros(2, 3, 8, 8)]}, r"no batches \(images, labels\)"),
         ({"meta_set": [(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2).long())]}, "uint8"),
@@ -214,6 +222,11 @@ def test_what_does_not_fit_is_refused(change, expected):
     given = {"method": "difficulty", "class_counts": COUNTS, "meta_set": [images_of([6] * 4)], **change}
     with pytest.raises(ValueError, match=expected):
         fastlt.build_step(model=model, optimizer=optimizer, **given)(*images_of(COUNTS))
+
+
+def test_options_are_read_as_those_of_a_recipe():
+    options = build(network(), lr="0.1", approximate={"every": 2}).step.options
+    assert (options.lr, options.approximate.every) == (0.1, 2)
 
 
 def test_images_that_are_not_normalised_are_refused():

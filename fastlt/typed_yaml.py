@@ -17,12 +17,15 @@ from typing import Any, Literal, TypeVar, Union, cast
 from fastlt.names import nearest, shortened, unknown
 from fastlt.paths import PATH, expand
 from fastlt.ranges import out_of_range
-from fastlt.recipe.yaml_text import RecipeError
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 TYPED_BY, ONE_OF = "typed_by", "one_of"
 MOST_PLACES = 3  # at which a message says that a key can be
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe, or with the options of a step: one line a mistake."""
 
 
 def typed_by(key: str, types: Mapping[str, type]) -> dict[str, Any]:
