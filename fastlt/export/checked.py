@@ -6,7 +6,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastlt.run.checkpoint import RunFileError, not_written
 from fastlt.run.folder import part_file
 from fastlt.run.model_folder import largest_difference, logits
 from fastlt.run.trained import TrainedRun
+from fastlt.version import __version__
 
 OTHER_SIZES = ((1.5, 1.0), (1.0, 1.25), (0.75, 0.75))  # height and width over the side that was trained on
 IN_OTHER_SIZES = 4  # images
@@ -137,7 +137,7 @@ def description(runs: Sequence[TrainedRun], options: ExportOptions) -> dict[str,
     first = runs[0]
     ratio = first.eval_ratio if first.eval_crop == "center" else 1.0
     return {
-        "made_by": f"fastlt {version('fastlt')}",
+        "made_by": f"fastlt {__version__}",
         "runs": [run.recipe.name for run in runs],
         "class_names": list(first.class_names),
         "input": takes(runs, options),

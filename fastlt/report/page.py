@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
@@ -12,6 +11,7 @@ from markupsafe import Markup, escape
 
 from fastlt.report.blocks import FigureBlock, Section
 from fastlt.report.style import for_page, to_svg
+from fastlt.version import __version__
 
 SHOWN = 15  # rows of a table before more are asked for
 PIXELS_AN_INCH = 90  # of a figure that is too wide to be fitted into a column
@@ -35,7 +35,7 @@ def render(sections: Sequence[Section], title: str, subtitle: str) -> str:
         shown=SHOWN,
         style=Markup(_part("page.css")),
         script=Markup(_part("page.js")),
-        footer=f"Made by fastlt {version('fastlt')} on {time.strftime('%Y-%m-%d %H:%M')}.",
+        footer=f"Made by fastlt {__version__} on {time.strftime('%Y-%m-%d %H:%M')}.",
     )
 
 

@@ -57,7 +57,7 @@ def circumstances(context: RunContext) -> dict[str, Any]:
         "device": device_name(context.device),
         "processes": context.reducer.world_size,
         "threads": torch.get_num_threads(),
-        "fastlt": version("fastlt"),
+        "fastlt": __version__,
         "torch": version("torch"),
     }
 
