@@ -116,10 +116,6 @@ class ClassCounts:
         many, few = self.counts > upper, self.counts < lower
         return {"many": many, "medium": ~(many | few), "few": few}
 
-    def as_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """The counts as float32 (C,) on `device`."""
-        return torch.from_numpy(self.counts).to(device=device, dtype=torch.float32)
-
 
 @dataclass(frozen=True)
 class StepOutput:
