@@ -31,10 +31,6 @@ class Metrics:
         self.correct, self.total, self.predicted, self.top5 = views[:4]
         self.bin_confidence, self.bin_correct, self.bin_total = views[4:]
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.state.zero_()
-
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: logits float (N, C), labels int64 (N,) in [0, C)."""
@@ -53,10 +49,6 @@ class Metrics:
         self.bin_confidence.index_add_(0, bins, confidence.double())
         self.bin_correct.index_add_(0, bins, hit)
         self.bin_total.index_add_(0, bins, one)
-
-    def class_accuracy(self) -> Tensor:
-        """Top-1 accuracy of each class: float64 (C,) on the device, NaN for a class without images."""
-        return self.correct / self.total
 
     def summary(self, class_counts: ClassCounts) -> dict[str, Any]:
         """The metrics as fractions in [0, 1]; this is where the device is waited for.
