@@ -131,11 +131,6 @@ class ConvertedDataset:
         """Which of FORMATS it holds."""
         return tuple(self.manifest["formats"])
 
-    def image_shape(self, split: str) -> tuple[int, int] | None:
-        """(H, W) of a split's stored images when all have one size, else None."""
-        size = pick("split", split, self.manifest["splits"])["image_size"]
-        return tuple(size["min"]) if size["same"] else None
-
     def stamps(self) -> dict[str, list[int]]:
         """The `stamp` of every file, by its path in the folder."""
         return {name: stamp(self.root / name) for name in self.manifest["files"]}

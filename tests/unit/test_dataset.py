@@ -79,7 +79,7 @@ def test_what_was_converted_opens(converted):
         beton = Beton.open(opened.beton(name))
         np.testing.assert_array_equal(beton.labels, split.labels)
         assert all((beton.image(i) == split.image(i)).all() for i in range(len(split)))
-        assert opened.image_shape(name) == (8, 8)
+        assert opened.manifest["splits"][name]["image_size"] == {"same": True, "min": [8, 8], "max": [8, 8]}
     counts = opened.class_counts((50, 10))
     np.testing.assert_array_equal(counts.counts, np.bincount(source.splits["train"].labels))
     assert (counts.names, counts.shots) == (opened.class_names, (50, 10))
@@ -277,7 +277,6 @@ def test_bad_images_are_skipped_and_written_down(files, tmp_path):
     dataset = convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
     assert dataset.labels("train").tolist() == [0, 1, 1, 0]
     assert dataset.manifest["skipped"] == dataset.manifest["splits"]["train"]["skipped"] == 2
-    assert dataset.image_shape("train") is None
     assert dataset.manifest["splits"]["train"]["image_size"] == {"same": False, "min": [6, 9], "max": [10, 9]}
     lines = (dataset.root / "skipped.txt").read_text().splitlines()
     assert [line.split("\t")[:2] for line in lines] == [
