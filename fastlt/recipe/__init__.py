@@ -14,7 +14,6 @@ from fastlt.recipe.schema import (
     Recipe,
     StageRecipe,
     StorageRecipe,
-    differences,
     is_harmless,
     recipe_from_tree,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "StorageRecipe",
     "changes",
     "check",
-    "differences",
     "is_harmless",
     "load_recipe",
     "read_resolved",

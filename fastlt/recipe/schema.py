@@ -464,13 +464,6 @@ def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
     return build(Recipe, tree)
 
 
-def differences(one: Recipe, other: Recipe) -> list[str]:
-    """The keys in which two recipes differ, each with both values; harmless keys are left out."""
-    a, b = values(one), values(other)
-    keys = [key for key in dict.fromkeys([*a, *b]) if not is_harmless((a.get(key) or b[key]).field)]
-    return [difference(key, a, b) for key in keys if value_of(a, key) != value_of(b, key)]
-
-
 def is_harmless(key: Field[Any] | None) -> bool:
     """Whether the key of a recipe changes neither the meaning of a run nor its result."""
     return key is not None and key.metadata.get(ON_RESUME) in ("harmless", "rounding")
