@@ -28,6 +28,20 @@ def rates_by_layer(stage: StageSettings) -> list[str]:
     return [f"{key}: is set, but method {stage.method!r} trains the head alone; leave it out" for key in keys]
 
 
+def head_rebuilt_by(stage: StageSettings, recipe: RecipeSettings) -> str | None:
+    """The method of the stage before that leaves another head than a plain linear one; None where there is none.
+
+    crt and balms make a new plain head.
+    """
+    method = None
+    for before in recipe.lineage(stage)[:-1]:
+        if before.method in ("lws", "las", "oltr", "expert"):
+            method = before.method
+        elif before.method in ("crt", "balms"):
+            method = None
+    return method
+
+
 class DecoupledStep(Step[OptionsT]):
     """SGD on the mean loss of a head over frozen features: one forward of the backbone, nothing backward through it.
 
@@ -210,21 +224,12 @@ class TauNormStep(DecoupledStep[TauNormOptions]):
             )
         if stage.select != "best":
             mistakes.append(f"select: is '{stage.select}'; tau_norm takes its tau by validation: set select: best")
-        if recipe.model.head != "linear" or cls._scaled_before(stage, recipe):
+        if recipe.model.head != "linear" or head_rebuilt_by(stage, recipe):
             mistakes.append(
                 "method: is 'tau_norm', which shortens the weights of a plain linear head; a cosine head's have unit "
                 "length, and lws, las, oltr and expert rebuild it. Set model.head: linear and leave those stages out"
             )
         return mistakes
-
-    @staticmethod
-    def _scaled_before(stage: Any, recipe: Any) -> bool:
-        """Whether the head is no plain one when the stage begins: of lws, las, oltr or expert, none new after it."""
-        scaled = False
-        for before in recipe.lineage(stage)[:-1]:
-            rebuilt = before.method in ("lws", "las", "oltr", "expert")
-            scaled = rebuilt or (scaled and before.method not in ("crt", "balms"))
-        return scaled
 
     @classmethod
     def prepare_head(cls, model: Classifier, seed: int) -> None:

@@ -14,6 +14,7 @@ from fastlt.models.meta_embedding import MetaEmbeddingHead, insert_attention, po
 from fastlt.ranges import above, at_least
 from fastlt.state import Batch, StepOutput
 from fastlt.steps.base import Step, StepOptions
+from fastlt.steps.decoupled import head_rebuilt_by
 from fastlt.steps.needs import Allows, Needs
 from fastlt.steps.settings import RecipeSettings, StageSettings
 
@@ -64,12 +65,12 @@ class OltrStep(Step[OltrOptions]):
     @classmethod
     def check_stage(cls, options: OltrOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
         mistakes = []
-        before = [s.method for s in recipe.lineage(stage)[:-1] if s.method in ("lws", "las", "expert", "oltr")]
+        before = head_rebuilt_by(stage, recipe)
         if recipe.model.head != "linear" or before:
-            what = f"after a stage of method {before[-1]!r}" if before else f"with model.head {recipe.model.head!r}"
+            what = f"after a stage of method {before!r}" if before else f"with model.head {recipe.model.head!r}"
             mistakes.append(
                 f"method: is 'oltr' {what}, but its hallucinator starts as a plain linear head; set model.head: linear "
-                "and put oltr behind a stage that leaves the head one"
+                "and put oltr behind a stage that leaves the head one, such as crt"
             )
         side = options.attention_side
         expected = side_of_maps(recipe.model.name, recipe.data.image_size)

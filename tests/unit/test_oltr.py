@@ -356,6 +356,21 @@ def test_a_head_retrained_behind_oltr_is_a_linear_one_again_and_resumes(digits_w
     assert isinstance(whole.model.head, LinearHead)
 
 
+HEAD = "batch_size: 32, lr: 0.1, sampling: class_balanced, iterations: 4, evaluate_every: 2"
+LAS = f"stages.scaled={{method: las, loss: label_aware_smoothing, {HEAD}}}"
+CRT = f"stages.new={{method: crt, {HEAD}}}"
+TAU = "{method: tau_norm, lr: 0.1, iterations: 21, evaluate_every: 1, select: best, sampling: instance}"
+
+
+@pytest.mark.parametrize("last", [STAGES["trained"], TAU], ids=["oltr", "tau_norm"])
+def test_a_new_head_after_a_scaled_one_is_a_plain_one(digits_words, last):
+    """What takes a plain linear head is refused behind las, and trains behind las and crt."""
+    with pytest.raises(ValueError, match="plain linear head"):
+        load_recipe(RECIPE, words_of(digits_words, LAS, f"stages.last={last}"))
+    recipe = load_recipe(RECIPE, words_of(digits_words, LAS, CRT, f"stages.last={last}"))
+    assert Trainer(prepare(recipe)).fit()["top1"] > 0
+
+
 # Refusals
 
 ALONE = ["stages.end_to_end=null", f"stages.memory={STAGES['trained']}"]
