@@ -43,7 +43,6 @@ def make_loader(
     local_world_size: int | None = None,
     view: int = 0,
     num_workers: int | None = None,
-    memory_budget_bytes: int | None = None,
     classes: np.ndarray | None = None,
     dali_augment: str | Mapping | None = None,
     keep_last: bool = False,
@@ -53,9 +52,9 @@ def make_loader(
     """The loader of one split of a converted data set, or of a source that is read without converting it.
 
     backend: a row of BACKENDS, which reads the first of its formats that the data set has, or "auto": resident when the
-        split's pixels fit in `memory_budget_bytes` (default: 40 % of the device's free memory, of which each process on
-        a CPU takes its share), but for random crops of images of many sizes on a CPU; else ffcv, or dali when the data
-        set has no other format, or torch for a source. `loader.reason` says why.
+        split's pixels fit in 40 % of the device's free memory, of which each process on a CPU takes its share, but for
+        random crops of images of many sizes on a CPU; else ffcv, or dali when the data set has no other format, or
+        torch for a source. `loader.reason` says why.
     batch_size: images a batch of this process.
     train: True shuffles by (seed, epoch), gives each process equally many full batches and allows random crops; False
         keeps split order and gives each image exactly once over all processes.
@@ -108,7 +107,7 @@ def make_loader(
     reason = f"{backend}: asked for"
     if backend == AUTO:
         reader = streaming_backend(dataset, by_shards is not None)
-        backend, reason = _choose(stored, plan, device, memory_budget_bytes, reader, processes)
+        backend, reason = _choose(stored, plan, device, reader, processes)
     make = BACKENDS[backend].load()
     workers = default_workers(processes) if num_workers is None else num_workers
     if isinstance(stored, StreamedShards):
@@ -148,7 +147,7 @@ def check_loader(
     plan = EpochPlan(stored.labels, stored.heights, stored.widths, crop, 1, train)
     if backend == AUTO:
         reader = streaming_backend(dataset, by_shards is not None)
-        backend, _ = _choose(stored, plan, device, None, reader, local_world_size)
+        backend, _ = _choose(stored, plan, device, reader, local_world_size)
     BACKENDS[backend].load().check(stored, plan, device, local_world_size)
     return backend, plan.output_shape
 
@@ -191,22 +190,14 @@ def streaming_backend(dataset: StoredDataset, by_shards: bool = False) -> str:
     return next(name for name, backend in BACKENDS.items() if backend.streams in formats)
 
 
-def _choose(
-    stored: StoredSplit, plan: EpochPlan, device: torch.device, budget: int | None, reader: str, processes: int
-) -> tuple[str, str]:
+def _choose(stored: StoredSplit, plan: EpochPlan, device: torch.device, reader: str, processes: int) -> tuple[str, str]:
     """As `choose_backend`; shards on a server are read epoch by epoch."""
     if isinstance(stored, StreamedShards):
         return reader, f"{reader}: shards are fetched from {stored.files.remote.url}"
-    return choose_backend(plan, device, budget, reader, processes)
+    return choose_backend(plan, device, reader, processes)
 
 
-def choose_backend(
-    plan: EpochPlan,
-    device: torch.device,
-    memory_budget_bytes: int | None = None,
-    reader: str = "ffcv",
-    processes: int = 1,
-) -> tuple[str, str]:
+def choose_backend(plan: EpochPlan, device: torch.device, reader: str = "ffcv", processes: int = 1) -> tuple[str, str]:
     """("resident" or `reader`, one line that says why); `reader` is the backend for what is read epoch by epoch.
 
     processes: that share this machine's memory.
@@ -214,16 +205,10 @@ def choose_backend(
     if device.type == "cpu" and is_ragged(plan.crop, plan.heights, plan.widths):
         return reader, f"{reader}: images differ in size, and to cut random crops out of them in memory is a GPU's work"
     needed = kept_bytes(plan)
-    if memory_budget_bytes is None:
-        budget, origin = (
-            int(RESIDENT_SHARE * free_share(device, processes)),
-            f"{RESIDENT_SHARE:.0%} of the memory free on {device}{_shared(device, processes)}",
-        )
-    else:
-        budget, origin = memory_budget_bytes, "the memory budget"
+    budget = int(RESIDENT_SHARE * free_share(device, processes))
     backend, relation = ("resident", "fits in") if needed <= budget else (reader, "is more than")
-    return backend, f"{backend}: the split's {readable(needed)} of pixels {relation} {readable(budget)}, {origin}"
-
-
-def _shared(device: torch.device, processes: int) -> str:
-    return f" for each of {processes} processes" if device.type == "cpu" and processes > 1 else ""
+    shared = f" for each of {processes} processes" if device.type == "cpu" and processes > 1 else ""
+    return backend, (
+        f"{backend}: the split's {readable(needed)} of pixels {relation} {readable(budget)}, "
+        f"{RESIDENT_SHARE:.0%} of the memory free on {device}{shared}"
+    )

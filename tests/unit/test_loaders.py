@@ -19,6 +19,7 @@ import torch
 from small_betons import EVERY_BACKEND, SmallDataset, mixed_shapes, needs_dali, write_small
 
 from fastlt.state import Batch, upload
+from loaders import factory
 from loaders.factory import check_loader, choose_backend, make_loader
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
@@ -302,15 +303,16 @@ def test_a_damaged_jpeg_is_named(tmp_path, make, backend, error):
         list(make(dataset, backend, train=False, crop=CropSpec("center", 12)).epoch(0))
 
 
-def test_auto_keeps_the_split_resident_when_it_fits_and_says_why(small, mixed, make):
+def test_auto_keeps_the_split_resident_when_it_fits_and_says_why(small, make, monkeypatch):
     fits = make(small, "auto")
     assert fits.backend == "resident"
     assert "0.0 MiB of pixels fits in" in fits.reason
     assert "40% of the memory free on cpu" in fits.reason
 
-    tight = make(small, "auto", memory_budget_bytes=COUNT * 16 * 16 * 3 - 1)
+    monkeypatch.setattr(factory, "free_share", lambda device, processes: 2 * COUNT * 16 * 16 * 3)
+    tight = make(small, "auto")
     assert tight.backend == "ffcv"
-    assert "is more than 0.0 MiB, the memory budget" in tight.reason
+    assert "is more than 0.0 MiB, 40% of the memory free on cpu" in tight.reason
 
 
 def test_memory_is_free_by_the_narrowest_control_group(tmp_path, monkeypatch):
@@ -351,14 +353,16 @@ def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
         make(small, "resident")
 
 
-def test_auto_knows_what_whole_images_of_many_sizes_take(mixed):
+def test_auto_knows_what_whole_images_of_many_sizes_take(mixed, monkeypatch):
     beton = Beton.open(mixed.path)
     plan = EpochPlan(beton.labels, beton.heights, beton.widths, CropSpec("random_resized", 12), 8, train=True)
     needed = sum(image.size for image in mixed.images)
     assert resident_bytes(plan.crop, plan.heights, plan.widths) == needed
-    assert choose_backend(plan, torch.device("cuda"), memory_budget_bytes=needed)[0] == "resident"
-    assert choose_backend(plan, torch.device("cuda"), memory_budget_bytes=needed - 1)[0] == "ffcv"
-    backend, reason = choose_backend(plan, torch.device("cpu"), memory_budget_bytes=needed)
+    monkeypatch.setattr(factory, "RESIDENT_SHARE", 1.0)
+    for free, expected in ((needed, "resident"), (needed - 1, "ffcv")):
+        monkeypatch.setattr(factory, "free_share", lambda device, processes, free=free: free)
+        assert choose_backend(plan, torch.device("cuda"))[0] == expected
+    backend, reason = choose_backend(plan, torch.device("cpu"))
     assert (backend, "images differ in size" in reason) == ("ffcv", True)
 
 

@@ -61,10 +61,11 @@ def test_a_source_gives_the_batches_of_its_conversion(source, tmp_path, backend)
             loader.close()
 
 
-def test_auto_reads_a_source_through_torch_when_it_does_not_fit(source):
+def test_auto_reads_a_source_through_torch_when_it_does_not_fit(source, monkeypatch):
     dataset = opened(source)
     assert make_loader(dataset, "train", backend="auto", **EVALUATION).backend == "resident"
-    tight = make_loader(dataset, "train", backend="auto", memory_budget_bytes=1, **EVALUATION)
+    monkeypatch.setattr("loaders.factory.free_share", lambda device, processes: 1)
+    tight = make_loader(dataset, "train", backend="auto", **EVALUATION)
     assert tight.backend == "torch"
     tight.close()
     for backend in ("ffcv", "resident_jpeg"):
