@@ -26,7 +26,7 @@ from loaders.stored.dali_format import check_dali_options
 from loaders.stored.dataset import ConvertedDataset, open_split, split_file
 from loaders.stored.encode import stored_sizes
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.forked_workers import STUCK_S, Advance
+from loaders.stored.forked_workers import Advance
 from loaders.stored.identity import content_sha256
 from loaders.stored.image_check import (
     BadImage,
@@ -106,7 +106,6 @@ def convert(
     overwrite: bool = False,
     restart: bool = False,
     say: Callable[[str], object] = lambda text: None,
-    timeout_s: float = STUCK_S,
     shard_images: int | None = None,
     shuffle_seed: int | None = None,
 ) -> ConvertedDataset:
@@ -122,7 +121,6 @@ def convert(
     restart: whether what an interrupted conversion to `out` has finished is thrown away; else it is compared with its
         checksums and with the source's files, and taken over.
     say: told in a sentence what is taken over.
-    timeout_s: processes that check or write images are ended when there is no progress for so long.
     shard_images: images a shard, see `shard_size`.
     shuffle_seed: of the random order in which training images are stored, for shards that are read one by one; None
         keeps the source's order.
@@ -148,18 +146,18 @@ def convert(
         groups = _groups(source, on_error)
         count = sum(len(group.split) for group in groups.values())
         with total_progress("convert", count, progress) as bar:
-            tables = _store(store, groups, bar, say, timeout_s, shard_images)
+            tables = _store(store, groups, bar, say, shard_images)
             source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
             if shuffle_seed is not None and late:
                 source, rows = _shuffled(source, shuffle_seed)
                 checks["train"] = checks["train"].of(rows)
             if any(bad.values()) or (shuffle_seed is not None and late):
                 groups = {name: Group(split) for name, split in source.splits.items()}
-                tables = store_images(store, groups, checked=True, timeout_s=timeout_s, shard_images=shard_images)
+                tables = store_images(store, groups, checked=True, shard_images=shard_images)
             else:
                 groups = {name: groups[name] for name in source.splits}
             if "dali" in formats:
-                arrange_shards(store, groups, tables, timeout_s=timeout_s, shard_images=shard_images)
+                arrange_shards(store, groups, tables, shard_images=shard_images)
             for name, group in groups.items():
                 finish_split(store, name, group, tables[name], shard_images=shard_images)
             manifest = {
@@ -226,7 +224,6 @@ def _store(
     groups: Mapping[str, Group],
     bar: TotalProgress,
     say: Callable[[str], object],
-    timeout_s: float,
     shard_images: int | None,
 ) -> dict[str, Table]:
     """Check and store the images that an earlier conversion has not; says what is taken over from it."""
@@ -239,7 +236,7 @@ def _store(
             say(f"{taken:,} of {count:,} images are taken over from an interrupted conversion{changed}")
         bar.done_before(STORING_SHARE, taken)
 
-    return store_images(store, groups, advance=advance, taken=tell, timeout_s=timeout_s, shard_images=shard_images)
+    return store_images(store, groups, advance=advance, taken=tell, shard_images=shard_images)
 
 
 def _description(source: Source, options: FfcvOptions, formats: tuple[str, ...]) -> dict[str, Any]:

@@ -54,23 +54,14 @@ class ImageCheck:
         return ImageCheck(self.sizes[rows], (), None if self.digests is None else self.digests[rows])
 
 
-def check_source(
-    source: Source, *, num_workers: int | None = None, progress: bool = True, timeout_s: float = STUCK_S
-) -> dict[str, ImageCheck]:
-    """Decode every image of every split once (`check_images`)."""
+def check_source(source: Source, *, num_workers: int | None = None, progress: bool = True) -> dict[str, ImageCheck]:
+    """Decode every image of every split once (`check_images`), with a progress bar for each split."""
     assert set(source.splits) == set(SPLITS), sorted(source.splits)
-    return check_splits(source.splits, num_workers=num_workers, progress=progress, timeout_s=timeout_s)
-
-
-def check_splits(
-    splits: Mapping[str, Split], *, num_workers: int | None, progress: bool, timeout_s: float = STUCK_S
-) -> dict[str, ImageCheck]:
-    """Decode every image once (`check_images`), with a progress bar for each split."""
     checks = {}
-    for name, split in splits.items():
+    for name, split in source.splits.items():
         shown = progress and not isinstance(split, ArraySplit)  # in memory, nothing is to be decoded
         with progress_bar(f"check {name}", len(split), shown) as advance:
-            checks[name] = check_images(split, num_workers=num_workers, advance=advance, timeout_s=timeout_s)
+            checks[name] = check_images(split, num_workers=num_workers, advance=advance)
     return checks
 
 
