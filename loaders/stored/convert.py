@@ -134,7 +134,7 @@ def convert(
     check_target(out, overwrite=overwrite)
     with work_folder(out) as work:
         check_target(out, overwrite=overwrite)  # again: while the lock was waited for, its owner may have finished
-        store = PieceStore(work, options, formats, _description(source, options, formats))
+        store = PieceStore(work, options, formats, _description(source, options, formats), shard_images)
         listing_sha256 = source.listing_sha256()
         store.begin(restart=restart)
         # Where images may be left out, the splits are chosen anew, and shuffled then.
@@ -146,20 +146,20 @@ def convert(
         groups = _groups(source, on_error)
         count = sum(len(group.split) for group in groups.values())
         with total_progress("convert", count, progress) as bar:
-            tables = _store(store, groups, bar, say, shard_images)
+            tables = _store(store, groups, bar, say)
             source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
             if shuffle_seed is not None and late:
                 source, rows = _shuffled(source, shuffle_seed)
                 checks["train"] = checks["train"].of(rows)
             if any(bad.values()) or (shuffle_seed is not None and late):
                 groups = {name: Group(split) for name, split in source.splits.items()}
-                tables = store_images(store, groups, checked=True, shard_images=shard_images)
+                tables = store_images(store, groups, checked=True)
             else:
                 groups = {name: groups[name] for name in source.splits}
             if "dali" in formats:
-                arrange_shards(store, groups, tables, shard_images=shard_images)
+                arrange_shards(store, groups, tables)
             for name, group in groups.items():
-                finish_split(store, name, group, tables[name], shard_images=shard_images)
+                finish_split(store, name, group, tables[name])
             manifest = {
                 **_describe(store, source, tables, checks, bad, duplicates, bar),
                 "request": as_json(request),
@@ -224,7 +224,6 @@ def _store(
     groups: Mapping[str, Group],
     bar: TotalProgress,
     say: Callable[[str], object],
-    shard_images: int | None,
 ) -> dict[str, Table]:
     """Check and store the images that an earlier conversion has not; says what is taken over from it."""
     count = sum(len(group.split) for group in groups.values())
@@ -236,7 +235,7 @@ def _store(
             say(f"{taken:,} of {count:,} images are taken over from an interrupted conversion{changed}")
         bar.done_before(STORING_SHARE, taken)
 
-    return store_images(store, groups, advance=advance, taken=tell, shard_images=shard_images)
+    return store_images(store, groups, advance=advance, taken=tell)
 
 
 def _description(source: Source, options: FfcvOptions, formats: tuple[str, ...]) -> dict[str, Any]:

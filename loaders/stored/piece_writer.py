@@ -61,7 +61,6 @@ def store_images(
     checked: bool = False,
     advance: Advance = lambda n: None,
     taken: Callable[[int, int], object] = lambda count, lost: None,
-    shard_images: int | None = None,
     timeout_s: float = STUCK_S,
 ) -> dict[str, Table]:
     """Check and store the images of the groups that no piece has yet; what is known of all of them.
@@ -69,7 +68,6 @@ def store_images(
     checked: as in `take_over`.
     advance: called with the number of images done since the last call.
     taken: called once with the number of images that are taken over, and of those in pieces that do not serve.
-    shard_images: images a shard, see `shard_size`.
     timeout_s: processes that finish no image for so long are ended.
     Raises ValueError when a process dies or all are stuck, OSError when the disk is full.
     """
@@ -81,14 +79,12 @@ def store_images(
             rows = tables[name].rows
             end = int((rows["beton_at"] + rows["beton_bytes"]).max(initial=0))
             ends[name] = BetonEnd.open(store.converted / f"{name}.beton", len(rows), end)
-    todo = list(_missing(store, groups, tables, shard_images))
+    todo = list(_missing(store, groups, tables))
     _write_pieces(_Job(store, groups, tables, ends, todo), advance, timeout_s)
     return tables
 
 
-def _missing(
-    store: PieceStore, groups: Mapping[str, Group], tables: Mapping[str, Table], shard_images: int | None
-) -> Iterator[Todo]:
+def _missing(store: PieceStore, groups: Mapping[str, Group], tables: Mapping[str, Table]) -> Iterator[Todo]:
     """The pieces that are to be made of images that are not done.
 
     With shards, a piece is a shard, which then need not be copied, or a part of one where there are too few of them to
@@ -97,7 +93,7 @@ def _missing(
     cores = store.options.num_workers or available_cores()
     missing = {name: np.flatnonzero(~table.done) for name, table in tables.items()}
     most = max(1, -(-sum(map(len, missing.values())) // (PIECES_A_CORE * cores)))
-    in_shards = {name: _in_shards(store, group, missing[name], shard_images) for name, group in groups.items()}
+    in_shards = {name: _in_shards(store, group, missing[name]) for name, group in groups.items()}
     if sum(number is not None for of_group in in_shards.values() for number, _ in of_group) >= 2 * cores:
         most_of_shard = max(map(len, missing.values()))
     else:
@@ -109,13 +105,11 @@ def _missing(
                 yield name, positions[start : start + size], number
 
 
-def _in_shards(
-    store: PieceStore, group: Group, positions: np.ndarray, shard_images: int | None
-) -> list[tuple[int | None, np.ndarray]]:
+def _in_shards(store: PieceStore, group: Group, positions: np.ndarray) -> list[tuple[int | None, np.ndarray]]:
     """Positions, int64 (K,), by the number of their shard; None for those that go into none."""
     if not group.stored or "dali" not in store.formats:
         return [(None, positions)]
-    of_shard = positions // shard_size(len(group.split), shard_images)
+    of_shard = positions // shard_size(len(group.split), store.shard_images)
     return [(number, positions[of_shard == number]) for number in np.unique(of_shard).tolist()]
 
 
@@ -124,7 +118,6 @@ def arrange_shards(
     groups: Mapping[str, Group],
     tables: Mapping[str, Table],
     *,
-    shard_images: int | None = None,
     timeout_s: float = STUCK_S,
 ) -> None:
     """Copy images, all good and stored, into other shards where these are not as they have to be.
@@ -135,11 +128,11 @@ def arrange_shards(
     for piece in store.read():
         if piece.group in groups:
             before.add(piece.number)
-            if _is_shard(piece, groups[piece.group], tables[piece.group], shard_images):
+            if _is_shard(store, piece, groups[piece.group], tables[piece.group]):
                 right.add((piece.group, piece.shard))
     todo = []
     for name, group in groups.items():
-        for number, positions in _in_shards(store, group, np.arange(len(group.split)), shard_images):
+        for number, positions in _in_shards(store, group, np.arange(len(group.split))):
             if (name, number) not in right:
                 todo.append((name, positions, number))
     _write_pieces(_Job(store, groups, tables, {}, todo), lambda n: None, timeout_s)
@@ -147,11 +140,11 @@ def arrange_shards(
     store.drop(sorted(before - used))
 
 
-def _is_shard(piece: Piece, group: Group, table: Table, shard_images: int | None) -> bool:
+def _is_shard(store: PieceStore, piece: Piece, group: Group, table: Table) -> bool:
     """Whether a piece is a shard as it has to be: its images, in order and under their labels, and they are its."""
     if piece.shard is None:
         return False
-    size, labels = shard_size(len(group.split), shard_images), group.split.labels
+    size, labels = shard_size(len(group.split), store.shard_images), group.split.labels
     positions = np.arange(piece.shard * size, min((piece.shard + 1) * size, len(labels)))
     if not np.array_equal(piece.positions, positions) or piece.labels != labels[positions].tolist():
         return False
@@ -286,7 +279,7 @@ class _PieceWriter:
             self._held, self._held_bytes = [], 0
 
 
-def finish_split(store: PieceStore, name: str, group: Group, table: Table, *, shard_images: int | None = None) -> None:
+def finish_split(store: PieceStore, name: str, group: Group, table: Table) -> None:
     """Write the tables and indices of a split whose images are all good and stored; its shards get their names."""
     labels, rows = group.split.labels, table.rows
     assert table.done.all(), name
@@ -296,7 +289,7 @@ def finish_split(store: PieceStore, name: str, group: Group, table: Table, *, sh
         path = store.converted / f"{name}.beton"
         write_tables(path, labels, sizes, rows["is_jpeg"], rows["beton_at"], rows["beton_bytes"])
     if "dali" in store.formats:
-        path, size = store.converted / "dali" / f"{name}.npz", shard_size(len(labels), shard_images)
+        path, size = store.converted / "dali" / f"{name}.npz", shard_size(len(labels), store.shard_images)
         path.parent.mkdir(exist_ok=True)
         for number, start in enumerate(range(0, len(labels), size)):
             (piece,) = np.unique(rows["piece"][start : start + size]).tolist()
@@ -324,19 +317,19 @@ def write_split(
     work = folder / f"{name}.partial"
     work.mkdir(parents=True)
     try:
-        store = PieceStore(work, options, formats, {})
+        store = PieceStore(work, options, formats, {}, shard_images)
         store.begin()
         groups = {name: Group(split)}
-        tables = store_images(store, groups, advance=advance, shard_images=shard_images, timeout_s=timeout_s)
+        tables = store_images(store, groups, advance=advance, timeout_s=timeout_s)
         check = tables[name].check(split)
         if not len(check.good):
             raise ValueError(f"{name}: none of the {len(split)} images can be decoded")
         if check.bad:
             groups = {name: Group(split.subset(check.good))}
-            tables = store_images(store, groups, checked=True, shard_images=shard_images, timeout_s=timeout_s)
+            tables = store_images(store, groups, checked=True, timeout_s=timeout_s)
         if "dali" in formats:
-            arrange_shards(store, groups, tables, shard_images=shard_images, timeout_s=timeout_s)
-        finish_split(store, name, groups[name], tables[name], shard_images=shard_images)
+            arrange_shards(store, groups, tables, timeout_s=timeout_s)
+        finish_split(store, name, groups[name], tables[name])
         for path in sorted(store.converted.rglob("*.*")):
             target = folder / path.relative_to(store.converted)
             target.parent.mkdir(exist_ok=True)

@@ -147,13 +147,19 @@ class PieceStore:
 
     options, formats: how the images are stored.
     description: what must be the same for pieces to be taken over.
+    shard_images: images a shard, see `shard_size`; pieces of other shards are taken over.
     """
 
     def __init__(
-        self, work: Path, options: FfcvOptions, formats: Sequence[str], description: Mapping[str, Any]
+        self,
+        work: Path,
+        options: FfcvOptions,
+        formats: Sequence[str],
+        description: Mapping[str, Any],
+        shard_images: int | None = None,
     ) -> None:
         self.pieces, self.converted = work / PIECES, work / CONVERTED
-        self.options, self.formats = options, tuple(formats)
+        self.options, self.formats, self.shard_images = options, tuple(formats), shard_images
         self._work, self._description = work, dict(description)
 
     def begin(self, *, restart: bool = False) -> None:
