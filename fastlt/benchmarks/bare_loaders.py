@@ -63,7 +63,7 @@ def bare_dali(
     """
     from nvidia.dali import Pipeline, fn, types
 
-    shards = TarShards.open(index)
+    shards = TarShards(index)
     gpu = device.type == "cuda"
     device_id = torch.cuda.current_device() if gpu else None
     pipeline = Pipeline(batch_size=batch, num_threads=workers, device_id=device_id, prefetch_queue_depth=AHEAD)

@@ -178,7 +178,7 @@ def _compare(
         for name, options in WAYS.items():
             with tempfile.TemporaryDirectory() as folder:
                 write_split(Path(folder), "images", split, options, ("ffcv",))
-                crops = _crops(Beton.open(Path(folder) / "images.beton"), words.size)
+                crops = _crops(Beton(Path(folder) / "images.beton"), words.size)
             changed, after = (crops != originals).any(axis=(1, 2, 3)), before.clone()
             if changed.any():
                 after[torch.from_numpy(changed)] = _probabilities(model, prepare, crops[changed])

@@ -40,6 +40,7 @@ class Beton:
 
     labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.  is_jpeg: bool (N,), False for raw pixels.
     storage: the whole file, uint8 (n,), read-only; image i is the `sizes[i]` bytes from `offsets[i]` on, int64 (N,).
+    DamageError when the file is absent, no .beton file, of another layout or cut short.
     """
 
     in_memory = True
@@ -68,11 +69,6 @@ class Beton:
         self.widths = samples["image"]["width"].astype(np.int64)
         self.labels = samples["label"].astype(np.int64)
         self._check_records(samples["image"]["mode"], first + samples.nbytes, table)
-
-    @classmethod
-    def open(cls, path: Path | str) -> Beton:
-        """Opens `path`; DamageError when it is absent, no .beton file, of another layout or cut short."""
-        return cls(path)
 
     def __reduce__(self) -> tuple:
         return Beton, (self.path,)

@@ -218,4 +218,4 @@ def split_file(root: Path, split: str, kind: str) -> Path:
 
 def open_split(path: Path) -> Beton | TarShards:
     """The stored images of a `split_file`; DamageError when it is not whole."""
-    return TarShards.open(path) if path.suffix == ".npz" else Beton.open(path)
+    return TarShards(path) if path.suffix == ".npz" else Beton(path)

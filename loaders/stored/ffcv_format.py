@@ -141,4 +141,4 @@ def write_tables(
         file.write(allocations.tobytes())
         file.seek(0)
         file.write(header.tobytes() + fields.tobytes() + samples.tobytes())
-    Beton.open(path)
+    Beton(path)

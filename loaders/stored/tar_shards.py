@@ -29,6 +29,7 @@ class TarShards:
     path: the split's index, `DIR/NAME.npz`.
     labels: int64 (N,).  heights, widths: int64 (N,), of the stored images.  sizes: int64 (N,), bytes of their files.
     first: int64 (S,), the first image of each shard.  shard_of: int64 (N,), each image's shard.
+    DamageError when a file is absent, of another layout or cut short.
     """
 
     in_memory = True
@@ -43,11 +44,6 @@ class TarShards:
         ends = np.array(self._open_shards())[self.shard_of]
         if (self._offsets > ends - self.sizes).any():
             raise self._unusable("a shard is cut short")
-
-    @classmethod
-    def open(cls, path: Path | str) -> TarShards:
-        """Opens the split with index `path`; DamageError when a file is absent, of another layout or cut short."""
-        return cls(path)
 
     def __reduce__(self) -> tuple:
         return TarShards, (self.path,)

@@ -153,7 +153,7 @@ def test_every_damaged_image_is_refused_by_name_or_decodes(tmp_path, rounds, fau
     skipped = [line.split("\t")[1] for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()]
     if skipped != [split.name(i) for i in sorted(bad)]:
         problems.append("skipped.txt does not list the images that were refused")
-    stored = Beton.open(dataset.beton("train"))
+    stored = Beton(dataset.beton("train"))
     for k, i in enumerate(check.good):
         if not np.array_equal(stored.image(k), split.image(i)):
             problems.append(f"{split.paths[i]} is stored as another image")

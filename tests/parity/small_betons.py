@@ -49,7 +49,7 @@ class SmallDataset:
         return self.path.parent / "dali" / f"{self.path.stem}.npz"
 
     def stored(self, split: str, kind: str) -> StoredSplit:
-        return Beton.open(self.path) if kind == "ffcv" else TarShards.open(self.shards(split))
+        return Beton(self.path) if kind == "ffcv" else TarShards(self.shards(split))
 
     def labels(self, split: str) -> np.ndarray:
         return self.split_labels

@@ -225,7 +225,7 @@ def check_against_other_backends(dataset: SmallDataset, crop: CropSpec, *, train
 
 def planned(dataset: SmallDataset, crop: CropSpec, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Which images a training epoch visits, and their rectangles."""
-    shards = TarShards.open(dataset.shards("train"))
+    shards = TarShards(dataset.shards("train"))
     plan = EpochPlan(shards.labels, shards.heights, shards.widths, crop, 8, train=True)
     return plan.index(epoch), plan.boxes(epoch)[:]
 
@@ -274,7 +274,7 @@ def test_dali_cuts_real_jpegs_exactly_and_resizes_them_as_pillow_does(real_data,
     split = FileSplit(folder, paths, np.zeros(len(paths), dtype=np.int64), "photographs")
     assert write_split(tmp_path, "train", split, FfcvOptions(num_workers=1), ("dali",)) == []
     dataset = SmallDataset(tmp_path / "train.beton", [], split.labels, formats=("dali",))
-    stored = TarShards.open(dataset.shards("train"))
+    stored = TarShards(dataset.shards("train"))
     assert all(stored.encoded(i).tobytes() == split.encoded(i) for i in range(len(split)))
     decoded = [stored.image(i) for i in range(len(stored))]
     crop = CropSpec("random_resized", 160)

@@ -30,7 +30,7 @@ def jpg(tmp_path_factory) -> SmallDataset:
 
 
 def test_raw_images_and_labels_are_what_was_written(raw):
-    beton = Beton.open(raw.path)
+    beton = Beton(raw.path)
     assert len(beton) == 9
     assert beton.shape is None
     assert not beton.is_jpeg.any()
@@ -40,7 +40,7 @@ def test_raw_images_and_labels_are_what_was_written(raw):
 
 
 def test_jpeg_images_are_stored_as_jpeg_and_come_back_close(jpg):
-    beton = Beton.open(jpg.path)
+    beton = Beton(jpg.path)
     assert beton.is_jpeg.all()
     for i, image in enumerate(jpg.images):
         assert beton.encoded(i)[:2].tobytes() == b"\xff\xd8"
@@ -48,7 +48,7 @@ def test_jpeg_images_are_stored_as_jpeg_and_come_back_close(jpg):
 
 
 def test_a_beton_travels_to_another_process_as_its_path(raw):
-    beton = Beton.open(raw.path)
+    beton = Beton(raw.path)
     pickled = pickle.dumps(beton)
     assert len(pickled) < 1000
     np.testing.assert_array_equal(pickle.loads(pickled).image(4), beton.image(4))
@@ -56,13 +56,13 @@ def test_a_beton_travels_to_another_process_as_its_path(raw):
 
 def test_files_that_are_not_whole_betons_are_refused(raw, tmp_path):
     with pytest.raises(ValueError, match=r"absent.beton does not exist: convert"):
-        Beton.open(tmp_path / "absent.beton")
+        Beton(tmp_path / "absent.beton")
 
     cut = tmp_path / "cut.beton"
     for missing, message in [(1000, "cut short"), (24, "allocation table misses images"), (10**9, "shorter than")]:
         cut.write_bytes(raw.path.read_bytes()[:-missing])
         with pytest.raises(ValueError, match=message):
-            Beton.open(cut)
+            Beton(cut)
 
     unfinished = tmp_path / "unfinished.beton"
     shutil.copy(raw.path, unfinished)
@@ -70,18 +70,18 @@ def test_files_that_are_not_whole_betons_are_refused(raw, tmp_path):
     header["allocation_table"] = 0
     header.flush()
     with pytest.raises(ValueError, match="did not finish"):
-        Beton.open(unfinished)
+        Beton(unfinished)
 
     picture = tmp_path / "picture.beton"
     picture.write_bytes(b"\x89PNG" * 100)
     with pytest.raises(ValueError, match="format version"):
-        Beton.open(picture)
+        Beton(picture)
 
 
 def mutated(source: SmallDataset, path, **changes: tuple[int, int]) -> Beton:
     """A copy whose record of one image is changed: field=(image, value); `size` is of the allocation table."""
     shutil.copy(source.path, path)
-    whole = Beton.open(path)
+    whole = Beton(path)
     count, records = len(whole), HEADER.itemsize + 2 * FIELD.itemsize
     samples = np.memmap(path, dtype=SAMPLE, mode="r+", offset=records, shape=count)
     table = int(np.memmap(path, dtype=HEADER, mode="r", shape=1)["allocation_table"][0])
@@ -98,7 +98,7 @@ def mutated(source: SmallDataset, path, **changes: tuple[int, int]) -> Beton:
             samples["image"][field][i] = value
     samples.flush()
     allocations.flush()
-    return Beton.open(path)
+    return Beton(path)
 
 
 @pytest.mark.parametrize("mode", ["raw", "jpg"])
@@ -124,10 +124,10 @@ def test_a_record_that_cannot_be_right_is_refused_by_number(raw, jpg, tmp_path, 
 
 
 def test_a_raw_image_has_the_bytes_of_its_pixels_and_lies_in_no_other(raw, jpg, tmp_path):
-    width = int(Beton.open(raw.path).widths[3])
+    width = int(Beton(raw.path).widths[3])
     with pytest.raises(DamageError, match="image 3 has more or fewer bytes than pixels"):
         mutated(raw, tmp_path / "a.beton", width=(3, width + 1))
-    offsets = Beton.open(jpg.path).offsets
+    offsets = Beton(jpg.path).offsets
     with pytest.raises(DamageError, match=r"image \d begins inside of another one"):
         mutated(jpg, tmp_path / "b.beton", place=(3, int(offsets[2]) + 5))
 
@@ -136,7 +136,7 @@ def test_a_raw_image_has_the_bytes_of_its_pixels_and_lies_in_no_other(raw, jpg, 
 @pytest.mark.parametrize("change", [{"width": 1}, {"width": 40}, {"height": -1}, {"height": 60_000}])
 def test_a_jpeg_of_another_size_never_reaches_a_decoder(jpg, tmp_path, backend, change):
     """Its header is compared with the record: the decoder would leave pixels unwritten."""
-    beton = Beton.open(jpg.path)
+    beton = Beton(jpg.path)
     ((side, more),) = change.items()
     stored = {"width": beton.widths, "height": beton.heights}[side]
     changes = {side: (4, int(min(stored[4] + more, 65_535)))}

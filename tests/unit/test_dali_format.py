@@ -67,7 +67,7 @@ def test_jpegs_keep_their_bytes_in_a_plain_tar(files, tmp_path):
     split = files.splits["train"]
     bad, index = write_shards(tmp_path / "out", split, LOSSLESS, shard_images=5)
     assert bad == []
-    shards = TarShards.open(index)
+    shards = TarShards(index)
     assert [tar.name for tar in shards.tars] == ["a-00000.tar", "a-00001.tar", "a-00002.tar"]
     np.testing.assert_array_equal(shards.labels, split.labels)
     assert len(shards) == 13
@@ -96,7 +96,7 @@ def test_what_is_no_upright_rgb_jpeg_becomes_a_png_with_the_same_pixels(tmp_path
     Image.fromarray(pixels).save(folder / "3.jpg", exif=exif)
     flawed = (folder / "4.jpg").read_bytes()
     (folder / "4.jpg").write_bytes(flawed[:-2] + bytes(56) + flawed[-2:])
-    shards = TarShards.open(write_shards(tmp_path / "out", split, LOSSLESS)[1])
+    shards = TarShards(write_shards(tmp_path / "out", split, LOSSLESS)[1])
     for i in range(5):
         assert not is_jpeg(shards.encoded(i))
         np.testing.assert_array_equal(shards.image(i), split.image(i))
@@ -107,7 +107,7 @@ def test_scaled_images_are_written_anew_and_the_others_are_not(files, tmp_path):
     split = files.splits["train"]
     for mode, extension in (("raw", "png"), ("jpg", "jpg")):
         options = FfcvOptions(mode, max_resolution=80, num_workers=1)
-        shards = TarShards.open(write_shards(tmp_path / mode, split, options)[1])
+        shards = TarShards(write_shards(tmp_path / mode, split, options)[1])
         with tarfile.open(shards.tars[0]) as archive:
             names = [name for name in archive.getnames() if not name.endswith(".cls")]
         for i, name in enumerate(names):
@@ -132,7 +132,7 @@ def test_a_split_never_has_more_shards_than_may_stay_mapped(files, tmp_path, mon
     monkeypatch.setattr(dali_format, "SHARD_IMAGES", 1)
     monkeypatch.setattr(dali_format, "MOST_SHARDS", 3)
     _, index = write_shards(tmp_path / "out", files.splits["train"], LOSSLESS)
-    assert len(TarShards.open(index).tars) == 3
+    assert len(TarShards(index).tars) == 3
 
 
 def test_more_shards_than_a_process_may_usually_open(files, tmp_path):
@@ -141,7 +141,7 @@ def test_more_shards_than_a_process_may_usually_open(files, tmp_path):
         "import os, sys; from resource import *; from loaders.stored.tar_shards import TarShards\n"
         "used = max(map(int, os.listdir('/proc/self/fd')))\n"
         "setrlimit(RLIMIT_NOFILE, (used + 6, getrlimit(RLIMIT_NOFILE)[1]))\n"
-        "print(len(TarShards.open(sys.argv[1]).tars))"
+        "print(len(TarShards(sys.argv[1]).tars))"
     )
     done = subprocess.run([sys.executable, "-c", code, index], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "13\n", done.stderr
@@ -171,7 +171,7 @@ def test_dalis_own_reader_reads_the_shards_by_their_index(files, tmp_path):
     from nvidia.dali import Pipeline, fn
 
     split = files.splits["train"]
-    tars = TarShards.open(write_shards(tmp_path / "out", split, LOSSLESS, shard_images=5)[1]).tars
+    tars = TarShards(write_shards(tmp_path / "out", split, LOSSLESS, shard_images=5)[1]).tars
     pipeline = Pipeline(batch_size=13, num_threads=1, device_id=None)
     with pipeline:
         indices = [str(tar.with_suffix(".idx")) for tar in tars]
@@ -230,18 +230,18 @@ def test_damaged_and_missing_shards_are_refused_on_opening(files, tmp_path):
     whole = tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="a shard is cut short"):
-        TarShards.open(dataset.shards("train"))
+        TarShards(dataset.shards("train"))
     with pytest.raises(ValueError, match=r"damaged: dali/train-00000.tar has [\d,]+ bytes"):
         ConvertedDataset.open(dataset.root)
     tar.unlink()
     with pytest.raises(ValueError, match=r"train-00000.tar is missing or empty"):
-        TarShards.open(dataset.shards("train"))
+        TarShards(dataset.shards("train"))
     dataset.shards("train").write_bytes(b"PK damaged")
     with pytest.raises(ValueError, match=r"its index cannot be read"):
-        TarShards.open(dataset.shards("train"))
+        TarShards(dataset.shards("train"))
     dataset.shards("train").unlink()
     with pytest.raises(ValueError, match=r"train.npz does not exist: convert the data set with --format dali"):
-        TarShards.open(dataset.shards("train"))
+        TarShards(dataset.shards("train"))
 
 
 def damage(dataset: ConvertedDataset, name: str, change) -> ConvertedDataset:
@@ -256,7 +256,7 @@ def damage(dataset: ConvertedDataset, name: str, change) -> ConvertedDataset:
 
 def test_verify_reads_the_shards_back(files, tmp_path):
     good = shards_only(files, tmp_path / "good")
-    image = TarShards.open(good.shards("train")).encoded(7).tobytes()
+    image = TarShards(good.shards("train")).encoded(7).tobytes()
     assert good.manifest["files"]["dali/train-00000.tar"]["sha256"] == file_sha256(good.root / "dali/train-00000.tar")
 
     def copy(name: str) -> ConvertedDataset:
@@ -292,7 +292,7 @@ def test_bad_images_are_left_out_of_the_shards(files, tmp_path):
     one, other = (sorted(path.parent.glob("*-0*")) for path in (index, expected))
     assert [path.name for path in one] == [path.name for path in other]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, other, strict=True))
-    assert all(TarShards.open(index).problems(k) == [] for k in range(3))
+    assert all(TarShards(index).problems(k) == [] for k in range(3))
 
 
 def test_ffcvs_own_storage_is_refused_before_anything_is_read(tmp_path):
@@ -320,7 +320,7 @@ def test_the_command_line_converts_to_either_format_or_both(tmp_path, capsys):
     assert "every checksum holds" in run("--verify", out, "--quiet")
     source = open_source("digits")
     for split in source.splits:
-        shards = TarShards.open(ConvertedDataset.open(out).shards(split))
+        shards = TarShards(ConvertedDataset.open(out).shards(split))
         assert all((shards.image(i) == source.splits[split].image(i)).all() for i in range(0, len(shards), 7))
 
 
@@ -328,7 +328,7 @@ def test_the_command_line_converts_to_either_format_or_both(tmp_path, capsys):
 @pytest.mark.parametrize("crop", [CropSpec("none"), CropSpec("center", 12)], ids=lambda crop: crop.kind)
 def test_a_damaged_image_in_a_shard_is_named_and_the_loader_goes_on(tmp_path, crop):
     dataset = write_small(tmp_path / "train.beton", [(40, 50)] * 24, "jpg")
-    shards = TarShards.open(dataset.shards("train"))
+    shards = TarShards(dataset.shards("train"))
     tar = shards.tars[0]
     image, whole = shards.encoded(13).tobytes(), tar.read_bytes()
     arguments = {"batch_size": 4, "device": "cpu", "train": False, "num_workers": 1, "crop": crop}

@@ -76,7 +76,7 @@ def test_what_was_converted_opens(converted):
     for name, split in source.splits.items():
         assert opened.labels(name).dtype == np.int64
         np.testing.assert_array_equal(opened.labels(name), split.labels)
-        beton = Beton.open(opened.beton(name))
+        beton = Beton(opened.beton(name))
         np.testing.assert_array_equal(beton.labels, split.labels)
         assert all((beton.image(i) == split.image(i)).all() for i in range(len(split)))
         assert opened.manifest["splits"][name]["image_size"] == {"same": True, "min": [8, 8], "max": [8, 8]}
@@ -250,7 +250,7 @@ def test_verify_decodes_every_jpeg(files, tmp_path):
     out = tmp_path / "out"
     dataset = convert(files, out, options=FfcvOptions("jpg"), request={}, on_error="skip", progress=False)
     assert verify(dataset, progress=False) == []
-    beton = Beton.open(dataset.beton("test"))
+    beton = Beton(dataset.beton("test"))
     data = bytearray(dataset.beton("test").read_bytes())
     start = bytes(data).index(beton.encoded(1).tobytes())
     data[start : start + 20] = bytes(20)

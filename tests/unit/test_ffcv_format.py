@@ -63,7 +63,7 @@ def test_raw_images_and_labels_come_back_in_split_order(tmp_path, count):
     split = in_memory(count)
     done = []
     assert write_split(tmp_path, "a", split, FfcvOptions(), BETON, advance=done.append) == []
-    beton = Beton.open(tmp_path / "a.beton")
+    beton = Beton(tmp_path / "a.beton")
     assert len(beton) == sum(done) == count
     np.testing.assert_array_equal(beton.labels, split.labels)
     for i in range(count):
@@ -76,7 +76,7 @@ def test_several_workers_write_what_one_writes(tmp_path):
     split = in_memory(900, 64, 64)
     for workers in (1, 3):
         write_split(tmp_path, f"{workers}", split, FfcvOptions(num_workers=workers), BETON)
-        beton = Beton.open(tmp_path / f"{workers}.beton")
+        beton = Beton(tmp_path / f"{workers}.beton")
         np.testing.assert_array_equal(beton.labels, split.labels)
         assert all((beton.image(i) == split.image(i)).all() for i in range(len(split)))
 
@@ -85,17 +85,17 @@ def test_jpeg_and_proportion_store_jpegs(tmp_path):
     smooth = np.tile(np.linspace(0, 255, 40).astype(np.uint8)[None, None, :, None], (60, 30, 1, 3))
     split = ArraySplit.whole(smooth, np.zeros(60), origin="ramp", provenance="ramp")
     write_split(tmp_path, "jpg", split, FfcvOptions("jpg", jpeg_quality=95), BETON)
-    jpg = Beton.open(tmp_path / "jpg.beton")
+    jpg = Beton(tmp_path / "jpg.beton")
     assert jpg.is_jpeg.all()
     assert np.abs(jpg.image(7).astype(int) - smooth[7]).mean() < 3
     write_split(tmp_path, "half", split, FfcvOptions("proportion"), BETON)
-    assert 10 < Beton.open(tmp_path / "half.beton").is_jpeg.sum() < 50
+    assert 10 < Beton(tmp_path / "half.beton").is_jpeg.sum() < 50
 
 
 def test_long_sides_become_exactly_the_maximal_resolution(tmp_path):
     split = in_files(tmp_path, [(30, 90), (90, 30), (64, 64), (20, 10), (1, 400), (47, 47)])
     write_split(tmp_path, "a", split, FfcvOptions(max_resolution=45), BETON)
-    beton = Beton.open(tmp_path / "a.beton")
+    beton = Beton(tmp_path / "a.beton")
     shapes = list(zip(beton.heights.tolist(), beton.widths.tolist(), strict=True))
     assert shapes == [(15, 45), (45, 15), (45, 45), (20, 10), (1, 45), (45, 45)]
     np.testing.assert_array_equal(beton.image(3), split.image(3))
@@ -125,7 +125,7 @@ def test_bad_images_are_left_out_and_returned(tmp_path):
 
     skipped = write_split(tmp_path, "a", split, FfcvOptions(num_workers=2), BETON)
     assert [image.index for image in skipped] == [3, 66]
-    beton = Beton.open(tmp_path / "a.beton")
+    beton = Beton(tmp_path / "a.beton")
     good = [i for i in range(70) if i not in (3, 66)]
     np.testing.assert_array_equal(beton.labels, split.labels[good])
     np.testing.assert_array_equal(beton.image(3), split.image(4))

@@ -69,7 +69,7 @@ def large(monkeypatch) -> None:
 
 def zero_pixels(path: Path, *, keep_time: bool = False) -> None:
     """Overwrite image 4 of a .beton file."""
-    beton, status = Beton.open(path), path.stat()
+    beton, status = Beton(path), path.stat()
     data = bytearray(path.read_bytes())
     data[beton.offsets[4] : beton.offsets[4] + 30] = bytes(30)
     path.write_bytes(data)
@@ -87,7 +87,7 @@ def test_the_same_images_converted_again_are_the_same_data(folders):
 
 def test_the_layout_of_a_file_is_no_difference(folders):
     """FFCV's processes write pages in the order in which they are done."""
-    beton = Beton.open(folders[0] / "train.beton")
+    beton = Beton(folders[0] / "train.beton")
     before = content_sha256(beton, beton.encoded)
     beton.storage = np.concatenate([beton.storage, beton.encoded(0)])
     beton.offsets[0] = len(beton.storage) - beton.sizes[0]

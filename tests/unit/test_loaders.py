@@ -292,7 +292,7 @@ def test_ffcvs_batches_do_not_depend_on_threads_or_on_how_much_is_decoded_in_one
 )
 def test_a_damaged_jpeg_is_named(tmp_path, make, backend, error):
     dataset = write_small(tmp_path / "train.beton", mixed_shapes(8), "jpg")
-    beton = Beton.open(dataset.path)
+    beton = Beton(dataset.path)
     start = int(beton.encoded(5).ctypes.data - beton.encoded(0).ctypes.data) + dataset.path.read_bytes().index(
         beton.encoded(0).tobytes()
     )
@@ -354,7 +354,7 @@ def test_processes_on_a_cpu_share_its_memory(small, make, monkeypatch):
 
 
 def test_auto_knows_what_whole_images_of_many_sizes_take(mixed, monkeypatch):
-    beton = Beton.open(mixed.path)
+    beton = Beton(mixed.path)
     plan = EpochPlan(beton.labels, beton.heights, beton.widths, CropSpec("random_resized", 12), 8, train=True)
     needed = sum(image.size for image in mixed.images)
     assert resident_bytes(plan.crop, plan.heights, plan.widths) == needed
@@ -531,7 +531,7 @@ def test_no_room_in_shared_memory_is_said_by_the_worker(small, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     monkeypatch.setattr(torch_loader, "get_worker_info", lambda: SimpleNamespace(num_workers=3))
-    batches = torch_loader._CroppedBatches(Beton.open(small.path), (16, 16))
+    batches = torch_loader._CroppedBatches(Beton(small.path), (16, 16))
     answer = batches[np.arange(2), np.array([[0, 0, 16, 16]] * 2, dtype=np.int32)]
     assert isinstance(answer, ReaderError)
     assert "for the batches of 3 workers" in str(answer)
@@ -546,8 +546,8 @@ from loaders.stored.beton import Beton
 
 if __name__ == "__main__":
     backend, path = sys.argv[1:]
-    labels = Beton.open(path).labels
-    dataset = SmallDataset(Beton.open(path).path, [], labels, formats=("ffcv",))
+    labels = Beton(path).labels
+    dataset = SmallDataset(Beton(path).path, [], labels, formats=("ffcv",))
     arguments = {"batch_size": 8, "device": "cpu", "train": True, "crop": CropSpec("none"), "num_workers": 2}
     loader = make_loader(dataset, "train", backend=backend, **arguments)
     for epoch in range(10**9):

@@ -115,7 +115,7 @@ def rename_class(data: Path) -> None:
 def change_pixel(data: Path) -> None:
     """As a conversion of other pixels would leave it: with a manifest that fits."""
     path = data / "train.beton"
-    beton, content = Beton.open(path), bytearray(path.read_bytes())
+    beton, content = Beton(path), bytearray(path.read_bytes())
     content[beton.offsets[5]] ^= 1
     path.write_bytes(content)
     manifest = json.loads((data / "manifest.json").read_text())

@@ -495,7 +495,7 @@ def test_a_damaged_data_set_is_one_message_and_exit_code_2(tmp_path, capsys, mon
     make(words)
     data = bytearray((folder / name).read_bytes())
     if name == "train.beton":
-        beton = Beton.open(folder / name)
+        beton = Beton(folder / name)
         data[beton.offsets[7] : beton.offsets[7] + 200] = bytes(200)
         reason = f"fastlt: {folder / name}, image 7: damaged JPEG data"
     else:
