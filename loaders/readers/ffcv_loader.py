@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from itertools import islice
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class FfcvLoader(HostLoader):
         waiting: deque[tuple[Tensor, list[Future]]] = deque()
         try:
             while True:
-                for start in _take(starts, self._ahead - len(waiting)):
+                for start in islice(starts, self._ahead - len(waiting)):
                     end = start + self._buffer
                     waiting.append(self._submit(index[start:end], boxes[start:end]))
                 if not waiting:
@@ -116,8 +117,3 @@ class FfcvLoader(HostLoader):
                 f"{self.stored.path}: a decoding thread stopped with {type(error).__name__}: {error}; "
                 "the 'torch' backend reads the same file in other processes"
             ) from error
-
-
-def _take(items: Iterator[int], count: int) -> Iterator[int]:
-    for _, item in zip(range(count), items, strict=False):
-        yield item
