@@ -30,6 +30,7 @@ from loaders.stored.atomic_folder import CONVERTED, LOCK, PIECES, OtherConversio
 from loaders.stored.ffcv_format import FfcvOptions, first_address
 from loaders.stored.forked_workers import available_cores
 from loaders.stored.image_check import BadImage, ImageCheck
+from loaders.stored.manifest import file_sha256
 from loaders.stored.tar_shards import shard_path
 
 DESCRIPTION = "conversion.json"
@@ -236,12 +237,9 @@ class PieceStore:
         return digest.hexdigest()
 
     def _shard_sha256(self, piece: Piece) -> str:
-        digest = hashlib.sha256()
-        if piece.shard is not None:
-            with tar_path(self.pieces, piece.number).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+        if piece.shard is None:
+            return hashlib.sha256().hexdigest()
+        return file_sha256(tar_path(self.pieces, piece.number))
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Delete pieces, their records first."""
