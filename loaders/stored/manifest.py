@@ -7,12 +7,13 @@ file, and a checksum of itself.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -210,16 +211,11 @@ def file_checksums(paths: Sequence[Path], advance: Advance = lambda n: None) -> 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that decide what is stored."""
-    of_libraries = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
-    return {"python": platform.python_version(), "fastlt": __version__, **of_libraries}
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    found = {"python": platform.python_version(), "fastlt": __version__}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def as_json(request: Mapping[str, Any]) -> dict[str, Any]:
