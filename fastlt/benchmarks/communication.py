@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from fastlt.benchmarks.meta_steps import WAYS, Problem, Way
 from fastlt.benchmarks.rounds import wait_for
 from fastlt.device.distributed import Reducer
 from fastlt.device.host_memory import keep_freed_memory
+from loaders.cores import available_cores
 
 # The variants of a step: as in training, with gradients communicated when all are there, and without communication.
 TRAINING, AT_ONCE, SILENT = "training", "at once", "silent"
@@ -136,7 +136,7 @@ def _process(rank: int, words: argparse.Namespace, problem_of: Callable[..., Pro
     """One of the processes; the first writes the rows."""
     device = torch.device(words.device if words.device == "cpu" else f"cuda:{rank}")
     if device.type == "cpu":
-        torch.set_num_threads(words.threads or max(1, len(os.sched_getaffinity(0)) // words.processes))
+        torch.set_num_threads(words.threads or max(1, available_cores() // words.processes))
         keep_freed_memory()
     else:
         torch.cuda.set_device(device)

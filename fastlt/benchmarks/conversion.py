@@ -39,6 +39,7 @@ from fastlt.augment import normalise
 from fastlt.models import build_model
 from fastlt.models.classifier import check_model
 from fastlt.models.pretrained import config_of, input_config
+from loaders.cores import available_cores
 from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source
 from loaders.sources.decode import EXTENSIONS
@@ -47,7 +48,6 @@ from loaders.stored.beton import Beton
 from loaders.stored.convert import convert
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.ffcv_kernels import kernels
-from loaders.stored.forked_workers import available_cores
 from loaders.stored.image_check import check_images
 from loaders.stored.piece_writer import write_split
 from loaders.stored.progress import progress_bar

@@ -28,6 +28,7 @@ from fastlt.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, to
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
 from fastlt.device.host_memory import keep_freed_memory
+from loaders.cores import available_cores
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.sources import ArraySplit, FileSplit, Source, Split
@@ -35,7 +36,6 @@ from loaders.sources.cifar import CIFAR10, read_cifar
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.forked_workers import available_cores
 
 NAME = "fastlt benchmark data"
 BOTH = ("ffcv", "dali")

@@ -36,13 +36,13 @@ from fastlt.models import Classifier, build_model
 from fastlt.run.loading import EVALUATION_BATCH
 from fastlt.run.metrics import Metrics
 from fastlt.state import ClassCounts
+from loaders.cores import available_cores
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.protocol import BatchLoader
 from loaders.sources import FileSplit, Source
 from loaders.stored.as_stored import Storage
 from loaders.stored.convert import convert
-from loaders.stored.forked_workers import available_cores
 
 NAME = "fastlt benchmark predict"
 CLASSES = 100

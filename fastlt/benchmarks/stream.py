@@ -35,6 +35,7 @@ from fastlt.benchmarks.file_server import serve
 from fastlt.benchmarks.options import usable_device
 from fastlt.benchmarks.rounds import IDLE_S, wait_for
 from fastlt.device.host_memory import keep_freed_memory
+from loaders.cores import available_cores
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.order.shard_order import ShardOrder
@@ -45,7 +46,6 @@ from loaders.sources import FileSplit, Source, Split
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
-from loaders.stored.forked_workers import available_cores
 from loaders.stored.streamed import StreamedDataset
 
 NAME = "fastlt benchmark stream"

@@ -35,7 +35,7 @@ from fastlt.reproduce.frozen_tables import as_record, best_rate, markdown, rows
 from fastlt.reproduce.output import write_files
 from fastlt.run.fit import process_as_before
 from fastlt.run.loading import iterations_per_epoch
-from loaders.stored.forked_workers import available_cores
+from loaders.cores import available_cores
 
 NAME = "fastlt reproduce frozen"
 RATES = (0.001, 0.005, 0.02, 0.05)

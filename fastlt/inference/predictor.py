@@ -29,8 +29,8 @@ from fastlt.paths import as_path
 from fastlt.run.shifted_crops import mean_logits
 from fastlt.run.trained import TrainedRun
 from fastlt.state import Batch, ClassCounts, upload
+from loaders.cores import available_cores
 from loaders.sources.messages import printable, some
-from loaders.stored.forked_workers import available_cores
 from loaders.stored.progress import progress_bar
 
 BATCH_SIZE = 128

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastlt.inspection.profile import Profile
+from loaders.cores import available_cores
 from loaders.factory import choose_backend
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
@@ -16,7 +17,6 @@ from loaders.readers import BACKENDS
 from loaders.readers.free_memory import free_bytes
 from loaders.readers.resident_loader import resident_bytes
 from loaders.stored.encode import stored_sizes
-from loaders.stored.forked_workers import available_cores
 
 
 @dataclass(frozen=True)

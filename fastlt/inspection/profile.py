@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlt.state import ClassCounts
+from loaders.cores import available_cores
 from loaders.sources.decode import MAX_BYTES, header_size
 from loaders.sources.duplicates import KINDS, find_duplicates
 from loaders.sources.messages import printable
@@ -23,7 +24,7 @@ from loaders.sources.source import Source
 from loaders.sources.split import EncodedImages, FileSplit, Split
 from loaders.stored.damage import DamageError
 from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.forked_workers import available_cores, chunks_of
+from loaders.stored.forked_workers import chunks_of
 from loaders.stored.image_check import content_key
 from loaders.stored.manifest import DUPLICATES
 from loaders.stored.progress import progress_bar

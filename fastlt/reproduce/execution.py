@@ -20,7 +20,8 @@ from fastlt.reproduce.tables import Cell
 from fastlt.run.checkpoint import read_json
 from fastlt.run.folder import result_file
 from fastlt.run.progress import clock_time
-from loaders.stored.forked_workers import available_cores, signals_held
+from loaders.cores import available_cores
+from loaders.stored.forked_workers import signals_held
 
 POLL_S = 0.2
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from fastlt.state import Batch
+from loaders.cores import available_cores
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
 from loaders.readers import BACKENDS
-from loaders.stored.forked_workers import available_cores
 
 
 class BaseLoader:

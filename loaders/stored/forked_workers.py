@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, TypeVar
 
+from loaders.cores import available_cores
+
 CHUNK = 32  # images a task: few enough that the progress moves and the cores end together
 AHEAD = 2  # chunks a process is handed at a time: the one it works on, and the next
 STUCK_S = 300.0  # without an image from any process
@@ -27,11 +29,6 @@ GRACE_S = 5.0  # for a process that was killed to be gone
 Advance = Callable[[int], object]
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
-
-
-def available_cores() -> int:
-    """Cores this process may use, at least 1."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def chunks_of(count: int) -> list[range]:

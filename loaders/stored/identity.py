@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loaders.cores import available_cores
 from loaders.sources.split import SPLITS
-from loaders.stored.forked_workers import Advance, available_cores
+from loaders.stored.forked_workers import Advance
 
 if TYPE_CHECKING:
     from loaders.protocol import StoredSplit  # imports torch, which a conversion's usage errors must not wait for

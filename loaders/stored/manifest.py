@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from fastlt.version import __version__
+from loaders.cores import available_cores
 from loaders.sources.split import SPLITS
 from loaders.stored import FORMATS
 from loaders.stored.atomic_folder import MANIFEST
 from loaders.stored.damage import DamageError
-from loaders.stored.forked_workers import Advance, available_cores
+from loaders.stored.forked_workers import Advance
 
 SCHEMA = 1
 LABELS, IMAGES = "labels.npz", "images.tsv"

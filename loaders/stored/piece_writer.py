@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.cores import available_cores
 from loaders.sources.split import Split
 from loaders.stored.dali_format import ShardWriter, shard_size, write_indices
 from loaders.stored.encode import encode, stored_sizes
 from loaders.stored.ffcv_format import BetonEnd, FfcvOptions, write_tables
-from loaders.stored.forked_workers import STUCK_S, Advance, available_cores, image_done, map_chunks
+from loaders.stored.forked_workers import STUCK_S, Advance, image_done, map_chunks
 from loaders.stored.image_check import BadImage, check_image
 from loaders.stored.pieces import ROW, Group, Piece, PieceStore, Table, take_over, tar_path
 from loaders.stored.tar_shards import shard_path

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from loaders.cores import available_cores
 from loaders.sources.split import SPLITS, UNREADABLE, EncodedImages, Split, called
 from loaders.stored.atomic_folder import CONVERTED, LOCK, PIECES, OtherConversionError, write_durably
 from loaders.stored.ffcv_format import FfcvOptions, first_address
-from loaders.stored.forked_workers import available_cores
 from loaders.stored.image_check import BadImage, ImageCheck
 from loaders.stored.manifest import file_sha256
 from loaders.stored.tar_shards import shard_path
