@@ -412,7 +412,7 @@ ON_REQUEST = ("general", "lean", "fp32_tangent", "late_weights", "lookahead_head
 NEEDS_PACKAGE = ("higher", "torchopt")
 
 
-def missing(name: str, of_all: bool = True) -> str | None:
+def missing(name: str, of_all: bool) -> str | None:
     """Why a way cannot be measured here, with what to do about it; None when it can. of_all: if all is trained."""
     if name in NEEDS_PACKAGE and not of_all:
         return f"{name} is written here for networks that are trained as a whole: leave --train and --adapt out"

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 NAME = "fastlt convert"
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
 SHUFFLE_SEED = 0  # of the order in which images are stored; a run shuffles them by its own
+NAMED_CLASSES = 3  # of the largest and of the smallest, in the line of a converted data set
 WITH_VERIFY = ("verify", "workers", "quiet")
 
 
@@ -231,9 +232,9 @@ def report(dataset: ConvertedDataset) -> None:
             print(*(f"  {' '.join(line.split(chr(9)))}" for line in itertools.islice(lines, 3)), sep="", end="")
 
 
-def classes_text(names: Sequence[str], counts: Sequence[int], shown: int = 3) -> str:
+def classes_text(names: Sequence[str], counts: Sequence[int]) -> str:
     """How many classes of how many training images there are, with the names of the largest and the smallest."""
     order = sorted(range(len(names)), key=lambda c: (-counts[c], c))
-    ends = order if len(order) <= 2 * shown + 1 else [*order[:shown], None, *order[-shown:]]
+    ends = order if len(order) <= 2 * NAMED_CLASSES + 1 else [*order[:NAMED_CLASSES], None, *order[-NAMED_CLASSES:]]
     listed = ["…" if c is None else f"{shortened(names[c])} {counts[c]:,}" for c in ends]
     return f"{len(names):,} classes of {max(counts):,} to {min(counts):,} training images: {', '.join(listed)}"

@@ -12,6 +12,7 @@ from fastlt.state import ClassCounts
 
 MOST_CLASSES = 60  # whose matrix is shown class by class
 GROUPS = 20  # of classes, in the matrix of more
+MOST_PAIRS = 500  # that are listed
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def group_name(sizes: np.ndarray) -> str:
     return f"{span} images"
 
 
-def confused_pairs(predictions: Sequence[Predictions], num_classes: int, at_most: int = 500) -> list[Pair]:
+def confused_pairs(predictions: Sequence[Predictions], num_classes: int) -> list[Pair]:
     """The pairs of classes that are most often confused, the most frequent first."""
     total = np.zeros(num_classes)
     codes = []
@@ -97,7 +98,7 @@ def confused_pairs(predictions: Sequence[Predictions], num_classes: int, at_most
         wrong = ~of_seed.right
         codes.append(of_seed.labels[wrong] * num_classes + of_seed.predicted[wrong])
     pairs, images = np.unique(np.concatenate(codes), return_counts=True)
-    first = np.argsort(-images, kind="stable")[:at_most]
+    first = np.argsort(-images, kind="stable")[:MOST_PAIRS]
     return [
         Pair(int(code // num_classes), int(code % num_classes), n / len(predictions), n / total[code // num_classes])
         for code, n in zip(pairs[first], images[first], strict=True)

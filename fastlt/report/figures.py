@@ -39,6 +39,7 @@ from fastlt.state import ClassCounts
 MOST_POINTS = 1000  # that are drawn as shapes; more are one picture
 NAMED_CELLS = 12  # rows of a matrix up to which every cell has its number
 COUNT_BINS = 12
+NAMED_ENDS = 3  # highest and lowest classes that have their names beside their curves
 SHORT_LABEL = 24  # characters of a label that has another beside it in the legend
 
 
@@ -182,9 +183,7 @@ def accuracy_of_classes(series: Sequence[Series]) -> Figure:
     return figure
 
 
-def curve(
-    series: Sequence[Series], title: str, kind: str, key: str, label: str, scale: str = "linear"
-) -> Figure | None:
+def curve(series: Sequence[Series], title: str, kind: str, key: str, label: str) -> Figure | None:
     """A number of the log over the iterations, as the mean over seeds with its range; None where no run logged it."""
     figure, axes = new_figure(title)
     drawn = 0
@@ -272,12 +271,12 @@ def class_history(group: Group, name: str) -> tuple[np.ndarray, np.ndarray] | No
     return np.array(iterations), np.mean([[of_run[i] for i in iterations] for of_run in of_runs], axis=0, dtype=float)
 
 
-def _name_ends(axes: Axes, iterations: np.ndarray, values: np.ndarray, counts: ClassCounts, each: int = 3) -> None:
+def _name_ends(axes: Axes, iterations: np.ndarray, values: np.ndarray, counts: ClassCounts) -> None:
     """Write the names of the classes with the highest and the lowest value at the end beside it."""
     last = values[-1]
     known = np.flatnonzero(~np.isnan(last))
     order = known[np.argsort(last[known], kind="stable")]
-    chosen = order if len(order) <= 2 * each else np.concatenate([order[:each], order[-each:]])
+    chosen = order if len(order) <= 2 * NAMED_ENDS else np.concatenate([order[:NAMED_ENDS], order[-NAMED_ENDS:]])
     if not len(chosen):
         return
     if counts.num_classes > MOST_CLASSES:

@@ -182,9 +182,9 @@ def accuracy(series: Sequence[Series]) -> Section:
     return Section("Accuracy", blocks)
 
 
-def figure(name: str, drawn: Any, description: str = "") -> FigureBlock:
-    """A block of a figure; it is described by its title unless something else is given."""
-    return FigureBlock(name, drawn, description or drawn.axes[0].get_title(loc="left").replace(r"\$", "$"))
+def figure(name: str, drawn: Any) -> FigureBlock:
+    """A block of a figure, which is described by its title."""
+    return FigureBlock(name, drawn, drawn.axes[0].get_title(loc="left").replace(r"\$", "$"))
 
 
 def class_table(name: str, part: Sequence[Series]) -> TableBlock:

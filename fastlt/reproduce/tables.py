@@ -140,14 +140,14 @@ def group_accuracy(result: Mapping[str, Any], group: str, shots: ShotRanks) -> f
     return statistics.mean(known) if known else None
 
 
-def table_names(tables: Path = PAPER) -> list[str]:
+def table_names() -> list[str]:
     """What can be reproduced."""
-    return list(yaml.safe_load(tables.read_text(encoding="utf-8")))
+    return list(yaml.safe_load(PAPER.read_text(encoding="utf-8")))
 
 
-def load_table(name: str, tables: Path = PAPER) -> tuple[str, list[Cell]]:
+def load_table(name: str) -> tuple[str, list[Cell]]:
     """Title and cells of a table, row by row; a cell without a number is left out unless the table says `run_all`."""
-    table = pick("table", name, yaml.safe_load(tables.read_text(encoding="utf-8")))
+    table = pick("table", name, yaml.safe_load(PAPER.read_text(encoding="utf-8")))
     files, cells = shipped_recipes(), []
     for row in table["rows"]:
         values = row.get("values", [None] * len(table["columns"]))

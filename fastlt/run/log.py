@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 SHOWN = 5  # broken lines that a message names
+MOST_CLASSES = 40  # that the table of a result lists one by one
 
 
 class RunLog(AppendedFile):
@@ -71,10 +72,10 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], str]:
     return lines, f"line {', '.join(broken[:SHOWN])}{more} cannot be read" if broken else ""
 
 
-def shot_means(name: str, per_class: Tensor, counts: ClassCounts) -> dict[str, float]:
-    """The mean of (C,) values over the classes of each group that has any, as "<name>_<group>"."""
+def weight_means(weights: Tensor, counts: ClassCounts) -> dict[str, float]:
+    """The mean of class weights (C,) over the classes of each group that has any, as "weight_<group>"."""
     return {
-        f"{name}_{group}": per_class[torch.from_numpy(mask).to(per_class.device)].mean().item()
+        f"weight_{group}": weights[torch.from_numpy(mask).to(weights.device)].mean().item()
         for group, mask in counts.shot_masks().items()
         if mask.any()
     }
@@ -121,15 +122,15 @@ def selection_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def result_table(result: dict[str, Any], counts: ClassCounts, max_classes: int = 40) -> str:
+def result_table(result: dict[str, Any], counts: ClassCounts) -> str:
     """The end of a run for a person: overall, by shots, and every class with its count and learned weight.
 
-    With more than `max_classes` classes only the largest and the smallest ones are listed. Where classes have no image
+    With more than MOST_CLASSES classes only the largest and the smallest ones are listed. Where classes have no image
     in the test split, a column says over how many the means are.
     """
     lines = group_lines(result, counts)
     lines[-1] += f"   {result['img_s']:.0f} img/s   {result['train_s']:.0f} s of training"
-    return "\n".join([*lines, *selection_lines(result), *class_lines(result, counts, max_classes)])
+    return "\n".join([*lines, *selection_lines(result), *class_lines(result, counts)])
 
 
 def group_lines(metrics: dict[str, Any], counts: ClassCounts) -> list[str]:
@@ -154,17 +155,15 @@ def group_lines(metrics: dict[str, Any], counts: ClassCounts) -> list[str]:
     return lines
 
 
-def class_lines(
-    metrics: dict[str, Any], counts: ClassCounts, max_classes: int = 40, all_in: str = "result.json"
-) -> list[str]:
+def class_lines(metrics: dict[str, Any], counts: ClassCounts, all_in: str = "result.json") -> list[str]:
     """Every class with its training images and accuracy, and of a result with its weight; see `result_table`."""
     weights, of_result = metrics.get("class_weights"), "class_weights" in metrics
     heading = f"{'weight':>9}" if of_result else ""
     lines = [f"\n{'class':24}{'images':>8}{heading}{'top-1 %':>10}"]
     order = sorted(range(counts.num_classes), key=lambda c: -counts.counts[c])
-    shown = order if len(order) <= max_classes else order[: max_classes // 2] + order[-max_classes // 2 :]
+    shown = order if len(order) <= MOST_CLASSES else order[: MOST_CLASSES // 2] + order[-MOST_CLASSES // 2 :]
     for position, c in enumerate(shown):
-        if len(shown) < len(order) and position == max_classes // 2:
+        if len(shown) < len(order) and position == MOST_CLASSES // 2:
             lines.append(f"... {len(order) - len(shown)} more classes in {all_in} ...")
         weight = f"{'-' if weights is None else f'{weights[c]:.3f}':>9}" if of_result else ""
         accuracy = percent(metrics["per_class_accuracy"][c])

@@ -28,7 +28,7 @@ from fastlt.run.finite import not_finite
 from fastlt.run.folder import class_history_file, inputs_file, log_file, predictions_file, recipe_file, result_file
 from fastlt.run.loading import endless
 from fastlt.run.lock import unlock_folder
-from fastlt.run.log import RunLog, StageBar, percent, shot_means
+from fastlt.run.log import RunLog, StageBar, percent, weight_means
 from fastlt.run.main_process import from_main, on_main
 from fastlt.run.model_folder import save_run_model
 from fastlt.run.network import advice_on_network
@@ -316,7 +316,7 @@ class Trainer:
         metrics = {k: v.item() for k, v in output.metrics.items()}
         if "weight" in output.per_class:
             progress.class_weights = output.per_class["weight"].detach().clone()
-            metrics |= shot_means("weight", progress.class_weights, self.context.counts)
+            metrics |= weight_means(progress.class_weights, self.context.counts)
         wait, iteration_s = progress.data_wait_share, self.time_left.iteration_s()
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.3g}", "wait": f"{100 * wait:.1f}%"}
         if iteration_s is not None:

@@ -145,7 +145,7 @@ def convert(
             _check_space(work, source, options)
         groups = _groups(source, on_error)
         count = sum(len(group.split) for group in groups.values())
-        with total_progress("convert", count, progress) as bar:
+        with total_progress(count, progress) as bar:
             tables = _store(store, groups, bar, say)
             source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
             if shuffle_seed is not None and late:

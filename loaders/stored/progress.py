@@ -19,17 +19,17 @@ def progress_bar(title: str, total: int, enabled: bool, unit: str = "img") -> It
 
 
 class TotalProgress:
-    """One bar over all parts of a work on `count` images: an image is done when all parts have had it."""
+    """One bar over all parts of a conversion of `count` images: an image is done when all parts have had it."""
 
-    def __init__(self, title: str, count: int, bar: tqdm) -> None:
-        self._title, self._count, self._bar = title, count, bar
+    def __init__(self, count: int, bar: tqdm) -> None:
+        self._count, self._bar = count, bar
 
     def phase(self, name: str, share: float, total: int) -> Callable[[int], object]:
         """Begin a part; a function that takes how many of its `total` units are done since its last call.
 
         share: of the part in the time of all.
         """
-        self._bar.set_description_str(f"{self._title}: {name}")
+        self._bar.set_description_str(f"convert: {name}")
         step = share * self._count / max(total, 1)
         return lambda units: self._bar.update(units * step)
 
@@ -45,9 +45,9 @@ class TotalProgress:
 
 
 @contextmanager
-def total_progress(title: str, count: int, enabled: bool) -> Iterator[TotalProgress]:
+def total_progress(count: int, enabled: bool) -> Iterator[TotalProgress]:
     """A `TotalProgress` that is shown while the work goes on."""
     with tqdm(
-        total=count, desc=title, unit="img", bar_format=TOTAL_FORMAT, disable=not enabled, dynamic_ncols=True
+        total=count, desc="convert", unit="img", bar_format=TOTAL_FORMAT, disable=not enabled, dynamic_ncols=True
     ) as bar:
-        yield TotalProgress(title, count, bar)
+        yield TotalProgress(count, bar)
