@@ -280,9 +280,9 @@ def _name_ends(axes: Axes, iterations: np.ndarray, values: np.ndarray, counts: C
     if not len(chosen):
         return
     if counts.num_classes > MOST_CLASSES:
-        colours = {shot: mask for shot, mask in counts.shot_masks().items()}
+        masks = counts.shot_masks()
         for c in chosen:
-            shot = next(name for name, mask in colours.items() if mask[c])
+            shot = next(name for name, mask in masks.items() if mask[c])
             axes.plot(iterations, values[:, c], color=SHOTS[shot], linewidth=0.8, alpha=0.7)
     low, high = axes.get_ylim()
     for c, y in zip(chosen, spaced(last[chosen].tolist(), 0.07 * (high - low)), strict=True):
@@ -321,7 +321,7 @@ def confusion_matrix(confusion: Confusion, title: str) -> Figure:
     axes.set_yticks(range(rows), names)
     axes.tick_params(length=0)
     axes.grid(visible=False)
-    for row in list(confusion.edges.values()):
+    for row in confusion.edges.values():
         if row > 0:
             axes.axhline(row - 0.5, color=MUTED, linewidth=0.8)
             axes.axvline(row - 0.5, color=MUTED, linewidth=0.8)
