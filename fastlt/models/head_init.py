@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastlt.models.classifier import Classifier
@@ -27,8 +28,6 @@ def read_rows(path: str | Path) -> Tensor:
         if path.suffix == ".npy":
             held = torch.from_numpy(np.load(path, allow_pickle=False))
         elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             held = load_file(path)
         else:
             held = torch.load(path, map_location="cpu", weights_only=True)

@@ -6,6 +6,7 @@ Found on this machine, or fetched where the network allows it.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import urllib.request
 from dataclasses import dataclass
@@ -170,8 +171,6 @@ def reachable(url: str) -> bool:
     answers = []
 
     def ask() -> None:
-        import socket
-
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), ANSWER_S).close()

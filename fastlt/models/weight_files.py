@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,6 @@ def first_few(names: Iterable[str], most: int = 3) -> str:
 
 
 def _read_safetensors(path: Path) -> Tensors:
-    from safetensors.torch import load_file
-
     try:
         state = load_file(path)
     except Exception as error:

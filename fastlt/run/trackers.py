@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from fastlt.names import pick
@@ -122,9 +123,7 @@ def _configure_tensorboard(tracker: Any, values: dict[str, Any]) -> None:
 
 
 def _tensorboard_histogram(tracker: Any, key: str, values: list[float], iteration: int) -> None:
-    from numpy import asarray
-
-    tracker.writer.add_histogram(key, asarray(values), iteration)
+    tracker.writer.add_histogram(key, np.asarray(values), iteration)
 
 
 def _wandb_histogram(tracker: Any, key: str, values: list[float], iteration: int) -> None:
