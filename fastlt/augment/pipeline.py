@@ -181,6 +181,7 @@ def build_augment(
 ) -> Augment:
     """The Augment that a recipe's list asks for, e.g. ["flip", {"random_crop": {"padding": 4}}].
 
+    It takes uint8 images (N, 3, H, W) on `device` to normalised float32 (N, 3, h, w), H and W without a crop.
     image_size: side of what crops cut. mean, std: one number a channel, for pixels in 0..1. seed: of the chain's own
     generator. An empty list only normalises. ValueError for unknown names or options and for values out of range.
     """

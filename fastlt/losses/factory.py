@@ -46,6 +46,8 @@ def check_loss(name: str, options: Mapping[str, object]) -> None:
 def build_loss(name: str, class_counts: ClassCounts, **options: object) -> PerSampleLoss:
     """The loss `name` for a training set of these class counts.
 
+    It takes logits, float (N, C), and labels, int64 (N,) in [0, C), to one loss a sample, (N,): float32, or float64 for
+    float64 logits.
     Raises ValueError for an unknown name or option, for an option's bad value, and for a class-count-based loss on a
     training set that is perfectly balanced.
     """

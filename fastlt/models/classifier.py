@@ -212,6 +212,7 @@ def build_model(
 ) -> Classifier:
     """A classifier of `num_classes` classes on the timm backbone `name` (ours are registered with timm too).
 
+    It takes normalised images, float (N, 3, H, W), to logits (N, C).
     head: "linear", or "cosine" with the scale `head_scale` (30 unless given).
     pretrained: the weights timm knows for this name, over the network; the head is new.
     checkpoint: a local file instead, see `load_weights`.

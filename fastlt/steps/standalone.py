@@ -89,7 +89,9 @@ class TrainingStep:
 
 
 class MetaBatches:
-    """Random batches of a meta set in memory: every image once before any comes again.
+    """Random batches of a meta set in memory: one random order after the other, each cut into whole batches.
+
+    As with the trainer's loader, images that fill no batch at the end of an order are left out of it.
 
     images: (M, ...), labels: int64 (M,), both on the device. size: of a batch; None is that of the training batch.
     """
