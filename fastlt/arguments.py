@@ -21,7 +21,7 @@ def show(doc: str | None, name: str, prog: str) -> str:
     return (doc or "").strip().replace(name, typed(prog))
 
 
-def make_parser(doc: str | None, name: str, prog: str, usage: str | None = None) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, name: str, prog: str) -> argparse.ArgumentParser:
     """A parser whose help is a module's docstring.
 
     name: how the docstring writes the command, `fastlt report`. prog: how the user called it, that or `report.py`, a
@@ -29,7 +29,6 @@ def make_parser(doc: str | None, name: str, prog: str, usage: str | None = None)
     """
     return _Parser(
         prog=prog,
-        usage=usage,
         description=show(doc, name, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

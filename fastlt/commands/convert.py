@@ -10,11 +10,11 @@
     fastlt convert webdataset --root /shards --out data/mine
     fastlt convert hf_dataset --root saved_to_disk --out data/mine
     fastlt convert image_folder --root /images --out data/shards --format dali --shuffle --shard-images 1000
-    fastlt convert --verify data/cifar100-if100
 
 A conversion that is interrupted keeps what is finished in DIR.partial, and the same command goes on from there.
 --restart throws it away.
-Exit codes: 0 done, 1 damage found by --verify, 2 bad input, 130 or 143 interrupted or terminated.
+`fastlt verify DIR` reads a converted data set back and checks all of it.
+Exit codes: 0 done, 2 bad input, 130 or 143 interrupted or terminated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 # Only what a usage error needs; torch and FFCV take seconds and are imported when there is work for them.
 from fastlt.arguments import make_parser, path, whole, worker_count
-from fastlt.commands import verify
 from fastlt.commands.data_options import add_data_options, choices, open_chosen, refuse_foreign_options
 from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
@@ -46,7 +45,6 @@ NAME = "fastlt convert"
 FORMATS = {"ffcv": ("ffcv",), "dali": ("dali",), "both": ("ffcv", "dali")}
 SHUFFLE_SEED = 0  # of the order in which images are stored; a run shuffles them by its own
 NAMED_CLASSES = 3  # of the largest and of the smallest, in the line of a converted data set
-WITH_VERIFY = ("verify", "workers", "quiet")
 
 
 def main(words: list[str], prog: str = NAME) -> int:
@@ -54,8 +52,6 @@ def main(words: list[str], prog: str = NAME) -> int:
     arguments = parse(words, prog)
     try:
         with ended_by_signals():
-            if arguments.verify:
-                return verify.check(arguments.verify, arguments.workers, not arguments.quiet, prog)
             return run_convert(arguments)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
@@ -71,18 +67,15 @@ def ended(arguments: argparse.Namespace, how: str, code: int, prog: str) -> int:
     """Say how the command was ended, and what is kept; returns `code`."""
     from loaders.stored.atomic_folder import what_is_kept
 
-    kept = what_is_kept(arguments.out) if arguments.out else ""
-    print(f"\n{prog}: {how}{kept or '; nothing was left behind'}", file=sys.stderr)
+    print(f"\n{prog}: {how}{what_is_kept(arguments.out) or '; nothing was left behind'}", file=sys.stderr)
     return code
 
 
 def parse(words: list[str], prog: str) -> argparse.Namespace:
     """The arguments; exits with code 2 and one message when they make no sense."""
-    usage = f"{prog} SOURCE --out DIR [options], or {prog} --verify DIR (see --help)"
-    parser = make_parser(__doc__, NAME, prog, usage)
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
-    parser.add_argument("--out", type=path, metavar="DIR", help="folder to make")
-    parser.add_argument("--verify", type=path, metavar="DIR", help="read a converted data set back and check all of it")
+    parser = make_parser(__doc__, NAME, prog)
+    parser.add_argument("source", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
+    parser.add_argument("--out", type=path, metavar="DIR", required=True, help="folder to make")
     parser.add_argument("--format", choices=FORMATS, default="ffcv", help="ffcv (default), dali's shards, or both")
 
     add_data_options(parser)
@@ -113,15 +106,7 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
     run.add_argument("--quiet", action="store_true", help="no progress bars")
 
     arguments = parser.parse_args(words)
-    if arguments.verify:
-        if arguments.source or arguments.out:
-            parser.error("--verify reads a converted data set back: it takes neither a source nor --out")
-        for name, value in vars(arguments).items():
-            if name not in WITH_VERIFY and value != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} has no meaning with --verify: leave it out")
-    elif not (arguments.source and arguments.out):
-        parser.error("a source and --out DIR are needed (or --verify DIR)")
-    elif arguments.source not in SOURCES:
+    if arguments.source not in SOURCES:
         parser.error(unknown("source", arguments.source, SOURCES))
     refuse_foreign_options(parser, arguments, arguments.source)
     if arguments.mode == "raw" and arguments.jpeg_quality is not None:

@@ -160,7 +160,7 @@ def test_a_command_tells_of_what_is_not_its_own_mistake_in_one_line(error, code,
 
 def test_a_tilde_in_an_argument_is_the_home_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.main(["convert", "--verify=~/absent"]) == 2
+    assert cli.main(["verify", "~/absent"]) == 2
     assert f"{tmp_path}/absent" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["report", "~no_such_user/run"])

@@ -36,6 +36,10 @@ def run(*words: object, code: int = 0) -> None:
     assert convert(*words) == code
 
 
+def verify(folder: Path, code: int = 0) -> None:
+    assert cli.main(["verify", str(folder), "--quiet"]) == code
+
+
 def usage_error(capsys, *words: object) -> str:
     """The message of a command line that argparse refuses."""
     with pytest.raises(SystemExit) as stopped:
@@ -78,21 +82,21 @@ def test_another_data_set_is_not_overwritten_unasked(digits, capsys):
 
 
 def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
-    run("--verify", digits, "--quiet")
+    verify(digits)
     assert "every checksum holds, and all 931 images decode" in capsys.readouterr().out
     copy = Path(shutil.copytree(digits, tmp_path / "copy"))
     with (copy / "meta.beton").open("r+b") as file:
         file.seek(2**13)
         file.write(b"damage")
-    run("--verify", copy, "--quiet", code=1)
+    verify(copy, code=1)
     assert "meta.beton: its sha256" in capsys.readouterr().err
     (copy / "meta.beton").unlink()
-    run("--verify", copy, "--quiet", code=1)
+    verify(copy, code=1)
     assert "meta.beton is missing" in capsys.readouterr().err
     (copy / "manifest.json").write_text("{")
-    run("--verify", copy, "--quiet", code=1)
+    verify(copy, code=1)
     assert "manifest.json is not a manifest" in capsys.readouterr().err
-    run("--verify", tmp_path, "--quiet", code=2)
+    verify(tmp_path, code=2)
     assert "not a converted data set" in capsys.readouterr().err
 
 
@@ -107,7 +111,7 @@ def test_an_image_folder_is_converted_scaled_and_overwritten(folder, tmp_path, c
     assert max(dataset.manifest["splits"]["train"]["image_size"]["max"]) == 32
     run(*words, "--overwrite")
     assert not ConvertedDataset.open(tmp_path / "out").manifest["splits"]["train"]["image_size"]["same"]
-    run("--verify", tmp_path / "out", "--quiet")
+    verify(tmp_path / "out")
 
 
 def test_other_images_under_the_same_options_are_not_taken_for_the_converted_ones(folder, tmp_path, capsys):
@@ -222,7 +226,7 @@ def test_names_that_are_not_utf8_are_converted_and_written(folder, tmp_path, cap
     assert made.class_names == ("ant", r"caf\xe9", "cow")
     assert r"im\xe4ges/train" in made.manifest["splits"]["train"]["provenance"]
     assert os.fsencode(odd) + b"/train/caf\xe9/b\xe4d.jpg" in (tmp_path / "out" / "skipped.txt").read_bytes()
-    run("--verify", tmp_path / "out", "--quiet")
+    verify(tmp_path / "out")
 
 
 def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
@@ -239,9 +243,8 @@ def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
     ("words", "message"),
     [
         (["digitz", "--out", "x"], "did you mean 'digits'"),
-        ([], "a source and --out DIR are needed"),
-        (["digits"], "a source and --out DIR are needed"),
-        (["digits", "--out", "x", "--verify", "y"], "takes neither a source nor --out"),
+        ([], "the following arguments are required: SOURCE, --out"),
+        (["digits"], "the following arguments are required: --out"),
         (["digits", "--out", "x", "--train-list", "y"], "--train-list is for list_file and table and coco only"),
         (["image_folder", "--out", "x", "--convention", "ldam"], "--convention is for cifar10 and cifar100 only"),
         (["digits", "--out", "x", "--imbalance", "ten"], "--imbalance: 'ten' is not a number from 1 (balanced) on"),
@@ -265,7 +268,6 @@ def test_progress_is_shown_with_a_rate(folder, tmp_path, capsys):
             ["digits", "--out", "x", "--allow-duplicates"],
             "--allow-duplicates is for image_folder and list_file and table",
         ),
-        (["--verify", "x", "--imbalance", "3"], "--imbalance has no meaning with --verify: leave it out"),
         (["digits", "--out", "x", "--mode", "smart"], "argument --mode: invalid choice: 'smart'"),
         (["digits", "--out", "x", "--format", "tar"], "argument --format: invalid choice"),
     ],
@@ -395,7 +397,7 @@ def test_real_cifar10_by_both_conventions(real_data, tmp_path):
         dataset = ConvertedDataset.open(out)
         assert dataset.class_counts().counts.sum() == total
         assert dataset.manifest["splits"]["test"]["image_size"]["max"] == [32, 32]
-        run("--verify", out, "--quiet")
+        verify(out)
 
 
 def test_real_list_files(real_data, tmp_path):
@@ -406,7 +408,7 @@ def test_real_list_files(real_data, tmp_path):
     dataset = ConvertedDataset.open(tmp_path / "out")
     counts = dataset.class_counts().counts
     assert (counts.sum(), counts[0], counts[-1]) == (10_626, 490, 4)
-    run("--verify", tmp_path / "out", "--quiet")
+    verify(tmp_path / "out")
     crop = CropSpec("center", 56)
     batches = {}
     for backend in ("resident", "torch", "ffcv"):
