@@ -29,22 +29,6 @@ LAYERS = [
     {"fastlt.train", "fastlt.cli"},
     {"fastlt.__main__"},
 ]
-# Within fastlt/run a module imports from lower layers alone: no two of one layer know each other.
-RUN_LAYERS = [
-    {"cost", "features", "finite", "folder", "inputs", "metrics", "network", "processes", "progress", "redistribution"}
-    | {"schedule", "shifted_crops"},
-    {"checkpoint", "lock", "main_process"},
-    {"dataset"},
-    {"appended_file", "background"},
-    {"class_history", "divergence", "predictions"},
-    {"recorded"},
-    {"context", "cut_images", "trained"},
-    {"loading", "log", "optimizers", "result", "saving", "stopping", "trackers"},
-    {"evaluation", "feature_cache", "model_card", "preflight", "stage"},
-    {"model_folder"},
-    {"trainer"},
-    {"fit"},
-]
 ALLOWED_BY_LOADERS = {"fastlt.state", "fastlt.names", "fastlt.file_lock", "fastlt.parent_process", "fastlt.version"}
 
 
@@ -117,19 +101,6 @@ def test_scripts_of_tools_import_the_command_alone(path):
 def test_no_two_modules_import_each_other():
     """Neither do longer circles exist, also not for annotations alone: a CycleError names the modules of one."""
     TopologicalSorter({module_of(path): imports(path) for path in SOURCES}).prepare()
-
-
-def run_layer(module: str) -> int:
-    name = module.split(".")[2]
-    return next(depth for depth, names in enumerate(RUN_LAYERS) if name in names)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "fastlt" / "run").glob("[!_]*.py")), ids=lambda p: p.stem)
-def test_a_run_hands_its_context_down(path):
-    module = f"fastlt.run.{path.stem}"
-    for imported in imports(path):
-        if package(imported) == "fastlt.run":
-            assert run_layer(imported) < run_layer(module), f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
