@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastlt.models import build_model, check_padded_pooling, padded_pooling
@@ -39,10 +40,24 @@ def test_where_the_gradient_is_right_nothing_is_refused():
     check_padded_pooling(nn.AvgPool2d(3, 1, 1), CPU)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_that_is_tried_is_that_of_the_definition(memory_format):
+    """A pixel gets a ninth of the weight of every window that it lies in."""
+    weights, window = torch.arange(8.0).view(2, 1, 2, 2), torch.full((1, 1, 3, 3), 1 / 9)
+    expected = F.conv_transpose2d(weights, window, stride=2, padding=1, output_padding=1).view(1, 2, 4, 4)
+    assert torch.allclose(padded_pooling._gradient(CPU, memory_format), expected)
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_asked_and_answers_for_itself():
     device = torch.device("cuda")
-    exact = padded_pooling._gradient(CPU, torch.contiguous_format)
-    assert torch.allclose(padded_pooling._gradient(device, torch.contiguous_format).cpu(), exact, atol=1e-6)
-    is_right = torch.allclose(padded_pooling._gradient(device, torch.channels_last).cpu(), exact, atol=1e-6)
-    assert padded_pooling._is_right(device) == is_right
+    images = torch.randn(2, 8, 9, 7, generator=torch.Generator().manual_seed(0))
+
+    def gradient(device, memory_format):
+        leaf = images.detach().to(device, memory_format=memory_format).requires_grad_()
+        F.avg_pool2d(leaf, 3, stride=2, padding=1).square().sum().backward()
+        return leaf.grad.cpu()
+
+    exact = gradient(CPU, torch.contiguous_format)
+    assert torch.allclose(gradient(device, torch.contiguous_format), exact, atol=1e-5)
+    assert padded_pooling._is_right(device) == torch.allclose(gradient(device, torch.channels_last), exact, atol=1e-5)
