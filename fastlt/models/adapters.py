@@ -144,7 +144,8 @@ class Ia3(PeftAdapter):
 class AdaptFormer(Adapter):
     """AdaptFormer (Chen et al. 2022) as LIFT has it: a bottleneck beside the MLP of every transformer block.
 
-    bottleneck: its width; null is LIFT's 2^floor(log2(C / (2 * blocks))) for C classes.
+    bottleneck: its width; null is LIFT's 2^floor(log2(C / (2 * blocks))) for C classes, and at least
+        one.
     dropout: in the bottleneck.
     """
 

@@ -144,7 +144,7 @@ class DataRecipe:
     num_classes: the number of classes that the data set must have; null takes the number that is found.
     imbalance_factor: largest over smallest class of the long tail that is cut out; null takes the data as they are.
     convention: how the long tail of CIFAR is cut: paper holds the meta set out first, ldam is the subset of the LDAM
-        release.
+        release; the meta images of its largest class are training images as well.
     meta_per_class: images of each class in a meta set that is held out; the most of them in one that is drawn.
     shots: more training images than the first number make a class many-shot, fewer than the second few-shot; or
         {ranks: [M, N, K]} for groups of so many classes by rank, the largest first.
@@ -321,7 +321,8 @@ class StageRecipe:
     layer_decay: the learning rate of a layer over that of the layer after it, the head being the last; null is 1.
     lr_factors: patterns of names of modules and parameters, such as {backbone: 0.1, layer4: 1}, and the factor of the
         learning rate for these parameters; of several patterns that match, the one with the fewest matches counts.
-    clip: of the gradients before the optimizer's step; null is not at all. The lookahead of a meta-step is not clipped.
+    clip: of the gradients before the optimizer's step; null is not at all. A preconditioned lookahead is clipped
+        likewise; the lookahead `sgd` is not.
     accumulate: the number of micro-batches that a batch, and a meta batch, is divided into; the step is that of the
         whole batch, but BatchNorm normalises with each micro-batch.
     ema: a moving average of the weights, evaluated and saved beside them; null is none.
