@@ -75,7 +75,7 @@ useful libomp.so.5 libomp5 "two programs on the same cores will slow each other 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
     || fail "$("$python" --version) is too old: Python 3.10 or newer is needed; name one with PYTHON=python3.12 make setup"
 
-echo "setup: installing into .venv (about 7 GB: torch brings its CUDA libraries, and runs on a CPU as well)"
+echo "setup: installing into .venv (about 8 GB: torch brings its CUDA libraries, and runs on a CPU as well)"
 # Scripts in .venv hold its place, so one that was moved, or is of another Python, is made anew; so is half of one.
 made_for="$PWD, $("$python" --version)"
 if [ -e .venv/made-for ] && [ "$(cat .venv/made-for)" != "$made_for" ] ||
