@@ -1,7 +1,6 @@
-"""fastlt: long-tailed image recognition, fast and right.
+"""fastlt trains image classifiers on long-tailed data.
 
-The public names stand in `_HOMES`. Each is imported from its module when it is first asked for, so that `import fastlt`
-loads nothing heavy.
+`fastlt.__all__` lists the public names; each is imported when it is first used. So `import fastlt` loads nothing heavy.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""From files to batches: sources, converted data sets, orders of images, readers."""

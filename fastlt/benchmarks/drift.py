@@ -50,7 +50,14 @@ class Row:
 def main(arguments: list[str], prog: str = NAME) -> int:
     """Train, compare and print; returns the exit code. A mistake in the recipe is a ValueError."""
     options = parser(__doc__, NAME, prog)
-    options.add_argument("--windows", type=positive, nargs="+", default=[2, 5, 10, 20], metavar="K")
+    options.add_argument(
+        "--windows",
+        type=positive,
+        nargs="+",
+        default=[2, 5, 10, 20],
+        metavar="K",
+        help="windows to compare (default: 2 5 10 20)",
+    )
     words = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:
         settings, exact, rolling = follow(words, runs)

@@ -2,7 +2,7 @@
 
     fastlt convert digits --out data/digits --imbalance 20
     fastlt convert cifar100 --root ~/data --out data/cifar100-if100 --imbalance 100
-    fastlt convert list_file --root /images --train-list train.txt --meta-list val.txt \
+    fastlt convert list_file --root /images --train-list train.txt --meta-list val.txt \\
         --test-list test.txt --out data/places-lt --mode jpg --max-resolution 400
     fastlt convert image_folder --root /images --out data/mine --split 0.8/0.1/0.1
     fastlt convert table --root /images --train-list labels.csv --out data/mine --mode jpg --max-resolution 400

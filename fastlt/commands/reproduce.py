@@ -1,4 +1,4 @@
-"""Run the rows of the paper's result tables and put our numbers beside the paper's.
+"""Run the rows of the result tables of the Difficulty-Net paper, and print measured beside published numbers.
 
     fastlt reproduce table8 --list                       # every row, its recipe, whether it can run here
     fastlt reproduce table8 --data DIR --seeds 3         # run or resume what is missing, then the table
@@ -43,6 +43,7 @@ from fastlt.run.checkpoint import write_atomically
 
 NAME = "fastlt reproduce"
 FROZEN = "frozen"
+PLACE = Path("runs/reproduce")
 
 
 def main(words: list[str], prog: str = NAME) -> int:
@@ -98,8 +99,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--nice", type=whole(0, 19), default=0, metavar="N", help="run at a priority lower by so much")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every run")
     parser.add_argument("--rates", nargs="+", type=float, metavar="LR", help="compare learning rates on validation")
-    parser.add_argument("--runs", type=path, default=Path("runs/reproduce"), help="where the runs are kept")
-    parser.add_argument("--out", type=path, default=Path("runs/reproduce"), help="where the tables are written")
+    parser.add_argument("--runs", type=path, default=PLACE, help=f"where the runs are kept (default: {PLACE})")
+    parser.add_argument("--out", type=path, default=PLACE, help=f"where the tables are written (default: {PLACE})")
     parser.add_argument(
         "--results", nargs="+", type=path, default=[], metavar="FILE", help="TABLE_runs.json of other machines"
     )
