@@ -6,29 +6,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import five_crop
 
-
-def shifted_crops(images: Tensor, size: int) -> list[Tensor]:
-    """The four corners and the centre of images (N, C, H, W): five views (N, C, size, size).
-
-    The images themselves, alone, where they have this size.
-    """
-    height, width = images.shape[-2:]
-    if (height, width) == (size, size):
-        return [images]
-    bottom, right = height - size, width - size
-    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return [images[..., top : top + size, left : left + size] for top, left in places]
+from fastlt.losses.base import at_least_float32
 
 
 def mean_logits(model: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    """The mean of the logits of `shifted_crops`, in float32 at least where there are several: (N, classes)."""
-    crops = shifted_crops(images, size)
-    if len(crops) == 1:
+    """The mean of the logits of the crops (N, C, size, size) at the corners and the centre: (N, classes).
+
+    In float32 at least; images (N, C, H, W) that have this size are their only crop, and the logits are the model's.
+    """
+    if images.shape[-2:] == (size, size):
         return model(images)
     total = torch.zeros(())
+    crops = five_crop(images, [size, size])
     for number, crop in enumerate(crops):
-        logits = model(crop)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = at_least_float32(model(crop))
         total = wide if number == 0 else total + wide
     return total / len(crops)
