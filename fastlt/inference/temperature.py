@@ -5,8 +5,8 @@ A network whose probabilities are calibrated is right as often as they say.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from fastlt.run.metrics import Metrics
 
 LOWEST, HIGHEST = 0.01, 100.0
 ROWS = 4096  # images whose logits are float64 at a time
-ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -53,51 +52,37 @@ def fit_temperature(logits: Tensor, labels: Tensor, offset: np.ndarray | None = 
     """T that minimises the mean of -log softmax(z / T + offset)_y, within LOWEST and HIGHEST.
 
     logits: z, (N, C). labels: int64 (N,). offset: (C,), of `CarriedPrior.replaced_by`; None is 0.
-    The objective is convex in 1/T, whose root of the derivative is found by Newton's method within a bracket, in
-    float64. ValueError where a label has a logit of -inf: no temperature gives it a probability.
+    The objective is convex in 1/T, and the root of its derivative is found by Brent's method, in float64. ValueError
+    where a label has a logit of -inf: no temperature gives it a probability.
     """
+    from scipy.optimize import brentq  # lazily: whoever loads a model need not wait for scipy
+
     shift = torch.zeros(logits.shape[1], dtype=torch.float64) if offset is None else torch.from_numpy(offset)
     own = logits.gather(1, labels[:, None])[:, 0].double() + shift[labels]
     if not bool(torch.isfinite(own).all()):
         raise ValueError(
             "the validation set has images of classes that the network cannot predict: no temperature fits"
         )
-    low, high = 1 / HIGHEST, 1 / LOWEST
-    if _slope(logits, labels, shift, low)[0] >= 0:
-        inverse = low
-    elif _slope(logits, labels, shift, high)[0] <= 0:
-        inverse = high
+    slope = partial(_slope, logits, labels, shift)
+    if slope(1 / HIGHEST) >= 0:
+        value = HIGHEST
+    elif slope(1 / LOWEST) <= 0:
+        value = LOWEST
     else:
-        inverse = _root(logits, labels, shift, low, high)
-    value = {low: HIGHEST, high: LOWEST}.get(inverse, 1 / inverse)
+        value = 1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST, xtol=1e-13, rtol=1e-12)
     before, after = (_measured(logits, labels, shift, t) for t in (1.0, value))
     return Temperature(value, len(labels), before[0], after[0], before[1], after[1])
 
 
-def _root(logits: Tensor, labels: Tensor, shift: Tensor, low: float, high: float) -> float:
-    at = 1.0
-    for _ in range(ITERATIONS):
-        slope, curvature = _slope(logits, labels, shift, at)
-        low, high = (at, high) if slope < 0 else (low, at)
-        step = at - slope / curvature if curvature > 0 else math.inf
-        following = step if low < step < high else math.sqrt(low * high)
-        if abs(following - at) <= 1e-12 * at:
-            break
-        at = following
-    return at
-
-
-def _slope(logits: Tensor, labels: Tensor, shift: Tensor, inverse: float) -> tuple[float, float]:
-    """The first and second derivative of the summed objective by 1/T: sum_i (E_p z - z_y), and sum_i Var_p z."""
-    slope = curvature = 0.0
+def _slope(logits: Tensor, labels: Tensor, shift: Tensor, inverse: float) -> float:
+    """The derivative of the summed objective by 1/T: sum_i (E_p z - z_y)."""
+    slope = 0.0
     for z, y in zip(logits.split(ROWS), labels.split(ROWS), strict=True):
         z = z.double()
         p = torch.softmax(z * inverse + shift, dim=1)
         z = torch.where(torch.isfinite(z), z, 0.0)  # a logit of -inf has no part in the mean
-        mean = (p * z).sum(1)
-        slope += float((mean - z.gather(1, y[:, None])[:, 0]).sum())
-        curvature += float((p * (z - mean[:, None]) ** 2).sum())
-    return slope, curvature
+        slope += float(((p * z).sum(1) - z.gather(1, y[:, None])[:, 0]).sum())
+    return slope
 
 
 def _measured(logits: Tensor, labels: Tensor, shift: Tensor, temperature: float) -> tuple[float, float]:
