@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlt.losses.base import at_least_float32
+from fastlt.losses.experts import distillation
 from fastlt.models import Classifier, head_of
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.ranges import above, at_least, within
@@ -171,12 +171,14 @@ class LfmeStep(Step[LfmeOptions]):
                 taught = [expert.model(images) for expert in self.experts]
         weights = curriculum_weights(self.instance_weights[batch.index], self.epoch, self.options.curriculum_epochs)
         classification = (weights * losses).mean()
+        temperature, logits = self.options.temperature, at_least_float32(logits)
         distances = torch.stack(
             [
-                distillation(logits[:, known], theirs[:, known], self.options.temperature)
+                distillation(logits[:, known], at_least_float32(theirs[:, known]), temperature).mean()
                 for theirs, known in zip(taught, self.known, strict=True)
             ]
         )
+        distances = distances / temperature**2  # LFME's code has no factor T^2
         objective = classification + torch.dot(expert_weights.to(distances.dtype), distances)
         self.descend(objective)
         return StepOutput(
@@ -201,16 +203,6 @@ class LfmeStep(Step[LfmeOptions]):
         super().load_state_dict(state)
         self.expert_accuracy = state["expert_accuracy"]
         self.instance_weights = state["instance_weights"]
-
-
-def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """mean_i KL(softmax(teacher_i / T) || softmax(logits_i / T)) of logits (N, K) on both sides: 0-d.
-
-    Without the factor T^2 that others multiply by, as in LFME's code.
-    """
-    ours = torch.log_softmax(at_least_float32(logits) / temperature, dim=1)
-    theirs = torch.log_softmax(at_least_float32(teacher) / temperature, dim=1)
-    return F.kl_div(ours, theirs.to(ours.dtype), reduction="batchmean", log_target=True)
 
 
 def self_paced_weights(student: Tensor, expert: Tensor, until: float) -> Tensor:
