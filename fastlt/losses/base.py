@@ -69,7 +69,7 @@ def log_prior(class_counts: ClassCounts) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in the precision a loss is computed in: half types become float32, float64 stays."""
+    """Values in the precision that losses and metrics are computed in: half types become float32, float64 stays."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlt.losses.base import at_least_float32
 from fastlt.models.classifier import Classifier
 
 
@@ -25,8 +26,7 @@ class Projection(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        out = self.layers(features)
-        return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
+        return F.normalize(at_least_float32(self.layers(features)), dim=1)
 
 
 class ClassRadii(nn.Module):

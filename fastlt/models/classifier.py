@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, TypeVar
 
+from fastlt.losses.base import at_least_float32
 from fastlt.models.adapters import merge_adapters, read_adapter
 from fastlt.models.checkpoints import load_weights
 from fastlt.models.experts import ExpertBackbone, ExpertHead, ExpertRouter, expert_family, width_of
@@ -125,7 +126,8 @@ class ExpertClassifier(Classifier[ExpertBackbone, ExpertHead]):
     def forward(self, images: Tensor) -> Tensor:
         if self.router is not None and not self.training:
             return self._routed(images, self.router)
-        return _wide(self.expert_logits(images)).mean(0)
+        # Half types have too few digits for a mean that is to be compared with its terms.
+        return at_least_float32(self.expert_logits(images)).mean(0)
 
     def _routed(self, images: Tensor, router: ExpertRouter) -> Tensor:
         """Logits (N, C); no expert computes images that are not shown to it. Waits for the device between experts."""
@@ -135,7 +137,7 @@ class ExpertClassifier(Classifier[ExpertBackbone, ExpertHead]):
         total = torch.empty(0)
         for i, (expert, head) in enumerate(zip(self.backbone.experts, self.head.heads, strict=True)):
             features = expert(maps)
-            logits = _wide(head(self.dropout(features)))
+            logits = at_least_float32(head(self.dropout(features)))
             total = torch.zeros_like(logits) if i == 0 else total
             total[waiting] += logits
             asked[waiting] += 1
@@ -185,11 +187,6 @@ def head_of(model: Classifier, kind: type[KindT]) -> KindT:
     """The head of `model`, which a method or an earlier stage has made one of `kind`."""
     assert isinstance(model.head, kind), type(model.head)
     return model.head
-
-
-def _wide(logits: Tensor) -> Tensor:
-    # Half types have too few digits for a mean that is to be compared with its terms.
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def build_model(

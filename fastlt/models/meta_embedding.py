@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlt.losses.base import at_least_float32
 from fastlt.models.heads import Head
 
 REACH = 10.0  # over the distance to the nearest centroid: how far a feature counts as known
@@ -46,7 +47,7 @@ class MetaEmbeddingHead(Head):
     def forward(self, x: Tensor) -> Tensor:
         """x: features (N, D). Returns (N, C)."""
         # Distances lose what half precision cannot hold of two long vectors that lie close to each other.
-        x = x if x.dtype == torch.float64 else x.float()
+        x = at_least_float32(x)
         centroids = self.centroids.detach()
         memory = torch.softmax(self.hallucinator(x), dim=1) @ centroids
         infused = torch.tanh(self.selector(x)) * memory

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from fastlt.run.metrics import ECE_BINS
+from fastlt.run.metrics import ECE_BINS, confidence_bin
 from fastlt.run.predictions import Predictions
 
 
@@ -37,6 +38,6 @@ def calibration(predictions: Sequence[Predictions]) -> Calibration:
 def bin_sums(predictions: Predictions) -> np.ndarray:
     """The sum of confidences, the right answers and the images of each bin: float64 (3, 15)."""
     confidence = predictions.confidence.astype(np.float64)
-    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    bins = confidence_bin(torch.from_numpy(confidence)).numpy()
     weights = (confidence, predictions.right.astype(np.float64), np.ones(len(predictions)))
     return np.stack([np.bincount(bins, weights=w, minlength=ECE_BINS) for w in weights])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlt.losses.base import at_least_float32
 from fastlt.state import ClassCounts
 
 ECE_BINS = 15
@@ -86,7 +87,7 @@ class Metrics:
 
 def softmax_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest softmax probability (N,) and its class int64 (N,) for logits (N, C)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     top, predicted = logits.max(dim=1)
     return torch.exp(top - torch.logsumexp(logits, dim=1)), predicted
 

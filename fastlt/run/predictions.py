@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlt.losses.base import at_least_float32
 from fastlt.run.checkpoint import atomic_file
 from fastlt.run.metrics import softmax_confidence
 from loaders.stored.damage import DamageError, read_arrays
@@ -84,7 +85,7 @@ def top_predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
     The first of each are those of `softmax_confidence`, bit for bit, also where logits tie.
     """
     _, predicted = softmax_confidence(logits)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     values, classes = logits.topk(min(TOP, logits.shape[1]), dim=1)
     # Of equal logits `topk` may put another first than `max` does: the two change places.
     classes = torch.where(classes == predicted[:, None], classes[:, :1], classes)

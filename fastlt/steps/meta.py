@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_recompute
 from fastlt.device.distributed import Reducer
 from fastlt.device.gradients import mean_gradients, mean_of_each
+from fastlt.losses.base import at_least_float32
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, try_network
 from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
@@ -33,7 +34,7 @@ META_PARTS = 2
 
 def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each meta image (m,): the meta set is balanced, so its loss carries no class prior."""
-    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 @dataclass(frozen=True)
