@@ -205,7 +205,6 @@ def build_model(
     train: str | Sequence[str] = "all",
     norm: str | None = None,
     adapt: str | Mapping[str, Any] | None = None,
-    head_init: str | None = None,
 ) -> Classifier:
     """A classifier of `num_classes` classes on the timm backbone `name` (ours are registered with timm too).
 
@@ -218,7 +217,6 @@ def build_model(
     experts: an `ExpertClassifier` of so many, each of `expert_width` times the backbone's width, for ResNets.
     train, norm: what of the backbone is trained, see `fastlt.models.trained_part`.
     adapt: adapters in a frozen backbone, which are trained beside what `train` names; see `fastlt.models.adapters`.
-    head_init: taken, so that a recipe's keys can be given, and left to whoever has the training images.
     Raises ValueError for an unknown name, a name without pretrained weights or with such as cannot be fetched, or an
     option the backbone does not take.
     """

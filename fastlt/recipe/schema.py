@@ -10,6 +10,8 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fastlt.arguments import MOST_WORKERS
 from fastlt.optim import Clip, Ema
 from fastlt.paths import PATH
@@ -433,6 +435,11 @@ class Recipe:
     def folder(self) -> Path:
         """Where the run keeps its files."""
         return Path(self.runs) / self.name
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights on the device."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def lineage(self, stage: StageSettings) -> list[StageRecipe]:
         """The stages that the model of `stage` goes through: from the last that starts afresh up to `stage` itself."""

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 
 from fastlt.augment import check_augment, output_size
 from fastlt.losses import build_loss
-from fastlt.models import Classifier, build_model, check_padded_pooling
+from fastlt.models import Classifier, check_padded_pooling
 from fastlt.models.head_init import check_head_init
 from fastlt.models.pretrained import check_reachable
 from fastlt.names import shortened
@@ -34,7 +34,8 @@ from fastlt.run.loading import (
 )
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.main_process import on_main, on_nodes
-from fastlt.run.network import check_network, meta_steps
+from fastlt.run.network import network_of
+from fastlt.run.network_checks import check_network, meta_steps
 from fastlt.run.processes import connect
 from fastlt.run.recorded import changed, is_complete, readable_result, recorded_inputs, recorded_recipe
 from fastlt.run.trackers import check_trackers
@@ -288,13 +289,7 @@ def check_trained_part(recipe: Recipe) -> None:
     """
     if not recipe.model.trains_all:
         with torch.random.fork_rng(devices=[]):
-            _random_network(recipe)
-
-
-def _random_network(recipe: Recipe) -> Classifier:
-    asked: dict[str, Any] = vars(recipe.model) | {"pretrained": False, "checkpoint": None}
-    classes = recipe.data.num_classes or SOME_CLASSES
-    return build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
+            network_of(recipe, recipe.data.num_classes or SOME_CLASSES, weights=False)
 
 
 def check_model(context: RunContext, model: Classifier) -> None:
@@ -329,9 +324,8 @@ def check_without_data(recipe: Recipe) -> list[str]:
         BACKENDS[recipe.data.loader].load()
     if recipe.model.pretrained:
         check_reachable(recipe.model.name)
-    asked: dict[str, Any] = vars(recipe.model) | {"pretrained": False}
-    classes = recipe.data.num_classes or SOME_CLASSES
-    model = build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
+    fetching_none = replace(recipe, model=replace(recipe.model, pretrained=False))
+    model = network_of(fetching_none, recipe.data.num_classes or SOME_CLASSES, weights=True)
     check_network(recipe, model)
     return [*meta_steps(recipe, model), *scoring(recipe), *theta(recipe)]
 

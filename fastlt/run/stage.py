@@ -18,7 +18,7 @@ from fastlt.losses import build_loss
 from fastlt.meta.bounded_accuracy import class_accuracy
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.streamed_accuracy import StreamedAccuracy
-from fastlt.models import Classifier, build_model
+from fastlt.models import Classifier
 from fastlt.models.sync_batch_norm import synchronise_batch_norm
 from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.recipe import StageRecipe
@@ -38,9 +38,9 @@ from fastlt.run.loading import (
     stage_classes,
 )
 from fastlt.run.main_process import from_main
+from fastlt.run.network import network_of, network_of_stage
 from fastlt.run.optimizers import set_learning_rate, stage_optimizer
 from fastlt.run.progress import PlannedStage
-from fastlt.run.trained import network_of
 from fastlt.steps import STEPS, StageModel, Step, StepParts
 from loaders.protocol import BatchLoader
 from loaders.stored.damage import DamageError
@@ -163,12 +163,10 @@ def planned(context: RunContext) -> list[PlannedStage]:
 def new_model(context: RunContext) -> Classifier:
     """The recipe's model as a first stage gets it, the same on every process."""
     recipe, classes = context.recipe, context.counts.num_classes
-    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     def build(weights: bool) -> Classifier:
-        asked = vars(recipe.model) if weights else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
-        model = build_model(**asked, num_classes=classes, image_size=recipe.data.image_size)
-        return model.to(context.device).to(memory_format=memory_format)
+        model = network_of(recipe, classes, weights=weights)
+        return model.to(context.device).to(memory_format=recipe.memory_format)
 
     if not recipe.model.pretrained and recipe.model.checkpoint is None:
         return build(True)
@@ -237,7 +235,7 @@ def stage_model(context: RunContext, name: str) -> StageModel:
         return checkpoint.load_newest(path, device)[1]
 
     def build(weights: bool) -> Classifier:
-        return network_of(recipe, classes, name, device, pretrained=weights)
+        return network_of_stage(recipe, classes, name, device, weights=weights)
 
     state = from_main(context.accelerator, read)
     model = _with_weights_of_main(context, build) if leaves_out_weights(state) else build(False)

@@ -5,9 +5,7 @@ Its model folder, `RUN/model`, says as much and holds the weights: it can be tak
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +16,17 @@ from torch import Tensor
 
 from fastlt.augment import normalise
 from fastlt.meta.class_accuracy import evaluation_mode
-from fastlt.models import Classifier, build_model, checkpoints
+from fastlt.models import Classifier
 from fastlt.models.timm_network import from_timm_network
 from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.models.weight_files import read_weights
 from fastlt.recipe import Recipe, read_resolved, recipe_from_tree
 from fastlt.run import checkpoint
 from fastlt.run.folder import last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
+from fastlt.run.network import network_of_stage
 from fastlt.run.recorded import readable_result, written_inputs
 from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import ClassCounts
-from fastlt.steps import STEPS
 from loaders.stored.identity import DatasetIdentity
 
 SELECTIONS = ("last", "best", "smoothed")
@@ -201,7 +199,7 @@ def load_trained(folder: Path, device: torch.device, select: str | None = None) 
     path, state = checkpoint.load_newest(path, device)
     try:
         alone = leaves_out_weights(state)
-        model = network_of(run.recipe, run.counts.num_classes, run.stage, device, pretrained=alone)
+        model = network_of_stage(run.recipe, run.counts.num_classes, run.stage, device, weights=alone)
         load_trained_state(model, state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -239,35 +237,7 @@ def _load_packaged(run: FinishedRun, device: torch.device, select: str | None) -
         if own["form"] == "timm":
             model = from_timm_network(state, run.recipe.model.name, data.image_size, classes)
         else:
-            model = network_of(run.recipe, classes, run.stage, device)
+            model = network_of_stage(run.recipe, classes, run.stage, device)
             model.load_state_dict(state)
-    model.to(device).to(memory_format=torch.channels_last if run.recipe.channels_last else torch.contiguous_format)
+    model.to(device).to(memory_format=run.recipe.memory_format)
     return TrainedRun(run, model.requires_grad_(False).eval(), device, own["select"], own["iteration"], path)
-
-
-@contextmanager
-def _without_warnings(log: logging.Logger) -> Iterator[None]:
-    """Inside, nothing is said of a file whose head is left out: the run has a head of its own."""
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
-def network_of(
-    recipe: Recipe, num_classes: int, stage: str, device: torch.device, *, pretrained: bool = False
-) -> Classifier:
-    """The network in the form in which a stage trains it, without the weights: they are drawn at random.
-
-    pretrained: with the weights that the recipe starts from, for a state that leaves the frozen ones out. ValueError
-        where they cannot be had. The generators of random numbers stay where they are.
-    """
-    asked = vars(recipe.model) if pretrained else {**vars(recipe.model), "pretrained": False, "checkpoint": None}
-    with torch.random.fork_rng(devices=[]), _without_warnings(checkpoints.log):
-        model = build_model(**asked, num_classes=num_classes, image_size=recipe.data.image_size)
-    model.to(device).to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
-    for one in recipe.lineage(recipe.stages[stage]):
-        STEPS[one.method].prepare_model(model, one.options, seed=recipe.seed)
-    return model

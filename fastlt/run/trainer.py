@@ -31,7 +31,7 @@ from fastlt.run.lock import unlock_folder
 from fastlt.run.log import RunLog, StageBar, percent, weight_means
 from fastlt.run.main_process import from_main, on_main
 from fastlt.run.model_folder import save_run_model
-from fastlt.run.network import advice_on_network
+from fastlt.run.network_checks import advice_on_network
 from fastlt.run.predictions import Predictions, write_predictions
 from fastlt.run.preflight import check_model
 from fastlt.run.progress import Progress, Stopwatch, TimeLeft

@@ -19,7 +19,7 @@ from fastlt.models.adapters import adapted_layers, has_adapters, read_adapter
 from fastlt.models.adaptformer import Bottleneck, bottleneck_for
 from fastlt.models.frozen_part import content_hash
 from fastlt.recipe import RecipeError, load_recipe
-from fastlt.run.network import check_network
+from fastlt.run.network_checks import check_network
 from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
 from fastlt.run.trained import load_trained

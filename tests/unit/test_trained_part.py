@@ -20,7 +20,7 @@ from fastlt.models.trained_part import frozen_norms, trained_parameters
 from fastlt.models.trained_state import trained_state
 from fastlt.recipe import RecipeError, load_recipe
 from fastlt.run import preflight
-from fastlt.run.network import advice_on_network
+from fastlt.run.network_checks import advice_on_network
 from fastlt.run.preflight import check_without_data, prepare
 from fastlt.run.stopping import Interrupted
 from fastlt.run.trainer import Trainer

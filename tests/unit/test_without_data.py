@@ -8,7 +8,7 @@ import torch
 from fastlt import cli
 from fastlt.models import build_model
 from fastlt.recipe import load_recipe
-from fastlt.run.network import check_network
+from fastlt.run.network_checks import check_network
 from fastlt.run.preflight import check_without_data
 
 STAGE = "stages.end_to_end"
