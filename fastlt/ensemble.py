@@ -1,10 +1,4 @@
-"""Finished runs evaluated together: the mean of what they predict.
-
-The mean is of probabilities, the softmax of each run's logits, and every run counts the same. Logits of different heads
-have no common scale (a cosine head's are bounded by its scale, a linear head's by nothing): in a mean of logits the
-head with the larger ones would decide alone.
-Each run is evaluated as it was: with the selected model of its last stage, with its own crop and precision.
-"""
+"""Finished runs evaluated together: the mean of what they predict, as `fastlt.commands.ensemble` describes it."""
 
 from __future__ import annotations
 
@@ -20,17 +14,15 @@ from torch import Tensor
 
 from fastlt.device.openmp import runtime
 from fastlt.run.dataset import existing_dataset
-from fastlt.run.loading import EVALUATION_BATCH, crop_spec
+from fastlt.run.finished_data import check_same_images, evaluation_batches
 from fastlt.run.metrics import Metrics
-from fastlt.run.recorded import written_inputs
-from fastlt.run.result import processor_name, standard_error, versions
+from fastlt.run.result import device_name, processor_name, standard_error, versions
 from fastlt.run.trained import FinishedRun, load_trained, read_finished
 from fastlt.typed_yaml import to_tree
-from loaders.factory import make_loader
+from loaders.sources.split import SPLITS
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.unconverted import UnconvertedDataset
 
-SPLITS = ("train", "meta", "test")
 ROWS = 4096  # images whose predictions are averaged at a time
 
 
@@ -43,24 +35,9 @@ class Member:
 
     def batches(self, split: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The positions int64 (N,) and logits float32 (N, C) of a split's images, batch by batch, on the device."""
-        data, count = self.run.recipe.data, len(self.dataset.labels(split))
-        loader = make_loader(
-            self.dataset,
-            split,
-            backend=data.loader,
-            batch_size=min(EVALUATION_BATCH, count),
-            device=device,
-            train=False,
-            crop=crop_spec(data, split, train=False),
-            seed=self.run.recipe.seed,
-            num_workers=data.num_workers,
-        )
         trained = load_trained(self.run.folder, device)
-        try:
-            for batch in loader.epoch(0):
-                yield batch.index, trained.logits(batch.images)
-        finally:
-            loader.close()
+        for batch in evaluation_batches(self.run, self.dataset, split, device):
+            yield batch.index, trained.logits(batch.images)
 
     def logits(self, split: str, device: torch.device) -> Tensor:
         """The logits of every image of a split, in its order: float32 (N, C) on the host."""
@@ -73,12 +50,8 @@ class Member:
 def open_member(folder: Path) -> Member:
     """ValueError when the folder holds no finished run or its data set is not there."""
     run = read_finished(folder)
-    data = run.recipe.data
-    dataset, record = existing_dataset(data), written_inputs(folder)
-    if record is not None:
-        wrong = dataset.identity(record.inputs.data, record.stamps, say=print).differences(record.inputs.data)
-        if wrong:
-            raise ValueError(f"{folder} was trained on other data than {dataset.place} has now: {'; '.join(wrong)}")
+    dataset = existing_dataset(run.recipe.data)
+    check_same_images(run, dataset, say=print)
     return Member(run, dataset)
 
 
@@ -172,7 +145,7 @@ def ensemble(members: Sequence[Member], name: str, device: torch.device) -> dict
         "imbalance_factor": counts.imbalance_factor,
         "seed": common("seed"),
         "precision": common("precision"),
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": device_name(device),
         "processor": processor_name(),
         "processes": 1,
         "threads": torch.get_num_threads(),

@@ -16,14 +16,11 @@ from fastlt.inference.priors import carried_prior
 from fastlt.inference.transform import EvaluationTransform
 from fastlt.paths import expand
 from fastlt.run.dataset import existing_dataset
-from fastlt.run.loading import EVALUATION_BATCH, crop_spec, evaluation_side
-from fastlt.run.recorded import written_inputs
+from fastlt.run.finished_data import check_same_images, evaluation_batches
+from fastlt.run.loading import evaluation_side
 from fastlt.run.trained import FinishedRun, load_trained
 from fastlt.state import Batch
-from loaders.factory import make_loader
 from loaders.stored.as_stored import Storage
-from loaders.stored.dataset import ConvertedDataset
-from loaders.stored.unconverted import UnconvertedDataset
 
 
 def load(
@@ -94,33 +91,10 @@ def _storage(run: FinishedRun) -> tuple[Storage, tuple[str, ...]]:
 
 
 def _validation(run: FinishedRun, device: torch.device) -> Iterator[Batch]:
-    """The images of the validation set, cut as those of the test; ValueError where the data set is gone."""
-    data, dataset = run.recipe.data, _dataset(run)
-    loader = make_loader(
-        dataset,
-        "meta",
-        backend=data.loader,
-        batch_size=min(EVALUATION_BATCH, len(dataset.labels("meta"))),
-        device=device,
-        train=False,
-        crop=crop_spec(data, "test", train=False),
-        num_workers=data.num_workers,
-    )
-    try:
-        yield from loader.epoch(0)
-    finally:
-        loader.close()
-
-
-def _dataset(run: FinishedRun) -> ConvertedDataset | UnconvertedDataset:
-    """The data set of a run as it lies there; ValueError when it is gone, or holds other images than the run had."""
+    """The images of the validation set, cut as those of the test; ValueError where they are gone or are others."""
     try:
         dataset = existing_dataset(run.recipe.data)
     except ValueError as error:
         raise ValueError(f"the validation set of {run.folder} cannot be read: {error}") from None
-    if run.data is not None:
-        record = written_inputs(run.folder)
-        wrong = dataset.identity(run.data, {} if record is None else record.stamps).differences(run.data)
-        if wrong:
-            raise ValueError(f"{run.folder} was trained on other data than {dataset.place} has now: {'; '.join(wrong)}")
-    return dataset
+    check_same_images(run, dataset)
+    yield from evaluation_batches(run, dataset, "meta", device, cut_as="test")
