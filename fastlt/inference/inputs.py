@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fastlt.inference.transform import EvaluationTransform, ReadableImage, StoredImage
 from fastlt.paths import expand
-from loaders.sources.decode import EXTENSIONS, looks_like_image
-from loaders.sources.image_folder import is_system_file, is_system_folder
+from loaders.sources.image_folder import files_below
 from loaders.sources.messages import printable
 from loaders.stored.ffcv_kernels import kernels
 
@@ -110,21 +109,9 @@ def images_below(folder: Path) -> list[Path]:
     As in a data set of source image_folder: links are followed, hidden and system files are passed over, and an image
     is known by its extension or by its first bytes. A folder that may not be read is listed as if it were an image.
     """
-    found: list[Path] = []
-    seen: set[str] = set()
-
-    def unreadable(error: OSError) -> None:
-        found.append(Path(error.filename))
-
-    for here, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link that leads back would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not is_system_folder(name)]
-        paths = [Path(here, name) for name in names if not is_system_file(name)]
-        found += [path for path in paths if path.suffix.lower() in EXTENSIONS or looks_like_image(path)]
+    unreadable: list[Path] = []
+    files = files_below(folder, lambda error: unreadable.append(Path(error.filename)))
+    found = [path for path, is_image in files if is_image] + unreadable
     if not found:
         raise ValueError(f"{folder} holds no images, nor does a folder below it")
     return sorted(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -146,9 +147,9 @@ class _Unread:
         loose = [entry.name for entry in os.scandir(folder) if not entry.is_dir()]
         self.kinds.update(f"directly in {printable(folder.name)}" for name in loose if not is_system_file(name))
 
-    def hide(self, path: Path, *, folder: bool) -> bool:
+    def hide(self, path: Path, folder: bool) -> bool:
         """Whether this is a system file or folder; one that could hold images is noted."""
-        if not (is_system_folder(path.name) if folder else is_system_file(path.name)):
+        if not is_system(path, folder):
             return False
         if folder or path.suffix.lower() in EXTENSIONS:
             self.hidden.append(shortened(printable(path.relative_to(self.root))))
@@ -181,6 +182,32 @@ def is_system_file(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
+def is_system(path: Path, folder: bool) -> bool:
+    """`is_system_folder` of a folder, `is_system_file` of a file."""
+    return is_system_folder(path.name) if folder else is_system_file(path.name)
+
+
+def files_below(
+    folder: Path, onerror: Callable[[OSError], object], hide: Callable[[Path, bool], bool] = is_system
+) -> Iterator[tuple[Path, bool]]:
+    """The files below `folder`, links followed, and of each whether it is an image, by its extension or first bytes.
+
+    onerror: told of a folder that may not be read. hide: whether a file, or a folder (True) with all in it, is passed
+        over.
+    """
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=onerror, followlinks=True):  # as torchvision's ImageFolder
+        real = os.path.realpath(here)
+        if real in seen:  # a link that leads back would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not hide(Path(here, name), True)]
+        for path in (Path(here, name) for name in names):
+            if not hide(path, False):
+                yield path, path.suffix.lower() in EXTENSIONS or looks_like_image(path)
+
+
 def _read_folder(root: Path, folder: Path, unread: _Unread, *, all_classes: bool) -> tuple[list[str], list[str]]:
     """The path, relative to `root`, and the class of every image below the class folders, sorted by class and path.
 
@@ -209,21 +236,12 @@ def _read_folder(root: Path, folder: Path, unread: _Unread, *, all_classes: bool
 
 def _images(folder: Path, unread: _Unread) -> list[Path]:
     """The files below `folder` that are called images, readable or not, and those that are images by another name."""
-    found, seen = [], set()
-    for here, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):  # as torchvision's ImageFolder
-        real = os.path.realpath(here)
-        if real in seen:  # a link that leads back would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not unread.hide(Path(here, name), folder=True)]
-        for path in (Path(here, name) for name in names):
-            if unread.hide(path, folder=False):
-                continue
-            if path.suffix.lower() in EXTENSIONS or looks_like_image(path):
-                found.append(path)
-            else:
-                unread.kinds[path.suffix.lower() or "without an ending"] += 1
+    found = []
+    for path, is_image in files_below(folder, _unreadable, unread.hide):
+        if is_image:
+            found.append(path)
+        else:
+            unread.kinds[path.suffix.lower() or "without an ending"] += 1
     return sorted(found)
 
 
