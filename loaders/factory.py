@@ -15,9 +15,10 @@ from loaders.protocol import BatchLoader, StoredDataset, StoredSplit
 from loaders.readers import AUTO, AUTO_READS, BACKENDS, backends_that
 from loaders.readers.base_loader import default_workers
 from loaders.readers.dali_augment import build_dali_augment
-from loaders.readers.free_memory import free_share, readable
+from loaders.readers.free_memory import free_share
 from loaders.readers.prefetched_loader import PrefetchedLoader
 from loaders.readers.resident_loader import is_ragged, kept_bytes
+from loaders.sources.messages import readable_bytes
 from loaders.stored import SOURCE_FILES
 from loaders.stored.cached_folder import FETCHERS
 from loaders.stored.damage import DamageError
@@ -209,6 +210,6 @@ def choose_backend(plan: EpochPlan, device: torch.device, reader: str = "ffcv", 
     backend, relation = ("resident", "fits in") if needed <= budget else (reader, "is more than")
     shared = f" for each of {processes} processes" if device.type == "cpu" and processes > 1 else ""
     return backend, (
-        f"{backend}: the split's {readable(needed)} of pixels {relation} {readable(budget)}, "
+        f"{backend}: the split's {readable_bytes(needed)} of pixels {relation} {readable_bytes(budget)}, "
         f"{RESIDENT_SHARE:.0%} of the memory free on {device}{shared}"
     )

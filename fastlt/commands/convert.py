@@ -34,7 +34,7 @@ from fastlt.commands.signals import Terminated, ended_by_signals
 from fastlt.names import unknown
 from loaders.sources import SOURCES, sources_taking
 from loaders.sources.duplicates import KINDS
-from loaders.sources.messages import shortened
+from loaders.sources.messages import readable_bytes, shortened
 from loaders.sources.source import absent_classes
 from loaders.stored.ffcv_format import MODES, FfcvOptions
 
@@ -204,7 +204,7 @@ def report(dataset: ConvertedDataset) -> None:
         pixels = low if split["image_size"]["same"] else f"{low} to {high}"
         count = dataset.manifest[KEPT][dataset.formats[0]][name]
         kept = f", {count:,} of them the source's own files" if count else ""
-        print(f"{name}: {split['count']:,} images of {pixels}, {size / 2**20:.1f} MiB{kept}; {split['provenance']}")
+        print(f"{name}: {split['count']:,} images of {pixels}, {readable_bytes(size)}{kept}; {split['provenance']}")
     print(f"{dataset.root}: {classes_text(dataset.class_names, splits['train']['class_counts'])}")
     for warning in absent_classes(dataset.class_names, {name: of["class_counts"] for name, of in splits.items()}):
         print(warning)

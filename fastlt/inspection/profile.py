@@ -19,7 +19,7 @@ from fastlt.state import ClassCounts
 from loaders.cores import available_cores
 from loaders.sources.decode import MAX_BYTES, header_size
 from loaders.sources.duplicates import KINDS, find_duplicates
-from loaders.sources.messages import printable
+from loaders.sources.messages import printable, readable_bytes
 from loaders.sources.source import Source
 from loaders.sources.split import EncodedImages, FileSplit, Split
 from loaders.stored.damage import DamageError
@@ -303,7 +303,7 @@ def _stat(path: str) -> os.stat_result | str:
     if not found.st_size:
         return "the file is empty (0 bytes)"
     if found.st_size > MAX_BYTES:
-        return f"{found.st_size / 2**30:.1f} GiB are more than the {MAX_BYTES >> 30} allowed for an image"
+        return f"{readable_bytes(found.st_size)} are more than the {readable_bytes(MAX_BYTES)} allowed for an image"
     return found
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from fastlt.inspection.loading import Loading
 from fastlt.inspection.profile import SMALL_SIDE, Profile
 from fastlt.inspection.suggestion import Suggestion
-from loaders.readers.free_memory import readable
 from loaders.sources.duplicates import KINDS
-from loaders.sources.messages import printable, some
+from loaders.sources.messages import printable, readable_bytes, some
 
 BARS = 20  # lines of the profile, at most; more classes are binned by rank
 NARROWEST, WIDEST = 32, 120
@@ -143,7 +142,7 @@ def _files(profile: Profile) -> list[str]:
         lines.append(f"sizes (least, median, most): {'; '.join(ranges)}")
         small = f"{profile.small_share:.1%} of the images have {SMALL_SIDE} pixels or less on their shorter side"
         lines.append(small)
-    lines.append(f"on disk: {readable(profile.disk_bytes)}")
+    lines.append(f"on disk: {readable_bytes(profile.disk_bytes)}")
     if profile.unreadable:
         lines.append(f"headers that cannot be read: {len(profile.unreadable):,}")
         lines += [f"  {name}: {reason}" for name, reason in profile.unreadable[:5]]
@@ -168,15 +167,14 @@ def _low_median_high(values: np.ndarray) -> str:
 def _loading(profile: Profile, loading: Loading | None) -> list[str]:
     if loading is None:
         return ["loaders: unknown, for no header of a split can be read"]
-    lines = [f"memory of each loader, with {readable(loading.free)} free on {loading.device}"]
+    lines = [f"memory of each loader, with {readable_bytes(loading.free)} free on {loading.device}"]
     for name, needed in loading.needed.items():
         if needed is None:
             lines.append(f"  {name}: batches alone")
         else:
             what = "pixels" if name == "resident" else "files with --mode jpg, at most"
-            lines.append(
-                f"  {name}: {readable(needed['train'])} for train, {readable(sum(needed.values()))} in all ({what})"
-            )
+            train, whole = readable_bytes(needed["train"]), readable_bytes(sum(needed.values()))
+            lines.append(f"  {name}: {train} for train, {whole} in all ({what})")
     lines.append(f"auto takes {loading.reason}")
     decoding = profile.decoding
     if decoding is None or loading.decoding_s is None:

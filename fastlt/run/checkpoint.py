@@ -19,6 +19,7 @@ import torch
 
 from fastlt import strict_json
 from fastlt.run.folder import part_file, version_file, versions
+from loaders.sources.messages import readable_bytes
 from loaders.stored.damage import DamageError
 
 log = logging.getLogger(__name__)
@@ -78,16 +79,12 @@ def not_written(path: Path, error: OSError, needed: Callable[[], int] | None = N
     """The message for a file that could not be written. needed: as in `atomic_file`."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{path} cannot be written: {error.strerror}. What was saved before is whole"
-    wanted = "" if needed is None else f"{_megabytes(needed())} needed, "
-    room = f"{wanted}{_megabytes(shutil.disk_usage(path.parent).free)} free"
+    wanted = "" if needed is None else f"{readable_bytes(needed())} needed, "
+    room = f"{wanted}{readable_bytes(shutil.disk_usage(path.parent).free)} free"
     return (
         f"{path} cannot be written: {error.strerror} ({room}). What was saved before is whole: make room, and give the "
         "same command again"
     )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -26,7 +26,8 @@ from fastlt.state import Batch
 from fastlt.typed_yaml import to_tree
 from loaders.factory import format_read
 from loaders.protocol import BatchLoader
-from loaders.readers.free_memory import free_share, readable
+from loaders.readers.free_memory import free_share
+from loaders.sources.messages import readable_bytes
 from loaders.stored.damage import DamageError
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ def compute_features(context: RunContext, model: Classifier) -> Features:
     free = free_share(context.device, context.local_world_size)
     if needed > MOST_OF_MEMORY * free:
         raise ValueError(
-            f"data.cached_views: is {views}, whose features take {readable(needed)}, and {readable(free)} of memory "
-            f"are free on {context.device}: take fewer views"
+            f"data.cached_views: is {views}, whose features take {readable_bytes(needed)}, and "
+            f"{readable_bytes(free)} of memory are free on {context.device}: take fewer views"
         )
     source = _Source(context, model)
     training = {split: torch.stack([source.view(split, view) for view in range(views)]) for split in ("train", "meta")}

@@ -22,8 +22,9 @@ from loaders.order.crop import CropSpec
 from loaders.order.shard_order import ShardOrder
 from loaders.protocol import BatchLoader
 from loaders.readers import AUTO
-from loaders.readers.free_memory import free_share, readable
+from loaders.readers.free_memory import free_share
 from loaders.readers.two_views import TwoViewLoader
+from loaders.sources.messages import readable_bytes
 
 EVALUATION_BATCH = 512
 # Pixels up to which a share of the meta set may come through a loader that keeps them, too, for a moment: others take
@@ -159,9 +160,9 @@ def check_meta_share(context: RunContext, name: str, stage: StageRecipe) -> None
     if kept and context.recipe.data.cached_views is None and needed > free:
         raise ValueError(
             f"stages.{name}.accuracy.refresh is {stage.accuracy.refresh!r}, for which each process keeps its share of "
-            f"the meta set, {readable(needed)} of pixels, and {readable(free)} of memory are free on {context.device}: "
-            f"set stages.{name}.accuracy.refresh=rolling and stages.{name}.accuracy.images_per_step, with which images "
-            "stay encoded that memory has no room for"
+            f"the meta set, {readable_bytes(needed)} of pixels, and {readable_bytes(free)} of memory are free on "
+            f"{context.device}: set stages.{name}.accuracy.refresh=rolling and stages.{name}.accuracy.images_per_step, "
+            "with which images stay encoded that memory has no room for"
         )
 
 

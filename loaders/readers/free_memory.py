@@ -50,8 +50,3 @@ def _left_in_group(group: Path) -> int:
 def free_share(device: torch.device, processes: int) -> int:
     """What one of so many processes of this machine may take: each has a GPU of its own, but all share the memory."""
     return free_bytes(device) // (processes if device.type == "cpu" else 1)
-
-
-def readable(num_bytes: int) -> str:
-    """In GiB or MiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -17,7 +17,8 @@ from loaders.protocol import StoredSplit
 from loaders.readers.base_loader import default_workers
 from loaders.readers.dali_augment import DaliAugment
 from loaders.readers.dali_loader import DaliLoader
-from loaders.readers.free_memory import free_share, readable
+from loaders.readers.free_memory import free_share
+from loaders.sources.messages import readable_bytes
 from loaders.stored.beton import Beton
 from loaders.stored.tar_shards import TarShards
 
@@ -68,8 +69,8 @@ def check_files(stored: Beton | TarShards, processes: int = 1) -> None:
     needed, free = int(stored.sizes.sum()), free_share(torch.device("cpu"), processes)
     if needed > free:
         raise ValueError(
-            f"{stored.path}: its images take {readable(needed)} as files, and {readable(free)} of memory are free: "
-            "choose data.loader 'dali', which reads them from the disk"
+            f"{stored.path}: its images take {readable_bytes(needed)} as files, and {readable_bytes(free)} of "
+            "memory are free: choose data.loader 'dali', which reads them from the disk"
         )
 
 

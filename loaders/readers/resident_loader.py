@@ -14,8 +14,9 @@ from loaders.order.crop import CropSpec, common_shape, crop_boxes
 from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
 from loaders.readers.base_loader import BaseLoader
-from loaders.readers.free_memory import free_share, readable
+from loaders.readers.free_memory import free_share
 from loaders.readers.ragged_pixels import FILL_BYTES, RaggedPixels, most_taps, shrinking
+from loaders.sources.messages import readable_bytes
 from loaders.stored.damage import NoRoomError
 from loaders.stored.ffcv_kernels import resize_crop
 
@@ -109,8 +110,8 @@ def check_pixels(stored: StoredSplit, plan: EpochPlan, device: torch.device, pro
     free = free_share(device, processes)
     if needed > free:
         raise NoRoomError(
-            f"{stored.path}: its pixels take {readable(needed)}, and {readable(free)} of memory are free on {device}: "
-            "choose data.loader 'auto', or another one that does not keep them there"
+            f"{stored.path}: its pixels take {readable_bytes(needed)}, and {readable_bytes(free)} of memory are "
+            f"free on {device}: choose data.loader 'auto', or another one that does not keep them there"
         )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from loaders.sources.messages import readable_bytes
 from loaders.stored.damage import DamageError, ReaderError
 from loaders.stored.forked_workers import describe_exit
 from loaders.stored.mapped_file import cut_short
@@ -131,7 +132,7 @@ class WorkerWatch:
 def shared_memory_error(source: Path, workers: int) -> ReaderError:
     """What to say when there is no room for a batch in shared memory."""
     usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
-    room = "" if usage is None else f" ({usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free)"
+    room = "" if usage is None else f" ({readable_bytes(usage.free)} of {readable_bytes(usage.total)} are free)"
     return ReaderError(
         f"reading {source}: shared memory, {SHARED_MEMORY}, has no room{room} for the batches of {workers} workers. "
         "Use fewer (data.num_workers=…; 0 needs none of it), or make it larger (docker run --shm-size=8g)"

@@ -16,6 +16,8 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
+from loaders.sources.messages import readable_bytes
+
 # A list, so that nothing is ever handed to a format whose reader starts another program (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA")
 EXTENSIONS = frozenset(
@@ -52,7 +54,9 @@ def read_image_file(path: Path) -> bytes:
             raise ValueError("not a file (a folder, a pipe or a device)")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise ValueError(f"{size / 2**30:.1f} GiB are more than the {MAX_BYTES >> 30} allowed for an image")
+            raise ValueError(
+                f"{readable_bytes(size)} are more than the {readable_bytes(MAX_BYTES)} allowed for an image"
+            )
         data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError("no such file") from None

@@ -1,4 +1,4 @@
-"""Names of files in messages and reports: printable, and of a length that can be read."""
+"""Names and sizes of files in messages and reports: printable, and of a length that can be read."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def shortened(name: str) -> str:
 def some(names: Sequence[str], separator: str = "; ") -> str:
     """The first names, and a sign that there are more."""
     return separator.join(names[:SHOWN]) + (f"{separator}…" if len(names) > SHOWN else "")
+
+
+def readable_bytes(num_bytes: int) -> str:
+    """In GiB or MiB."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

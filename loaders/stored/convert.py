@@ -18,6 +18,7 @@ from fastlt.names import unknown
 from loaders.sources.cut import Candidates, Shares
 from loaders.sources.decode import header_size
 from loaders.sources.duplicates import KINDS, Duplicates
+from loaders.sources.messages import readable_bytes
 from loaders.sources.source import Source
 from loaders.sources.split import SPLITS, ArraySplit, EncodedImages, Split
 from loaders.stored import FORMATS
@@ -399,8 +400,8 @@ def _check_space(folder: Path, source: Source, options: FfcvOptions) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free + stored:
         raise ValueError(
-            f"the images need about {needed / 2**30:.1f} GiB as raw pixels and {folder.parent} has {free / 2**30:.1f} "
-            "GiB free: set max_resolution, use mode 'jpg', or give a folder on another disk"
+            f"the images need about {readable_bytes(needed)} as raw pixels and {folder.parent} has "
+            f"{readable_bytes(free)} free: set max_resolution, use mode 'jpg', or give a folder on another disk"
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastlt.names import pick
-from loaders.sources.messages import printable
+from loaders.sources.messages import printable, readable_bytes
 from loaders.sources.split import SPLITS
 from loaders.stored.atomic_folder import MANIFEST
 from loaders.stored.beton import Beton
@@ -182,7 +182,7 @@ class ConvertedDataset:
         total = sum(file["bytes"] for file in self.manifest["files"].values())
         large = total > SMALL_BYTES
         if large:
-            say(f"{self.root}: {total / 2**30:.1f} GiB are read once, to know which images these are")
+            say(f"{self.root}: {readable_bytes(total)} are read once, to know which images these are")
         count = sum(self.manifest["splits"][split]["count"] for split in SPLITS) * len(self.formats)
         with progress_bar("checksums", count, progress and large) as advance:
             return {

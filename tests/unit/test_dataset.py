@@ -430,5 +430,5 @@ def test_a_disk_that_becomes_full_is_said_with_its_place(files, tmp_path, monkey
 
 def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(ValueError, match=r"need about 0.0 GiB as raw pixels .* set max_resolution"):
+    with pytest.raises(ValueError, match=r"need about 0.0 MiB as raw pixels .* set max_resolution"):
         convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
