@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from fastlt.device.available import usable_device
 from fastlt.inference.predictor import Predictor
 from fastlt.inference.priors import carried_prior
 from fastlt.inference.transform import EvaluationTransform
@@ -64,18 +65,6 @@ def load(
         trained=trained,
         notes=notes,
     )
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """A device of torch that this machine has; ValueError for another one."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # an unknown name, and a torch that was built without CUDA
-        allowed = "cpu, cuda, cuda:0, …" if torch.cuda.is_available() else "cpu; there is no CUDA device"
-        raise ValueError(f"{str(device)!r} is no device of this machine; allowed here: {allowed}") from None
-    return torch.device(device)
 
 
 def _storage(run: FinishedRun) -> tuple[Storage, tuple[str, ...]]:

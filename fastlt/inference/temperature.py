@@ -55,7 +55,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, offset: np.ndarray | None = 
     The objective is convex in 1/T, and the root of its derivative is found by Brent's method, in float64. ValueError
     where a label has a logit of -inf: no temperature gives it a probability.
     """
-    from scipy.optimize import brentq  # lazily: whoever loads a model need not wait for scipy
+    from scipy.optimize import root_scalar  # lazily: whoever loads a model need not wait for scipy
 
     shift = torch.zeros(logits.shape[1], dtype=torch.float64) if offset is None else torch.from_numpy(offset)
     own = logits.gather(1, labels[:, None])[:, 0].double() + shift[labels]
@@ -69,7 +69,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, offset: np.ndarray | None = 
     elif slope(1 / LOWEST) <= 0:
         value = LOWEST
     else:
-        value = 1 / brentq(slope, 1 / HIGHEST, 1 / LOWEST, xtol=1e-13, rtol=1e-12)
+        found = root_scalar(slope, method="brentq", bracket=(1 / HIGHEST, 1 / LOWEST), xtol=1e-13, rtol=1e-12)
+        value = 1 / found.root
     before, after = (_measured(logits, labels, shift, t) for t in (1.0, value))
     return Temperature(value, len(labels), before[0], after[0], before[1], after[1])
 

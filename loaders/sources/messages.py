@@ -32,6 +32,6 @@ def some(names: Sequence[str], separator: str = "; ") -> str:
     return separator.join(names[:SHOWN]) + (f"{separator}…" if len(names) > SHOWN else "")
 
 
-def readable_bytes(num_bytes: int) -> str:
+def readable_bytes(num_bytes: float) -> str:
     """In GiB or MiB."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
