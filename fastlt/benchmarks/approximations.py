@@ -18,13 +18,14 @@ from __future__ import annotations
 import copy
 import platform
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastlt import strict_json
 from fastlt.arguments import positive
+from fastlt.benchmarks.rounds import report
 from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.difficulty import class_weights, difficulty_gradient_loss
@@ -70,7 +71,8 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     rows = [shadow.row(exact) for shadow in shadows]
     settings = {**loop.settings, "exact_weight_std": exact.std(1).mean().item()}
     settings |= {"torch": torch.__version__, "python": platform.python_version()}
-    report(rows, settings, as_json=words.json)
+    table = partial(print_table, weight_std=settings["exact_weight_std"])
+    report(rows, settings, as_json=words.json, table=table)
     return 0
 
 
@@ -198,17 +200,13 @@ def follow(loop: DifficultyLoop, shadows: list[Shadow]) -> Tensor:
     return torch.stack(exact).cpu()
 
 
-def report(rows: list[Row], settings: dict, *, as_json: bool) -> None:
-    """The rows as a table, or all of it as one JSON object."""
-    if as_json:
-        print(strict_json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
-        return
+def print_table(rows: list[Row], weight_std: float) -> None:
+    """The rows for people."""
     width = max(len(one.name) for one in rows)
     print(f"{'':{width}}  {'mean |dw|':>9}  {'second':>9}  {'max |dw|':>8}  {'gradient':>8}  {'w std':>6}")
     for one in rows:
         gradient = "exact" if one.grad_rel_error is None else f"{one.grad_rel_error:.3f}"
         print(
             f"{one.name:{width}}  {one.mean_weight_error:9.5f}  {one.second_half_mean_weight_error:9.5f}  "
-            f"{one.max_weight_error:8.4f}  {gradient:>8}  {settings['exact_weight_std']:6.3f}"
+            f"{one.max_weight_error:8.4f}  {gradient:>8}  {weight_std:6.3f}"
         )
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))

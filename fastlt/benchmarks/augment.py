@@ -16,8 +16,9 @@ from torchvision import transforms
 
 from fastlt.arguments import make_parser, positive, worker_count
 from fastlt.augment import Augment, build_augment
-from fastlt.benchmarks.options import usable_device
-from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
+from fastlt.benchmarks.options import add_device
+from fastlt.benchmarks.rounds import interleaved, report_speeds, row
+from fastlt.device.available import wait_for
 from fastlt.device.replay import CudaCapture
 
 NAME = "fastlt benchmark augment"
@@ -32,7 +33,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     parser.add_argument("--policy", choices=("cifar10", "imagenet", "svhn"), default="cifar10", help="of AutoAugment")
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default: 7)")
     parser.add_argument("--threads", type=worker_count, metavar="N", help="CPU threads of torch (default: all)")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     if words.threads:
@@ -43,7 +44,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         of_batch = {"torchvision": "torchvision, tensors", "prefix": f"batch {batch}: "}
         rows += [row(speeds, name, **of_batch) for name in speeds]
     settings = {"size": words.size, "policy": words.policy, "device": words.device, "rounds": words.rounds}
-    report(rows, as_json=words.json, settings={**settings, "threads": torch.get_num_threads()})
+    report_speeds(rows, as_json=words.json, settings={**settings, "threads": torch.get_num_threads()})
     return 0
 
 

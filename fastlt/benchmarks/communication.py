@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlt.benchmarks.meta_steps import WAYS, Problem, Way
-from fastlt.benchmarks.rounds import wait_for
+from fastlt.benchmarks.rounds import median_ratio
+from fastlt.device.available import wait_for
 from fastlt.device.distributed import Reducer
 from fastlt.device.host_memory import keep_freed_memory
 from loaders.cores import available_cores
@@ -172,13 +173,13 @@ def _rows(words: argparse.Namespace, problem: Problem) -> list[Row]:
         Row(
             name,
             ms=1e3 * statistics.median(times[name, TRAINING]),
-            ratio_plain=_median_ratio(times[name, TRAINING], times["plain", TRAINING])
+            ratio_plain=median_ratio(times[name, TRAINING], times["plain", TRAINING])
             if "plain" in words.rows
             else None,
             collectives=counts[name][0],
             sent_bytes=counts[name][1],
-            exposed=1 - _median_ratio(times[name, SILENT], times[name, TRAINING]),
-            exposed_at_once=1 - _median_ratio(times[name, SILENT], times[name, AT_ONCE]),
+            exposed=1 - median_ratio(times[name, SILENT], times[name, TRAINING]),
+            exposed_at_once=1 - median_ratio(times[name, SILENT], times[name, AT_ONCE]),
         )
         for name in words.rows
     ]
@@ -207,10 +208,6 @@ def _seconds(step: Callable[[], object], *, silent: bool, device: torch.device) 
     taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=device)
     dist.all_reduce(taken, dist.ReduceOp.MAX)
     return taken.item()
-
-
-def _median_ratio(times: list[float], others: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def print_table(rows: list[Row]) -> None:

@@ -36,12 +36,13 @@ from torch import Tensor, nn
 
 from fastlt.arguments import make_parser, path, positive
 from fastlt.augment import normalise
+from fastlt.benchmarks.images import of_one_class, source_of
 from fastlt.models import build_model
 from fastlt.models.classifier import check_model
 from fastlt.models.pretrained import config_of, input_config
 from loaders.cores import available_cores
 from loaders.order.crop import CropSpec
-from loaders.sources import FileSplit, Source
+from loaders.sources import FileSplit
 from loaders.sources.decode import EXTENSIONS
 from loaders.stored.as_stored import cut
 from loaders.stored.beton import Beton
@@ -85,7 +86,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     paths = sorted(str(p.relative_to(words.images)) for p in words.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not paths:
         raise ValueError(f"{words.images} has no image: give a folder of images")
-    split = FileSplit(words.images, paths, np.zeros(len(paths), dtype=np.int64), "benchmark")
+    split = of_one_class(words.images, paths)
     trained = None if words.weights is None else _trained(words.model, words.weights, words.size)
     good = check_images(split).good
     split = split.subset(good)
@@ -135,8 +136,7 @@ def _cpu_seconds(write: Callable[[FileSplit, FfcvOptions], None], split: FileSpl
 
 
 def _convert(split: FileSplit, options: FfcvOptions) -> None:
-    one = split.subset(np.arange(1))
-    source = Source("benchmark", ("one class",), {"train": split, "meta": one, "test": one})
+    source = source_of(split)
     with tempfile.TemporaryDirectory() as folder:
         convert(source, Path(folder) / "out", options=options, request={}, allow_duplicates=True, progress=False)
 

@@ -25,13 +25,15 @@ from torch import Tensor
 
 from fastlt.arguments import make_parser, path, positive, worker_count
 from fastlt.benchmarks.bare_loaders import SAME_PIXELS, bare_dali, bare_ffcv, torchvision_loader
-from fastlt.benchmarks.options import usable_device
-from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
+from fastlt.benchmarks.images import repeated_photographs, source_of
+from fastlt.benchmarks.options import add_device
+from fastlt.benchmarks.rounds import Row, interleaved, report_speeds, row
+from fastlt.device.available import wait_for
 from fastlt.device.host_memory import keep_freed_memory
 from loaders.cores import available_cores
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
-from loaders.sources import ArraySplit, FileSplit, Source, Split
+from loaders.sources import ArraySplit, FileSplit
 from loaders.sources.cifar import CIFAR10, read_cifar
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
@@ -39,7 +41,6 @@ from loaders.stored.ffcv_format import FfcvOptions
 
 NAME = "fastlt benchmark data"
 BOTH = ("ffcv", "dali")
-EXTENSIONS = (".jpg", ".jpeg")
 BARE = {"fastlt ffcv": "bare ffcv", "fastlt dali": "bare dali", "fastlt resident_jpeg": "bare dali"}
 STORAGES = {
     "jpg/own": FfcvOptions("jpg"),
@@ -67,7 +68,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     parser.add_argument("--batch", type=positive, default=128, help="batch size (default: 128)")
     parser.add_argument("--workers", type=worker_count, default=available_cores(), help="default: all cores")
     parser.add_argument("--rounds", type=positive, default=5, help="measured epochs of each (default: 5)")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     if torch.device(words.device).type == "cpu":
@@ -79,16 +80,12 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         rows += _measure_small(words, Path(folder) / "small")
     settings = {key: getattr(words, key) for key in ("count", "small_count", "batch")}
     settings |= {key: getattr(words, key) for key in ("workers", "rounds", "device")}
-    report(rows, as_json=words.json, settings=settings)
+    report_speeds(rows, as_json=words.json, settings=settings)
     return 0
 
 
 def _measure_photographs(words: argparse.Namespace, storage: str, folder: Path) -> list[Row]:
-    found = sorted(p for p in words.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not found:
-        raise ValueError(f"{words.images} has no file that ends in {' or '.join(EXTENSIONS)}: give a folder of JPEGs")
-    paths = [str(found[i % len(found)].relative_to(words.images)) for i in range(words.count)]
-    split = FileSplit(words.images, paths, np.zeros(len(paths), dtype=np.int64), "benchmark")
+    split = repeated_photographs(words.images, words.count)
     whole = storage == "jpg/own"
     dataset = _convert(
         split, folder, replace(STORAGES[storage], num_workers=words.workers), BOTH if whole else ("ffcv",)
@@ -122,9 +119,7 @@ def _measure_small(words: argparse.Namespace, folder: Path) -> list[Row]:
 def _convert(
     split: ArraySplit | FileSplit, folder: Path, options: FfcvOptions, formats: tuple[str, ...]
 ) -> ConvertedDataset:
-    one = split.subset(np.arange(1))
-    splits: dict[str, Split] = {"train": split, "meta": one, "test": one}
-    source = Source("benchmark", ("one class",), splits)
+    source = source_of(split)
     return convert(source, folder, options=options, request={}, formats=formats, allow_duplicates=True, progress=False)
 
 

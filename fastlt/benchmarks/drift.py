@@ -18,13 +18,14 @@ import argparse
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastlt import strict_json
 from fastlt.arguments import positive
+from fastlt.benchmarks.rounds import report
 from fastlt.benchmarks.stage_loop import DifficultyLoop, parser
 from fastlt.meta.class_accuracy import ClassAccuracy
 from fastlt.meta.difficulty import class_weights
@@ -69,7 +70,8 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    report(rows, settings, as_json=words.json)
+    table = partial(print_table, weight_std=settings["exact_weight_std"])
+    report(rows, settings, as_json=words.json, table=table)
     return 0
 
 
@@ -145,17 +147,13 @@ def row(window: int, exact: Course, rolling: Course) -> Row:
     )
 
 
-def report(rows: list[Row], settings: dict, *, as_json: bool) -> None:
-    """The rows as a table, or all of it as one JSON object."""
-    if as_json:
-        print(strict_json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
-        return
+def print_table(rows: list[Row], weight_std: float) -> None:
+    """The rows for people."""
     titles = f"{'mean |dA|':>9}  {'second':>7}  {'max |dA|':>8}  {'mean |dw|':>9}  {'max |dw|':>8}  {'w std':>6}"
     print(f"{'window':>6}  {titles}")
     for one in rows:
-        spread = f"{settings['exact_weight_std']:6.3f}"
+        spread = f"{weight_std:6.3f}"
         print(
             f"{one.window:6}  {one.mean_accuracy_error:9.4f}  {one.second_half_mean_accuracy_error:7.4f}  "
             f"{one.max_accuracy_error:8.3f}  {one.mean_weight_error:9.5f}  {one.max_weight_error:8.4f}  {spread}"
         )
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))

@@ -1,17 +1,20 @@
-"""A benchmark's --device, checked: a device that is not there is one message and exit code 2."""
+"""Options that several benchmarks have."""
 
 from __future__ import annotations
 
 import argparse
 
-import torch
+from fastlt.device.available import usable_device
 
 
-def usable_device(text: str) -> str:
-    """A device of torch that this machine has."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device; one that is not there is one message and exit code 2."""
+    parser.add_argument("--device", type=_device, default=str(usable_device(None)))
+
+
+def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError):  # an unknown name, and a torch that was built without CUDA
-        allowed = "cpu, cuda, cuda:0, ..." if torch.cuda.is_available() else "cpu; there is no CUDA device"
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; allowed here: {allowed}") from None
+        usable_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text

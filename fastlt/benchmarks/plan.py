@@ -16,12 +16,12 @@ from __future__ import annotations
 import statistics
 import time
 import tracemalloc
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from fastlt import strict_json
 from fastlt.arguments import make_parser, positive
+from fastlt.benchmarks.rounds import report
 from loaders.order.crop import CropSpec
 from loaders.order.plan import EpochPlan
 from loaders.order.sampling import SAMPLINGS
@@ -59,17 +59,18 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         for sampling in words.sampling
     ]
     settings = {"classes": words.classes, "processes": words.processes, "numpy": np.__version__}
-    if words.json:
-        print(strict_json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
-        return 0
+    report(rows, settings, as_json=words.json, table=print_table)
+    return 0
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows for people."""
     print(f"{'records':>12}  {'sampling':16} {'seconds':>8} {'peak':>6} {'kept':>6} {'late_ms':>8}")
     for row in rows:
         print(
             f"{row.records:12,}  {row.sampling:16} {row.seconds:8.2f} "
             f"{row.peak:6.1f} {row.kept:6.1f} {row.late_ms:8.2f}"
         )
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
-    return 0
 
 
 def measure(records: int, sampling: str, classes: int, processes: int, rounds: int) -> Row:

@@ -24,9 +24,11 @@ import torch
 
 from fastlt.arguments import make_parser, path, positive, worker_count
 from fastlt.augment import normalise
-from fastlt.benchmarks.data import EXTENSIONS, STORAGES
-from fastlt.benchmarks.options import usable_device
-from fastlt.benchmarks.rounds import Row, interleaved, report, row, wait_for
+from fastlt.benchmarks.data import STORAGES
+from fastlt.benchmarks.images import of_one_class, photographs, source_of
+from fastlt.benchmarks.options import add_device
+from fastlt.benchmarks.rounds import Row, interleaved, report_speeds, row
+from fastlt.device.available import wait_for
 from fastlt.device.host_memory import keep_freed_memory
 from fastlt.inference.predictor import BATCH_SIZE, Predictor
 from fastlt.inference.priors import CarriedPrior
@@ -40,7 +42,6 @@ from loaders.cores import available_cores
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.protocol import BatchLoader
-from loaders.sources import FileSplit, Source
 from loaders.stored.as_stored import Storage
 from loaders.stored.convert import convert
 
@@ -68,12 +69,10 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     )
     parser.add_argument("--workers", type=worker_count, default=available_cores(), help="default: all cores")
     parser.add_argument("--rounds", type=positive, default=3, help="measured passes of each (default: 3)")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
-    found = sorted(p for p in words.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not found:
-        raise ValueError(f"{words.images} has no file that ends in {' or '.join(EXTENSIONS)}: give a folder of JPEGs")
+    found = photographs(words.images)
     device = torch.device(words.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -85,7 +84,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         for storage in words.storage:
             rows += _measure(words, storage, files, Path(folder) / storage.replace("/", "-"), model, device)
     keys = ("count", "model", "size", "batch", "workers", "rounds", "device")
-    report(rows, as_json=words.json, settings={key: getattr(words, key) for key in keys})
+    report_speeds(rows, as_json=words.json, settings={key: getattr(words, key) for key in keys})
     return 0
 
 
@@ -102,9 +101,7 @@ def _measure(
     words: argparse.Namespace, storage: str, files: list[Path], folder: Path, model: Classifier, device: torch.device
 ) -> list[Row]:
     """The rows of one way to store the images that evaluation reads."""
-    split = FileSplit(files[0].parent, [file.name for file in files], np.zeros(len(files), dtype=np.int64), "benchmark")
-    one = split.subset(np.arange(1))
-    source = Source("benchmark", ("one class",), {"train": one, "meta": one, "test": split})
+    source = source_of(of_one_class(files[0].parent, [file.name for file in files]), "test")
     options = replace(STORAGES[storage], num_workers=words.workers)
     dataset = convert(source, folder, options=options, request={}, allow_duplicates=True, progress=False)
     crop = CropSpec("center", words.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,12 +28,6 @@ class Row:
     img_s: float
     ratio_bare: float | None = None
     ratio_torchvision: float | None = None
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done all it was given; a CPU has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 IDLE_S = 0.25  # LLVM's OpenMP threads wait awake for 0.2 s after their last work
@@ -68,22 +62,38 @@ def ratio(speeds: Speeds, name: str, other: str | None) -> float | None:
     """How many times as fast as another variant, the median over the rounds; None without one."""
     if other is None or other == name:
         return None
-    return statistics.median(a / b for a, b in zip(speeds[name], speeds[other], strict=True))
+    return median_ratio(speeds[name], speeds[other])
 
 
-def report(rows: list[Row], *, as_json: bool, settings: dict[str, Any]) -> None:
-    """Print the rows as a table, or all of it as one JSON object."""
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def report_speeds(rows: list[Row], *, as_json: bool, settings: dict[str, Any]) -> None:
+    """`report` of images a second."""
     settings = {**settings, "openmp": runtime(), "torch": torch.__version__, "python": platform.python_version()}
+    report(rows, settings, as_json=as_json, table=_print_speeds)
+
+
+def report(
+    rows: list[Any], settings: Mapping[str, Any], *, as_json: bool, table: Callable[[list[Any]], object]
+) -> None:
+    """Print the rows, dataclasses, as one JSON object with the settings, or as `table` prints them, settings below."""
     if as_json:
         print(strict_json.dumps({"rows": [asdict(one) for one in rows], "settings": settings}))
         return
+    table(rows)
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+
+
+def _print_speeds(rows: list[Row]) -> None:
     width = max(len(one.name) for one in rows)
     print(f"{'':{width}}  {'img/s':>10}  {'x bare':>8}  {'x torchvision':>13}")
     for one in rows:
         print(
             f"{one.name:{width}}  {one.img_s:10,.0f}  {_times(one.ratio_bare):>8}  {_times(one.ratio_torchvision):>13}"
         )
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
 
 
 def _times(value: float | None) -> str:

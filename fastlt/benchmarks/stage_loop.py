@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastlt.arguments import make_parser, positive
-from fastlt.recipe import load_recipe
+from fastlt.recipe import Recipe, load_recipe
 from fastlt.recipe.locations import SHIPPED
 from fastlt.run.loading import endless
 from fastlt.run.preflight import prepare
@@ -17,15 +17,27 @@ from fastlt.state import Batch
 from fastlt.steps.difficulty import DifficultyStep
 
 
-def parser(doc: str | None, name: str, prog: str) -> argparse.ArgumentParser:
-    """The options that every such measurement has; arguments as of `make_parser`."""
+def parser(doc: str | None, name: str, prog: str, a_round: int | None = None) -> argparse.ArgumentParser:
+    """The options that every such measurement has; arguments as of `make_parser`.
+
+    a_round: how many iterations a round has, in a measurement in rounds.
+    """
     made = make_parser(doc, name, prog)
     made.add_argument("recipe", nargs="?", default=str(SHIPPED / "digits_lt.yaml"))
     made.add_argument("overrides", nargs="*", metavar="key.sub=value")
     made.add_argument("--stage", help="which stage of the recipe (default: the first)")
-    made.add_argument("--iterations", type=positive, help="default: the whole stage")
+    whole = "default: the whole stage" if a_round is None else f"a round (default: {a_round})"
+    made.add_argument("--iterations", type=positive, default=a_round, help=whole)
     made.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return made
+
+
+def stage_of(recipe: Recipe, words: argparse.Namespace) -> str:
+    """The stage that the command line names, or the first; ValueError for one that the recipe does not have."""
+    name = words.stage or next(iter(recipe.stages))
+    if name not in recipe.stages:
+        raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
+    return name
 
 
 class DifficultyLoop:
@@ -38,9 +50,7 @@ class DifficultyLoop:
     def __init__(self, words: argparse.Namespace, runs: str, more: Callable[[str], list[str]]) -> None:
         overrides = [*words.overrides, f"runs={runs}"]
         recipe = load_recipe(words.recipe, overrides)
-        self.name = words.stage or next(iter(recipe.stages))
-        if self.name not in recipe.stages:
-            raise ValueError(f"{recipe.name} has no stage {self.name!r}: it has {', '.join(recipe.stages)}")
+        self.name = stage_of(recipe, words)
         method = recipe.stages[self.name].method
         if method != "difficulty":
             raise ValueError(

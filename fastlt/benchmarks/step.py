@@ -45,19 +45,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlt import strict_json
 from fastlt.arguments import make_parser, positive, worker_count
 from fastlt.benchmarks import communication
 from fastlt.benchmarks.meta_steps import ON_REQUEST, OWN, WAYS, Problem, Way, float64_gradient, make_problem, missing
-from fastlt.benchmarks.options import usable_device
-from fastlt.benchmarks.rounds import wait_for
+from fastlt.benchmarks.options import add_device
+from fastlt.benchmarks.rounds import median_ratio, report
+from fastlt.device.available import wait_for
 from fastlt.device.compiled import MODES
 from fastlt.device.host_memory import allocator, keep_freed_memory
 from fastlt.device.openmp import runtime
@@ -108,11 +108,8 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     if words.device == "cpu":
         settings["malloc"] = allocator()
         settings["openmp"] = runtime()
-    if words.json:
-        print(strict_json.dumps({"rows": [asdict(row) for row in rows], "settings": settings}))
-    else:
-        print_table(rows) if words.processes == 1 else communication.print_table(rows)
-        print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    table = print_table if words.processes == 1 else communication.print_table
+    report(rows, settings, as_json=words.json, table=table)
     return 0
 
 
@@ -143,7 +140,7 @@ def parse(arguments: list[str], prog: str = NAME) -> argparse.Namespace:
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", choices=MODES, default="none", help="as in a recipe (default: none)")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--rows", nargs="+", choices=list(WAYS), help="default: all but those on request")
     parser.add_argument(
         "--processes", type=positive, default=1, metavar="N", help="of this machine that take a step together"
@@ -298,7 +295,7 @@ def ratio(times: dict[str, list[float]], name: str, other: str) -> float | None:
     """How many times as long as another way, the median over the rounds; None when that one was not measured."""
     if other not in times:
         return None
-    return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+    return median_ratio(times[name], times[other])
 
 
 def peak_on_gpu(way) -> int:

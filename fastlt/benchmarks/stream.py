@@ -26,14 +26,14 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from fastlt import strict_json
 from fastlt.arguments import make_parser, path, positive, worker_count
 from fastlt.benchmarks.file_server import serve
-from fastlt.benchmarks.options import usable_device
-from fastlt.benchmarks.rounds import IDLE_S, wait_for
+from fastlt.benchmarks.images import repeated_photographs, source_of
+from fastlt.benchmarks.options import add_device
+from fastlt.benchmarks.rounds import IDLE_S, median_ratio, report
+from fastlt.device.available import wait_for
 from fastlt.device.host_memory import keep_freed_memory
 from loaders.cores import available_cores
 from loaders.factory import make_loader
@@ -42,14 +42,12 @@ from loaders.order.shard_order import ShardOrder
 from loaders.protocol import BatchLoader
 from loaders.readers import backends_that
 from loaders.readers.prefetched_loader import PrefetchedLoader
-from loaders.sources import FileSplit, Source, Split
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
 from loaders.stored.streamed import StreamedDataset
 
 NAME = "fastlt benchmark stream"
-EXTENSIONS = (".jpg", ".jpeg")
 
 
 def main(arguments: list[str], prog: str = NAME) -> int:
@@ -66,7 +64,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
     parser.add_argument("--batch", type=positive, default=128, help="batch size (default: 128)")
     parser.add_argument("--workers", type=worker_count, default=available_cores(), help="default: all cores")
     parser.add_argument("--rounds", type=positive, default=3, help="measured epochs of each (default: 3)")
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     words = parser.parse_args(arguments)
     if torch.device(words.device).type == "cpu":
@@ -86,15 +84,8 @@ def main(arguments: list[str], prog: str = NAME) -> int:
 
 
 def _convert(words: Namespace, folder: Path) -> ConvertedDataset:
-    found = sorted(p for p in words.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not found:
-        raise ValueError(f"{words.images} has no file that ends in {' or '.join(EXTENSIONS)}: give a folder of JPEGs")
-    paths = [str(found[i % len(found)].relative_to(words.images)) for i in range(words.count)]
-    split = FileSplit(words.images, paths, np.zeros(len(paths), dtype=np.int64), "benchmark")
-    one = split.subset(np.arange(1))
-    splits: dict[str, Split] = {"train": split, "meta": one, "test": one}
     return convert(
-        Source("benchmark", ("one class",), splits),
+        source_of(repeated_photographs(words.images, words.count)),
         folder,
         options=FfcvOptions("jpg", num_workers=words.workers),
         request={},
@@ -104,6 +95,15 @@ def _convert(words: Namespace, folder: Path) -> ConvertedDataset:
         shard_images=words.shard_images,
         shuffle_seed=0,
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    img_s: float
+    over_local: float
+    read: float
+    hits: float
 
 
 @dataclass
@@ -179,19 +179,18 @@ def _report(words: Namespace, ways: list[_Way], server: str) -> None:
     for way in ways:
         if way.name.endswith("local, all shuffled"):
             first = way
-        over = statistics.median(a / b for a, b in zip(way.speeds[1:], first.speeds[1:], strict=True))
+        over = median_ratio(way.speeds[1:], first.speeds[1:])
         figures = statistics.median(way.speeds[1:]), over, statistics.mean(way.read[1:]), statistics.mean(way.hits[1:])
-        rows.append({"name": way.name, **dict(zip(("img_s", "over_local", "read", "hits"), figures, strict=True))})
+        rows.append(_Row(way.name, *figures))
     keys = ("count", "shard_images", "parts", "block", "size", "batch", "workers", "rounds", "device")
     settings = {key: getattr(words, key) for key in keys}
     settings |= {"MB": round(first.shards_bytes / 1e6), "server": server}
     settings |= {"torch": torch.__version__, "python": platform.python_version()}
-    if words.json:
-        print(strict_json.dumps({"rows": rows, "settings": settings}))
-        return
-    width = max(len(way.name) for way in ways)
+    report(rows, settings, as_json=words.json, table=_print_table)
+
+
+def _print_table(rows: list[_Row]) -> None:
+    width = max(len(row.name) for row in rows)
     print(f"{'':{width}}  {'img/s':>8}  {'x local':>7}  {'read':>6}  {'hits':>6}")
     for row in rows:
-        figures = f"{row['img_s']:8,.0f}  {row['over_local']:7.2f}  {row['read']:6.2f}  {row['hits']:6.0%}"
-        print(f"{row['name']:{width}}  {figures}")
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+        print(f"{row.name:{width}}  {row.img_s:8,.0f}  {row.over_local:7.2f}  {row.read:6.2f}  {row.hits:6.0%}")

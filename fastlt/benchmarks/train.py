@@ -21,12 +21,13 @@ from collections.abc import Callable
 
 import torch
 
-from fastlt.arguments import make_parser, positive
+from fastlt.arguments import positive
 from fastlt.benchmarks.augment import Captured
-from fastlt.benchmarks.rounds import interleaved, report, row, wait_for
+from fastlt.benchmarks.rounds import interleaved, report_speeds, row
+from fastlt.benchmarks.stage_loop import parser, stage_of
+from fastlt.device.available import wait_for
 from fastlt.device.compiled import ready
 from fastlt.recipe import load_recipe
-from fastlt.recipe.locations import SHIPPED
 from fastlt.run.context import RunContext
 from fastlt.run.loading import endless
 from fastlt.run.preflight import prepare
@@ -40,19 +41,12 @@ LOOP, ONE_BATCH = "training loop", "one batch for ever"
 
 def main(arguments: list[str], prog: str = NAME) -> int:
     """Measure and print; returns the exit code. A mistake in the recipe is a ValueError."""
-    parser = make_parser(__doc__, NAME, prog)
-    parser.add_argument("recipe", nargs="?", default=str(SHIPPED / "digits_lt.yaml"))
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--stage", help="which stage of the recipe (default: the first)")
-    parser.add_argument("--iterations", type=positive, default=50, help="a round (default: 50)")
-    parser.add_argument("--rounds", type=positive, default=5, help="measured rounds (default: 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    words = parser.parse_args(arguments)
+    options = parser(__doc__, NAME, prog, a_round=50)
+    options.add_argument("--rounds", type=positive, default=5, help="measured rounds (default: 5)")
+    words = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as runs:
         recipe = load_recipe(words.recipe, [*words.overrides, f"runs={runs}"])
-        name = words.stage or next(iter(recipe.stages))
-        if name not in recipe.stages:
-            raise ValueError(f"{recipe.name} has no stage {name!r}: it has {', '.join(recipe.stages)}")
+        name = stage_of(recipe, words)
         context = prepare(recipe)
         stage = Trainer(context).build_stage(name)  # a loop of its own: the trainer's also logs and evaluates
         try:
@@ -77,7 +71,7 @@ def main(arguments: list[str], prog: str = NAME) -> int:
         "augment_ms": round(1000 * augment_s, 4),
         "augment_share": round(augment_s / iteration_s, 4),
     }
-    report([row(speeds, LOOP, bare=ONE_BATCH), row(speeds, ONE_BATCH)], as_json=words.json, settings=settings)
+    report_speeds([row(speeds, LOOP, bare=ONE_BATCH), row(speeds, ONE_BATCH)], as_json=words.json, settings=settings)
     return 0
 
 

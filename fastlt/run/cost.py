@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from fastlt.device.available import wait_for
 from fastlt.device.compiled import adam_options
 from fastlt.meta.bounded_accuracy import rounds
 from fastlt.meta.difficulty import RULE_UP_TO, WIDEST_TRIED, DifficultyNet, advice_on_width, chosen_width
@@ -87,7 +88,7 @@ def _milliseconds(classes: int, width: int, device: torch.device) -> str:
     optimizer = torch.optim.Adam(net.parameters(), **adam_options("none", device, number_of_weights(classes, width)))
     seen, seconds = torch.full((classes,), 0.5, device=device), []
     for _ in range(1 + ROUNDS):
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         with torch.no_grad():
             for _ in range(2):
@@ -95,16 +96,11 @@ def _milliseconds(classes: int, width: int, device: torch.device) -> str:
         net(seen).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     scale = number_of_weights(classes, width) / number_of_weights(classes, probed)
     ms = 1e3 * scale * statistics.median(seconds[1:])  # the first makes Adam's state
     return f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _bytes(count: int) -> str:
