@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 
 from fastlt.augment import AUGMENTATIONS
 from fastlt.losses import LOSSES
+from fastlt.markdown_table import markdown_table
 from fastlt.models.adapters import ADAPTERS
 from fastlt.optim import Clip, Ema
 from fastlt.ranges import RANGE
@@ -207,8 +208,7 @@ def _section(title: str, sentence: str, keys: Iterable[Key]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    return markdown_table(head, rows) + "\n"
 
 
 def _keys_of(cls: type, prefix: str = "") -> Iterator[Key]:

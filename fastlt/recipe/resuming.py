@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
+from fastlt.markdown_table import markdown_table
 from fastlt.recipe.schema import ON_RESUME, Recipe, StageRecipe, Values, difference, value_of, values
 
 
@@ -106,9 +107,8 @@ def table() -> str:
     for key, rule in _ruled(Recipe):
         keys[rule].append(f"`{key}`")
     keys["not_begun"], keys["fixed"] = ["all keys of stages that have not begun"], ["all other keys"]
-    rows = [("key", "may become", "effect"), ("---",) * 3]
-    rows += [(", ".join(keys[name]), rule.change, rule.effect) for name, rule in RULES.items()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = [(", ".join(keys[name]), rule.change, rule.effect) for name, rule in RULES.items()]
+    return markdown_table(("key", "may become", "effect"), rows) + "\n"
 
 
 def _ruled(cls: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

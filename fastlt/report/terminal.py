@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlt.markdown_table import markdown_table
 from fastlt.report.runs import open_run
 from fastlt.report.seeds import Group
 
@@ -16,15 +17,15 @@ METRICS = ("top1", "many", "medium", "few", "macro_f1")
 def table(groups: Sequence[Group]) -> str:
     """One Markdown row a group: percentages, seconds of training, and the range of the final class weights."""
     header = ["run", "seeds", "top-1", "many", "medium", "few", "macro-F1", "training s", "weights at the end"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for group in groups:
         cells = [group.name, str(len(group.runs))]
         cells += [group.spread(metric) for metric in METRICS]
         cells.append(group.spread("train_s", scale=1.0))
         weights = [w for of_run in group.values("class_weights") for w in of_run or []]
         cells.append(f"{min(weights):.2f} … {max(weights):.2f}" if weights else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(header, rows)
 
 
 def weight_history(folder: Path) -> list[tuple[int, np.ndarray]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastlt.markdown_table import markdown_table
 from fastlt.reproduce.frozen import Method
 from fastlt.reproduce.paired import paired_difference
 
@@ -122,6 +123,9 @@ def as_record(data: str, row: Row) -> dict[str, Any]:
     }
 
 
+HEAD = ("method", "rate", "top-1", "difference", "many", "medium", "few", "ECE", "class weights", "seeds", "s")
+
+
 def markdown(title: str, records: Sequence[Mapping[str, Any]], first: str) -> str:
     """Records as Markdown: a table a data set and choice."""
     lines = [f"# {title}", "", "In %, mean ± sample standard deviation over seeds; the classes of many, medium and few"]
@@ -129,19 +133,17 @@ def markdown(title: str, records: Sequence[Mapping[str, Any]], first: str) -> st
     headings = {"own": "each method at its best rate by validation", "common": "all at one rate"}
     for data, choice in dict.fromkeys((r["data"], r["choice"]) for r in records):
         lines += ["", f"## {data}, {headings[choice]}", ""]
-        lines += ["| method | rate | top-1 | difference | many | medium | few | ECE | class weights | seeds | s |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
-        lines += [_line(r) for r in records if (r["data"], r["choice"]) == (data, choice)]
+        lines += [markdown_table(HEAD, [_cells(r) for r in records if (r["data"], r["choice"]) == (data, choice)])]
     return "\n".join(lines) + "\n"
 
 
-def _line(r: Mapping[str, Any]) -> str:
+def _cells(r: Mapping[str, Any]) -> list[str]:
     spread = "" if r["top1_std"] is None else f" ± {r['top1_std']:.2f}"
     apart = "-" if r["difference"] is None else f"{r['difference']:+.2f} ± {r['difference_95']:.2f}"
     groups = ["-" if r[key] is None else f"{r[key]:.1f}" for key in ("many", "medium", "few", "ece")]
     weights = "-" if r["least_weight"] is None else f"{r['least_weight']:.2f} to {r['largest_weight']:.2f}"
     seeds = f"{r['seeds']}" + (f", {r['diverged']} diverged" if r["diverged"] else "")
-    cells = [
+    return [
         r["method"],
         f"{r['lr']:g}",
         f"{r['top1']:.2f}{spread}",
@@ -151,4 +153,3 @@ def _line(r: Mapping[str, Any]) -> str:
         seeds,
         f"{r['train_s']:.1f}",
     ]
-    return f"| {' | '.join(cells)} |"

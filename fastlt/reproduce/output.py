@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastlt.markdown_table import markdown_table
 from fastlt.reproduce.tables import SCALES, Cell
 from fastlt.run.checkpoint import write_atomically, write_json
 
@@ -16,7 +17,7 @@ END = "<!-- end of the table -->"
 
 def markdown(title: str, cells: Sequence[Cell], scale: str) -> str:
     """The table as a page: a line a cell, then what was not run and why."""
-    lines = [f"# {title}", "", f"{SCALES[scale].capitalize()}. {_legend(cells)}", "", *table(cells)]
+    lines = [f"# {title}", "", f"{SCALES[scale].capitalize()}. {_legend(cells)}", "", table(cells)]
     reasons: dict[str, list[str]] = {}
     for cell in cells:
         reason = cell.why_not()
@@ -42,8 +43,8 @@ def _devices(cells: Sequence[Cell]) -> list[str]:
     return sorted({row["device"] for row in (cell.as_row() for cell in cells) if row["device"] is not None})
 
 
-def table(cells: Sequence[Cell]) -> list[str]:
-    """The lines of the table, an empty field where there is no number; without columns that no cell has."""
+def table(cells: Sequence[Cell]) -> str:
+    """The table, an empty field where there is no number; without columns that no cell has."""
     rows = [cell.as_row() for cell in cells]
     columns = {
         "row": [row["row"] for row in rows],
@@ -67,8 +68,7 @@ def table(cells: Sequence[Cell]) -> list[str]:
         del columns["class weights"]
     if len(_devices(cells)) < 2:  # the legend names one
         del columns["hardware"]
-    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown_table(list(columns), zip(*columns.values(), strict=True))
 
 
 def _ours(row: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def check_place(document: Path, name: str, scale: str) -> None:
 def write_into(document: Path, name: str, scale: str, cells: Sequence[Cell]) -> None:
     """Put the table in its place in a Markdown document, where an earlier one may stand."""
     before, after = _around(document, name, scale)
-    middle = "\n".join([place(name, scale), "", _legend(cells), "", *table(cells), "", END])
+    middle = "\n".join([place(name, scale), "", _legend(cells), "", table(cells), "", END])
     write_atomically(document, (before + middle + after).encode())
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fastlt.markdown_table import markdown_table
 from fastlt.recipe import load_recipe
 from fastlt.reproduce.tables import Cell
 
@@ -25,28 +26,27 @@ def _at_rate(cell: Cell, rate: float, scale: str) -> Cell:
 
 def rates_table(cells: Sequence[Cell]) -> str:
     """Validation accuracy of each cell at each rate as Markdown, the best of each cell marked; no test number."""
-    lines = [
+    sentence = (
         "Top-1 on validation in %, mean ± sample standard deviation over seeds. The error is the standard error of one "
-        "run, by the number of validation images.",
-        "",
-        "| row | column | rate | validation | error | seeds | |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        "run, by the number of validation images."
+    )
+    rows = []
     for row, column in dict.fromkeys((cell.row, cell.column) for cell in cells):
         mine = [cell for cell in cells if (cell.row, cell.column) == (row, column)]
         best = max(mine, key=lambda cell: statistics.mean(_validation(cell) or [-1.0]))
         complete = all(len(cell.results) >= cell.wanted for cell in mine)
-        lines += [_line(cell, chosen=complete and cell is best) for cell in mine]
-    return "\n".join(lines) + "\n"
+        rows += [_fields(cell, chosen=complete and cell is best) for cell in mine]
+    table = markdown_table(("row", "column", "rate", "validation", "error", "seeds", ""), rows)
+    return f"{sentence}\n\n{table}\n"
 
 
-def _line(cell: Cell, *, chosen: bool) -> str:
+def _fields(cell: Cell, *, chosen: bool) -> list[str]:
     values = _validation(cell)
     shown, error = "", ""
     if values:
         shown = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
         error = f"{100 * max(result['validation_top1_se'] for result in cell.results.values()):.2f}"
-    fields = [
+    return [
         cell.row,
         cell.column,
         f"{cell.rate or 0:g}",
@@ -55,7 +55,6 @@ def _line(cell: Cell, *, chosen: bool) -> str:
         str(len(values) or ""),
         "best" if chosen else "",
     ]
-    return f"| {' | '.join(fields)} |"
 
 
 def _validation(cell: Cell) -> list[float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from timm.models._hub import generate_readme
 
+from fastlt.markdown_table import markdown_table
 from fastlt.recipe import without_paths
 from fastlt.run.log import percent
 from fastlt.run.trained import TrainedRun
@@ -121,7 +121,7 @@ def _results(trained: TrainedRun) -> str:
     ]
     others = {"top-5": "top5", "macro-F1": "macro_f1", "ECE": "ece"}
     more = ", ".join(f"{word} {percent(result[key])} %" for word, key in others.items())
-    of_groups = _table(["", "classes", "training images", "top-1 %"], groups)
+    of_groups = markdown_table(["", "classes", "training images", "top-1 %"], groups)
     text = f"\n## Results on the test split\n\n{of_groups}\n\n{more}.\n"
     accuracy = result.get("per_class_accuracy")
     if accuracy is None:
@@ -133,7 +133,7 @@ def _results(trained: TrainedRun) -> str:
         half = MOST_CLASSES // 2
         which = f"The {half} largest and the {half} smallest classes; `config.json` has all {len(rows)}"
         rows = [*rows[:half], *rows[-half:]]
-    return f"{text}\n{which}:\n\n{_table(['class', 'training images', 'top-1 %'], rows)}\n"
+    return f"{text}\n{which}:\n\n{markdown_table(['class', 'training images', 'top-1 %'], rows)}\n"
 
 
 def _training(trained: TrainedRun) -> str:
@@ -146,11 +146,6 @@ def _training(trained: TrainedRun) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-
 def _cell(name: str) -> str:
     """A class name in a cell of a Markdown table."""
-    return " ".join(name.replace("\\", "\\\\").replace("|", "\\|").split())
+    return " ".join(name.replace("\\", "\\\\").split())

@@ -202,7 +202,9 @@ def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(tmp_path, monk
     with pytest.raises(checkpoint.RunFileError) as error:
         checkpoint.save(tmp_path / "last.pt", {"weights": torch.zeros(1_000_000)})
     message = str(error.value)
-    assert "last.pt cannot be written: No space left on device (3.8 MiB needed, 0.1 MiB free). What was saved" in message
+    assert (
+        "last.pt cannot be written: No space left on device (3.8 MiB needed, 0.1 MiB free). What was saved" in message
+    )
     assert message.endswith("before is whole: make room, and give the same command again")
 
 
