@@ -82,3 +82,12 @@ positive = whole(1)
 # More threads than this crash torch, and more processes the machine.
 MOST_WORKERS = 1024
 worker_count = whole(1, MOST_WORKERS)
+
+
+def check_files_to_write(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *options: str) -> None:
+    """A usage error for a file to write that cannot be one."""
+    for option in options:
+        file: Path | None = getattr(arguments, option)
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            what = "is a folder" if file.is_dir() else f"lies in no folder that exists ({file.parent})"
+            parser.error(f"--{option} {file} {what}: give a file")

@@ -126,7 +126,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
     options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
     chosen = choices(arguments)
-    from loaders.stored.atomic_folder import check_target, remove_published
+    from loaders.stored.atomic_folder import MANIFEST, check_target, remove_published
     from loaders.stored.convert import conversion_request, convert
     from loaders.stored.dataset import ConvertedDataset
 
@@ -134,7 +134,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     # Other conversions say nothing of these: they stay equal to those of earlier versions.
     request |= {key: value for key in ("shuffle", "shard_images") if (value := getattr(arguments, key))}
     formats = FORMATS[arguments.format]
-    if (out / "manifest.json").is_file() and not arguments.overwrite:
+    if (out / MANIFEST).is_file() and not arguments.overwrite:
         there = ConvertedDataset.open(out)
         if there.matches(request) and not set(formats) <= set(there.formats):
             raise ValueError(

@@ -11,22 +11,11 @@ from loaders.order.longtail import CONVENTIONS
 from loaders.sources import Source, open_source, sources_taking
 from loaders.sources.cut import DEFAULT_SPLIT, check_split, split_text
 
-# Options that some sources have no use for, and the argument of `open_source` that they become.
-ARGUMENT_OF = {
-    "root": "root",
-    "train_list": "train_list",
-    "meta_list": "meta_list",
-    "test_list": "test_list",
-    "image_column": "image_column",
-    "label_column": "label_column",
-    "split_column": "split_column",
-    "class_names": "class_names",
-    "split": "split",
-    "split_seed": "split_seed",
-    "convention": "convention",
-    "no_download": "download",
-    "allow_duplicates": "allow_duplicates",
-}
+# Options that some sources have no use for, under the names of the arguments of `open_source` that they become.
+SOME_SOURCES = (
+    *("root", "train_list", "meta_list", "test_list", "image_column", "label_column", "split_column", "class_names"),
+    *("split", "split_seed", "convention", "download", "allow_duplicates"),
+)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +39,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def refuse_foreign_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace, source: str | None) -> None:
     """End with a usage error where an option was given that `source` has no use for."""
-    for name, argument in ARGUMENT_OF.items():
-        sources = sources_taking(argument)
+    for argument in SOME_SOURCES:
+        name, sources = "no_download" if argument == "download" else argument, sources_taking(argument)
         given = getattr(arguments, name, None)
         if given != parser.get_default(name) and source not in (None, *sources):
             parser.error(f"--{name.replace('_', '-')} is for {' and '.join(sources)} only, not for {source}")

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastlt.arguments import make_parser, path, worker_count
+from fastlt.arguments import check_files_to_write, make_parser, path, worker_count
 from fastlt.commands.data_options import add_data_options, choices, open_chosen, refuse_foreign_options
 from fastlt.names import unknown
 from loaders.sources import SOURCES, sources_taking
@@ -84,11 +84,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
         parser.error(f"--picture {arguments.picture} ends in neither {' nor '.join(PICTURES)}")
     if arguments.recipe is not None and arguments.recipe.suffix not in (".yaml", ".yml"):
         parser.error(f"--recipe {arguments.recipe} does not end in .yaml")
-    for option in ("picture", "recipe"):
-        file: Path | None = getattr(arguments, option)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            what = "is a folder" if file.is_dir() else f"lies in no folder that exists ({file.parent})"
-            parser.error(f"--{option} {file} {what}: give a file")
+    check_files_to_write(parser, arguments, "picture", "recipe")
     return arguments
 
 

@@ -8,14 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastlt.arguments import positive, worker_count
+from fastlt.arguments import check_files_to_write, positive, worker_count
 from fastlt.paths import expand
+from fastlt.run.folder import SELECTIONS
 from loaders.sources.messages import one_line
 
 if TYPE_CHECKING:
     from fastlt.inference import Predictions, Predictor
 
 SHOWN = 20  # images that could not be read
+
+
+def add_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """--checkpoint of a command that takes a finished run."""
+    parser.add_argument(
+        "--checkpoint", choices=SELECTIONS, help="which model of the last stage (default: the run's result)"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -33,11 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="by which logits are divided: a number, or validation, which fits it on the validation set (default: 1)",
     )
     run = parser.add_argument_group("the network")
-    run.add_argument(
-        "--checkpoint",
-        choices=("last", "best", "smoothed"),
-        help="which model of the last stage (default: the run's result)",
-    )
+    add_checkpoint(run)
     run.add_argument("--precision", choices=("fp32", "bf16"), help="of its computation (default: the run's)")
     run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     run.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images at a time (default: 128)")
@@ -48,11 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 def check_model_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """A usage error for a file to write that cannot be one."""
-    for option in ("csv", "json"):
-        file = getattr(arguments, option)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            what = "is a folder" if file.is_dir() else f"lies in no folder that exists ({file.parent})"
-            parser.error(f"--{option} {file} {what}: give a file")
+    check_files_to_write(parser, arguments, "csv", "json")
     if arguments.csv is not None and arguments.csv == arguments.json:
         parser.error(f"--csv and --json are both {arguments.csv}: give two files")
     if arguments.prior is not None:

@@ -25,6 +25,7 @@ from fastlt.run.dataset import conversion_command
 from fastlt.run.preflight import check_without_data
 from loaders.order.crop import common_shape
 from loaders.sources import SOURCES
+from loaders.stored.atomic_folder import MANIFEST
 
 FEW_IMAGES = 5000  # training images for which a small network is taken
 BALANCED, MILD = 2, 10  # imbalance factors below which one loss is enough
@@ -230,7 +231,7 @@ def folder_for(place: Path) -> Path:
         whole = whole.parent
     name = RUN_NAME.sub("_", whole.stem if place.is_file() else whole.name).strip("._") or "mine"
     folder = Path("data") / name
-    return folder if not folder.exists() or (folder / "manifest.json").is_file() else Path("data") / f"{name}_converted"
+    return folder if not folder.exists() or (folder / MANIFEST).is_file() else Path("data") / f"{name}_converted"
 
 
 def write_recipe(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SELECTIONS = ("last", "best", "smoothed")  # the models of a stage
+
 
 def recipe_file(folder: Path) -> Path:
     """The recipe with every default filled in, written before the first iteration."""
@@ -74,7 +76,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def stage_checkpoint(folder: Path, select: str, stage: str) -> Path:
-    """A model of a stage; select: "last", "best" or "smoothed", as `StageRecipe.select`."""
+    """A model of a stage; select: one of SELECTIONS, as `StageRecipe.select`."""
     # last.pt is what a run goes on from.
     return folder / "checkpoints" / f"{'final' if select == 'last' else select}_{stage}.pt"
 

@@ -22,14 +22,13 @@ from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.models.weight_files import read_weights
 from fastlt.recipe import Recipe, read_resolved, recipe_from_tree
 from fastlt.run import checkpoint
-from fastlt.run.folder import last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
+from fastlt.run.folder import SELECTIONS, last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
 from fastlt.run.network import network_of_stage
 from fastlt.run.recorded import readable_result, written_inputs
 from fastlt.run.shifted_crops import mean_logits
 from fastlt.state import ClassCounts
 from loaders.stored.identity import DatasetIdentity
 
-SELECTIONS = ("last", "best", "smoothed")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model folder, by timm's names
 OURS = "fastlt"  # the part of the config that timm passes over
 
