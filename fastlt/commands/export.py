@@ -18,7 +18,7 @@ Exit code: 0 done, 2 for a run that cannot be exported so.
 from __future__ import annotations
 
 from fastlt.arguments import make_parser, path, positive
-from fastlt.commands.model_options import add_checkpoint
+from fastlt.run.folder import SELECTIONS
 
 NAME = "fastlt export"
 
@@ -31,7 +31,9 @@ def main(words: list[str], prog: str = NAME) -> int:
     )
     parser.add_argument("--to", required=True, choices=("timm", "onnx", "torch", "torchscript"), help="the form")
     parser.add_argument("--out", type=path, metavar="PATH", help="file, or folder of timm (default: in the run folder)")
-    add_checkpoint(parser)
+    parser.add_argument(
+        "--checkpoint", choices=SELECTIONS, help="which model of the last stage (default: the run's result)"
+    )
     network = parser.add_argument_group("how the network is written, but for timm")
     network.add_argument("--preprocess", action="store_true", help="take uint8 images and normalise them inside")
     network.add_argument("--dynamic-size", action="store_true", help="take images of any height and width")

@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 SHOWN = 20  # images that could not be read
 
 
-def add_checkpoint(parser: argparse._ActionsContainer) -> None:
-    """--checkpoint of a command that takes a finished run."""
-    parser.add_argument(
-        "--checkpoint", choices=SELECTIONS, help="which model of the last stage (default: the run's result)"
-    )
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Two groups of options; returns the one about decisions."""
     decision = parser.add_argument_group("how classes are decided")
@@ -41,7 +34,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="by which logits are divided: a number, or validation, which fits it on the validation set (default: 1)",
     )
     run = parser.add_argument_group("the network")
-    add_checkpoint(run)
+    run.add_argument(
+        "--checkpoint", choices=SELECTIONS, help="which model of the last stage (default: the run's result)"
+    )
     run.add_argument("--precision", choices=("fp32", "bf16"), help="of its computation (default: the run's)")
     run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     run.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images at a time (default: 128)")
