@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 
 from fastlt.arguments import make_parser, path, positive, worker_count
 from fastlt.augment import normalise
@@ -47,7 +49,6 @@ from loaders.stored.convert import convert
 
 NAME = "fastlt benchmark predict"
 CLASSES = 100
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def main(arguments: list[str], prog: str = NAME) -> int:

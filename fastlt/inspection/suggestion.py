@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import fastlt.models  # noqa: F401  (registers the networks that timm lacks)
 from fastlt.inspection.profile import SMALL_SIDE, Profile
@@ -150,7 +151,7 @@ def _images(profile: Profile, name: str, config: dict[str, Any] | None, reasons:
         found |= {"mean": list(profile.decoding.mean), "std": list(profile.decoding.std)}
         reasons.append(f"mean and std: of the pixels of {profile.decoding.images:,} training images.")
     else:
-        found |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+        found |= {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
     reasons.append("Images are flipped in training: take `flip` out where left and right mean something.")
     return {**found, "augment": augment}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
@@ -17,8 +18,8 @@ default_cfgs = generate_default_cfgs(
             "pool_size": (7, 7),
             "crop_pct": 224 / 256,
             "interpolation": "bilinear",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
             "first_conv": "conv1",
             "classifier": "fc",
         }
