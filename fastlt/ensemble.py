@@ -17,7 +17,7 @@ from fastlt.run.dataset import existing_dataset
 from fastlt.run.finished_data import check_same_images, evaluation_batches
 from fastlt.run.metrics import Metrics
 from fastlt.run.result import device_name, processor_name, standard_error, versions
-from fastlt.run.trained import FinishedRun, load_trained, read_finished
+from fastlt.run.trained import RecordedRun, load_trained, read_finished
 from fastlt.typed_yaml import to_tree
 from loaders.sources.split import SPLITS
 from loaders.stored.dataset import ConvertedDataset
@@ -30,7 +30,7 @@ ROWS = 4096  # images whose predictions are averaged at a time
 class Member:
     """A finished run, and its data set."""
 
-    run: FinishedRun
+    run: RecordedRun
     dataset: ConvertedDataset | UnconvertedDataset
 
     def batches(self, split: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -80,7 +80,7 @@ def check(recipe: str, overrides: list[str]) -> None:
 
 def train(recipe: str, overrides: list[str]) -> None:
     """Train, and tell the result. Ended, with the exit code and the message for the user, where it ends before."""
-    from fastlt.run.checkpoint import RunFileError
+    from fastlt.run.atomic_file import RunFileError
     from fastlt.run.model_folder import mend_run_model
     from fastlt.run.preflight import prepare, read_recipe
     from fastlt.run.processes import Ended

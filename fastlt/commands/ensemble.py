@@ -27,7 +27,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     import torch
 
     from fastlt.ensemble import ensemble, open_member
-    from fastlt.run import checkpoint
+    from fastlt.run.atomic_file import write_json
     from fastlt.run.folder import recipe_file, result_file
     from fastlt.run.log import result_table
 
@@ -37,7 +37,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     name = "+".join(m.run.recipe.name for m in members) if given.out is None else given.out.resolve().name
     result = ensemble(members, name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if given.out is not None:
-        checkpoint.write_json(result_file(given.out), result)
+        write_json(result_file(given.out), result)
     alone = "   ".join(f"{m['run']} {100 * m['top1']:.2f}" for m in result["members"])
     print(f"top-1 % alone: {alone}\ntop-1 % of their mean probability: {100 * result['top1']:.2f}\n")
     print(result_table(result, members[0].run.counts))

@@ -45,7 +45,7 @@ def main(words: list[str], prog: str = NAME) -> int:
     """Run the command line `words`; returns the exit code. ValueError for a mistake in the input."""
     arguments = parse(words, prog)
 
-    from fastlt.run.checkpoint import write_atomically
+    from fastlt.run.atomic_file import write_atomically
     from fastlt.run.log import class_lines, group_lines
 
     model = load_model(arguments)

@@ -44,7 +44,7 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     from fastlt.inference.inputs import gathered
     from fastlt.inference.predictor import checked_threshold
-    from fastlt.run.checkpoint import write_atomically
+    from fastlt.run.atomic_file import write_atomically
 
     checked_threshold(arguments.abstain)
     images = gathered([as_path(image) for image in images])

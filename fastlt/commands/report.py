@@ -109,7 +109,7 @@ def plot(arguments: argparse.Namespace) -> None:
     from fastlt.report.figures import weights_of_run
     from fastlt.report.runs import open_run
     from fastlt.report.style import WRITERS, in_style
-    from fastlt.run.checkpoint import write_atomically
+    from fastlt.run.atomic_file import write_atomically
 
     write = WRITERS.get(arguments.plot.suffix.lower())
     if write is None:

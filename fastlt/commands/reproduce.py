@@ -39,7 +39,7 @@ from fastlt.reproduce.output import check_place, listing, markdown, write_files,
 from fastlt.reproduce.rates import at_rates, rates_table
 from fastlt.reproduce.shared_results import read_results
 from fastlt.reproduce.tables import SCALES, Cell, chosen, load_table, table_names
-from fastlt.run.checkpoint import write_atomically
+from fastlt.run.atomic_file import write_atomically
 
 NAME = "fastlt reproduce"
 FROZEN = "frozen"

@@ -18,7 +18,7 @@ from fastlt.ensemble import log_mean_probability
 from fastlt.export.network import Exported, ExportedMean
 from fastlt.export.options import ExportOptions
 from fastlt.export.programs import FORMS, Program
-from fastlt.run.checkpoint import RunFileError, not_written
+from fastlt.run.atomic_file import RunFileError, not_written
 from fastlt.run.folder import part_file
 from fastlt.run.model_folder import largest_difference, logits
 from fastlt.run.trained import TrainedRun

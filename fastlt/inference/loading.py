@@ -19,7 +19,7 @@ from fastlt.paths import expand
 from fastlt.run.dataset import existing_dataset
 from fastlt.run.finished_data import check_same_images, evaluation_batches
 from fastlt.run.loading import evaluation_side
-from fastlt.run.trained import FinishedRun, load_trained
+from fastlt.run.trained import RecordedRun, load_trained
 from fastlt.state import Batch
 from loaders.stored.as_stored import Storage
 
@@ -67,7 +67,7 @@ def load(
     )
 
 
-def _storage(run: FinishedRun) -> tuple[Storage, tuple[str, ...]]:
+def _storage(run: RecordedRun) -> tuple[Storage, tuple[str, ...]]:
     """How the images that the run was tested on had been stored, and what is not known of it."""
     if "storage" in run.result:
         return Storage(**run.result["storage"]), ()
@@ -79,7 +79,7 @@ def _storage(run: FinishedRun) -> tuple[Storage, tuple[str, ...]]:
     return Storage(stored.mode == "jpg", stored.max_resolution), (note,)
 
 
-def _validation(run: FinishedRun, device: torch.device) -> Iterator[Batch]:
+def _validation(run: RecordedRun, device: torch.device) -> Iterator[Batch]:
     """The images of the validation set, cut as those of the test; ValueError where they are gone or are others."""
     try:
         dataset = existing_dataset(run.recipe.data)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastlt.inspection.profile import Profile
 from fastlt.report.style import INK, SHOTS, WRITERS, in_style, new_figure
-from fastlt.run.checkpoint import write_atomically
+from fastlt.run.atomic_file import write_atomically
 
 
 def draw(profile: Profile, path: Path) -> None:

@@ -21,7 +21,7 @@ from fastlt.inspection.profile import SMALL_SIDE, Profile
 from fastlt.models.pretrained import check_reachable, config_of, input_config, is_published, read_published
 from fastlt.recipe import load_recipe
 from fastlt.recipe.yaml_text import dump
-from fastlt.run.checkpoint import write_atomically
+from fastlt.run.atomic_file import write_atomically
 from fastlt.run.dataset import conversion_command
 from fastlt.run.preflight import check_without_data
 from loaders.order.crop import common_shape

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastlt.report.blocks import Cell, Column, FigureBlock, Section, TableBlock
 from fastlt.report.style import to_png, to_svg
-from fastlt.run.checkpoint import write_atomically
+from fastlt.run.atomic_file import write_atomically
 
 
 def write_files(folder: Path, sections: Sequence[Section], numbers_alone: Sequence[TableBlock]) -> list[Path]:

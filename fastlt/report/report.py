@@ -12,7 +12,7 @@ from fastlt.report.runs import Run
 from fastlt.report.sections import all_sections, numbers_alone
 from fastlt.report.seeds import group_runs
 from fastlt.report.style import in_style
-from fastlt.run.checkpoint import write_atomically
+from fastlt.run.atomic_file import write_atomically
 
 
 def write_report(runs: Sequence[Run], unreadable: Sequence[str], out: Path, *, files: bool = False) -> list[Path]:

@@ -17,7 +17,7 @@ from fastlt.parent_process import LAUNCHER
 from fastlt.reproduce.plan import Run, TrainingRun, plan_run
 from fastlt.reproduce.shared_results import SharedResults
 from fastlt.reproduce.tables import Cell
-from fastlt.run.checkpoint import read_json
+from fastlt.run.atomic_file import read_json
 from fastlt.run.folder import result_file
 from fastlt.run.progress import clock_time
 from loaders.cores import available_cores

@@ -18,7 +18,7 @@ from fastlt.parent_process import end_with_parent
 from fastlt.recipe import load_recipe
 from fastlt.reproduce.frozen import BuiltModels, HeadRun, open_context, train_head
 from fastlt.reproduce.plan import digest, result_digest
-from fastlt.run.checkpoint import read_json, write_json
+from fastlt.run.atomic_file import read_json, write_json
 from fastlt.run.context import RunContext
 
 

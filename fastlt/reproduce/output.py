@@ -10,7 +10,7 @@ from typing import Any
 
 from fastlt.markdown_table import markdown_table
 from fastlt.reproduce.tables import SCALES, Cell
-from fastlt.run.checkpoint import write_atomically, write_json
+from fastlt.run.atomic_file import write_atomically, write_json
 
 END = "<!-- end of the table -->"
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastlt.recipe import Recipe, is_harmless, load_recipe
 from fastlt.reproduce.cost import cost
 from fastlt.reproduce.tables import Cell
-from fastlt.run.checkpoint import atomic_file, read_json
+from fastlt.run.atomic_file import atomic_file, read_json
 from fastlt.run.dataset import converted_folder, ensure_converted
 from fastlt.run.folder import class_history_file, last_checkpoint, log_file, result_file
 from fastlt.run.lock import lock_folder, unlock_folder

@@ -10,7 +10,7 @@ from typing import Any
 from fastlt import strict_json
 from fastlt.recipe import Recipe, RecipeError, recipe_from_tree, without_paths
 from fastlt.reproduce.plan import identity_of
-from fastlt.run.checkpoint import read_json, write_atomically
+from fastlt.run.atomic_file import read_json, write_atomically
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import IO
 
-from fastlt.run.checkpoint import RunFileError, not_written, write_atomically
+from fastlt.run.atomic_file import RunFileError, not_written, write_atomically
 
 
 class AppendedFile:

@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 
 from fastlt.run.appended_file import AppendedFile
-from fastlt.run.checkpoint import RunFileError
+from fastlt.run.atomic_file import RunFileError
 
 log = logging.getLogger(__name__)
 

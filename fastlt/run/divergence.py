@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastlt.run.checkpoint import read_json, write_json
+from fastlt.run.atomic_file import read_json, write_json
 from fastlt.run.folder import divergence_file
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fastlt.run.loading import EVALUATION_BATCH, crop_spec
 from fastlt.run.recorded import written_inputs
-from fastlt.run.trained import FinishedRun
+from fastlt.run.trained import RecordedRun
 from fastlt.state import Batch
 from loaders.factory import make_loader
 from loaders.stored.dataset import ConvertedDataset
@@ -16,7 +16,7 @@ from loaders.stored.unconverted import UnconvertedDataset
 
 
 def check_same_images(
-    run: FinishedRun,
+    run: RecordedRun,
     dataset: ConvertedDataset | UnconvertedDataset,
     say: Callable[[str], object] = lambda text: None,
 ) -> None:
@@ -33,7 +33,7 @@ def check_same_images(
 
 
 def evaluation_batches(
-    run: FinishedRun,
+    run: RecordedRun,
     dataset: ConvertedDataset | UnconvertedDataset,
     split: str,
     device: torch.device,

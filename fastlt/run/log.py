@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fastlt import strict_json
 from fastlt.run.appended_file import AppendedFile
-from fastlt.run.checkpoint import RunFileError
+from fastlt.run.atomic_file import RunFileError
 from fastlt.run.folder import damaged_log_file
 from fastlt.state import ClassCounts
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastlt.augment import normalise
 from fastlt.models.timm_network import is_ours, timm_network
 from fastlt.recipe import without_paths
-from fastlt.run import checkpoint
+from fastlt.run.atomic_file import RunFileError, not_written, write_atomically, write_json
 from fastlt.run.context import RunContext
 from fastlt.run.cut_images import validation_images
 from fastlt.run.folder import model_folder, part_file
@@ -67,9 +67,9 @@ def write_model_folder(trained: TrainedRun, images: Tensor, out: Path) -> Packag
         config = _own_config(trained, reason or "") if network is None else timm_config(network, trained)
         state = trained.model.state_dict() if network is None else network.state_dict()
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
-        checkpoint.write_atomically(part / WEIGHTS, safetensors.torch.save(tensors))
-        checkpoint.write_json(part / CONFIG, config)
-        checkpoint.write_atomically(part / README, readme(trained, reason, of_timm=network is not None).encode())
+        write_atomically(part / WEIGHTS, safetensors.torch.save(tensors))
+        write_json(part / CONFIG, config)
+        write_atomically(part / README, readme(trained, reason, of_timm=network is not None).encode())
         difference = _checked(trained, images, part, of_timm=network is not None)
     return Packaged(out, difference, reason)
 
@@ -95,7 +95,7 @@ def save_run_model(context: RunContext) -> None:
     try:
         images = validation_images(context.recipe.data, AT_THE_END, context.dataset)
         write_model_folder(load_trained(folder, CPU), images, model_folder(folder))
-    except checkpoint.RunFileError:
+    except RunFileError:
         raise
     except Exception as error:
         # A mistake of the user's is told by its sentence, one of ours with its traceback.
@@ -210,7 +210,7 @@ def _replacing(out: Path) -> Iterator[Path]:
             out.rename(old)
         part.rename(out)
     except OSError as error:
-        raise checkpoint.RunFileError(checkpoint.not_written(out, error)) from None
+        raise RunFileError(not_written(out, error)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

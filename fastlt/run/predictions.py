@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlt.losses.base import at_least_float32
-from fastlt.run.checkpoint import atomic_file
+from fastlt.run.atomic_file import atomic_file
 from fastlt.run.metrics import softmax_confidence
 from loaders.stored.damage import DamageError, read_arrays
 

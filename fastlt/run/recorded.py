@@ -10,6 +10,7 @@ from typing import Any
 
 from fastlt.recipe import Change, Recipe, RecipeError, Standing, changes, read_resolved, recipe_from_tree
 from fastlt.run import checkpoint
+from fastlt.run.atomic_file import RunFileError, read_json
 from fastlt.run.divergence import recorded_divergence
 from fastlt.run.folder import (
     inputs_file,
@@ -74,7 +75,7 @@ def written_inputs(folder: Path) -> InputsRecord | None:
     if not path.exists():
         return None
     try:
-        return InputsRecord.from_tree(checkpoint.read_json(path, "the last checkpoint is asked instead"))
+        return InputsRecord.from_tree(read_json(path, "the last checkpoint is asked instead"))
     except (ValueError, KeyError, TypeError) as error:
         _warn_once(f"{path} is damaged ({error})")
         return None
@@ -115,8 +116,8 @@ def readable_result(folder: Path) -> dict[str, Any] | None:
     """The content of `result.json`; None where it is absent or damaged, RunFileError where it may not be read."""
     path = result_file(folder)
     try:
-        result = checkpoint.read_json(path) if path.exists() else None
-    except checkpoint.RunFileError:
+        result = read_json(path) if path.exists() else None
+    except RunFileError:
         raise  # it may not be damaged: the user may not read it
     except ValueError:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlt.device.openmp import runtime
-from fastlt.run.checkpoint import read_json
+from fastlt.run.atomic_file import read_json
 from fastlt.run.context import RunContext
 from fastlt.run.folder import earlier_model_folder, earlier_result_file, model_folder, predictions_file, result_file
 from fastlt.run.main_process import on_main

@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from fastlt.names import pick
 from fastlt.recipe import Recipe
 from fastlt.recipe.schema import values as recipe_values
-from fastlt.run.checkpoint import read_json, write_json
+from fastlt.run.atomic_file import read_json, write_json
 from fastlt.run.context import RunContext
 from fastlt.run.folder import tracker_id_file
 

@@ -22,6 +22,7 @@ from fastlt.models.trained_state import leaves_out_weights, load_trained_state
 from fastlt.models.weight_files import read_weights
 from fastlt.recipe import Recipe, read_resolved, recipe_from_tree
 from fastlt.run import checkpoint
+from fastlt.run.atomic_file import read_json
 from fastlt.run.folder import SELECTIONS, last_checkpoint, recipe_file, result_file, stage_checkpoint, versions
 from fastlt.run.network import network_of_stage
 from fastlt.run.recorded import readable_result, written_inputs
@@ -34,7 +35,7 @@ OURS = "fastlt"  # the part of the config that timm passes over
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class RecordedRun:
     """What the folder of a finished run says, or its model folder. Its data set need not be there any more.
 
     result: the content of result.json.
@@ -77,7 +78,7 @@ class TrainedRun:
     checkpoint: the file whose weights these are.
     """
 
-    run: FinishedRun
+    run: RecordedRun
     model: Classifier
     device: torch.device
     select: str
@@ -140,7 +141,7 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.bfloat16) if recipe.precision == "bf16" else nullcontext()
 
 
-def read_finished(folder: Path) -> FinishedRun:
+def read_finished(folder: Path) -> RecordedRun:
     """What the folder of a finished run says; ValueError where there is none, or one that is not finished.
 
     The folder may be the model folder of a run. Files that the recipe names, such as lists and pretrained weights, need
@@ -173,9 +174,9 @@ def read_finished(folder: Path) -> FinishedRun:
     return _finished(folder, recipe, result, None if record is None else record.inputs.data)
 
 
-def _finished(folder: Path, recipe: Recipe, result: dict[str, Any], data: DatasetIdentity | None) -> FinishedRun:
+def _finished(folder: Path, recipe: Recipe, result: dict[str, Any], data: DatasetIdentity | None) -> RecordedRun:
     images = np.asarray(result["class_counts"], dtype=np.int64)
-    return FinishedRun(
+    return RecordedRun(
         folder, recipe, result, ClassCounts(images, tuple(result["class_names"]), recipe.data.shots), data
     )
 
@@ -216,18 +217,18 @@ def is_model_folder(folder: Path) -> bool:
 
 def _own_part(folder: Path) -> dict[str, Any]:
     """What a model folder says of its run."""
-    config = checkpoint.read_json(folder / CONFIG, "copy the model folder again from where it was written")
+    config = read_json(folder / CONFIG, "copy the model folder again from where it was written")
     if OURS not in config:
         raise ValueError(f"{folder} holds a model that was not made by fastlt: its {CONFIG} says nothing of a run")
     return config[OURS]
 
 
-def _described(folder: Path, own: dict[str, Any]) -> FinishedRun:
+def _described(folder: Path, own: dict[str, Any]) -> RecordedRun:
     data = None if own["data"] is None else DatasetIdentity.from_tree(own["data"])
     return _finished(folder, recipe_from_tree(own["recipe"]), own["result"], data)
 
 
-def _load_packaged(run: FinishedRun, device: torch.device, select: str | None) -> TrainedRun:
+def _load_packaged(run: RecordedRun, device: torch.device, select: str | None) -> TrainedRun:
     own, path, data = _own_part(run.folder), run.folder / WEIGHTS, run.recipe.data
     if select not in (None, own["select"]):
         raise ValueError(f"{run.folder} holds the {own['select']} model of its run, not the {select} one")

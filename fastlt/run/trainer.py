@@ -18,7 +18,7 @@ from fastlt.device.openmp import why_neighbours_slow
 from fastlt.models.head_init import init_head, read_rows
 from fastlt.models.trained_state import check_frozen_part
 from fastlt.recipe import unlike_model
-from fastlt.run.checkpoint import write_atomically, write_json
+from fastlt.run.atomic_file import write_atomically, write_json
 from fastlt.run.class_history import ClassHistory
 from fastlt.run.context import RunContext
 from fastlt.run.divergence import Divergence

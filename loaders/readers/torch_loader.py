@@ -21,7 +21,7 @@ from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.readers.worker_watch import WorkerWatch, shared_memory_error, shared_memory_free
 from loaders.stored.damage import DamageError, NoRoomError, ReaderError
 from loaders.stored.ffcv_kernels import resize_crop
-from loaders.stored.forked_workers import end_with_parent
+from loaders.stored.forked_workers import watch_parent
 
 LOCK_BYTES = 64 << 10  # of shared memory, more than the locks of a worker's queues take
 # What the workers' common ancestor imports, so that none of them has to.
@@ -39,7 +39,7 @@ def _clean_ancestor() -> BaseContext:
 
 def _begin(number: int) -> None:
     """Make worker `number` end with the process that it works for, not before it, and leave its faults to that one."""
-    end_with_parent()
+    watch_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the run still needs a batch
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # told by `WorkerWatch`
 

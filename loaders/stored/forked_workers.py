@@ -205,7 +205,7 @@ def _work(connection: Connection, function: Callable, subject: object, done: Syn
     _done = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and what the parent does when it is terminated is not for this one
-    end_with_parent()
+    watch_parent()
     while True:
         chunk = connection.recv()
         try:
@@ -215,12 +215,12 @@ def _work(connection: Connection, function: Callable, subject: object, done: Syn
         connection.send(answer)
 
 
-def end_with_parent() -> None:
+def watch_parent() -> None:
     """End this process when the one that started it with `multiprocessing` is gone, however that ended."""
-    threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
+    threading.Thread(target=_wait_for_parent, daemon=True, name="watch-parent").start()
 
 
-def _end_with_parent() -> None:
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process was not started by multiprocessing"
     parent.join()

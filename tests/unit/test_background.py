@@ -14,6 +14,7 @@ import torch
 
 from fastlt.recipe import load_recipe
 from fastlt.run import checkpoint
+from fastlt.run.atomic_file import RunFileError, write_atomically
 from fastlt.run.background import BackgroundSaves, on_host
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
@@ -78,15 +79,15 @@ def test_files_are_written_in_their_order_and_a_path_has_one_copy_at_a_time(gate
 
 
 def test_after_an_error_nothing_is_written_and_it_is_raised_once_more_by_each_call(gate, saves, tmp_path, monkeypatch):
-    checkpoint.write_atomically(tmp_path / "last.pt", b"before")
+    write_atomically(tmp_path / "last.pt", b"before")
     monkeypatch.setattr(os, "fsync", full)
     saves.save(tmp_path / "best.pt", {"n": 1}, keep=1)
     saves.save(tmp_path / "last.pt", {"n": 1}, keep=1)
     gate.set()
-    with pytest.raises(checkpoint.RunFileError, match=r"best\.pt cannot be written: No space left on device"):
+    with pytest.raises(RunFileError, match=r"best\.pt cannot be written: No space left on device"):
         saves.finish()
     monkeypatch.undo()
-    with pytest.raises(checkpoint.RunFileError, match=r"best\.pt cannot be written"):
+    with pytest.raises(RunFileError, match=r"best\.pt cannot be written"):
         saves.save(tmp_path / "last.pt", {"n": 2}, keep=1)
     assert (tmp_path / "last.pt").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]

@@ -16,6 +16,7 @@ import torch
 
 from fastlt.recipe import load_recipe
 from fastlt.run import checkpoint
+from fastlt.run.atomic_file import RunFileError, write_atomically
 from fastlt.run.folder import versions
 from fastlt.run.log import RunLog
 from fastlt.run.preflight import prepare
@@ -84,18 +85,18 @@ def test_links_pipes_and_devices_stay_what_they_are(tmp_path):
     there.parent.mkdir()
     there.write_bytes(b"old")
     (tmp_path / "link").symlink_to(there)
-    checkpoint.write_atomically(tmp_path / "link", b"new")
+    write_atomically(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert there.read_bytes() == b"new"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    checkpoint.write_atomically(tmp_path / "pipe", b"through")
+    write_atomically(tmp_path / "pipe", b"through")
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(checkpoint.RunFileError, match="Is a directory"):
-        checkpoint.write_atomically(tmp_path / "folder", b"")
+    with pytest.raises(RunFileError, match="Is a directory"):
+        write_atomically(tmp_path / "folder", b"")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "folder", "link", "pipe"]
 
 
@@ -191,7 +192,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, ro
     for n in range(2):
         checkpoint.save(path, {"n": n}, keep=2)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with files_up_to(room), pytest.raises(checkpoint.RunFileError, match=r"last\.pt cannot be written: File too large"):
+    with files_up_to(room), pytest.raises(RunFileError, match=r"last\.pt cannot be written: File too large"):
         checkpoint.save(path, {"weights": torch.zeros(10_000)}, keep=2)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -199,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, ro
 def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=123_456))
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(checkpoint.RunFileError) as error:
+    with pytest.raises(RunFileError) as error:
         checkpoint.save(tmp_path / "last.pt", {"weights": torch.zeros(1_000_000)})
     message = str(error.value)
     assert (
@@ -214,8 +215,8 @@ def test_a_file_system_that_cannot_be_written_is_one_sentence(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "open", read_only)
     monkeypatch.setattr(Path, "unlink", read_only)
-    with pytest.raises(checkpoint.RunFileError, match="cannot be written: Read-only file system"):
-        checkpoint.write_atomically(tmp_path / "result.json", b"{}")
+    with pytest.raises(RunFileError, match="cannot be written: Read-only file system"):
+        write_atomically(tmp_path / "result.json", b"{}")
 
 
 def full(*_):
@@ -226,7 +227,7 @@ def test_a_log_that_cannot_be_written_says_so_and_closes(tmp_path):
     log = RunLog(tmp_path / "log.jsonl", enabled=True)
     log.open(0)
     log.write("train", 1, loss=1.0)
-    with files_up_to(100), pytest.raises(checkpoint.RunFileError, match=r"log\.jsonl cannot be written"):
+    with files_up_to(100), pytest.raises(RunFileError, match=r"log\.jsonl cannot be written"):
         log.write("train", 2, loss="x" * 500)
     with files_up_to(100):
         log.close()

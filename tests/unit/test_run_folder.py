@@ -18,7 +18,7 @@ import pytest
 
 from fastlt import file_lock
 from fastlt.recipe import load_recipe
-from fastlt.run.checkpoint import read_json
+from fastlt.run.atomic_file import read_json
 from fastlt.run.lock import lock_folder, unlock_folder
 from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
