@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from on_gpu import DEVICE, no_waiting
+from short_runs import RECIPE, STAGE, assert_same, comparable, log_lines, stop_after
 from small_betons import needs_dali, needs_ffcv
-from test_trainer import RECIPE, STAGE, assert_same, comparable, log_lines, stop_after
 
 from fastlt.recipe import load_recipe
 from fastlt.run import result as result_module

@@ -28,6 +28,22 @@ class Float64Augment:
         return {}
 
 
+class Scaled:
+    """uint8 to floats around 0, times a factor."""
+
+    def __init__(self, factor=1.0, dtype=torch.float64):
+        self.factor, self.dtype = factor, dtype
+
+    def __call__(self, images, dtype=None):
+        return (images.to(self.dtype) / 128 - 1) * self.factor
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
 def some(count):
     """A batch of random images."""
     labels = torch.randint(0, CLASSES, (count,))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from balms_reference import DECAY, LR, MOMENTUM, RATE_LR, first_rates, follow
+from float64_steps import Scaled
 
 from fastlt.losses import build_loss
 from fastlt.models import build_model
@@ -17,19 +18,6 @@ from fastlt.steps.balms import gumbel, initial_logits
 CLASSES, SEED = 5, 3
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
 BalmsStep = STEPS["balms"]
-
-
-class Scaled:
-    """uint8 to float64 around 0."""
-
-    def __call__(self, images):
-        return images.double() / 128 - 1
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        assert state == {}
 
 
 def make(**options):

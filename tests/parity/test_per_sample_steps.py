@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from float64_steps import Scaled
 from thread_ranks import SEEDED, run_ranks
 from torch import nn
 
@@ -26,22 +27,6 @@ COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
 GENERAL = Trial("the test asks for it")
 
 
-class Scaled:
-    """uint8 to float around 0."""
-
-    def __init__(self, dtype=torch.float64):
-        self.dtype = dtype
-
-    def __call__(self, images, dtype=None):
-        return images.to(self.dtype) / 128 - 1
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        assert state == {}
-
-
 def network(dtype=torch.float64, **options):
     torch.manual_seed(1)
     options = {"name": "vit_tiny_patch16_224", "image_size": 32, **options}
@@ -53,7 +38,7 @@ def network(dtype=torch.float64, **options):
 
 def make(method, model, reducer=None, autocast=None, dtype=torch.float64, loss="cross_entropy", **options):
     """A step that has its own copy of `model`."""
-    kind, model, prepare = STEPS[method], copy.deepcopy(model), Scaled(dtype)
+    kind, model, prepare = STEPS[method], copy.deepcopy(model), Scaled(dtype=dtype)
     options = kind.Options(**options)
     accuracy = None
     if kind.needs.class_accuracy:

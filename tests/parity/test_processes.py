@@ -13,6 +13,7 @@ from pathlib import Path
 import balms_reference
 import pytest
 import torch
+from short_runs import assert_same, comparable
 from two_processes import (
     BATCH_NORMS,
     CASES,
@@ -212,28 +213,6 @@ def children(process):
         ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
     )
     return [int(pid) for pid in listed.stdout.split()]
-
-
-def comparable(folder):
-    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    for key in ("train_s", "wait_s", "aside_s"):
-        del state["progress"][key]
-    del state["recipe"]["name"]
-    return state
-
-
-def assert_same(one, other, where=""):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == other, where
 
 
 def test_two_processes_train_a_network_in_which_no_statistics_move(digits_words, tmp_path):

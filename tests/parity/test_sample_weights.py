@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_steps import Scaled
 from reference import forward
 
 from fastlt.losses import build_loss
@@ -18,19 +19,6 @@ from fastlt.steps.sample_weights import batch_weights
 
 CLASSES, LR = 5, 0.1
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
-
-
-class Scaled:
-    """uint8 to float64 around 0."""
-
-    def __call__(self, images, dtype=None):
-        return images.double() / 128 - 1
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        assert state == {}
 
 
 def make(method, **options):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from machines import Machines
+from short_runs import stop_after
 from test_processes import assert_same, comparable
 
 from fastlt.benchmarks.file_server import free_port
@@ -48,24 +49,11 @@ def folders(digits, tmp_path):
     return found
 
 
-def stop_after(trainer, iterations):
-    """Train in this process, and save a checkpoint after so many iterations."""
-    log_training = trainer._log_training
-
-    def stop(*arguments):
-        log_training(*arguments)
-        if trainer.progress.done == iterations:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer._log_training = stop
-    with pytest.raises(Interrupted):
-        trainer.fit()
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_a_run_of_one_process_goes_on_on_two_machines_that_share_nothing(folders, monkeypatch):
     monkeypatch.chdir(folders[0])
-    stop_after(Trainer(prepare(load_recipe("mine.yaml"))), 7)
+    with pytest.raises(Interrupted):
+        stop_after(Trainer(prepare(load_recipe("mine.yaml"))), 7).fit()
+    AcceleratorState._reset_state(reset_partial_state=True)
     with Machines(folders) as machines:
         machines.start("mine.yaml")
         (code, out, told), (other_code, other_out, other_told) = machines.ends()

@@ -16,6 +16,7 @@ import balms_reference
 import numpy as np
 import torch
 import torch.distributed as dist
+from float64_steps import Scaled
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -74,22 +75,6 @@ OPTIONS = {
     "dro_lt": {"radius": 0.5},
 }
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
-
-
-class Scaled:
-    """uint8 to float64 around 0, times a factor."""
-
-    def __init__(self, factor=1.0):
-        self.factor = factor
-
-    def __call__(self, images, dtype=None):
-        return (images.double() / 128 - 1) * self.factor
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        assert state == {}
 
 
 def network(normalisation: str = "group") -> nn.Module:

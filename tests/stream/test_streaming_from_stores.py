@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +14,7 @@ from accelerate.state import AcceleratorState
 from fsspec.config import conf
 from machines import Machines
 from object_stores import STORES, running
+from short_runs import stop_after
 from test_streamed import RECIPE, STAGE, assert_same, batches, convert_digits, loader, weights, words
 
 from fastlt import cli
@@ -96,16 +95,8 @@ def test_a_run_is_that_on_local_shards_and_goes_on_in_the_middle_of_an_epoch(url
     assert run(shards, tmp_path, "name=local", "data.order=shards") == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = Trainer(prepare(load_recipe(RECIPE, words(url, tmp_path, "name=remote"))))
-    log_training = trainer._log_training
-
-    def stop(*arguments):
-        log_training(*arguments)
-        if trainer.progress.done == 4:  # of six an epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer._log_training = stop
     with pytest.raises(Interrupted):
-        trainer.fit()
+        stop_after(trainer, 4).fit()  # of six an epoch
     assert run(url, tmp_path, "name=remote") == 0
     files = store.files()
     files.rm([name for name in files.find(url) if not name.endswith("manifest.json")])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from short_runs import RECIPE, assert_same, comparable, make, stop_after
 from test_trained_part import Normalised, batch_of, step_of
-from test_trainer import assert_same, comparable, stop_after
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,13 +19,9 @@ from fastlt.models.adaptformer import Bottleneck, bottleneck_for
 from fastlt.models.frozen_part import content_hash
 from fastlt.recipe import RecipeError, load_recipe
 from fastlt.run.network_checks import check_network
-from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
 from fastlt.run.trained import load_trained
-from fastlt.run.trainer import Trainer
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
-STAGE = "stages.end_to_end"
 VIT = "vit_tiny_patch16_224"
 KINDS = {
     "lora": {"lora": {"rank": 4, "targets": ["qkv", "fc1"]}},
@@ -36,10 +31,6 @@ KINDS = {
     "adaptformer": {"adaptformer": {"bottleneck": 5}},
     "bitfit": "bitfit",
 }
-
-
-def make(words, *more):
-    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def vit(adapt=None, name=VIT, **more):

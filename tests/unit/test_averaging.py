@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_trainer import STAGE, assert_same, comparable, log_lines, make, stop_after
+from short_runs import STAGE, assert_same, comparable, log_lines, make, stop_after
 
 from fastlt.losses.base import log_prior
 from fastlt.models import build_model

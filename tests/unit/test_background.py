@@ -7,20 +7,17 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
+from short_runs import RECIPE, make
 
 from fastlt.recipe import load_recipe
 from fastlt.run import checkpoint
 from fastlt.run.atomic_file import RunFileError, write_atomically
 from fastlt.run.background import BackgroundSaves, on_host
-from fastlt.run.preflight import prepare
 from fastlt.run.trainer import Trainer
 from fastlt.train import main
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
 
 @pytest.fixture
@@ -128,10 +125,6 @@ def test_a_copy_takes_the_memory_of_the_one_before_where_forms_agree():
     assert second["c"].tolist() == [1]
     parameter = torch.nn.Parameter(torch.ones(3))
     assert not on_host(parameter, second["a"]).requires_grad
-
-
-def make(words, *more):
-    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def after_each(trainer, call):

@@ -13,19 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from short_runs import RECIPE, make
 
 from fastlt.recipe import load_recipe
 from fastlt.run import checkpoint
 from fastlt.run.atomic_file import RunFileError, write_atomically
 from fastlt.run.folder import versions
 from fastlt.run.log import RunLog
-from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
-from fastlt.run.trainer import Trainer
 from fastlt.train import main
 from loaders.stored.damage import DamageError
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
 
 def flip(path, position, bit=0):
@@ -239,10 +236,6 @@ def test_a_log_that_cannot_be_written_says_so_and_closes(tmp_path):
 
 
 # Of a run
-
-
-def make(words, *more):
-    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def stopped_at(words, name, iteration):

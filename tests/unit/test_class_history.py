@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from test_trainer import stop_after
+from short_runs import RECIPE, stop_after
 
 from fastlt.recipe import load_recipe
 from fastlt.run.class_history import ClassHistory, read_class_history
 from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
 from fastlt.run.trainer import Trainer
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
 
 @pytest.fixture

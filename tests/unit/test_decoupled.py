@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from test_trainer import assert_same, final_state, log_lines, stop_after
+from short_runs import RECIPE, assert_same, final_state, log_lines, stop_after
 
 from fastlt.models import CosineHead, LinearHead, build_model
 from fastlt.models.retrained_heads import ScaledHead, fresh_head, tau_normalised
@@ -19,7 +17,6 @@ from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.decoupled import LasStep, LwsStep
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 COUNTS = ClassCounts(np.array([40, 12, 3]), ("a", "b", "c"))
 SECOND = "batch_size: 32, lr: 0.1, sampling: class_balanced, iterations: 6, evaluate_every: 3"
 STAGES = {

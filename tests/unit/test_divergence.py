@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from short_runs import RECIPE, STAGE, make
 
 from fastlt import strict_json
 from fastlt.device.distributed import Reducer
@@ -15,17 +15,9 @@ from fastlt.recipe import load_recipe
 from fastlt.run import checkpoint
 from fastlt.run.divergence import recorded_divergence
 from fastlt.run.finite import not_finite
-from fastlt.run.preflight import prepare
-from fastlt.run.trainer import Trainer
 from fastlt.train import main
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
-STAGE = "stages.end_to_end"
 CPU = torch.device("cpu")
-
-
-def make(words, *more):
-    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def spoil_after(trainer, iteration, spoil):

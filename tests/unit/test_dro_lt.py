@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from short_runs import RECIPE, assert_same, comparable, final_state, stop_after
 from test_augment import NoSync
 from test_paco import CLASSES, COUNTS, LR, Views
-from test_trainer import assert_same, comparable, final_state, stop_after
 
 from fastlt.device.distributed import Reducer
 from fastlt.losses import build_loss
@@ -27,8 +26,6 @@ from fastlt.run.trainer import Trainer
 from fastlt.state import Batch
 from fastlt.steps import StepParts
 from fastlt.steps.dro_lt import DroLtStep
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 
 
 def slow_loss(features, labels, centroids, radius, temperature):

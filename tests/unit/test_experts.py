@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_trainer import assert_same, final_state, log_lines, stop_after
+from short_runs import RECIPE, STAGE, assert_same, final_state, log_lines, stop_after
 
 from fastlt.losses import build_loss
 from fastlt.losses.experts import class_temperatures, distillation, expert_divergence
@@ -22,9 +21,7 @@ from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.ride import RideRouterStep, RideStep, helpful, running_mean
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 COUNTS = ClassCounts(np.array([40, 12, 3, 2]), ("a", "b", "c", "d"))
-STAGE = "stages.end_to_end"
 
 
 def experts(count=3, name="cifar_resnet8", **options):

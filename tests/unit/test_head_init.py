@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from short_runs import RECIPE, STAGE, make
 
 from fastlt.models import CosineHead, LinearHead, build_model
 from fastlt.models.head_init import check_head_init, read_rows, set_head
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.recipe import RecipeError, load_recipe
-from fastlt.run.preflight import prepare
-from fastlt.run.trainer import Trainer
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
-STAGE = "stages.end_to_end"
-
-
-def make(words, *more):
-    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def new_head(trainer):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import assert_same, comparable, log_lines, stop_after
+from short_runs import RECIPE, assert_same, comparable, log_lines, stop_after
 from thread_ranks import SEEDED, run_ranks
 from torch import nn
 
@@ -35,7 +34,6 @@ from fastlt.steps.lfme import (
     self_paced_weights,
 )
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 # 20 training images of 5 classes: two are many-shot, two medium-shot, one few-shot.
 COUNTS = ClassCounts(np.array([7, 6, 3, 3, 1]), tuple("abcde"), shots=(5, 2))
 LABELS = torch.from_numpy(np.repeat(np.arange(5), COUNTS.counts))

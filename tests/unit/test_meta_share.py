@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from short_runs import RECIPE, STAGE, comparable, make, stop_after
 from test_class_accuracy import CLASSES, PER_CLASS, RIGHT, Thermometer, meta_set
-from test_trainer import comparable, make, stop_after
 
 from fastlt.device.distributed import Reducer
 from fastlt.meta.bounded_accuracy import BoundedAccuracy
@@ -20,9 +19,6 @@ from fastlt.run.loading import read_share, whole_split
 from fastlt.run.preflight import prepare
 from fastlt.run.stopping import Interrupted
 from loaders.stored.beton import Beton
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
-STAGE = "stages.end_to_end"
 
 
 @pytest.mark.parametrize("backend", ["resident", "ffcv"])

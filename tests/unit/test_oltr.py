@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_trainer import assert_same, comparable, final_state, log_lines, stop_after
+from short_runs import RECIPE, assert_same, comparable, final_state, log_lines, stop_after
 from thread_ranks import SEEDED, run_ranks
 from torch import nn
 
@@ -27,7 +26,6 @@ from fastlt.state import Batch, ClassCounts
 from fastlt.steps import StepParts
 from fastlt.steps.oltr import OltrStep
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 COUNTS = ClassCounts(np.array([40, 12, 3]), ("a", "b", "c"))
 WIDTH, CLASSES = 5, 3
 SECOND = "method: oltr, batch_size: 32, lr: 0.05, sampling: class_balanced, iterations: 6, evaluate_every: 3"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from short_runs import RECIPE, assert_same, comparable, stop_after
 from test_augment import NoSync
-from test_trainer import assert_same, comparable, stop_after
 
 from fastlt.losses import build_loss
 from fastlt.losses.contrastive import parametric_contrastive
@@ -23,7 +22,6 @@ from fastlt.state import Batch, ClassCounts
 from fastlt.steps import StepParts
 from fastlt.steps.paco import KeyEncoder, KeyQueue, PacoStep
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
 CLASSES, LR = 5, 0.1
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from short_runs import stop_after
 
 from fastlt import cli, train
 from fastlt.recipe import load_recipe
@@ -68,16 +69,8 @@ def original(digits, tmp_path_factory) -> Place:
     shutil.copytree(digits, place.data)
     place.trainer("finished").fit()
     stopped = place.trainer("stopped")
-    log_training = stopped._log_training
-
-    def stop(*arguments):
-        log_training(*arguments)
-        if stopped.progress.done == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stopped._log_training = stop
     with pytest.raises(Interrupted):
-        stopped.fit()
+        stop_after(stopped, 6).fit()
     return place
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from short_runs import stop_after
 from small_betons import needs_dali
 
 from fastlt.recipe import RecipeError, load_recipe
@@ -311,16 +310,8 @@ def test_a_run_on_a_url_is_that_on_a_local_copy_and_goes_on_on_it(shards, tmp_pa
     assert main([str(RECIPE), *words(shards, tmp_path, "name=local", "data.order=shards")]) == 0
     remote = [str(RECIPE), *words(f"file://{shards}", tmp_path, "name=remote")]
     trainer = Trainer(prepare(load_recipe(remote[0], remote[1:])))
-    log_training = trainer._log_training
-
-    def stop(*arguments):
-        log_training(*arguments)
-        if trainer.progress.done == 4:  # in the middle of an epoch of six
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer._log_training = stop
     with pytest.raises(Interrupted):
-        trainer.fit()
+        stop_after(trainer, 4).fit()  # in the middle of an epoch of six
     again = [word for word in remote if not word.startswith("data.converted")]
     assert main([*again, f"data.converted={shards}", "data.order=shards", "data.stream.cache_gb=5"]) == 0
     one, other = (weights(tmp_path / "runs" / name) for name in ("local", "remote"))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_trainer import assert_same, comparable, stop_after
+from short_runs import RECIPE, STAGE, assert_same, comparable, make, stop_after
 from torch import nn
 
 from fastlt.device.distributed import Reducer
@@ -21,20 +20,13 @@ from fastlt.models.trained_state import trained_state
 from fastlt.recipe import RecipeError, load_recipe
 from fastlt.run import preflight
 from fastlt.run.network_checks import advice_on_network
-from fastlt.run.preflight import check_without_data, prepare
+from fastlt.run.preflight import check_without_data
 from fastlt.run.stopping import Interrupted
-from fastlt.run.trainer import Trainer
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.train import main
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits_lt.yaml"
-STAGE = "stages.end_to_end"
 COUNTS = ClassCounts(np.array([40, 12, 3]), ("a", "b", "c"))
-
-
-def make(words, *more):
-    return Trainer(prepare(load_recipe(RECIPE, [*words, *more])))
 
 
 def small_vit(**more):
