@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A package may import from its own layer and from lower ones. One without a place here fails the test.
 LAYERS = [
     {"fastlt.file_lock", "fastlt.names", "fastlt.paths", "fastlt.ranges", "fastlt.state", "fastlt.strict_json"}
-    | {"fastlt.parent_process", "fastlt.version", "loaders.cores", "loaders.daemon_threads"},
+    | {"fastlt.markdown_table", "fastlt.parent_process", "fastlt.version", "loaders.cores", "loaders.daemon_threads"},
     {"fastlt.arguments", "fastlt.console", "fastlt.error_message", "fastlt.typed_yaml"},
     {"fastlt.autograd", "fastlt.device", "fastlt.losses", "fastlt.augment", "loaders.order", "loaders.protocol"},
     {"fastlt.meta", "fastlt.models", "fastlt.optim", "loaders.sources"},
