@@ -21,7 +21,8 @@ fail() {
 case $dali_cuda in 12 | 13) ;; *) fail "DALI_CUDA is '$dali_cuda': allowed are 12 and 13." ;; esac
 
 inputs=$({ cat pyproject.toml setup.py constraints.txt tools/setup.sh; printf '%s %s' "$extras" "$PWD"; } | sha256sum | cut -d ' ' -f 1)
-if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$inputs" ]; then
+same_python() { [ -z "${PYTHON:-}" ] || [ "$("$PYTHON" --version 2>&1)" = "$(.venv/bin/python --version 2>&1)" ]; }
+if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$inputs" ] && same_python; then
     exit 0
 fi
 
@@ -80,6 +81,7 @@ echo "setup: installing into .venv (about 8 GB: torch brings its CUDA libraries,
 made_for="$PWD, $("$python" --version)"
 if [ -e .venv/made-for ] && [ "$(cat .venv/made-for)" != "$made_for" ] ||
     ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    [ ! -e .venv ] || echo "setup: .venv is of another place or Python, or has no pip: it is made anew"
     "$python" -m venv --clear .venv
 fi
 printf '%s' "$made_for" >.venv/made-for

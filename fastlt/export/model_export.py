@@ -112,7 +112,8 @@ def _to_timm(trained: TrainedRun, files: Sequence[Path] | None, out: Path) -> Ex
     """ValueError where timm alone cannot load it; the folder is then there for fastlt."""
     _, reason = in_timm(trained)
     if reason is not None:
-        own = out.resolve() == model_folder(trained.run.folder).resolve()
+        of_result = trained.select == trained.run.select
+        own = of_result and out.resolve() == model_folder(trained.run.folder).resolve()
         if not (own and is_model_folder(out)):
             write_model_folder(trained, _images(trained, files)[0], out)
         raise ValueError(

@@ -108,7 +108,8 @@ def _of_stage(
         if not weights.all():
             # One iteration without a class does not take it out of a network that was trained on it before.
             assumptions.append("classes whose last weight is 0 are taken to have the smallest weight of the others")
-            weights = np.where(weights > 0, weights, weights[weights > 0].min(initial=1.0))
+            positive = weights[weights > 0]
+            weights = np.where(weights > 0, weights, positive.min() if positive.size else 1.0)
         shares = shares * weights
     return CarriedPrior(shares / shares.sum(), tuple(assumptions))
 

@@ -484,9 +484,10 @@ def cached_views_of_method(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
 
 def behind_an_expert(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     # A new head, which knows all classes, may have come in between.
-    before = [one.method for one in reversed(recipe.lineage(stage)[:-1])]
-    head = next((method for method in before if method == "expert" or issubclass(STEPS[method], CrtStep)), None)
-    if head == "expert" and not issubclass(STEPS[stage.method], CrtStep):
+    before = reversed(recipe.lineage(stage)[:-1])
+    head = next((one for one in before if one.method == "expert" or issubclass(STEPS[one.method], CrtStep)), None)
+    of_a_part = head is not None and head.method == "expert" and head.classes != "all"
+    if of_a_part and not issubclass(STEPS[stage.method], CrtStep):
         yield (
             "start: is 'previous' behind an expert, whose head knows a part of the classes; set start: fresh, or take "
             f"method {methods_that(lambda step: issubclass(step, CrtStep))}, with a new head"

@@ -113,7 +113,7 @@ def _words(recipe: Recipe, method: Method, lr: float, per_epoch: int) -> list[st
         f"stages.{STAGE}.{key}={_text(_in_epochs(value, iterations / per_epoch))}" for key, value in stage.items()
     ]
     if method.second is not None:
-        length = max(1, iterations // SECOND_SHARE)
+        length = method.second.get("iterations", max(1, iterations // SECOND_SHARE))
         second = {
             **{key: getattr(first, key) for key in ("batch_size", "meta_batch_size", "schedule", "weight_decay")},
             **{"iterations": length, "evaluate_every": length, "lr": lr},

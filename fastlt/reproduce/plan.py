@@ -110,7 +110,7 @@ class TrainingRun:
         """Whether the data are those of the run in the folder; True where there are none to compare."""
         record, data = written_inputs(self.folder), self.recipe.data
         folder = None if is_url(data.converted) else converted_folder(data)
-        if record is None or folder is None or not (folder / MANIFEST).exists():
+        if not data.convert or record is None or folder is None or not (folder / MANIFEST).exists():
             return True
         identity = _identity(folder, (folder / MANIFEST).stat().st_mtime_ns)
         return identity is None or not identity.differences(record.inputs.data)

@@ -31,10 +31,12 @@ def atomic_file(path: Path, *, keep: int = 1, needed: Callable[[], int] | None =
 
     needed: tells the bytes that will be written, for the error.
     """
-    path = Path(os.path.realpath(path))
+    # A pipe behind /dev/stdout has no name of its own that a link could be followed to.
+    unnamed = path.exists() and not path.is_file() and not path.is_dir()
+    path = path if unnamed else Path(os.path.realpath(path))
     part = part_file(path)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if unnamed:
             with path.open("wb") as file:
                 yield file
             return

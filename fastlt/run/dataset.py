@@ -81,8 +81,8 @@ def conversion_command(data: DataRecipe, folder: Path, *, overwrite: bool = Fals
         value = getattr(data, key)
         if value and (key, value) != ("convention", "paper"):
             option = "imbalance" if key == "imbalance_factor" else key.replace("_", "-")
-            text = split_text(value) if key == "split" else str(value).removesuffix(".0")
-            words += [f"--{option}", text]
+            text = split_text(value) if key == "split" else str(value)
+            words += [f"--{option}", text.removesuffix(".0") if isinstance(value, float) else text]
     words += ["--mode", data.storage.mode]
     if len(_formats(data)) > 1:
         words += ["--format", "both"]

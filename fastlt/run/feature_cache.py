@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -83,8 +83,9 @@ class _Source:
         self.backends: dict[str, str] = {}
         self.folder = Path(context.recipe.runs) / FOLDER
         for part in self.folder.glob("*.part"):  # of a process that was killed
-            if time.time() - part.stat().st_mtime > ABANDONED_S:
-                part.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process renames or removes it
+                if time.time() - part.stat().st_mtime > ABANDONED_S:
+                    part.unlink()
 
     def view(self, split: str, view: int | None) -> Tensor:
         """One view of a split, float32 (N, D) on the device; None is the view of evaluation."""

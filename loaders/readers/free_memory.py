@@ -42,8 +42,11 @@ def _left_in_group(group: Path) -> int:
     """Bytes up to the limit; files that the kernel keeps in memory count as used there, and go when it needs room."""
     limit = _limit(group)
     assert limit is not None, group
-    used = int((group / "memory.current").read_text())
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    try:
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # a container that shows the limit alone
+        return limit
     return max(0, limit - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
 
 

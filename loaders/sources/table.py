@@ -103,11 +103,13 @@ class _Table:
 
 
 def _check_own_split(name: str, table: _Table) -> None:
-    """ValueError for a table of one split that has a column of splits with another one in it."""
+    """ValueError for a table of one split that has a column of splits with another one in it.
+
+    A table of validation may be the test set, as that of ImageNet-LT is.
+    """
     for column in called(list(table.columns), SPLIT_COLUMNS):
-        others = sorted(
-            {str(w) for w in table.columns[column] if SPLIT_WORDS.get(str(w).strip().lower(), name) != name}
-        )
+        splits = {str(word): SPLIT_WORDS.get(str(word).strip().lower(), name) for word in table.columns[column]}
+        others = sorted(word for word, split in splits.items() if split != name and "train" in (split, name))
         if others:
             raise ValueError(
                 f"{printable(table.path)} is the table of split {name!r}, and its column {column!r} says "

@@ -91,6 +91,10 @@ def test_links_pipes_and_devices_stay_what_they_are(tmp_path):
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+    out, into = os.pipe()  # a pipe of a shell has a name that leads nowhere, as behind /dev/stdout
+    write_atomically(Path(f"/proc/self/fd/{into}"), b"on")
+    assert os.read(out, 100) == b"on"
+    os.close(out), os.close(into)
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunFileError, match="Is a directory"):
         write_atomically(tmp_path / "folder", b"")

@@ -424,6 +424,12 @@ def test_behind_a_new_head_any_stage_may_follow_an_expert(digits_words):
     ]
 
 
+def test_behind_an_expert_of_all_classes_any_stage_may_follow(digits_words):
+    more = "batch_size: 32, lr: 0.05, iterations: 4, evaluate_every: 2"
+    stages = f"end_to_end: {{{EXPERT}, classes: all}}, further: {{method: plain, {more}}}"
+    assert list(load_recipe(RECIPE, [*digits_words[:5], f"stages={{{stages}}}"]).stages) == ["end_to_end", "further"]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_experts_and_student_is_refused_by_the_recipe(digits_words, case):
     words, expected = REFUSED[case]

@@ -103,6 +103,11 @@ def test_a_table_for_each_split(tmp_path, rows):
         table(tmp_path, train_list="a.csv", test_list="b.csv", split=None, split_column="x")
     part = "".join(f"{path},{label},{'val' if k % 5 == 0 else 'train'}\n" for k, (path, label) in enumerate(rows[:20]))
     (tmp_path / "a.csv").write_text("path,label,split\n" + part)
+    of_test = "".join(f"{path},{label},val\n" for path, label in rows[20:])
+    (tmp_path / "val.csv").write_text("path,label,split\n" + of_test)
+    (tmp_path / "c.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows[:20]))
+    published = table(tmp_path, train_list="c.csv", test_list="val.csv", split=None, meta_per_class=1)
+    assert len(published.splits["test"]) == len(rows) - 20, "a table of validation is often the test set"
     with pytest.raises(ValueError, match=r"a.csv is the table of split 'train', and its column 'split' says 'val'"):
         table(tmp_path, train_list="a.csv", test_list="b.csv", split=None, meta_per_class=1)
 

@@ -332,6 +332,8 @@ def test_memory_is_free_by_the_narrowest_control_group(tmp_path, monkeypatch):
     assert free_memory.free_bytes(torch.device("cpu")) == pytest.approx(everything, rel=0.2)
     group(tmp_path / "job", 9000, 8000, 6000)
     assert free_memory.free_bytes(torch.device("cpu")) == 7000
+    (tmp_path / "job" / "memory.stat").unlink()
+    assert free_memory.free_bytes(torch.device("cpu")) == 9000, "the limit, where nothing tells what is used"
     group(tmp_path, 6000, 5500, 1000)
     assert free_memory.free_bytes(torch.device("cpu")) == 1500
 

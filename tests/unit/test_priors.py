@@ -179,6 +179,8 @@ def test_a_class_whose_last_weight_is_zero_is_known_all_the_same():
     expected = PI * [0.5, 0.5, 1.5, 2.0]
     np.testing.assert_allclose(carried.shares, expected / expected.sum())
     assert "whose last weight is 0" in carried.assumptions[-1]
+    large = carried_prior(recipe("stages.end_to_end.method=cdb"), COUNTS, [0.0, 0.0, 2.0, 2.0]).shares
+    np.testing.assert_allclose(large, PI, err_msg="the smallest weight of the others may be above 1")
     offset = carried.replaced_by(deployed_prior([0, 1, 1, 1], COUNTS))
     assert offset[0] == -np.inf
     assert np.isfinite(offset[1:]).all()
