@@ -6,19 +6,24 @@ What is finished of it when it is interrupted stays under that other name.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastlt import file_lock
+from loaders.sources.messages import printable, some
 
 MANIFEST = "manifest.json"  # the last file written; a folder that has it is one of ours, and complete
 LOCK = ".lock"
-# In the folder where a conversion works: the data set that is to be renamed, and the records of what is finished. The
-# name of a record is NUMBER.IMAGES.json.
-CONVERTED, PIECES = "converted", "pieces"
+# In the folder where a conversion works: the data set that is to be renamed, the records of what is finished, and how
+# images are stored. The name of a record is NUMBER.IMAGES.json.
+CONVERTED, PIECES, DESCRIPTION = "converted", "pieces", "conversion.json"
+DESCRIBED = frozenset(("source", "formats", "versions"))  # in every DESCRIPTION
+PART = ".part"  # the ending of a file that is not whole yet
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -32,9 +37,54 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if (out / MANIFEST).is_file():
         if not overwrite:
             raise ValueError(f"{out} already holds a converted data set: give another folder, or --overwrite")
+        for folder in (real, replaced_folder(out)):  # what is replaced, and where it is put meanwhile
+            _refuse_foreign(folder, _foreign_files(folder, _made_files(folder)))
     elif out.exists() or out.is_symlink():
         raise ValueError(
             f"{out} exists and is not a converted data set: give a folder that does not exist yet or is empty"
+        )
+
+
+def refuse_source_inside(out: Path, root: Path) -> None:
+    """ValueError when the images of a source lie in a folder that a conversion to `out` replaces or empties."""
+    real = _real(root)
+    for folder in (_real(out), partial_folder(out), replaced_folder(out)):
+        if folder == real or folder in real.parents:
+            raise ValueError(
+                f"the images lie in {printable(root)}, and a conversion to {printable(out)} replaces "
+                f"{printable(folder)}: give another folder to convert to"
+            )
+
+
+def _made_files(folder: Path) -> list[str]:
+    """The files of a converted data set, by its manifest; none where this is no manifest of ours."""
+    manifest = _read_tree(folder / MANIFEST)
+    files = manifest.get("files")
+    return [MANIFEST, *files] if isinstance(manifest.get("schema"), int) and isinstance(files, dict) else []
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where there is none."""
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _foreign_files(folder: Path, made: Collection[str]) -> list[str]:
+    """The files in a folder beside those that a conversion has `made`; `folder` itself, ".", where it is a file."""
+    if not folder.is_dir() or folder.is_symlink():
+        return ["."] if os.path.lexists(folder) else []
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in found} - set(made))
+
+
+def _refuse_foreign(folder: Path, files: list[str]) -> None:
+    if files:
+        raise ValueError(
+            f"{printable(folder)} would be replaced, and fastlt has not made all that it holds: "
+            f"{some([*map(printable, files)], ', ')}. Move it away, or give another folder"
         )
 
 
@@ -55,8 +105,8 @@ class ConversionRunningError(ValueError):
 def work_folder(out: Path) -> Iterator[Path]:
     """`OUT.partial`, locked while this conversion writes; gone afterwards unless it holds finished pieces.
 
-    Raises ConversionRunningError when another conversion has it; ValueError when it cannot be made, and when the disk
-    becomes full. A ValueError from inside says what is kept, too.
+    Raises ConversionRunningError when another conversion has it; ValueError when it cannot be made or holds what no
+    conversion has made, and when the disk becomes full. A ValueError from inside says what is kept, too.
     """
     work = partial_folder(out)
     try:
@@ -68,6 +118,10 @@ def work_folder(out: Path) -> Iterator[Path]:
         ) from None
     if lock is None:
         raise ConversionRunningError(f"another conversion is writing {work}: wait for it, or give another folder")
+    if not _is_work_folder(work) and (foreign := _foreign_files(work, (LOCK, DESCRIPTION + PART))):
+        (work / LOCK).unlink()
+        os.close(lock)
+        _refuse_foreign(work, foreign)
     try:
         yield work
     except OSError as error:
@@ -80,8 +134,19 @@ def work_folder(out: Path) -> Iterator[Path]:
         raise ValueError(f"{error}{what_is_kept(out)}") from error
     finally:
         if not kept_images(out):
-            shutil.rmtree(work, ignore_errors=True)
+            _remove_work(work)
         os.close(lock)
+
+
+def _is_work_folder(folder: Path) -> bool:
+    return _read_tree(folder / DESCRIPTION).keys() >= DESCRIBED
+
+
+def _remove_work(work: Path) -> None:
+    """Remove the folder of a conversion, what tells that it is one last."""
+    for name in (CONVERTED, PIECES):
+        shutil.rmtree(work / name, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def kept_images(out: Path) -> int:
@@ -103,11 +168,11 @@ def what_is_kept(out: Path) -> str:
 def remove_published(out: Path) -> None:
     """Remove what a conversion has left that was killed when its folder had its name already."""
     work = partial_folder(out)
-    if not (work / PIECES).is_dir() or (work / CONVERTED).exists():
+    if not _is_work_folder(work) or (work / CONVERTED).exists():
         return
     lock = file_lock.open_locked(work / LOCK, patience_s=0)
     if lock is not None:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove_work(work)
         os.close(lock)
 
 
@@ -124,21 +189,37 @@ def partial_folder(out: Path) -> Path:
     return _real(out).with_name(_real(out).name + ".partial")
 
 
+def replaced_folder(out: Path) -> Path:
+    """Where the data set lies that a conversion to `out` replaces, until the new one has its name."""
+    return _real(out).with_name(_real(out).name + ".replaced")
+
+
 def publish(work: Path, out: Path, overwrite: bool) -> None:
     """Rename the finished folder; what it replaces is moved aside first and deleted last."""
     check_target(out, overwrite=overwrite)  # somebody may have made it in the meantime
-    out = _real(out)
-    old = out.with_name(out.name + ".replaced")
+    old, out = replaced_folder(out), _real(out)
     if (out / MANIFEST).is_file():
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_dataset(old)
         out.rename(old)
     (work / CONVERTED).rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_dataset(old)
     shutil.rmtree(work / PIECES, ignore_errors=True)
 
 
+def _remove_dataset(folder: Path) -> None:
+    """Remove a converted data set, what tells that it is one last; nothing where it holds files of others."""
+    if _foreign_files(folder, _made_files(folder)):
+        return
+    for name in _made_files(folder)[1:]:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    """Write a file that is whole or absent, on the disk before anything that follows."""
+    part = path.with_name(path.name + PART)
+    with part.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    part.replace(path)

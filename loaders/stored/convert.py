@@ -22,7 +22,15 @@ from loaders.sources.messages import readable_bytes
 from loaders.sources.source import Source
 from loaders.sources.split import SPLITS, ArraySplit, EncodedImages, Split
 from loaders.stored import FORMATS
-from loaders.stored.atomic_folder import CONVERTED, MANIFEST, check_target, publish, work_folder, write_durably
+from loaders.stored.atomic_folder import (
+    CONVERTED,
+    MANIFEST,
+    check_target,
+    publish,
+    refuse_source_inside,
+    work_folder,
+    write_durably,
+)
 from loaders.stored.dali_format import check_dali_options
 from loaders.stored.dataset import ConvertedDataset, open_split, split_file
 from loaders.stored.encode import stored_sizes
@@ -133,6 +141,8 @@ def convert(
     _check_formats(formats, options)
     out = Path(out)
     check_target(out, overwrite=overwrite)
+    for root in _roots(source):
+        refuse_source_inside(out, Path(root))
     with work_folder(out) as work:
         check_target(out, overwrite=overwrite)  # again: while the lock was waited for, its owner may have finished
         store = PieceStore(work, options, formats, _description(source, options, formats), shard_images)
@@ -239,16 +249,19 @@ def _store(
     return store_images(store, groups, advance=advance, taken=tell)
 
 
+def _roots(source: Source) -> list[str]:
+    """The folders of a source's images."""
+    splits = source.splits.values()
+    return sorted({os.path.abspath(split.root) for split in splits if isinstance(split, EncodedImages)})
+
+
 def _description(source: Source, options: FfcvOptions, formats: tuple[str, ...]) -> dict[str, Any]:
     """What must be the same for images to be taken over: where they lie, and how they are stored.
 
     Which of them are in which split may change: each image is found by its name.
     """
-    roots = sorted(
-        {os.path.abspath(split.root) for split in source.splits.values() if isinstance(split, EncodedImages)}
-    )
     stored = {"formats": sorted(formats), **options.parameters(), "versions": versions()}
-    return as_json({"source": source.name, "root": ", ".join(roots), **stored})
+    return as_json({"source": source.name, "root": ", ".join(_roots(source)), **stored})
 
 
 def _groups(source: Source, on_error: str) -> dict[str, Group]:

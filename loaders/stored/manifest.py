@@ -79,7 +79,8 @@ def parse_manifest(text: bytes, place: str, make: str) -> dict[str, Any]:
         schema = manifest["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         path = f"{place}/{MANIFEST}"
-        raise DamageError(f"{path} is not a manifest of a converted data set ({error}): {make} --overwrite") from None
+        what = f"{path} is not a manifest of a converted data set ({error})"
+        raise DamageError(f"{what}: move its folder away and {make}") from None
     if schema != SCHEMA:
         advice = "update fastlt" if isinstance(schema, int) and schema > SCHEMA else f"{make} --overwrite"
         raise ValueError(f"{place} has schema {schema}, this version reads {SCHEMA}: {advice}")

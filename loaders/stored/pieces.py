@@ -27,13 +27,19 @@ import numpy as np
 
 from loaders.cores import available_cores
 from loaders.sources.split import SPLITS, UNREADABLE, EncodedImages, Split, called
-from loaders.stored.atomic_folder import CONVERTED, LOCK, PIECES, OtherConversionError, write_durably
+from loaders.stored.atomic_folder import (
+    CONVERTED,
+    DESCRIPTION,
+    LOCK,
+    PIECES,
+    OtherConversionError,
+    write_durably,
+)
 from loaders.stored.ffcv_format import FfcvOptions, first_address
 from loaders.stored.image_check import BadImage, ImageCheck
 from loaders.stored.manifest import file_sha256
 from loaders.stored.tar_shards import shard_path
 
-DESCRIPTION = "conversion.json"
 # What a record has of an image. stamp: `Split.stamp`. height, width: of the source's image, 0 where it is bad. key: of
 # its file. piece: whose shard has it. *_at, *_bytes: where its data lie in the .beton file and in the shard.
 ROW = np.dtype(
@@ -183,11 +189,11 @@ class PieceStore:
             self._tidy()
         else:
             for entry in self._work.iterdir():
-                if entry.name != LOCK:
+                if entry.name not in (LOCK, DESCRIPTION):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        write_durably(self._work / DESCRIPTION, json.dumps(self._description))
         self.pieces.mkdir(exist_ok=True)
         self.converted.mkdir(exist_ok=True)
-        write_durably(self._work / DESCRIPTION, json.dumps(self._description))
 
     def _before(self) -> dict[str, Any] | None:
         try:

@@ -320,6 +320,7 @@ def test_a_conversion_that_fails_keeps_what_is_finished_and_no_more(files, tmp_p
 def test_what_no_record_tells_of_is_cleaned(files, tmp_path):
     stale = tmp_path / "out.partial"
     (stale / "folder").mkdir(parents=True)
+    (stale / "conversion.json").write_text('{"source": "digits", "formats": [], "versions": {}}')
     (stale / "train.beton").write_bytes(b"half")
     (stale / "manifest.json").write_text("{}")
     dataset = convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
@@ -382,6 +383,52 @@ def test_only_converted_data_sets_are_replaced_and_only_when_asked(files, tmp_pa
         convert(files, tmp_path / "file", request={}, overwrite=True, **options)
     with pytest.raises(ValueError, match="cannot write next to"):
         convert(files, tmp_path / "file" / "out", request={}, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "word"),
+    [
+        ("out.partial", "cat/1.jpg", "out.partial would be replaced, .* all that it holds: cat/1.jpg. Move it away"),
+        ("out", "thesis.tex", "out would be replaced, .* all that it holds: manifest.json, thesis.tex. Move it"),
+        ("mine", "sub/notes.txt", "mine would be replaced, .* all that it holds: sub/notes.txt. Move it"),
+        ("mine.replaced", "notes.txt", "mine.replaced would be replaced, .* all that it holds: notes.txt. Move it"),
+    ],
+)
+def test_files_of_others_are_never_deleted(files, tmp_path, copy, place, name, word):
+    copy.rename(tmp_path / "mine")
+    (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / name).write_text("mine")
+    if place == "out":
+        (tmp_path / place / "manifest.json").write_text('{"name": "my web app"}')
+    before = contents(tmp_path)
+    out = tmp_path / place.split(".")[0]
+    with pytest.raises(ValueError, match=word):
+        convert(files, out, options=OPTIONS, request={}, overwrite=True, on_error="skip", progress=False)
+    assert contents(tmp_path) == before
+
+
+def test_what_lies_beside_a_new_data_set_stays(files, tmp_path, copy):
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "notes.txt").write_text("mine")
+    convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert contents(tmp_path / "out.replaced") == {"notes.txt": b"mine"}
+    # What a kill has left of a data set that was replaced is ours.
+    copy.rename(tmp_path / "new.replaced")
+    convert(files, tmp_path / "new", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert not (tmp_path / "new.replaced").exists()
+
+
+@pytest.mark.parametrize("folder", ["out", "out.partial/photos", "out.replaced"])
+def test_a_source_in_a_folder_that_is_replaced_is_refused(files, tmp_path, folder):
+    (tmp_path / folder).mkdir(parents=True)
+    source = replace(files, splits={name: replace(of, root=tmp_path / folder) for name, of in files.splits.items()})
+    word = rf"the images lie in .*{folder}, and a conversion to .*out replaces .*{folder.split('/')[0]}: give another"
+    with pytest.raises(ValueError, match=word):
+        convert(source, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
 
 
 def test_a_link_to_an_empty_folder_is_followed(files, tmp_path):
