@@ -151,7 +151,7 @@ def convert(
         # Where images may be left out, the splits are chosen anew, and shuffled then.
         late = on_error == "skip" and source.candidates is not None
         if shuffle_seed is not None and not late:
-            source, _ = _shuffled(source, shuffle_seed)
+            source = _shuffled(source, shuffle_seed)
         if "ffcv" in formats:
             _check_space(work, source, options)
         groups = _groups(source, on_error)
@@ -160,11 +160,13 @@ def convert(
             tables = _store(store, groups, bar, say)
             source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
             if shuffle_seed is not None and late:
-                source, rows = _shuffled(source, shuffle_seed)
-                checks["train"] = checks["train"].of(rows)
+                source = _shuffled(source, shuffle_seed)
             if any(bad.values()) or (shuffle_seed is not None and late):
                 groups = {name: Group(split) for name, split in source.splits.items()}
-                tables = store_images(store, groups, checked=True)
+                tables = store_images(store, groups)
+                # Of files that have changed meanwhile, too.
+                checks = {name: table.check(groups[name].split) for name, table in tables.items()}
+                refuse_bad_images(source.splits, checks)
             else:
                 groups = {name: groups[name] for name in source.splits}
             if "dali" in formats:
@@ -223,11 +225,11 @@ def _describe(
     }
 
 
-def _shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
-    """The source with its training images in a random order, and the row of each before, int64 (N,)."""
+def _shuffled(source: Source, seed: int) -> Source:
+    """The source with its training images in a random order."""
     train = source.splits["train"]
     rows = np.random.default_rng(seed).permutation(len(train))
-    return replace(source, splits={**source.splits, "train": train.subset(rows)}), rows
+    return replace(source, splits={**source.splits, "train": train.subset(rows)})
 
 
 def _store(

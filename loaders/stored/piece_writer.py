@@ -59,27 +59,24 @@ def store_images(
     store: PieceStore,
     groups: Mapping[str, Group],
     *,
-    checked: bool = False,
     advance: Advance = lambda n: None,
     taken: Callable[[int, int], object] = lambda count, lost: None,
     timeout_s: float = STUCK_S,
 ) -> dict[str, Table]:
     """Check and store the images of the groups that no piece has yet; what is known of all of them.
 
-    checked: as in `take_over`.
     advance: called with the number of images done since the last call.
     taken: called once with the number of images that are taken over, and of those in pieces that do not serve.
     timeout_s: processes that finish no image for so long are ended.
     Raises ValueError when a process dies or all are stuck, OSError when the disk is full.
     """
-    tables, lost = take_over(store, groups, checked=checked)
+    tables, ends_of_data, lost = take_over(store, groups)
     taken(sum(int(table.done.sum()) for table in tables.values()), lost)
     ends = {}
     for name, group in groups.items():
         if group.stored and "ffcv" in store.formats:
-            rows = tables[name].rows
-            end = int((rows["beton_at"] + rows["beton_bytes"]).max(initial=0))
-            ends[name] = BetonEnd.open(store.converted / f"{name}.beton", len(rows), end)
+            path = store.converted / f"{name}.beton"
+            ends[name] = BetonEnd.open(path, len(group.split), ends_of_data[name])
     todo = list(_missing(store, groups, tables))
     _write_pieces(_Job(store, groups, tables, ends, todo), advance, timeout_s)
     return tables
@@ -165,8 +162,10 @@ def _write_pieces(job: _Job, advance: Advance, timeout_s: float) -> None:
         try:
             with closing(done):  # however it is left, no process goes on
                 for chunk, (rows, reasons) in done:
-                    name, positions, _ = job.todo[int(np.searchsorted(job.starts, chunk.start))]
+                    index = int(np.searchsorted(job.starts, chunk.start))
+                    name, positions, _ = job.todo[index]
                     job.tables[name].fill(positions, rows, reasons)
+                    job.store.compared.add(job.first_number + index)
         except SourceError as error:
             raise ValueError(str(error)) from error
 
@@ -327,7 +326,7 @@ def write_split(
             raise ValueError(f"{name}: none of the {len(split)} images can be decoded")
         if check.bad:
             groups = {name: Group(split.subset(check.good))}
-            tables = store_images(store, groups, checked=True, timeout_s=timeout_s)
+            tables = store_images(store, groups, timeout_s=timeout_s)
         if "dali" in formats:
             arrange_shards(store, groups, tables, timeout_s=timeout_s)
         finish_split(store, name, groups[name], tables[name])

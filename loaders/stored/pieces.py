@@ -133,6 +133,11 @@ class Piece:
             return False
         return all(group.name(i) == name for i, name in zip(self.positions.tolist(), self.names, strict=True))
 
+    @property
+    def end(self) -> int:
+        """Where its data end in the .beton file: also those of images that do not serve, which its checksum covers."""
+        return int((self.rows["beton_at"] + self.rows["beton_bytes"]).max(initial=0))
+
     def write(self, folder: Path) -> None:
         """Put the record into `folder`, whole."""
         tree = {**vars(self), "positions": self.positions.tolist(), "rows": self.rows.tolist()}
@@ -167,6 +172,7 @@ class PieceStore:
     ) -> None:
         self.pieces, self.converted = work / PIECES, work / CONVERTED
         self.options, self.formats, self.shard_images = options, tuple(formats), shard_images
+        self.compared: set[int] = set()  # pieces that this process has written or compared
         self._work, self._description = work, dict(description)
 
     def begin(self, *, restart: bool = False) -> None:
@@ -254,12 +260,13 @@ class PieceStore:
                 path.unlink(missing_ok=True)
 
 
-def take_over(store: PieceStore, groups: Mapping[str, Group], *, checked: bool = False) -> tuple[dict[str, Table], int]:
+def take_over(store: PieceStore, groups: Mapping[str, Group]) -> tuple[dict[str, Table], dict[str, int], int]:
     """What the pieces have of the images of each group, and how many images of the pieces do not serve any more.
 
+    Between them: by group, where the data of its pieces end in its .beton file.
+
     An image serves when it has the name and the stamp that it had then, in this split, and when its piece is as it was
-    written. Pieces of which no image serves are deleted.
-    checked: the pieces were written or compared by this process, and are not compared again.
+    written. Pieces of which no image serves are deleted. What this process has written or compared is not read again.
     """
     tables = {name: Table.empty(len(group.split)) for name, group in groups.items()}
     pieces = _matched(store.read(), groups)
@@ -267,17 +274,21 @@ def take_over(store: PieceStore, groups: Mapping[str, Group], *, checked: bool =
     def examine(piece: Piece) -> np.ndarray:
         group, positions = groups[piece.group], piece.positions
         serves = (positions >= 0) & _usable(piece, group, store.formats)
-        if checked or not serves.any():
+        if not serves.any():
             return serves
         stamps = [group.split.stamp(i) if i >= 0 else UNREADABLE for i in positions.tolist()]
         found = np.array(stamps, dtype=np.int64).reshape(-1, 2)
         serves &= (found[:, 0] == piece.rows["stamp_0"]) & (found[:, 1] == piece.rows["stamp_1"]) & (found[:, 1] >= 0)
         try:
-            return serves if serves.any() and store.intact(piece) else np.zeros_like(serves)
+            if not serves.any() or (piece.number not in store.compared and not store.intact(piece)):
+                return np.zeros_like(serves)
         except OSError:
             return np.zeros_like(serves)
+        store.compared.add(piece.number)
+        return serves
 
     lost, useless = 0, []
+    ends = dict.fromkeys(groups, 0)
     pool = ThreadPoolExecutor(available_cores())  # hashing and asking for stamps leave the interpreter's lock alone
     try:
         for piece, serves in zip(pieces, pool.map(examine, pieces), strict=True):
@@ -289,12 +300,14 @@ def take_over(store: PieceStore, groups: Mapping[str, Group], *, checked: bool =
                 piece.rows[serves],
                 {int(serves[:j].sum()): reason for j, reason in piece.reasons.items() if serves[j]},
             )
-            if not serves.any():
+            if serves.any():
+                ends[piece.group] = max(ends[piece.group], piece.end)
+            else:
                 useless.append(piece.number)
     finally:
         pool.shutdown(cancel_futures=True)
     store.drop(useless)
-    return tables, lost
+    return tables, ends, lost
 
 
 def _usable(piece: Piece, group: Group, formats: Sequence[str]) -> np.ndarray:

@@ -288,6 +288,62 @@ def test_skipping_stores_what_a_conversion_of_the_good_images_alone_stores(root,
     assert sorted(names) == sorted(str(root / path) for path in bad)
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["the same files", "replaced files"])
+@pytest.mark.parametrize("failing", ["finish_split", "_describe"])
+@pytest.mark.parametrize(
+    ("options", "formats"),
+    [(SMALL, ("dali",)), (SMALL, BOTH), (FfcvOptions(num_workers=1), ("ffcv",))],
+    ids=["dali", "both", "raw"],
+)
+def test_a_conversion_that_skips_goes_on_to_the_same_end(
+    root, tmp_path, monkeypatch, options, formats, failing, replaced
+):
+    """The second phase has stored images of groups in which the first one does not look for them."""
+    lines = (root / "train.txt").read_text() + (root / "meta.txt").read_text() + (root / "test.txt").read_text()
+    (root / "all.txt").write_text(lines)
+    for path in ("train/1.jpg", "train/8.jpg", "test/2.jpg", "meta/4.jpg", "train/22.jpg"):
+        (root / path).write_bytes(b"\xff\xd8 damaged " + path.encode())
+
+    def make(out: Path) -> ConvertedDataset:
+        drawn = {"split": (0.5, 0.2, 0.3), "imbalance_factor": 1.5}
+        source = open_source("list_file", root=root, train_list=root / "all.txt", **drawn)
+        return converted(source, out, options, formats, on_error="skip")
+
+    def interrupt(*arguments, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_module, failing, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "out")
+    if replaced:
+        for i in range(2, 20, 3):
+            Image.fromarray(smooth_images([(31, 22 + i)], seed=i)[0]).save(root / "train" / f"{i}.jpg")
+    assert same(make(tmp_path / "out"), make(tmp_path / "reference"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_that_changes_while_others_are_skipped_is_seen(root, tmp_path, monkeypatch, damaged):
+    (root / "train" / "3.jpg").write_bytes(b"damaged")
+
+    def replace_file(*arguments):
+        if damaged:
+            (root / "train" / "5.jpg").write_bytes(b"damaged, too")
+        else:
+            Image.fromarray(smooth_images([(31, 22)], seed=9)[0]).save(root / "train" / "5.jpg")
+        return choose(*arguments)
+
+    choose = convert_module._choose
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_module, "_choose", replace_file)
+        if damaged:
+            with pytest.raises(ValueError, match=r"(?s)cannot be converted.*train/5.jpg"):
+                converted(source_of(root), tmp_path / "out", on_error="skip")
+            return
+        made = converted(source_of(root), tmp_path / "out", on_error="skip")
+    assert same(made, converted(source_of(root), tmp_path / "reference", on_error="skip"))
+
+
 def test_images_in_memory_are_taken_over_by_their_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
 
