@@ -255,9 +255,11 @@ class PieceStore:
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Delete pieces, their records first."""
-        for number in numbers:
-            for path in [*self.pieces.glob(f"{number:09d}.*.json"), tar_path(self.pieces, number)]:
-                path.unlink(missing_ok=True)
+        dropped = {f"{number:09d}" for number in numbers}
+        for ending in ("json", "tar"):
+            for path in [*self.pieces.glob(f"*.{ending}")] if dropped else []:
+                if path.name.split(".")[0] in dropped:
+                    path.unlink(missing_ok=True)
 
 
 def take_over(store: PieceStore, groups: Mapping[str, Group]) -> tuple[dict[str, Table], dict[str, int], int]:

@@ -19,6 +19,7 @@ from loaders.stored import encode, image_check, piece_writer
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
+from loaders.stored.pieces import PieceStore
 from loaders.stored.verify import verify
 
 COUNTS = {"train": 23, "meta": 5, "test": 7}
@@ -342,6 +343,23 @@ def test_a_file_that_changes_while_others_are_skipped_is_seen(root, tmp_path, mo
             return
         made = converted(source_of(root), tmp_path / "out", on_error="skip")
     assert same(made, converted(source_of(root), tmp_path / "reference", on_error="skip"))
+
+
+def test_many_pieces_are_dropped_in_two_listings(tmp_path, monkeypatch):
+    store = PieceStore(tmp_path, SMALL, BOTH, {})
+    store.begin()
+    for number in range(9):
+        for name in (f"{number:09d}.4.json", f"{number:09d}.tar"):
+            (store.pieces / name).touch()
+    listings = []
+    glob = Path.glob
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "glob", lambda *arguments: (listings.append(arguments), glob(*arguments))[1])
+        store.drop(range(7))
+        store.drop([])
+    assert len(listings) == 2
+    left = sorted(path.name for path in store.pieces.iterdir())
+    assert left == ["000000007.4.json", "000000007.tar", "000000008.4.json", "000000008.tar"]
 
 
 def test_images_in_memory_are_taken_over_by_their_pixels(tmp_path):
