@@ -81,7 +81,8 @@ def open_webdataset(root: Path, *, label_column: str | None, cut: Cut | None) ->
     Tar files without such a word are all train. Labels are those of `.cls`, else of the key `label_column` of `.json`,
     found by its usual names unless it is given: whole numbers or names. A file CLASS_NAMES in `root` has the names of
     numbered classes, a line each. Samples without an image are passed over, and counted in the notes.
-    Raises ValueError for tar files that cannot be read, samples without a label or with two images, and as `Cut`.
+    Raises ValueError for tar files that cannot be read, samples without a label, with two images or with the key of
+    another one, and as `Cut`.
     """
     tars = _tars(root)
     if cut is not None and "train" not in tars:
@@ -136,7 +137,7 @@ class _Shard:
         images, keys, labels, without_image = [], [], [], 0
         try:
             with tarfile.open(root / name, "r:") as tar:
-                for key, files in _samples(tar).items():
+                for key, files in _samples(tar, where).items():
                     sample = f"{where}: sample {printable(shortened(key))}"
                     kinds = [kind for kind in files if kind in EXTENSIONS]
                     if len(kinds) > 1:
@@ -152,14 +153,21 @@ class _Shard:
         return cls(images, keys, labels, without_image)
 
 
-def _samples(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """The files of each sample by what follows the first dot of their names, by the sample's key."""
+def _samples(tar: tarfile.TarFile, where: str) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """The files of each sample by what follows the first dot of their names, by the sample's key.
+
+    ValueError for two files of one name: they are of two samples of one key.
+    """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in tar:
         folder, slash, file = member.name.rpartition("/")
         key, _, kind = file.partition(".")
         if member.isfile() and key:
-            samples.setdefault(folder + slash + key, {})[f".{kind.lower()}"] = member
+            files, ending = samples.setdefault(folder + slash + key, {}), f".{kind.lower()}"
+            if ending in files:
+                sample = printable(shortened(folder + slash + key))
+                raise ValueError(f"{where}: sample {sample} has two files {ending}: give each sample a key of its own")
+            files[ending] = member
     return samples
 
 

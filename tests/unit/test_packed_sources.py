@@ -141,6 +141,17 @@ def test_shards_that_cannot_be_used_are_refused(tmp_path):
         shards(tmp_path)
 
 
+def test_two_samples_of_one_key_are_refused(tmp_path):
+    path = write_tar(tmp_path / "0.tar", shard(every(2)))
+    with tarfile.open(path, "a") as tar:
+        for name in ("0-001.jpg", "0-001.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+    with pytest.raises(ValueError, match=r"0.tar: sample 0-001 has two files .jpg: give each sample a key of its own"):
+        shards(tmp_path)
+
+
 def test_a_key_of_json_may_be_named(tmp_path):
     write_tar(tmp_path / "a.tar", shard(every(10), label=lambda c: {"cls": "0", "json": json.dumps({"kind": c})}))
     assert shards(tmp_path, label_column="kind").class_names == ("0", "1", "2")
