@@ -195,15 +195,30 @@ def replaced_folder(out: Path) -> Path:
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Rename the finished folder; what it replaces is moved aside first and deleted last."""
+    """Rename the finished folder, all on the disk; what it replaces is moved aside first and deleted last."""
     check_target(out, overwrite=overwrite)  # somebody may have made it in the meantime
+    for path in [*(work / CONVERTED).rglob("*"), work / CONVERTED]:
+        _flush(path)
     old, out = replaced_folder(out), _real(out)
     if (out / MANIFEST).is_file():
         _remove_dataset(old)
         out.rename(old)
     (work / CONVERTED).rename(out)
+    _flush(out.parent)
     _remove_dataset(old)
     shutil.rmtree(work / PIECES, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # which some file systems cannot flush
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove_dataset(folder: Path) -> None:

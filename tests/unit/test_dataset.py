@@ -431,6 +431,25 @@ def test_a_source_in_a_folder_that_is_replaced_is_refused(files, tmp_path, folde
         convert(source, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
 
 
+def test_all_of_a_data_set_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch):
+    flushed, named = [], []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}").replace("out.partial/converted", "out"))
+        named.append((tmp_path / "out").exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    convert(
+        files, tmp_path / "out", options=OPTIONS, request={}, formats=("ffcv", "dali"), on_error="skip", progress=False
+    )
+    paths = {*map(str, (tmp_path / "out").rglob("*")), str(tmp_path / "out")}
+    assert len(paths) > 10
+    assert paths <= {path for path, late in zip(flushed, named, strict=True) if not late}
+    assert (flushed[-1], named[-1]) == (str(tmp_path), True)
+
+
 def test_a_link_to_an_empty_folder_is_followed(files, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "empty").mkdir()
