@@ -192,20 +192,24 @@ def files_below(
 ) -> Iterator[tuple[Path, bool]]:
     """The files below `folder`, links followed, and of each whether it is an image, by its extension or first bytes.
 
+    The order is that of names, wherever the folder lies, and a folder that is there by several names has the one that
+    is no link, else the first.
     onerror: told of a folder that may not be read. hide: whether a file, or a folder (True) with all in it, is passed
         over.
     """
-    seen = set()
-    for here, folders, names in os.walk(folder, onerror=onerror, followlinks=True):  # as torchvision's ImageFolder
-        real = os.path.realpath(here)
-        if real in seen:  # a link that leads back would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not hide(Path(here, name), True)]
-        for path in (Path(here, name) for name in names):
-            if not hide(path, False):
-                yield path, path.suffix.lower() in EXTENSIONS or looks_like_image(path)
+    seen, tops = set(), [str(folder)]
+    for top in tops:  # links to folders are added meanwhile, followed as by torchvision's ImageFolder
+        for here, folders, names in os.walk(top, onerror=onerror):
+            real = os.path.realpath(here)
+            if real in seen:  # a link that leads back would be walked for ever
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not hide(Path(here, name), True))
+            tops += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
+            for path in (Path(here, name) for name in sorted(names)):
+                if not hide(path, False):
+                    yield path, path.suffix.lower() in EXTENSIONS or looks_like_image(path)
 
 
 def _read_folder(root: Path, folder: Path, unread: _Unread, *, all_classes: bool) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ from PIL import Image
 from loaders.sources import duplicates, open_labelled, open_source
 from loaders.sources.cifar import CIFAR10, CIFAR100, load_pickle, open_cifar, open_whole_cifar, read_cifar
 from loaders.sources.decode import MAX_PIXELS, decode_image, plain_jpeg
-from loaders.sources.image_folder import _images, _Unread
+from loaders.sources.image_folder import _images, _Unread, files_below
 from loaders.sources.list_file import read_list
 from loaders.stored.image_check import check_images
 
@@ -435,6 +435,19 @@ def test_images_by_another_name_and_broken_links_are_not_passed_over(tmp_path):
     assert of_a == ["000.png", "001.PNG", "gone.jpg", "x", "y.dat"]  # z.avif, the last by name, is held out
     bad = [(Path(image.name).name, image.reason) for image in check_images(split, num_workers=1).bad]
     assert bad == [("gone.jpg", "no such file")]
+
+
+def test_a_folder_that_is_there_twice_has_the_name_that_is_no_link(tmp_path):
+    """Of several links the first in order has the files, however the file system lists them."""
+    outside = tmp_path / "outside"
+    for path in (tmp_path / "root" / "train" / "a" / "sub" / "m" / "x.png", outside / "y.png"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    a = tmp_path / "root" / "train" / "a"
+    for name, target in [("z", outside), ("p", outside), ("k", outside), ("sub/a", a / "sub" / "m"), ("b", a / "sub")]:
+        (a / name).symlink_to(target)
+    found = [str(path.relative_to(a)) for path, _ in files_below(a, print)]
+    assert found == ["sub/m/x.png", "k/y.png"]
 
 
 def test_linked_folders_are_walked_once_and_unreadable_ones_are_refused(tmp_path, monkeypatch):
