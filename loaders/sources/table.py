@@ -133,11 +133,14 @@ def _read(path: Path) -> _Table:
 
 
 def _read_text(path: Path, text: str) -> _Table:
-    """A table with a header, its fields apart by the one of DELIMITERS that the header has most of."""
+    """A table with a header, its fields apart by the one of DELIMITERS that the header has most of.
+
+    Spaces behind a delimiter count behind tabs alone, as `write_images` writes them.
+    """
     header = text.split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=header.count)
     where = printable(path)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter != "\t")
     rows, lines, malformed = [], [], []
     try:
         names = next(reader, [])

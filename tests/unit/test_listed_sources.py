@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,20 @@ def test_the_table_of_a_conversion_makes_the_same_data_again(tmp_path, rows):
     one, two = (ConvertedDataset.open(tmp_path / name) for name in ("one", "two"))
     assert one.manifest["contents"] == two.manifest["contents"]
     assert one.class_names == two.class_names == tuple(PER_CLASS)
+
+
+def test_names_that_begin_with_a_space_come_back_from_the_table_of_a_conversion(tmp_path, rows):
+    root = tmp_path / "folders"
+    for path, label in rows:
+        (root / f" {label}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "images" / path, root / f" {label}" / f" {Path(path).name}")
+    words = ["convert", "image_folder", "--root", str(root), "--split", "0.5/0.25/0.25", "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path / "one")]) == 0
+    words = ["convert", "table", "--root", str(root), "--train-list", str(tmp_path / "one" / "images.tsv"), "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path / "two")]) == 0
+    one, two = (ConvertedDataset.open(tmp_path / name) for name in ("one", "two"))
+    assert one.manifest["contents"] == two.manifest["contents"]
+    assert one.class_names == two.class_names == tuple(f" {name}" for name in PER_CLASS)
 
 
 # --- COCO's JSON
