@@ -71,6 +71,11 @@ def _system_error(error: BaseException) -> OSError | None:
 
 def not_written(path: Path, error: OSError, needed: Callable[[], int] | None = None) -> str:
     """The message for a file that could not be written. needed: as in `atomic_file`."""
+    if error.errno == errno.EFBIG:
+        return (
+            f"{path} cannot be written: {error.strerror} for its file system, or for `ulimit -f`. What was saved "
+            "before is whole: raise the limit or put the folder on another disk, and give the same command again"
+        )
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{path} cannot be written: {error.strerror}. What was saved before is whole"
     wanted = "" if needed is None else f"{readable_bytes(needed())} needed, "

@@ -106,7 +106,8 @@ def work_folder(out: Path) -> Iterator[Path]:
     """`OUT.partial`, locked while this conversion writes; gone afterwards unless it holds finished pieces.
 
     Raises ConversionRunningError when another conversion has it; ValueError when it cannot be made or holds what no
-    conversion has made, and when the disk becomes full. A ValueError from inside says what is kept, too.
+    conversion has made, and when the disk becomes full or a file too large. A ValueError from inside says what is
+    kept, too.
     """
     work = partial_folder(out)
     try:
@@ -125,9 +126,10 @@ def work_folder(out: Path) -> Iterator[Path]:
     try:
         yield work
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ValueError(f"{disk_full(out)}{what_is_kept(out)}") from None
+        reason = file_too_large(out) if error.errno == errno.EFBIG else disk_full(out)
+        raise ValueError(f"{reason}{what_is_kept(out)}") from None
     except OtherConversionError:
         raise
     except ValueError as error:
@@ -181,6 +183,14 @@ def disk_full(out: Path) -> str:
     return (
         f"{_real(out).parent} has no space left for {out.name}: make room, store less (--max-resolution, --mode jpg), "
         "or give a folder on another disk"
+    )
+
+
+def file_too_large(out: Path) -> str:
+    """What to say when a file of `out` is larger than any may be."""
+    return (
+        f"a file of {out.name} is larger than the file system of {_real(out).parent}, or `ulimit -f`, allows: store "
+        "less (--max-resolution, --mode jpg) or shards (--format dali), or give a folder on another disk"
     )
 
 

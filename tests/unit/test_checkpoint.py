@@ -193,7 +193,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, ro
     for n in range(2):
         checkpoint.save(path, {"n": n}, keep=2)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with files_up_to(room), pytest.raises(RunFileError, match=r"last\.pt cannot be written: File too large"):
+    word = r"last\.pt cannot be written: File too large for its file system, or for `ulimit -f`\. .* raise the limit"
+    with files_up_to(room), pytest.raises(RunFileError, match=word):
         checkpoint.save(path, {"weights": torch.zeros(10_000)}, keep=2)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 

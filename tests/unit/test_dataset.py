@@ -494,6 +494,17 @@ def test_a_disk_that_becomes_full_is_said_with_its_place(files, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_becomes_too_large_is_said_with_the_remedy(files, tmp_path, monkeypatch):
+    def too_large(*arguments):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(BetonEnd, "append", too_large)
+    word = rf"a file of out is larger than the file system of {tmp_path}, or `ulimit -f`, allows: store less .*another"
+    with pytest.raises(ValueError, match=word):
+        convert(files, tmp_path / "out", options=OPTIONS, request={}, on_error="skip", progress=False)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_full_disk_is_noticed_before_writing(files, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(ValueError, match=r"need about 0.0 MiB as raw pixels .* set max_resolution"):
