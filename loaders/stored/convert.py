@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from fastlt.names import unknown
-from loaders.sources.cut import Candidates, Shares
+from loaders.sources.cut import Candidates, Shares, draw_order
 from loaders.sources.decode import header_size
 from loaders.sources.duplicates import KINDS, Duplicates
 from loaders.sources.messages import readable_bytes
 from loaders.sources.source import Source
-from loaders.sources.split import SPLITS, ArraySplit, EncodedImages, Split
+from loaders.sources.split import SPLITS, ArraySplit, EncodedImages, Split, called
 from loaders.stored import FORMATS
 from loaders.stored.atomic_folder import (
     CONVERTED,
@@ -148,20 +148,23 @@ def convert(
         store = PieceStore(work, options, formats, _description(source, options, formats), shard_images)
         listing_sha256 = source.listing_sha256()
         store.begin(restart=restart)
-        # Where images may be left out, the splits are chosen anew, and shuffled then.
-        late = on_error == "skip" and source.candidates is not None
-        if shuffle_seed is not None and not late:
-            source = _shuffled(source, shuffle_seed)
+        order = None
+        if shuffle_seed is not None:
+            source, order = _shuffled(source, shuffle_seed)
         if "ffcv" in formats:
             _check_space(work, source, options)
         groups = _groups(source, on_error)
         count = sum(len(group.split) for group in groups.values())
         with total_progress(count, progress) as bar:
             tables = _store(store, groups, bar, say)
-            source, checks, bad, duplicates = _choose(source, groups, tables, on_error, allow_duplicates)
-            if shuffle_seed is not None and late:
-                source = _shuffled(source, shuffle_seed)
-            if any(bad.values()) or (shuffle_seed is not None and late):
+            source, checks, bad = _choose(source, groups, tables, on_error, order)
+            if shuffle_seed is not None and source.candidates is not None and on_error == "skip":  # chosen anew
+                source, rows = _shuffled(source, shuffle_seed)
+                checks["train"] = checks["train"].of(rows)
+            duplicates = same_contents(source.splits, checks)
+            if not allow_duplicates:
+                refuse_same_contents(source.splits, duplicates)
+            if any(bad.values()):
                 groups = {name: Group(split) for name, split in source.splits.items()}
                 tables = store_images(store, groups)
                 # Of files that have changed meanwhile, too.
@@ -225,11 +228,15 @@ def _describe(
     }
 
 
-def _shuffled(source: Source, seed: int) -> Source:
-    """The source with its training images in a random order."""
+def _shuffled(source: Source, seed: int) -> tuple[Source, np.ndarray]:
+    """The source with its training images in a random order, and the row of each before, int64 (N,).
+
+    Their names decide it: where some are left out, the order of the others is the same. Another word than the name
+    alone, by which images are drawn for the splits: those of train would not be spread evenly.
+    """
     train = source.splits["train"]
-    rows = np.random.default_rng(seed).permutation(len(train))
-    return replace(source, splits={**source.splits, "train": train.subset(rows)})
+    rows = draw_order([f"shuffle\0{called(train, i)}" for i in range(len(train))], seed)
+    return replace(source, splits={**source.splits, "train": train.subset(rows)}), rows
 
 
 def _store(
@@ -289,18 +296,19 @@ def _choose(
     groups: Mapping[str, Group],
     tables: Mapping[str, Table],
     on_error: str,
-    allow_duplicates: bool,
-) -> tuple[Source, dict[str, ImageCheck], dict[str, tuple[BadImage, ...]], Duplicates]:
-    """The source of good images, their checks, the images that are left out, and those that are there twice.
+    order: np.ndarray | None,
+) -> tuple[Source, dict[str, ImageCheck], dict[str, tuple[BadImage, ...]]]:
+    """The source of good images, their checks, and the images that are left out.
 
+    order: of the training images that were stored among those chosen at first, None where they have that order.
     The place of an image that cannot be decoded is taken by the next good one. ValueError for images that cannot be
-    converted, a class that loses all of them, and files that are in two splits.
+    converted, and a class that loses all of them.
     """
     checks = {name: table.check(groups[name].split) for name, table in tables.items()}
     candidates = source.candidates if on_error == "skip" else None
     pools: Mapping[str, Split] = source.splits
     if candidates is not None:
-        pools, checks = candidates.pools, _checks_of_pools(candidates, checks)
+        pools, checks = candidates.pools, _checks_of_pools(candidates, checks, order)
     if on_error == "stop":
         refuse_bad_images(pools, checks)
     refuse_empty_classes(pools, checks, source.class_names)
@@ -313,16 +321,17 @@ def _choose(
     else:
         splits = {name: split.subset(good[name]) if bad[name] else split for name, split in source.splits.items()}
         checks = {name: check.of(good[name]) for name, check in checks.items()}
-    source = replace(source, splits=splits)
-    duplicates = same_contents(source.splits, checks)
-    if not allow_duplicates:
-        refuse_same_contents(source.splits, duplicates)
-    return source, checks, {name: bad.get(name, ()) for name in SPLITS}, duplicates
+    return replace(source, splits=splits), checks, {name: bad.get(name, ()) for name in SPLITS}
 
 
-def _checks_of_pools(candidates: Candidates, checks: Mapping[str, ImageCheck]) -> dict[str, ImageCheck]:
-    """The checks of the pools, put together from those of the splits and of the rest."""
+def _checks_of_pools(
+    candidates: Candidates, checks: Mapping[str, ImageCheck], order: np.ndarray | None
+) -> dict[str, ImageCheck]:
+    """The checks of the pools, put together from those of the splits and of the rest; order: as of `_choose`."""
     rows = {name: (choice.pool, choice.rows) for name, choice in candidates.choose().items()}
+    if order is not None:
+        pool, of_train = rows["train"]
+        rows["train"] = pool, of_train[order]
     rows |= {f"rest of {pool}": (pool, of_pool) for pool, of_pool in _not_chosen(candidates).items()}
     found = {}
     for pool, images in candidates.pools.items():

@@ -22,7 +22,8 @@ from fastlt.run.dataset import ensure_converted
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.sources import FileSplit, Source, open_source
-from loaders.stored import dali_format
+from loaders.sources.cut import draw_order
+from loaders.stored import dali_format, piece_writer
 from loaders.stored.convert import convert
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.ffcv_format import FfcvOptions
@@ -147,18 +148,32 @@ def test_more_shards_than_a_process_may_usually_open(files, tmp_path):
     assert done.stdout == "13\n", done.stderr
 
 
-@pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_training_images_are_stored_in_a_random_order(tmp_path, on_error):
+@pytest.mark.parametrize(("on_error", "damaged"), [("stop", 0), ("skip", 0), ("skip", 3)])
+def test_training_images_are_stored_in_a_random_order(tmp_path, monkeypatch, on_error, damaged):
     for split, count in (("train", 20), ("test", 4)):
         for name in ("cat", "dog"):
             jpeg_files(tmp_path / "images" / split / name, mixed_shapes(count, seed=len(split + name)))
+    for path in sorted((tmp_path / "images" / "train" / "cat").iterdir())[:damaged]:
+        path.write_bytes(b"damaged")
     source = open_source("image_folder", root=tmp_path / "images", meta_per_class=4)
     options = {"options": LOSSLESS, "request": {}, "formats": ("dali",), "progress": False, "on_error": on_error}
     options |= {"allow_duplicates": True}
     plain = convert(source, tmp_path / "plain", **options)
+    stored = []
+    write = piece_writer._write_pieces
+
+    def noted(job, *arguments):
+        stored.extend(len(positions) for _, positions, _ in job.todo)
+        write(job, *arguments)
+
+    monkeypatch.setattr(piece_writer, "_write_pieces", noted)
     shuffled = convert(source, tmp_path / "shuffled", **options, shuffle_seed=0, shard_images=5)
     assert verify(shuffled, num_workers=1, progress=False) == []
-    rows = np.random.default_rng(0).permutation(len(plain.labels("train")))
+    lines = [line.split("\t") for line in (plain.root / "images.tsv").read_text().splitlines()]
+    rows = draw_order([f"shuffle\0{path}" for split, _, path in lines if split == "train"], 0)
+    assert damaged or sum(stored) == 48  # each image once
+    twice = [(of.root / "duplicates.txt").read_text().splitlines() for of in (plain, shuffled)]
+    assert len({frozenset(frozenset(line.split("\t")) for line in lines) for lines in twice}) == 1
     one, other = plain.stored("train", "dali"), shuffled.stored("train", "dali")
     assert [one.encoded(i).tobytes() for i in rows] == [other.encoded(i).tobytes() for i in range(len(rows))]
     np.testing.assert_array_equal(shuffled.labels("train"), plain.labels("train")[rows])
