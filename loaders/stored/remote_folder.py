@@ -130,12 +130,12 @@ class RemoteFolder:
     def _asked(self, name: str, ask: Callable[[], Result], target: Path | None = None) -> Result:
         """What `ask` returns, asked again after a while where it fails; the OSError when `target` is what fails."""
         _check_installed(self.url)
-        wrong, began = 0, time.monotonic()
+        wrong, began = 0, None
         for tries, pause in enumerate(_pauses(), 1):
             try:
                 return ask()
             except _WrongContentError as error:
-                answer, wrong = str(error), wrong + 1
+                answer, wrong, began = str(error), wrong + 1, None  # it answers, however long that took
             except Exception as error:  # whatever a file system of fsspec and the libraries below it raise
                 if isinstance(error, OSError) and _is_local(error, target):
                     raise
@@ -147,6 +147,7 @@ class RemoteFolder:
                     f"{self.of(name)}: {answer}, {tries} times; it was changed on the server or is not uploaded whole: "
                     "put all files of one conversion there"
                 )
+            began = time.monotonic() if began is None else began
             waited = time.monotonic() - began
             if waited + pause > PATIENCE_S:
                 raise RemoteError(

@@ -182,6 +182,19 @@ def test_a_server_that_stays_away_is_one_sentence(server, no_pauses, monkeypatch
     assert no_pauses == [1, 2, 4, 8, 16, 30, 30]
 
 
+def test_a_long_download_that_breaks_off_is_asked_for_again(server, no_pauses, monkeypatch):
+    """Patience begins with the first failure, however long the first download took."""
+    failing = FailingServer(server, 1, ConnectionResetError("broken off"))
+
+    def get_file(url, target, callback):
+        remote_folder.time.sleep(10 * remote_folder.PATIENCE_S)
+        failing.get_file(url, target, callback)
+
+    monkeypatch.setattr(remote_folder, "_file_system", lambda url: SimpleNamespace(get_file=get_file))
+    cached(server).hold(NAMES[0]).close()
+    assert failing.asked == 2
+
+
 def test_an_answer_that_would_stay_the_same_ends_at_once(server, no_pauses, monkeypatch):
     class RefusedError(Exception):
         status, message = 401, "Unauthorized"
