@@ -117,7 +117,9 @@ class RemoteFolder:
 
     def _check(self, name: str, entry: FileEntry) -> None:
         size, digest = 0, hashlib.sha256()
-        with self._files().open(self.of(name), "rb", block_size=PIECE_BYTES) as file:
+        # In one stream from a web server, which may know no ranges.
+        block = 0 if urlsplit(self.url).scheme in ("http", "https") else PIECE_BYTES
+        with self._files().open(self.of(name), "rb", block_size=block) as file:
             while size <= entry.bytes and (piece := file.read(PIECE_BYTES)):
                 assert isinstance(piece, bytes), type(piece)
                 size += len(piece)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,26 @@ def test_a_server_that_goes_away_is_no_damage(server, capsys, monkeypatch):
     assert code == 2
     assert "train-00001.tar: Connect call failed" in told[0]
     assert "is the server up" in told[0]
+
+
+def test_a_web_server_without_ranges(server, capsys):
+    """As `python -m http.server`; every file is longer than a piece."""
+    pytest.importorskip("aiohttp")
+
+    class Files(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *said) -> None:
+            pass
+
+    address = ("127.0.0.1", 0)
+    with http.server.ThreadingHTTPServer(address, functools.partial(Files, directory=str(server))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_port}"
+        assert cli.main(["verify", url, "--quiet", "--workers", "2"]) == 0
+        shard = server / "dali" / "train-00001.tar"
+        shard.write_bytes(shard.read_bytes()[:-2000] + bytes(2000))
+        assert cli.main(["verify", url, "--quiet", "--workers", "2"]) == 1
+        web.shutdown()
+    assert f"{url}/dali/train-00001.tar: its sha256 is not what its manifest says" in capsys.readouterr().err
 
 
 def test_inspect_says_what_to_do_with_a_url(capsys):
