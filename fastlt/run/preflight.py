@@ -43,6 +43,7 @@ from fastlt.state import ShotRanks
 from fastlt.steps import STEPS
 from loaders.order.shard_order import ShardOrder
 from loaders.readers import BACKENDS
+from loaders.readers.base_loader import WORKER_BATCHES
 from loaders.sources.source import absent_classes
 from loaders.stored.streamed import StreamedDataset
 
@@ -247,12 +248,23 @@ def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
         )
 
 
+def _shards_ahead(context: RunContext, dataset: StreamedDataset) -> float:
+    """How many shards the workers of the 'torch' loader read ahead of the training."""
+    data = context.recipe.data
+    if data.loader != "torch":
+        return 0.0
+    workers = context.processes.cores if data.num_workers is None else data.num_workers
+    batch = max(stage.batch_size for stage in context.recipe.stages.values())
+    return workers * WORKER_BATCHES * batch / dataset.images_per_shard()
+
+
 def check_loaders(context: RunContext) -> None:
     """Mistakes that only the stored images can show: a loader that cannot read them, and sizes unlike the recipe's."""
     data = context.recipe.data
     if isinstance(context.dataset, StreamedDataset):
-        in_use = ShardOrder(data.stream.parts, data.stream.block).shards_in_use
-        context.dataset.check_room(in_use(context.reducer.world_size, context.local_world_size))
+        order, processes = ShardOrder(data.stream.parts, data.stream.block), context.reducer.world_size
+        ahead = _shards_ahead(context, context.dataset)
+        context.dataset.check_room(order.shards_in_use(processes, context.local_world_size, ahead))
     kinds = [STEPS[stage.method] for stage in context.recipe.stages.values()]
     specs = augmentations(data)
     wanted = {"data.augment": ("train", specs["train"])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,13 +61,14 @@ class ShardOrder:
         ends = [0, *cuts[self.block - 1 :: self.block].tolist(), last - first]
         yield from pairwise(ends)
 
-    def shards_in_use(self, processes: int, on_node: int) -> int:
+    def shards_in_use(self, processes: int, on_node: int, shards_ahead: float = 0.0) -> int:
         """The most shards that `on_node` of `processes` processes use at a time, with those that are fetched ahead.
 
         Of each segment these are a block, the next one, and as many shards that a reader has not let go of yet.
+        shards_ahead: of all segments together, what worker processes read ahead of the training.
         """
         segments = min(self.parts, -(-self.parts // processes) * on_node)
-        return 3 * self.block * segments
+        return (3 * self.block + math.ceil(shards_ahead / self.parts)) * segments
 
     @staticmethod
     def _in_a_row(first: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

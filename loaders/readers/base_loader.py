@@ -12,6 +12,8 @@ from loaders.order.plan import EpochPlan
 from loaders.protocol import StoredSplit
 from loaders.readers import BACKENDS
 
+WORKER_BATCHES = 2  # that each of torch's worker processes reads ahead
+
 
 class BaseLoader:
     """A BatchLoader but for its batches: a subclass opens its split after this constructor, and gives `epoch`.

@@ -109,6 +109,9 @@ class _Fetching:
     def close(self) -> None:
         """Fetch nothing more; what is under way is finished by its thread."""
         self._closing.set()
+        self._let_all_go()
+
+    def _let_all_go(self) -> None:
         with self._changed:
             for number in [number for number, (_, file) in self._held.items() if file is not None]:
                 self._let_go(number)
@@ -125,7 +128,7 @@ class _Fetching:
         while (task := self._take()) is not None:
             number, last = task
             try:
-                file = self._shards.files.hold(self._shards.name(number))
+                file = self._shards.files.hold(self._shards.name(number), wait=False)
             except ValueError:  # all errors of `hold`
                 file = None
             with self._changed:
@@ -155,6 +158,7 @@ class _Fetching:
             if slow and not told:
                 url = self._shards.files.remote.url
                 tqdm.write(f"fastlt: still waiting for shards of {url}", file=sys.stderr)
+                self._let_all_go()  # the reader may be waiting for their room
             told = slow
 
 

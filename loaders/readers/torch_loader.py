@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from loaders.order.plan import Boxes, EpochPlan
 from loaders.protocol import StoredSplit
+from loaders.readers.base_loader import WORKER_BATCHES
 from loaders.readers.fork_server import fork_server, remove_segments
 from loaders.readers.host_loader import STALL_S, HostLoader
 from loaders.readers.worker_watch import WorkerWatch, shared_memory_error, shared_memory_free
@@ -110,6 +111,7 @@ class TorchLoader(HostLoader):
             sampler=self._sampler,
             batch_size=None,  # the sampler's items are whole batches already
             num_workers=self.workers,
+            prefetch_factor=WORKER_BATCHES if self.workers else None,
             multiprocessing_context=_clean_ancestor() if self.workers else None,
             persistent_workers=self.workers > 0,
             worker_init_fn=_begin,

@@ -35,7 +35,7 @@ from loaders.stored.atomic_folder import LOCK
 from loaders.stored.damage import NoRoomError, RemoteError
 from loaders.stored.manifest import LABELS, file_sha256
 from loaders.stored.progress import progress_bar
-from loaders.stored.remote_folder import FileEntry, RemoteFolder
+from loaders.stored.remote_folder import PATIENCE_S, FileEntry, RemoteFolder, tell
 
 PART, FAILED = ".part", ".failed"
 DATASET = "fastlt-"  # with 16 hexadecimal digits, the name of a folder of ours: nothing else in the cache is touched
@@ -46,6 +46,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
 _counting = threading.Lock()
+
+
+class _FullError(NoRoomError):
+    """No room, until a process lets go of a file."""
 
 
 @dataclass
@@ -69,16 +73,18 @@ class CachedFolder:
     limit_bytes: int
     figures: Figures = field(default_factory=Figures, compare=False)
 
-    def hold(self, name: str) -> BufferedReader:
+    def hold(self, name: str, wait: bool = True) -> BufferedReader:
         """A file of the data set, open, whole and checked; it stays in the cache until it is closed.
 
         Fetched where it is absent, by one process: others wait for it. RemoteError and DamageError as
         `RemoteFolder.fetch`, NoRoomError when there is no room for it.
+        wait: whether files in use are waited for, PATIENCE_S at most, when they leave no room.
         """
         entry, target, since = self.files[name], self.root / name, time.time()
         locked, part = target.with_name(f"{target.name}.{entry.bytes}{LOCK}"), _part(target)
-        size, grown = -1, since
+        size, grown, full_since = -1, since, None
         while True:
+            full = None
             try:
                 held = self._present(target, entry)
                 if held is not None:
@@ -99,9 +105,22 @@ class CachedFolder:
                 if not target.exists():
                     _raise_failure(target, since)
                     self._fetch(name, target, part)
+            except _FullError as error:
+                full = error
             finally:
                 locked.unlink(missing_ok=True)
                 os.close(lock)
+            if full is not None:  # waited for without the lock, which would keep room from others
+                now = time.monotonic()
+                if not wait or (full_since is not None and now - full_since > PATIENCE_S):
+                    raise full
+                if full_since is None:
+                    full_since = now
+                    tell(
+                        f"fastlt: {self.root.parent}: {readable(self.limit_bytes)} are full of files in use; waiting "
+                        f"until there is room for {target.name}"
+                    )
+                time.sleep(POLL_S)
 
     def hold_all(self, names: Iterable[str], progress: bool) -> list[BufferedReader]:
         """As `hold`, several at a time, with a progress bar for what is fetched."""
@@ -120,7 +139,7 @@ class CachedFolder:
     def _held_anew(self, name: str) -> tuple[BufferedReader, bool]:
         """The file, and whether it was not there."""
         there = (self.root / name).exists()
-        return self.hold(name), not there
+        return self.hold(name, wait=False), not there
 
     def _present(self, target: Path, entry: FileEntry) -> BufferedReader | None:
         """The file with its lock, if it is there; one that was changed is removed."""
@@ -206,10 +225,10 @@ class CachedFolder:
                 if _remove_unused(path):
                     over_limit, over_disk = over_limit - size, over_disk - size
             if over_limit > 0:
-                raise NoRoomError(
+                raise _FullError(
                     f"{cache}: {readable(self.limit_bytes)} are full of files in use, and {Path(name).name} has no "
-                    f"room ({readable(self.files[name].bytes)}): give a larger data.stream.cache_gb, or a smaller "
-                    "data.stream.block or data.stream.parts"
+                    f"room ({readable(self.files[name].bytes)}): give a larger data.stream.cache_gb, of which runs "
+                    "that share this cache need the sum, or a smaller data.stream.block or data.stream.parts"
                 )
             if over_disk > 0:
                 raise self._disk_full(name)

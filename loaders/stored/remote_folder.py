@@ -156,7 +156,7 @@ class RemoteFolder:
                     f"{self.of(name)}: {answer} ({tries} tries in {waited:.0f} s); is the server up, and can it be "
                     "reached from here? The same command goes on where it was stopped"
                 )
-            _tell(f"fastlt: {self.of(name)}: {answer}; trying again in {pause:.0f} s")
+            tell(f"fastlt: {self.of(name)}: {answer}; trying again in {pause:.0f} s")
             time.sleep(pause)
         raise AssertionError("pauses never end")
 
@@ -225,7 +225,7 @@ def _is_final(error: Exception) -> bool:
 _told = -TELL_S
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """A line for the person who watches; several files that fail together are told once."""
     global _told
     now = time.monotonic()

@@ -134,6 +134,11 @@ class StreamedDataset(ConvertedDataset):
         """That of its shards; other files stay on the server."""
         return ("dali",)
 
+    def images_per_shard(self) -> float:
+        """Of training shards, on average."""
+        shards = sum(_is_shard(name, STREAMED) for name in self.files.files)
+        return self.manifest["splits"][STREAMED]["count"] / max(1, shards)
+
     def check_room(self, shards: int) -> None:
         """NoRoomError when so many training shards at a time do not fit into the cache beside the other files."""
         sizes = sorted(entry.bytes for name, entry in self.files.files.items() if _is_shard(name, STREAMED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,9 @@ def test_the_least_recently_used_files_make_room(server):
     assert in_cache(cache) == [NAMES[0], NAMES[2], NAMES[3]]
 
 
-def test_a_file_in_use_stays(server):
+def test_a_file_in_use_stays(server, monkeypatch):
+    monkeypatch.setattr(cached_folder, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(cached_folder, "POLL_S", 0.01)
     cache = cached(server, limit=2 * SIZE)
     with cache.hold(NAMES[0]):
         for name in (1, 2, 3):
@@ -99,6 +102,24 @@ def test_a_file_in_use_stays(server):
         ):
             cache.hold(NAMES[4])
     assert in_cache(cache) == [NAMES[0], NAMES[3]]
+
+
+def test_files_in_use_are_waited_for(server, monkeypatch, capsys):
+    """Those of another run, say."""
+    monkeypatch.setattr(cached_folder, "POLL_S", 0.05)
+    monkeypatch.setattr(remote_folder, "_told", -remote_folder.TELL_S)
+    cache = cached(server, limit=2 * SIZE)
+    held = [cache.hold(name) for name in NAMES[:2]]
+    with pytest.raises(NoRoomError):
+        cache.hold(NAMES[2], wait=False)
+    assert capsys.readouterr().err == ""
+    timer = threading.Timer(0.3, held[1].close)
+    timer.start()
+    cache.hold(NAMES[2]).close()
+    timer.join()
+    assert in_cache(cache) == [NAMES[0], NAMES[2]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cache: 0.0 MB are full of files in use; waiting until there is room for train-00002.tar" in line
 
 
 def test_room_is_made_among_the_files_of_all_data_sets_and_nothing_else(server):

@@ -121,3 +121,9 @@ def test_other_samplings_are_refused():
 def test_the_room_that_a_node_needs(processes, on_node, segments):
     """Eight segments of blocks of four shards: on 16 processes of two nodes each reads one, which another reads too."""
     assert ShardOrder(8, 4).shards_in_use(processes, on_node) == 3 * 4 * segments
+
+
+def test_the_room_for_what_workers_read_ahead():
+    """A tenth of a shard of all eight segments may be in eight shards more."""
+    assert ShardOrder(8, 4).shards_in_use(1, 1, 0.1) == (3 * 4 + 1) * 8
+    assert ShardOrder(8, 4).shards_in_use(16, 2, 17.0) == (3 * 4 + 3) * 2

@@ -265,6 +265,16 @@ def test_a_cache_without_room_for_what_is_in_use(shards, tmp_path):
 # Recipes and runs
 
 
+@pytest.mark.parametrize(("workers", "more"), [(0, 0), (1, 4), (3, 10)])
+def test_what_workers_read_ahead_needs_room(shards, tmp_path, monkeypatch, workers, more):
+    """Two batches of 64 of each worker, from shards of 20 in each of two segments."""
+    asked = []
+    monkeypatch.setattr(StreamedDataset, "check_room", lambda dataset, shards: asked.append(shards))
+    run = words(f"file://{shards}", tmp_path, f"data.num_workers={workers}", f"{STAGE}.batch_size=64")
+    prepare(load_recipe(RECIPE, run))
+    assert asked == [12 + 2 * more]
+
+
 def words(place: str | Path, tmp_path: Path, *more: str) -> list[str]:
     return [
         *(f"data.converted={place}", f"data.stream={{parts: 2, block: 2, cache: {tmp_path / 'cache'}}}"),
