@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastlt.augment.draws import upload_draws
 from fastlt.augment.operations import RandomResizedCrop, Shape
-from fastlt.state import ClassCounts
 from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.order.shard_order import ShardOrder
@@ -25,17 +25,19 @@ class Batches:
     """Batches (images, labels) of one split on the device; every pass over it is the next epoch.
 
     class_counts: training images of every class of the data set. reason: which reader was chosen, and why.
+    crop: gives what is done to each batch of an epoch before `augment`.
     Use it in a `with` statement, or call `close` at the end: readers have threads and processes.
     """
 
     def __init__(
         self,
         loader: BatchLoader,
-        class_counts: ClassCounts,
-        crop: Callable[[Tensor], Tensor],
+        dataset: ConvertedDataset,
+        crop: Callable[[int], Callable[[Tensor], Tensor]],
         augment: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.loader, self.class_counts, self.reason = loader, class_counts, loader.reason
+        self.loader, self.class_counts, self.reason = loader, dataset.class_counts(), loader.reason
+        self._dataset = dataset  # a streamed one keeps its files in the cache for as long as it lives
         self.crop, self.augment = crop, augment
         self.epoch = 0
 
@@ -48,8 +50,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
+        crop = self.crop(epoch)
         for batch in self.loader.epoch(epoch):
-            images = self.crop(batch.images)
+            images = crop(batch.images)
             yield (images if self.augment is None else self.augment(images)), batch.labels
 
     def close(self) -> None:
@@ -113,21 +116,25 @@ def build_loader(
         num_workers=num_workers,
         by_shards=ShardOrder() if remote and train and split == "train" else None,
     )
-    on_device = _random_crop(spec, seed) if crop == "random_resized" and not made.crops else _as_it_is
-    return Batches(made, dataset.class_counts(), on_device, augment)
+    on_device = _random_crop(spec, seed) if crop == "random_resized" and not made.crops else _none
+    return Batches(made, dataset, on_device, augment)
 
 
-def _as_it_is(images: Tensor) -> Tensor:
-    return images
+def _none(epoch: int) -> Callable[[Tensor], Tensor]:
+    return lambda images: images
 
 
-def _random_crop(spec: CropSpec, seed: int) -> Callable[[Tensor], Tensor]:
-    """The random crop of a batch on the device, for loaders that leave it to the device."""
+def _random_crop(spec: CropSpec, seed: int) -> Callable[[int], Callable[[Tensor], Tensor]]:
+    """The random crop of an epoch's batches on the device, for loaders that leave it to the device."""
     operation = RandomResizedCrop(spec.size, spec.scale, spec.aspect)
-    generator = torch.Generator().manual_seed(seed)
 
-    def crop(images: Tensor) -> Tensor:
-        shape = Shape(len(images), *images.shape[2:], static=images.device.type != "cpu")
-        return operation.apply(images.contiguous(), upload_draws(operation.draw(shape, generator), images.device))
+    def of_epoch(epoch: int) -> Callable[[Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, epoch]).integers(1 << 63)))
 
-    return crop
+        def crop(images: Tensor) -> Tensor:
+            shape = Shape(len(images), *images.shape[2:], static=images.device.type != "cpu")
+            return operation.apply(images.contiguous(), upload_draws(operation.draw(shape, generator), images.device))
+
+        return crop
+
+    return of_epoch

@@ -104,6 +104,19 @@ def test_the_loaders_of_the_page(page, digits):
         assert images.shape == (64, 3, 6, 6)
 
 
+@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+def test_an_epoch_has_the_same_crops_after_those_before_it_and_without(digits, loader):
+    words = {"crop": "random_resized", "image_size": 6, "loader": loader, "num_workers": 1}
+    with (
+        fastlt.build_loader(digits, "train", 64, **words) as whole,
+        fastlt.build_loader(digits, "train", 64, **words) as begun,
+    ):
+        epochs = [torch.cat([images for images, _ in whole]) for _ in range(3)]
+        begun.set_epoch(2)
+        assert torch.equal(torch.cat([images for images, _ in begun]), epochs[2])
+        assert not torch.equal(epochs[1], epochs[2])
+
+
 def test_the_step_is_that_of_the_trainer_bit_for_bit(digits_words):
     words = [*digits_words, "data.augment=[flip, {cutout: {size: 4}}]", "stages.end_to_end.loss=balanced_softmax"]
     context = prepare(load_recipe("digits_lt", words))

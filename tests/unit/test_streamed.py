@@ -12,6 +12,7 @@ import torch
 from short_runs import stop_after
 from small_betons import needs_dali
 
+from fastlt.batches import build_loader
 from fastlt.recipe import RecipeError, load_recipe
 from fastlt.run import checkpoint
 from fastlt.run.dataset import open_data_source, request
@@ -25,6 +26,7 @@ from loaders.order.crop import CropSpec
 from loaders.order.shard_order import ShardOrder
 from loaders.readers import prefetched_loader
 from loaders.stored import remote_folder
+from loaders.stored.cached_folder import _remove_unused
 from loaders.stored.convert import convert
 from loaders.stored.damage import DamageError, NoRoomError, RemoteError
 from loaders.stored.dataset import ConvertedDataset
@@ -260,6 +262,12 @@ def test_a_cache_without_room_for_what_is_in_use(shards, tmp_path):
         NoRoomError, match=r"data.stream.cache_gb is .* but 12 training shards of file://.*: give 0.\d+ or"
     ):
         opened(shards, tmp_path, needed + sum(trains) - 1).check_room(12)
+
+
+def test_batches_of_a_url_keep_its_files_in_the_cache(shards, tmp_path):
+    with build_loader(f"file://{shards}", "train", 16, loader="torch", num_workers=0, cache=tmp_path):
+        kept = [path for path in tmp_path.glob("fastlt-*/**/*.npz") if not _remove_unused(path)]
+    assert {path.name for path in kept} == {"labels.npz", "train.npz", "meta.npz", "test.npz"}
 
 
 # Recipes and runs
