@@ -7,6 +7,7 @@ the inverted CMYK that Adobe writes into JPEGs, and goes by the file's content, 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ SIGNATURES = (
     b"\xff\x4f\xff\x51",
 )
 SCAN, END_OF_IMAGE = 0xDA, b"\xff\xd9"  # JPEG: the marker before the compressed pixels, and the last one
+PILLOW = r"PIL\."  # its modules
+OF_PILLOW = ("ignore", None, Warning, re.compile(PILLOW), 0)  # the filter of warnings that `quiet_pillow` sets
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential and progressive
 
@@ -79,14 +82,22 @@ def decode_bytes(data: bytes) -> np.ndarray:
     the EXIF orientation is applied, and of an animation the first frame is taken.
     Raises ValueError with the reason when they are no whole image.
     """
-    with _reasons(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # broken EXIF blocks and palettes warn; the pixels are what counts here
-        with _open(io.BytesIO(data)) as image:
-            _check_pixels(image)
-            image.load()
-            if image.format in ("JPEG", "MPO") and not has_end(data):
-                raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
-            return upright_rgb(image)
+    quiet_pillow()
+    with reasons(), _open(io.BytesIO(data)) as image:
+        _check_pixels(image)
+        image.load()
+        if image.format in ("JPEG", "MPO") and not has_end(data):
+            raise ValueError("damaged: its end is missing or overwritten (no end-of-image marker)")
+        return upright_rgb(image)
+
+
+def quiet_pillow() -> None:
+    """Ignore what Pillow warns of, broken EXIF blocks and palettes: the pixels are what counts here.
+
+    For good: `warnings.catch_warnings` in several threads at once leaves its filter behind, which was for all warnings.
+    """
+    if warnings.filters[:1] != [OF_PILLOW]:
+        warnings.filterwarnings("ignore", module=PILLOW)
 
 
 def header_size(file: IO[bytes]) -> tuple[int, int]:
@@ -94,7 +105,7 @@ def header_size(file: IO[bytes]) -> tuple[int, int]:
 
     Pillow may warn of broken EXIF blocks. Raises ValueError with the reason when the header cannot be read.
     """
-    with _reasons(), _open(file) as image:
+    with reasons(), _open(file) as image:
         _check_pixels(image)
         width, height = image.size
         if image.format == "TIFF":  # some versions of Pillow have turned the size already
@@ -111,7 +122,7 @@ def _check_pixels(image: Image.Image) -> None:
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
+def reasons() -> Iterator[None]:
     """Pillow's errors inside become a ValueError with the reason."""
     try:
         yield
@@ -135,10 +146,9 @@ def plain_jpeg(data: bytes) -> bytes | None:
     """
     if not data.startswith(b"\xff\xd8") or not _is_common_jpeg(data):
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _open(io.BytesIO(data)) as image:
-            plain = image.mode in ("RGB", "L") and _orientation(image) == 1
+    quiet_pillow()
+    with _open(io.BytesIO(data)) as image:
+        plain = image.mode in ("RGB", "L") and _orientation(image) == 1
     return data if plain else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,17 @@ def test_bytes_of_jpeg_files_are_decoded_as_evaluation_decodes_files(model, tmp_
     path = saved(tmp_path / "a.jpg", Image.fromarray(PIXELS), quality=95)
     assert torch.equal(kept.logits(path.read_bytes()), kept.logits(path))
     assert not torch.equal(kept.logits(decode_image(path)), kept.logits(path))
+
+
+def test_warnings_of_others_stay_as_they_were(model, tmp_path):  # noqa: F811
+    """Also when they became errors; Pillow warns of a palette with transparency."""
+    image = Image.fromarray(PIXELS).convert("P")
+    path = saved(tmp_path / "a.png", image, transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not model.predict([path] * 400, workers=8).unreadable
+        with pytest.raises(UserWarning, match="of the user"):
+            warnings.warn("of the user")
 
 
 def test_a_list_mixes_all_forms_and_keeps_their_order(model, tmp_path):  # noqa: F811
