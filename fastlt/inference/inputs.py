@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -133,6 +134,7 @@ def cut_batches(
     batch.
     """
     kernels()  # imports FFCV, which sets torch's number of threads: not in several threads at once
+    _load_repeated(images)
     starts = iter(range(0, len(images), batch_size))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     waiting: deque[tuple[int, np.ndarray, list[Future[list[tuple[int, str]]]]]] = deque()
@@ -156,6 +158,17 @@ def cut_batches(
             yield _batch(images, first, pixels, failed)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _load_repeated(images: Sequence[ReadableImage]) -> None:
+    """Read the files behind images of Pillow that are there twice: two threads may not do it at once."""
+    times = Counter(id(image) for image in images if isinstance(image, Image.Image))
+    for image in images:
+        if isinstance(image, Image.Image) and times[id(image)] > 1:
+            times[id(image)] = 1
+            with suppress(Exception):  # told with its batch
+                image.load()
+                image.getexif()
 
 
 def _write(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from loaders.order.crop import CropSpec, crop_boxes
-from loaders.sources.decode import decode_bytes, upright_rgb
+from loaders.sources.decode import decode_bytes, reasons, upright_rgb
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.encode import kept_size, scaled, stored_sizes
 from loaders.stored.ffcv_kernels import NONE_DAMAGED, decode_jpeg, decoding_loop, resize_crop
@@ -61,10 +61,8 @@ class Storage:
 
 def pillow_pixels(image: Image.Image) -> np.ndarray:
     """An image of Pillow as uint8 (H, W, 3) RGB, as the sources read files; ValueError if it cannot be decoded."""
-    try:
+    with reasons():  # of a file that Pillow has opened and not yet read
         return upright_rgb(image)
-    except (OSError, SyntaxError) as error:  # of a file that Pillow has opened and not yet read
-        raise ValueError(f"damaged: {error}") from None
 
 
 def cut(image: np.ndarray, crop: CropSpec, out: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def test_bytes_of_jpeg_files_are_decoded_as_evaluation_decodes_files(model, tmp_
     path = saved(tmp_path / "a.jpg", Image.fromarray(PIXELS), quality=95)
     assert torch.equal(kept.logits(path.read_bytes()), kept.logits(path))
     assert not torch.equal(kept.logits(decode_image(path)), kept.logits(path))
+
+
+def test_one_opened_image_many_times(model, tmp_path, monkeypatch):  # noqa: F811
+    """Pillow reads its file when it is first looked at, which several threads would do."""
+    path, threads = saved(tmp_path / "a.png", Image.fromarray(PIXELS)), []
+    with Image.open(path) as image:
+        load = type(image).load
+        with monkeypatch.context() as patch:
+            patch.setattr(type(image), "load", lambda self: threads.append(threading.current_thread()) or load(self))
+            assert not model.predict([image] * 64, workers=8).unreadable
+    assert threads[0] is threading.main_thread()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Image.open(path) as image:
+        unreadable = model.predict([image] * 8 + [PIXELS], workers=8).unreadable
+    assert [one.position for one in unreadable] == list(range(8))
 
 
 def test_warnings_of_others_stay_as_they_were(model, tmp_path):  # noqa: F811
