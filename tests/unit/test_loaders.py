@@ -395,6 +395,22 @@ def test_resident_fills_from_shards_in_small_steps_as_from_a_beton(mixed, make, 
 
 
 @needs_dali
+@pytest.mark.parametrize("crop", [CropSpec("none"), CropSpec("random_resized", 12)])
+def test_dali_keeps_no_tensors_of_many_images(tmp_path, make, monkeypatch, crop):
+    from loaders.readers import dali_loader
+
+    shapes = mixed_shapes(24) if crop.kind != "none" else [(16, 16)] * 24
+    dataset = write_small(tmp_path / "train.beton", shapes, "jpg")
+    kept = make(dataset, "dali", crop=crop)
+    expected = [batch for epoch in (0, 1) for batch in kept.epoch(epoch)]
+    monkeypatch.setattr(dali_loader, "KEPT_TENSORS", 23)
+    loader = make(dataset, "dali", crop=crop)
+    got = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(got, expected, strict=True))
+    assert (len(kept._encoded._tensors), loader._encoded._tensors) == (24, [])
+
+
+@needs_dali
 def test_resident_jpeg_holds_the_files_and_needs_no_disk(tmp_path, make, monkeypatch):
     dataset = write_small(tmp_path / "train.beton", mixed_shapes(24), "jpg")
     crop = CropSpec("random_resized", 12)
