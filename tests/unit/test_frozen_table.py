@@ -102,7 +102,9 @@ def test_a_second_stage_has_a_third_of_the_iterations_of_the_first(words, milest
 
 
 def test_a_second_stage_with_a_length_of_its_own_has_milestones_of_it():
-    words = [f"stages.end_to_end.{word}" for word in ("iterations=2600", "schedule=multistep", "milestones=[1300, 2000]")]
+    words = [
+        f"stages.end_to_end.{word}" for word in ("iterations=2600", "schedule=multistep", "milestones=[1300, 2000]")
+    ]
     (run,) = plan(load_recipe(RECIPE, words), [row for row in ROWS if row.name == "Tau-normalisation"], [0.05], 1, 87)
     second = load_recipe(RECIPE, [*words, *run.words]).stages["second"]
     assert (second.iterations, second.milestones) == (21, [10, 16])
