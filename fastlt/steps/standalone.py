@@ -292,7 +292,7 @@ def _together(
 def _check_logits(model: nn.Module, images: Tensor, counts: ClassCounts) -> None:
     """ValueError unless the model gives one logit a class."""
     with evaluation_mode(model):
-        logits = model(images[:1])
+        logits = model(images[:1].clone())  # some networks overwrite what they are given
     if not isinstance(logits, Tensor) or logits.shape != (1, counts.num_classes):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model gives {shape} for one image: class_counts has {counts.num_classes} classes")

@@ -237,6 +237,22 @@ def test_what_does_not_fit_is_refused(change, expected):
         fastlt.build_step(model=model, optimizer=optimizer, **given)(*images_of(COUNTS))
 
 
+class OverwritesItsInput(nn.Module):
+    def forward(self, x):
+        return x.sub_(0.5).div_(0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_that_overwrites_its_input_leaves_the_meta_set_as_it_is(dtype):
+    images, labels = images_of([6] * 4, 1)
+    images = images.to(dtype)
+    given = images.clone()
+    step = build(nn.Sequential(OverwritesItsInput(), network()).to(dtype), meta_set=[(images, labels)])
+    assert torch.equal(step.meta.images, given)
+    assert torch.equal(images, given)
+    assert all((step.step.class_accuracy.images == image).flatten(1).all(1).any() for image in given)
+
+
 def test_options_are_read_as_those_of_a_recipe():
     options = build(network(), lr="0.1", approximate={"every": 2}).step.options
     assert (options.lr, options.approximate.every) == (0.1, 2)
