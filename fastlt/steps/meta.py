@@ -31,6 +31,10 @@ from fastlt.steps.settings import RecipeSettings, StageSettings
 # kept of the training batch and the activations of half of the meta batch take 1.4 times the memory of a whole batch's.
 META_PARTS = 2
 
+# Where the forward passes of BatchNorm are that move its statistics and do not compute with them; what is derived from
+# it elsewhere may.
+BATCH_NORMS = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "fastlt.models.sync_batch_norm")
+
 
 def meta_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each meta image (m,): the meta set is balanced, so its loss carries no class prior."""
@@ -217,8 +221,8 @@ class MetaStep(Step[OptionsT]):
             before = {name: self.network.get_buffer(name).clone() for name in self.moved_buffers}
             with within, repeatable:
                 return self.losses(inputs, labels), before
-        modules = self.network.named_modules()
-        own = {id(b) for _, m in modules if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+        modules = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
+        own = {id(b) for m in modules if type(m).forward.__module__ in BATCH_NORMS for b in m.buffers(recurse=False)}
         now = {n: b for n, b in self.network.named_buffers() if id(b) not in own}
         before, versions = {n: b.clone() for n, b in now.items()}, {n: b._version for n, b in now.items()}
         with within, repeatable:

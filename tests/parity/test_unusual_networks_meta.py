@@ -1,0 +1,118 @@
+"""The meta-gradient of networks that do more than a function of their input, against differentiating twice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlt.losses import build_loss
+from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.state import Batch, ClassCounts
+from fastlt.steps import STEPS, StepParts
+
+CLASSES, LR = 5, 0.1
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def some(count=8):
+    images = torch.rand(count, 3, 8, 8, dtype=torch.float64)
+    return Batch(images, torch.arange(count) % CLASSES, torch.arange(count))
+
+
+def copied(batch):
+    return Batch(batch.images.clone(), batch.labels, batch.index)
+
+
+def make_network(*layers):
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, CLASSES)).double().train()
+
+
+def make_step(model, accumulate=1, **options):
+    meta = some()
+    given = lambda images: images  # noqa: E731
+    counts = ClassCounts.of([5, 4, 3, 2, 1])
+    parts = StepParts(
+        model=model,
+        loss=build_loss("cross_entropy", counts),
+        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+        augment=given,
+        meta_augment=given,
+        class_counts=counts,
+        class_accuracy=ClassAccuracy(meta.images, meta.labels, CLASSES, prepare=given),
+        accumulate=accumulate,
+    )
+    return STEPS["difficulty"](parts, STEPS["difficulty"].Options(**options))
+
+
+def twice_differentiated(model, batch, meta_batch, weights, accumulate):
+    """dL_meta/dw, and the gradient of the weighted loss; moves the buffers of `model` as one training pass does."""
+    parameters, w = dict(model.named_parameters()), weights.clone().requires_grad_()
+
+    def parts(b):
+        return zip(b.images.clone().chunk(accumulate), b.labels.chunk(accumulate), strict=True)
+
+    losses = torch.cat([cross_entropy(model(images), labels) for images, labels in parts(batch)])
+    gradients = torch.autograd.grad((w * losses).mean(), list(parameters.values()), create_graph=True)
+    ahead = {n: p - LR * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+    meta_losses = []
+    for images, labels in parts(meta_batch):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        meta_losses.append(cross_entropy(torch.func.functional_call(model, {**buffers, **ahead}, (images,)), labels))
+    return torch.autograd.grad(torch.cat(meta_losses).mean(), w)[0], gradients
+
+
+def check(model, accumulate=1, iterations=1, **options):
+    """The meta-gradient and the update of a few iterations, each from where the one before left the network."""
+    step = make_step(model, accumulate, **options)
+    weights = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    for _ in range(iterations):
+        batch, meta_batch, slow_model = some(), some(), copy.deepcopy(model)
+        run = step.training_pass(copied(batch))
+        fast, _ = step.per_sample_gradient(run, weights, copied(meta_batch))
+        update = step.weighted_gradients(run, weights, step.parameters)
+        slow, gradients = twice_differentiated(slow_model, batch, meta_batch, weights, accumulate)
+        assert slow.norm() > 0
+        assert (fast - slow).norm() / slow.norm() < 1e-10
+        for one, other in zip(update, gradients, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-12)
+        for (name, one), other in zip(model.named_buffers(), slow_model.buffers(), strict=True):
+            torch.testing.assert_close(one, other, msg=name)
+    return step
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class BatchRenorm(nn.BatchNorm2d):
+    """Normalises with the batch, and corrects that by the running statistics, which it has moved before."""
+
+    def forward(self, x):
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 0.1)
+            self.running_var.lerp_(variance, 0.1)
+            deviation = (self.running_var + self.eps).sqrt()
+            scale = (variance + self.eps).sqrt() / deviation
+            shift = (mean - self.running_mean) / deviation
+        x = (x - mean[:, None, None]) / (variance + self.eps).sqrt()[:, None, None]
+        x = x * scale[:, None, None] + shift[:, None, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_norm_that_computes_with_its_statistics(accumulate):
+    check(make_network(nn.Conv2d(3, 4, 3), BatchRenorm(4)), accumulate, iterations=2)
+
+
+def test_the_statistics_of_batch_norm_are_not_copied():
+    step = make_step(make_network(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert step.training_pass(some()).buffers == {}
