@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -53,7 +53,7 @@ class TrainingPass:
         own.
     parts: the passes of the micro-batches where the batch has several. No losses have a graph then: what is
         differentiated is computed again, one micro-batch at a time, see `MetaStep.losses_again`.
-    buffers: before the forward, of those that it moves and may compute with, by name.
+    buffers: before the forward, of those that it or a later micro-batch moves and may compute with, by name.
     """
 
     inputs: Tensor
@@ -64,6 +64,39 @@ class TrainingPass:
     gradients: PerSampleGradients | None = None
     parts: tuple[TrainingPass, ...] = ()
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class KeptBuffers:
+    """Buffers of a network as they are before a forward pass: `keep()`, then the pass, then `moved()`.
+
+    A buffer is copied anew only when something has moved it since its copy was made; which ones move, any pass tells.
+
+    left_out: ids of buffers that are not looked at.
+    """
+
+    def __init__(self, network: nn.Module, left_out: set[int]) -> None:
+        self.places = [
+            (f"{prefix}.{key}" if prefix else key, module._buffers, key)
+            for prefix, module in network.named_modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and id(buffer) not in left_out
+        ]
+        self.copies: dict[str, tuple[Tensor, int, Tensor]] = {}  # a buffer, its version counter then, and its copy
+
+    def keep(self) -> None:
+        """Have a copy of every buffer as it is now."""
+        for name, buffers, key in self.places:
+            now = buffers[key]
+            if now is not None and not self._as_copied(name, now):
+                self.copies[name] = now, now._version, now.detach().clone()
+
+    def moved(self) -> dict[str, Tensor]:
+        """The copies of those that have been moved or exchanged since, by name."""
+        return {n: self.copies[n][2] for n, buffers, key in self.places if not self._as_copied(n, buffers[key])}
+
+    def _as_copied(self, name: str, now: Tensor | None) -> bool:
+        then = self.copies.get(name)
+        return then is not None and then[0] is now and then[0]._version == then[1]
 
 
 @dataclass(frozen=True)
@@ -142,7 +175,6 @@ class MetaStep(Step[OptionsT]):
         self.ahead = meta_gradient.trainable_parameters(parts.model)
         options = self.options
         self.preconditions = isinstance(options, MetaOptions) and options.preconditions(type(parts.optimizer))
-        self.moved_buffers: list[str] | None = None  # see `TrainingPass.buffers`; None before the first pass
         self.trial: Trial | None = None  # whether a batch can go through `kept_pass`; None before the first one
 
     @functools.cached_property
@@ -151,6 +183,13 @@ class MetaStep(Step[OptionsT]):
         groups = self.optimizer.param_groups
         factor_of = {p: group.get("lr_factor", 1.0) for group in groups for p in group["params"]}
         return [factor_of[p] / groups[0].get("lr_factor", 1.0) for p in self.ahead.values()]
+
+    @functools.cached_property
+    def buffers(self) -> KeptBuffers:
+        """For `TrainingPass.buffers`, without BatchNorm's statistics: a pass that moves them does not use them."""
+        modules = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
+        own = {id(b) for m in modules if type(m).forward.__module__ in BATCH_NORMS for b in m.buffers(recurse=False)}
+        return KeptBuffers(self.network, own)
 
     @functools.cached_property
     def draws_in_attention(self) -> bool:
@@ -194,10 +233,14 @@ class MetaStep(Step[OptionsT]):
         random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
         if self._keeps(inputs):
             assert self.trial is not None
+            self.buffers.keep()
             try:
                 losses, gradients = kept_pass(
                     lambda: self.losses(inputs, batch.labels), self.network, len(inputs), self.trial.uses
                 )
+                moved = self.buffers.moved()
+                if moved:  # later than in the trial: the meta batch may couple through it, and is not divided any more
+                    self._take(Trial(f"a forward pass changes the buffer {next(iter(moved))}"))
                 return TrainingPass(inputs, batch.labels, losses, random_state, gradients=gradients)
             except NotCoveredError as error:
                 self._take(Trial(str(error), error.parameter))
@@ -212,24 +255,12 @@ class MetaStep(Step[OptionsT]):
     def _losses_and_buffers(
         self, inputs: Tensor, labels: Tensor, within: AbstractContextManager[object]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`losses`, computed inside a context, and `TrainingPass.buffers`.
-
-        BatchNorm's statistics are not among them: a pass that moves them does not compute with them.
-        """
+        """`losses`, computed inside a context, and `TrainingPass.buffers`."""
         repeatable = meta_gradient.repeatable_attention(self.draws_in_attention, inputs.device)
-        if self.moved_buffers is not None:
-            before = {name: self.network.get_buffer(name).clone() for name in self.moved_buffers}
-            with within, repeatable:
-                return self.losses(inputs, labels), before
-        modules = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
-        own = {id(b) for m in modules if type(m).forward.__module__ in BATCH_NORMS for b in m.buffers(recurse=False)}
-        now = {n: b for n, b in self.network.named_buffers() if id(b) not in own}
-        before, versions = {n: b.clone() for n, b in now.items()}, {n: b._version for n, b in now.items()}
+        self.buffers.keep()
         with within, repeatable:
             losses = self.losses(inputs, labels)
-        after = dict(self.network.named_buffers())
-        self.moved_buffers = [n for n, b in now.items() if after[n] is not b or b._version != versions[n]]
-        return losses, {n: before[n] for n in self.moved_buffers}
+        return losses, self.buffers.moved()
 
     def _pass_in_parts(self, inputs: Tensor, labels: Tensor) -> TrainingPass:
         """The forward passes of the micro-batches, for their losses and for BatchNorm's running statistics alone."""
@@ -238,6 +269,10 @@ class MetaStep(Step[OptionsT]):
             random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
             losses, buffers = self._losses_and_buffers(inputs[part], labels[part], torch.no_grad())
             parts.append(TrainingPass(inputs[part], labels[part], losses, random_state, buffers=buffers))
+        moved: dict[str, Tensor] = {}  # what a later pass moves, an earlier one had as it was before
+        for i, part in reversed(list(enumerate(parts))):
+            moved = {**moved, **part.buffers}
+            parts[i] = replace(part, buffers=moved)
         return TrainingPass(inputs, labels, torch.cat([part.losses for part in parts]), None, parts=tuple(parts))
 
     def losses_again(self, part: TrainingPass) -> Tensor:
@@ -368,7 +403,8 @@ class MetaStep(Step[OptionsT]):
         In parts, where images do not couple and most of the network is trained, or where a batch has micro-batches.
         """
         parts = self.parts.accumulate
-        if run.gradients is not None and self.divides_meta_batch and len(labels) >= 2 * META_PARTS:
+        uncoupled = self.trial is not None and self.trial.refused is None
+        if run.gradients is not None and uncoupled and self.divides_meta_batch and len(labels) >= 2 * META_PARTS:
             parts = META_PARTS
         if parts == 1:
             return self._gradient_of_meta_images(ahead, inputs, labels, partial(mean_gradients, self.reducer))

@@ -116,3 +116,69 @@ def test_a_batch_norm_that_computes_with_its_statistics(accumulate):
 def test_the_statistics_of_batch_norm_are_not_copied():
     step = make_step(make_network(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     assert step.training_pass(some()).buffers == {}
+
+
+class FollowsLater(nn.Module):
+    """Takes off a running mean that begins to follow after some passes, and computes with what it has moved."""
+
+    def __init__(self, passes, exchange):
+        super().__init__()
+        self.passes, self.exchange = passes, exchange
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x):
+        self.seen += 1
+        if self.seen > self.passes:
+            mean = x.detach().mean((0, 2, 3))
+            self.mean = self.mean.lerp(mean, 0.5) if self.exchange else self.mean.lerp_(mean, 0.5)
+        return x - self.mean[:, None, None]
+
+
+@pytest.mark.parametrize("exchange", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_a_buffer_that_begins_to_move_later(passes, accumulate, exchange):
+    check(make_network(nn.Conv2d(3, 4, 3), FollowsLater(passes, exchange)), accumulate, iterations=5)
+
+
+class FollowsWhenTold(nn.Module):
+    """Takes off a running mean that follows once `follows` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.follows = False
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.follows:
+            self.mean.lerp_(x.detach().mean((0, 2, 3)), 0.5)
+        return x - self.mean[:, None, None]
+
+
+def test_a_buffer_that_moves_after_the_trial_couples_the_meta_images():
+    layer = FollowsWhenTold()
+    model = make_network(nn.Conv2d(3, 4, 3), layer)
+    step = make_step(model)
+    weights = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+    for layer.follows in (False, True, True):
+        batch, meta_batch, slow_model = some(), some(), copy.deepcopy(model)
+        run = step.training_pass(batch)
+        fast, _ = step.per_sample_gradient(run, weights, meta_batch)
+        slow, _ = twice_differentiated(slow_model, batch, meta_batch, weights, 1)
+        assert (fast - slow).norm() / slow.norm() < 1e-10
+    assert step.trial.refused == "a forward pass changes the buffer 1.mean"
+
+
+def test_a_buffer_that_stays_is_copied_once():
+    layer = FollowsWhenTold()
+    step = make_step(make_network(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), layer))
+    kept = []
+    for _ in range(2):
+        assert step.training_pass(some()).buffers == {}
+        kept.append(step.buffers.copies["2.mean"][2])
+    assert kept[0] is kept[1]
+    with torch.no_grad():
+        layer.mean.fill_(1.0)  # a state that is loaded, say
+    layer.follows = True
+    assert torch.equal(step.training_pass(some()).buffers["2.mean"], torch.ones(4, dtype=torch.float64))
