@@ -369,8 +369,15 @@ def why_coupled(network: nn.Module) -> str | None:
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             return f"{name} normalises with its batch, through which the samples couple"
-        if getattr(module, "grad_checkpointing", False):
-            return f"{name or 'the network'} goes forward again in the backward pass (gradient checkpointing)"
+    again = recomputes(network)
+    return None if again is None else f"{again} goes forward again in the backward pass (gradient checkpointing)"
+
+
+def recomputes(network: nn.Module) -> str | None:
+    """The part of a network that says it recomputes activations in the backward pass, as timm and transformers do."""
+    for name, module in network.named_modules():
+        if any(getattr(module, switch, False) is True for switch in ("grad_checkpointing", "gradient_checkpointing")):
+            return name or "the network"
     return None
 
 

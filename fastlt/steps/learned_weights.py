@@ -127,6 +127,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
 
     @classmethod
     def check_model(cls, model: Classifier, options: LearnedT) -> None:
+        super().check_model(model, options)
         if options.lean and not recordable(next(model.parameters())):
             raise ValueError(f"lean is true; {WHERE_LEAN}; leave it out")
         options.approximate.parameters_of(model)

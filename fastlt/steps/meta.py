@@ -20,7 +20,7 @@ from fastlt.device.distributed import Reducer
 from fastlt.device.gradients import mean_gradients, mean_of_each
 from fastlt.losses.base import at_least_float32
 from fastlt.meta import gradient as meta_gradient
-from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, try_network
+from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, recomputes, try_network
 from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
 from fastlt.state import Batch
 from fastlt.steps.base import GradientSum, OptionsT, Step, StepOptions, StepParts
@@ -151,6 +151,15 @@ class MetaStep(Step[OptionsT]):
             return super().follows(options, stage)
         kind = "preconditioned" if options.preconditions(optimizer_class(stage.optimizer)) else "sgd"
         return [*super().follows(options, stage), f"options.lookahead is {kind}, with optimizer {stage.optimizer}"]
+
+    @classmethod
+    def check_model(cls, model: nn.Module, options: OptionsT) -> None:
+        again = recomputes(model)
+        if again is not None:
+            raise ValueError(
+                f"{again} recomputes activations (grad_checkpointing), and a meta-gradient cannot be taken through "
+                "that: turn it off; options.lean: true lowers memory"
+            )
 
     @classmethod
     def why_general(cls, traces: bool, float32_tangent: bool) -> str | None:

@@ -182,3 +182,12 @@ def test_a_buffer_that_stays_is_copied_once():
         layer.mean.fill_(1.0)  # a state that is loaded, say
     layer.follows = True
     assert torch.equal(step.training_pass(some()).buffers["2.mean"], torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["difficulty", "sample_difficulty", "mwn", "cb_da"])
+def test_a_network_that_recomputes_activations_is_refused(method):
+    """The lookahead's parameters have left the network by then, which would recompute with its own."""
+    model = make_network(nn.Conv2d(3, 4, 3))
+    model[0].grad_checkpointing = True
+    with pytest.raises(ValueError, match="0 recomputes activations"):
+        STEPS[method].check_model(model, STEPS[method].Options())

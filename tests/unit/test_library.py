@@ -237,6 +237,15 @@ def test_what_does_not_fit_is_refused(change, expected):
         fastlt.build_step(model=model, optimizer=optimizer, **given)(*images_of(COUNTS))
 
 
+@pytest.mark.parametrize("switch", ["grad_checkpointing", "gradient_checkpointing"])
+def test_a_network_that_recomputes_activations_is_refused(switch):
+    model = network()
+    setattr(model[0], switch, True)
+    with pytest.raises(ValueError, match=r"0 recomputes activations.*options\.lean: true lowers memory"):
+        build(model)
+    build(model, "plain")
+
+
 class OverwritesItsInput(nn.Module):
     def forward(self, x):
         return x.sub_(0.5).div_(0.25)
