@@ -50,29 +50,34 @@ def trainable_parameters(model: nn.Module) -> Tensors:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def losses_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def losses_at(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], overwrites: bool = False
+) -> Callable[..., Tensor]:
     """The per-sample losses of `model` as a function of all that they depend on.
 
     The function takes (parameters, constants, buffers, images, labels), the first three by name, and returns (b,). It
     runs the model in the mode it is in, on copies of the buffers: BatchNorm normalises with the batch in training mode,
-    and its running statistics stay as they are.
+    and its running statistics stay as they are. overwrites: whether the model does so with its input, and gets a copy.
     """
 
     def losses(parameters: Tensors, constants: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
         # Cloned on every call: forward-mode derivatives refuse the in-place update of a buffer they did not create.
         copies = {name: b.clone() for name, b in buffers.items()}
-        logits = torch.func.functional_call(model, {**copies, **constants, **parameters}, (images,))
+        given = images.clone() if overwrites else images
+        logits = torch.func.functional_call(model, {**copies, **constants, **parameters}, (given,))
         return loss(logits, labels)
 
     return losses
 
 
-def tangents_at(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def tangents_at(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], overwrites: bool = False
+) -> Callable[..., Tensor]:
     """The derivative of `losses_at` in the parameters along a direction, by a Jacobian-vector product.
 
     The function takes (parameters, direction, constants, buffers, images, labels) and returns (b,).
     """
-    losses = losses_at(model, loss)
+    losses = losses_at(model, loss, overwrites)
 
     def tangents(parameters: Tensors, direction: Tensors, *rest: Any) -> Tensor:
         return torch.func.jvp(lambda p: losses(p, *rest), (parameters,), (direction,))[1]
@@ -97,12 +102,13 @@ def functional_losses(
     images: Tensor,
     labels: Tensor,
     buffers: Mapping[str, Tensor] = MappingProxyType({}),
+    overwrites: bool = False,
 ) -> LossOfParameters:
     """The per-sample losses of `model` on one batch as a function of its parameters, or of some of them.
 
     Parameters that it is not given are constants; otherwise see `losses_at`. buffers: see `what_stays`.
     """
-    losses = losses_at(model, loss)
+    losses = losses_at(model, loss, overwrites)
     return lambda parameters: losses(parameters, *what_stays(model, parameters, buffers), images, labels)
 
 

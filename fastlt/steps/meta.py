@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -184,6 +184,7 @@ class MetaStep(Step[OptionsT]):
         self.ahead = meta_gradient.trainable_parameters(parts.model)
         options = self.options
         self.preconditions = isinstance(options, MetaOptions) and options.preconditions(type(parts.optimizer))
+        self.overwrites: bool | None = None  # whether the network does so with its input; None before the first pass
         self.trial: Trial | None = None  # whether a batch can go through `kept_pass`; None before the first one
 
     @functools.cached_property
@@ -215,12 +216,12 @@ class MetaStep(Step[OptionsT]):
     @functools.cached_property
     def meta_losses(self) -> Callable[..., Tensor]:
         """The meta loss of each image as a function of everything, see `meta_gradient.losses_at`."""
-        return self.parts.compiler(meta_gradient.losses_at(self.network, meta_cross_entropy))
+        return self.parts.compiler(meta_gradient.losses_at(self.network, meta_cross_entropy, self._overwrites))
 
     @functools.cached_property
     def tangents(self) -> Callable[..., Tensor]:
         """The tangents of the losses as a function of everything, see `meta_gradient.tangents_at`."""
-        return self.parts.compiler(meta_gradient.tangents_at(self.network, self.loss))
+        return self.parts.compiler(meta_gradient.tangents_at(self.network, self.loss, self._overwrites))
 
     def why_not_compiled(self) -> str | None:
         if self.parts.accumulate > 1 and self.parts.compiler.mode == "inductor":
@@ -244,9 +245,10 @@ class MetaStep(Step[OptionsT]):
             assert self.trial is not None
             self.buffers.keep()
             try:
-                losses, gradients = kept_pass(
-                    lambda: self.losses(inputs, batch.labels), self.network, len(inputs), self.trial.uses
-                )
+                with self._given(inputs) as given:
+                    losses, gradients = kept_pass(
+                        lambda: self.losses(given, batch.labels), self.network, len(given), self.trial.uses
+                    )
                 moved = self.buffers.moved()
                 if moved:  # later than in the trial: the meta batch may couple through it, and is not divided any more
                     self._take(Trial(f"a forward pass changes the buffer {next(iter(moved))}"))
@@ -267,8 +269,8 @@ class MetaStep(Step[OptionsT]):
         """`losses`, computed inside a context, and `TrainingPass.buffers`."""
         repeatable = meta_gradient.repeatable_attention(self.draws_in_attention, inputs.device)
         self.buffers.keep()
-        with within, repeatable:
-            losses = self.losses(inputs, labels)
+        with self._given(inputs) as given, within, repeatable:
+            losses = self.losses(given, labels)
         return losses, self.buffers.moved()
 
     def _pass_in_parts(self, inputs: Tensor, labels: Tensor) -> TrainingPass:
@@ -286,10 +288,31 @@ class MetaStep(Step[OptionsT]):
 
     def losses_again(self, part: TrainingPass) -> Tensor:
         """The losses of a micro-batch with their graph, from the same random draws; leaves no trace in buffers."""
-        losses = meta_gradient.functional_losses(self.network, self.loss, part.inputs, part.labels, part.buffers)
+        losses = self._functional_losses(part)
         repeatable = meta_gradient.repeatable_attention(self.draws_in_attention, part.inputs.device)
         with self._drawn_by(part), self.parts.autocast(), repeatable:
             return losses(meta_gradient.trainable_parameters(self.network))
+
+    def _functional_losses(self, run: TrainingPass) -> meta_gradient.LossOfParameters:
+        return meta_gradient.functional_losses(
+            self.network, self.loss, run.inputs, run.labels, run.buffers, self._overwrites
+        )
+
+    @property
+    def _overwrites(self) -> bool:
+        assert self.overwrites is not None, "asked before the first training pass"
+        return self.overwrites
+
+    @contextmanager
+    def _given(self, inputs: Tensor) -> Iterator[Tensor]:
+        """What the network gets of inputs that later passes need: a copy, until it is known to leave it alone."""
+        if self.overwrites is False:
+            yield inputs
+            return
+        given = inputs.clone()
+        version = given._version
+        yield given
+        self.overwrites = given._version != version
 
     def _keeps(self, inputs: Tensor) -> bool:
         """Whether one pass keeps what lookahead, tangent and update need; tries the network with the first batch."""
@@ -472,6 +495,6 @@ class MetaStep(Step[OptionsT]):
                 direction,
             )
         # A float32 tangent is 1e-4 off along one direction, one in the training pass's types 1e-2.
-        losses = meta_gradient.functional_losses(self.network, self.loss, run.inputs, run.labels, run.buffers)
+        losses = self._functional_losses(run)
         record = run.record if self._replays(run.inputs.device) else None
         return meta_gradient.directional_derivative(losses, self.ahead, direction, record)

@@ -56,7 +56,7 @@ def twice_differentiated(model, batch, meta_batch, weights, accumulate):
     parameters, w = dict(model.named_parameters()), weights.clone().requires_grad_()
 
     def parts(b):
-        return zip(b.images.clone().chunk(accumulate), b.labels.chunk(accumulate), strict=True)
+        return zip([i.clone() for i in b.images.chunk(accumulate)], b.labels.chunk(accumulate), strict=True)
 
     losses = torch.cat([cross_entropy(model(images), labels) for images, labels in parts(batch)])
     gradients = torch.autograd.grad((w * losses).mean(), list(parameters.values()), create_graph=True)
@@ -191,3 +191,33 @@ def test_a_network_that_recomputes_activations_is_refused(method):
     model[0].grad_checkpointing = True
     with pytest.raises(ValueError, match="0 recomputes activations"):
         STEPS[method].check_model(model, STEPS[method].Options())
+
+
+class NormalisesInPlace(nn.Module):
+    def forward(self, x):
+        return x.sub_(0.5).div_(0.25)
+
+
+NORMS = {"without a norm": nn.Identity, "batch norm": lambda: nn.BatchNorm2d(4)}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("accumulate", "options"), [(1, {}), (2, {}), (1, {"lean": True})])
+def test_a_network_that_overwrites_its_input(accumulate, options, norm):
+    model = make_network(NormalisesInPlace(), nn.Conv2d(3, 4, 3), NORMS[norm]())
+    step = check(model, accumulate, iterations=2, **options)
+    batch, meta_batch = some(), some()
+    given = batch.images.clone(), meta_batch.images.clone()
+    step(batch, meta_batch)
+    assert torch.equal(batch.images, given[0])
+    assert torch.equal(meta_batch.images, given[1])
+
+
+def test_a_network_that_leaves_its_input_alone_gets_no_copy():
+    step = check(make_network(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    seen = []
+    step.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = some()
+    run = step.training_pass(batch)
+    assert seen[0] is batch.images
+    assert run.inputs is batch.images
