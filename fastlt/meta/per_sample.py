@@ -345,7 +345,8 @@ def try_network(network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], im
     coupled = why_coupled(network)
     if coupled is not None:
         return Trial(coupled)
-    state, buffers = random_state(image.device), {name: b.clone() for name, b in network.named_buffers()}
+    state = random_state(image.device)
+    before = {place: (b, None if b is None else b.clone()) for place, b in _buffers(network).items()}
     try:
         with torch.autocast(image.device.type, enabled=False):
             trial = _try_images(network, copy.deepcopy(loss), image, num_classes, state)
@@ -355,13 +356,32 @@ def try_network(network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], im
         trial = Trial(f"a trial failed ({str(error).strip().splitlines()[0]})")
     finally:
         set_random_state(state, image.device)
-    changed = [name for name, b in network.named_buffers() if not torch.equal(b, buffers[name])]
-    if not changed:
-        return trial
-    with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            buffer.copy_(buffers[name])
-    return Trial(f"a forward pass changes the buffer {changed[0]}")
+    changed = _put_back(network, before)
+    return trial if changed is None else Trial(f"a forward pass changes the buffer {changed}")
+
+
+def _buffers(network: nn.Module) -> dict[tuple[str, str], Tensor | None]:
+    """All buffers, those that are None among them, by the names of the module and of the buffer in it."""
+    return {(name, key): b for name, module in network.named_modules() for key, b in module._buffers.items()}
+
+
+def _put_back(network: nn.Module, before: Mapping[tuple[str, str], tuple[Tensor | None, Tensor | None]]) -> str | None:
+    """Give a network the buffers, with the values, that it had; the name of one that was changed, None without one."""
+    changed = None
+    for place, now in _buffers(network).items():
+        buffer, value = before.get(place, (None, None))
+        if now is buffer and (buffer is None or value is None or torch.equal(buffer, value)):
+            continue
+        changed = changed or ".".join(part for part in place if part)
+        module = network.get_submodule(place[0])
+        if place not in before:
+            del module._buffers[place[1]]
+            continue
+        module._buffers[place[1]] = buffer
+        if buffer is not None and value is not None:
+            with torch.no_grad():
+                buffer.copy_(value)
+    return changed
 
 
 def why_coupled(network: nn.Module) -> str | None:
@@ -410,6 +430,8 @@ def _try_images(
         others = of_images[[j for j in range(TRIED) if j != i]]
         if others.abs().max() > 1e-6 * of_images.abs().max():
             return Trial("the loss of an image depends on the other images of its batch")
+    if _moves_others(lambda given: loss(network(given), labels), images.detach(), losses.detach(), state):
+        return Trial("the loss of an image depends on the other images of its batch")
     set_random_state(state, image.device)
     _, gradients = kept_pass(lambda: loss(network(images.detach()), labels), network, TRIED)
     weights, direction = draw(TRIED).abs(), [draw(*p.shape) for p in parameters.values()]
@@ -426,6 +448,25 @@ def _try_images(
     if (error.abs() > TOLERANCE * scale).any():
         return Trial("the tangents of what is kept are not autograd's")
     return Trial(None, uses=tuple(gradients.uses))
+
+
+def _moves_others(
+    losses_of: Callable[[Tensor], Tensor], images: Tensor, losses: Tensor, state: Mapping[str, Tensor]
+) -> bool:
+    """Whether another image in the place of one moves the losses of the rest, which gradients show only in part.
+
+    A statistic that is a constant to autograd is one of the batch all the same.
+    """
+    for i in range(len(images)):
+        others = [j for j in range(len(images)) if j != i]
+        given = images.clone()
+        given[i] = 3 * given[i].flip(-1)
+        set_random_state(state, images.device)
+        with torch.enable_grad():  # in the kernels of the other passes
+            moved = losses_of(given).detach() - losses
+        if not (moved[others].abs() <= 1e-5 * losses.abs().max()).all():
+            return True
+    return False
 
 
 def _dot(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

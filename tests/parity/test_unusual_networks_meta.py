@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
+from fastlt.meta.per_sample import try_network
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 
@@ -221,3 +222,57 @@ def test_a_network_that_leaves_its_input_alone_gets_no_copy():
     run = step.training_pass(batch)
     assert seen[0] is batch.images
     assert run.inputs is batch.images
+
+
+class Lazy(nn.Module):
+    """A running mean that begins with that of the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        mean = x.detach().mean((0, 2, 3))
+        self.mean = mean.clone() if self.mean is None else self.mean.lerp(mean, 0.5)
+        return x - self.mean[:, None, None]
+
+
+class MakesItsBuffer(nn.Module):
+    """A buffer that the first pass registers."""
+
+    def forward(self, x):
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", x.detach().abs().mean((0, 2, 3)))
+        return x * self.scale[:, None, None]
+
+
+@pytest.mark.parametrize(("layer", "buffer"), [(Lazy, "mean"), (MakesItsBuffer, "scale")])
+def test_a_trial_leaves_no_buffer_that_it_has_made(layer, buffer):
+    model = make_network(nn.Conv2d(3, 4, 3), layer())
+    trial = try_network(model, cross_entropy, some(1).images, CLASSES)
+    assert trial.refused == f"a forward pass changes the buffer 1.{buffer}"
+    assert getattr(model[1], buffer, None) is None
+    assert not dict(model.named_buffers())
+
+
+class ScalesByItsBatch(nn.Module):
+    """A statistic of the batch that is a constant to autograd."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x):
+        if self.constant == "detach":
+            return x * (torch.relu(x.detach()).mean() + 1)
+        with torch.no_grad():
+            scale = torch.relu(x).mean() + 1
+        return x * scale
+
+
+@pytest.mark.parametrize("constant", ["detach", "no_grad"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_images_that_couple_through_a_constant(accumulate, constant):
+    step = check(make_network(nn.Conv2d(3, 4, 3), ScalesByItsBatch(constant)), accumulate, iterations=2)
+    if accumulate == 1:
+        assert step.trial.refused == "the loss of an image depends on the other images of its batch"
