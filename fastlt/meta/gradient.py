@@ -36,6 +36,7 @@ from fastlt.device.distributed import Reducer
 from fastlt.device.gradients import mean_gradients
 
 Tensors = dict[str, Tensor]
+Buffers = dict[str, Tensor | None]  # None: one that a first pass makes
 # A diagonal matrix over parameters: a tensor or a number for each.
 Diagonal = list[Tensor] | list[float]
 # Per-sample losses (b,) as a function of the parameters; it must not write to anything that outlives the call.
@@ -60,9 +61,9 @@ def losses_at(
     and its running statistics stay as they are. overwrites: whether the model does so with its input, and gets a copy.
     """
 
-    def losses(parameters: Tensors, constants: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+    def losses(parameters: Tensors, constants: Tensors, buffers: Buffers, images: Tensor, labels: Tensor) -> Tensor:
         # Cloned on every call: forward-mode derivatives refuse the in-place update of a buffer they did not create.
-        copies = {name: b.clone() for name, b in buffers.items()}
+        copies: dict[str, Any] = {name: None if b is None else b.clone() for name, b in buffers.items()}
         given = images.clone() if overwrites else images
         logits = torch.func.functional_call(model, {**copies, **constants, **parameters}, (given,))
         return loss(logits, labels)
@@ -86,8 +87,8 @@ def tangents_at(
 
 
 def what_stays(
-    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] = MappingProxyType({})
-) -> tuple[Tensors, Tensors]:
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor | None] = MappingProxyType({})
+) -> tuple[Tensors, Buffers]:
     """The (constants, buffers) of `losses_at` for a model of which `parameters` are varied; tensors, not copies.
 
     buffers: in place of the model's own, by name.
@@ -101,7 +102,7 @@ def functional_losses(
     loss: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
-    buffers: Mapping[str, Tensor] = MappingProxyType({}),
+    buffers: Mapping[str, Tensor | None] = MappingProxyType({}),
     overwrites: bool = False,
 ) -> LossOfParameters:
     """The per-sample losses of `model` on one batch as a function of its parameters, or of some of them.

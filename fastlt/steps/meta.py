@@ -63,7 +63,7 @@ class TrainingPass:
     record: ForwardRecord | None = None
     gradients: PerSampleGradients | None = None
     parts: tuple[TrainingPass, ...] = ()
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor | None] = field(default_factory=dict)
 
 
 class KeptBuffers:
@@ -79,24 +79,25 @@ class KeptBuffers:
             (f"{prefix}.{key}" if prefix else key, module._buffers, key)
             for prefix, module in network.named_modules()
             for key, buffer in module._buffers.items()
-            if buffer is not None and id(buffer) not in left_out
+            if id(buffer) not in left_out
         ]
-        self.copies: dict[str, tuple[Tensor, int, Tensor]] = {}  # a buffer, its version counter then, and its copy
+        # A buffer, its version counter then, and its copy; None, 0 and None before a first pass that makes it.
+        self.copies: dict[str, tuple[Tensor | None, int, Tensor | None]] = {}
 
     def keep(self) -> None:
         """Have a copy of every buffer as it is now."""
         for name, buffers, key in self.places:
             now = buffers[key]
-            if now is not None and not self._as_copied(name, now):
-                self.copies[name] = now, now._version, now.detach().clone()
+            if not self._as_copied(name, now):
+                self.copies[name] = (None, 0, None) if now is None else (now, now._version, now.detach().clone())
 
-    def moved(self) -> dict[str, Tensor]:
+    def moved(self) -> dict[str, Tensor | None]:
         """The copies of those that have been moved or exchanged since, by name."""
         return {n: self.copies[n][2] for n, buffers, key in self.places if not self._as_copied(n, buffers[key])}
 
     def _as_copied(self, name: str, now: Tensor | None) -> bool:
         then = self.copies.get(name)
-        return then is not None and then[0] is now and then[0]._version == then[1]
+        return then is not None and then[0] is now and (now is None or now._version == then[1])
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class MetaStep(Step[OptionsT]):
 
     def _losses_and_buffers(
         self, inputs: Tensor, labels: Tensor, within: AbstractContextManager[object]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """`losses`, computed inside a context, and `TrainingPass.buffers`."""
         repeatable = meta_gradient.repeatable_attention(self.draws_in_attention, inputs.device)
         self.buffers.keep()
@@ -280,7 +281,7 @@ class MetaStep(Step[OptionsT]):
             random_state = None if self.parts.compiler.active else meta_gradient.random_state(inputs.device)
             losses, buffers = self._losses_and_buffers(inputs[part], labels[part], torch.no_grad())
             parts.append(TrainingPass(inputs[part], labels[part], losses, random_state, buffers=buffers))
-        moved: dict[str, Tensor] = {}  # what a later pass moves, an earlier one had as it was before
+        moved: dict[str, Tensor | None] = {}  # what a later pass moves, an earlier one had as it was before
         for i, part in reversed(list(enumerate(parts))):
             moved = {**moved, **part.buffers}
             parts[i] = replace(part, buffers=moved)

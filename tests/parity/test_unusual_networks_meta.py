@@ -276,3 +276,8 @@ def test_images_that_couple_through_a_constant(accumulate, constant):
     step = check(make_network(nn.Conv2d(3, 4, 3), ScalesByItsBatch(constant)), accumulate, iterations=2)
     if accumulate == 1:
         assert step.trial.refused == "the loss of an image depends on the other images of its batch"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_buffer_that_the_first_pass_makes(accumulate):
+    check(make_network(nn.Conv2d(3, 4, 3), Lazy()), accumulate, iterations=3)
