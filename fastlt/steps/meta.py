@@ -21,6 +21,7 @@ from fastlt.device.gradients import mean_gradients, mean_of_each
 from fastlt.losses.base import at_least_float32
 from fastlt.meta import gradient as meta_gradient
 from fastlt.meta.per_sample import NotCoveredError, PerSampleGradients, Trial, kept_pass, recomputes, try_network
+from fastlt.models import Classifier
 from fastlt.optim import OPTIMIZERS, PRECONDITIONED, PRECONDITIONERS, optimizer_class, preconditioner
 from fastlt.state import Batch
 from fastlt.steps.base import GradientSum, OptionsT, Step, StepOptions, StepParts
@@ -64,6 +65,16 @@ class TrainingPass:
     gradients: PerSampleGradients | None = None
     parts: tuple[TrainingPass, ...] = ()
     buffers: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+
+def refuse_recomputation(network: nn.Module) -> None:
+    """ValueError for a network whose backward pass goes forward again: with its own parameters, not the lookahead's."""
+    again = recomputes(network)
+    if again is not None:
+        raise ValueError(
+            f"{again} recomputes activations (grad_checkpointing), and a meta-gradient cannot be taken through that: "
+            "turn it off; options.lean: true lowers memory"
+        )
 
 
 class KeptBuffers:
@@ -154,13 +165,8 @@ class MetaStep(Step[OptionsT]):
         return [*super().follows(options, stage), f"options.lookahead is {kind}, with optimizer {stage.optimizer}"]
 
     @classmethod
-    def check_model(cls, model: nn.Module, options: OptionsT) -> None:
-        again = recomputes(model)
-        if again is not None:
-            raise ValueError(
-                f"{again} recomputes activations (grad_checkpointing), and a meta-gradient cannot be taken through "
-                "that: turn it off; options.lean: true lowers memory"
-            )
+    def check_model(cls, model: Classifier, options: OptionsT) -> None:
+        refuse_recomputation(model)
 
     @classmethod
     def why_general(cls, traces: bool, float32_tangent: bool) -> str | None:

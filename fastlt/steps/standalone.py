@@ -23,7 +23,7 @@ from fastlt.state import Batch, ClassCounts, StepOutput, upload
 from fastlt.steps import STEPS
 from fastlt.steps.base import Step, StepParts
 from fastlt.steps.learned_weights import LearnedWeightStep
-from fastlt.steps.meta import MetaOptions, MetaStep
+from fastlt.steps.meta import MetaOptions, MetaStep, refuse_recomputation
 from fastlt.typed_yaml import build
 
 # Those that train any network as it is: no head of ours, no second view of an image, no stage before.
@@ -162,7 +162,7 @@ def build_step(
         raise ValueError("model is wrapped in DistributedDataParallel: give model.module, the step averages gradients")
     _check_parameters(model, optimizer)
     if issubclass(kind, MetaStep):
-        MetaStep.check_model(model, made)
+        refuse_recomputation(model)
     counts = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts.of(class_counts)
     device = next(p for p in model.parameters() if p.requires_grad).device
     reducer = Reducer(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Reducer()

@@ -124,7 +124,7 @@ CAMPAIGN = {
     "Ours, absolute driver target": {"100": 5},
     **{row: {"100": 3} for row in ("Focal Loss", "Class-Balanced Focal", "LDAM-DRW", "MWN", "mixup", *SECOND)},
     **{row: {"100": 3} for row in ("CDB-CE", "CDB-CE, A in every iteration")},
-    **{f"{first} + {row}": {"100": 3} for first in ("mixup", "Ours + Bal. Softmax") for row in SECOND},
+    **{f"{first} + {row}": {"100": 3} for first in ("mixup", "Bal. Softmax", "Ours + Bal. Softmax") for row in SECOND},
 }
 
 
