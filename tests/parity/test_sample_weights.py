@@ -16,6 +16,7 @@ from fastlt.models import build_model
 from fastlt.state import Batch, ClassCounts
 from fastlt.steps import STEPS, StepParts
 from fastlt.steps.sample_weights import batch_weights
+from fastlt.typed_yaml import build
 
 CLASSES, LR = 5, 0.1
 COUNTS = ClassCounts(np.array([40, 20, 10, 5, 2]), tuple("abcde"))
@@ -154,14 +155,14 @@ def test_batch_weights_have_mean_one_and_survive_zeros():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("mwn", {"hidden": 0}, "hidden is 0"),
-        ("mwn", {"lr": -1.0}, "lr is -1.0"),
+        ("mwn", {"hidden": 0}, "hidden: is 0"),
+        ("mwn", {"lr": -1.0}, "lr: is -1.0"),
         ("sample_difficulty", {"driver_target": "absolut"}, "did you mean 'absolute'"),
-        ("sample_difficulty", {"driver_weight": -1.0}, "driver_weight is -1.0"),
-        ("cb_da", {"beta": 1.0}, "beta is 1.0"),
-        ("cb_da", {"from_epoch": -1}, "from_epoch is -1"),
+        ("sample_difficulty", {"driver_weight": -1.0}, "driver_weight: is -1.0"),
+        ("cb_da", {"beta": 1.0}, "beta: is 1.0"),
+        ("cb_da", {"from_epoch": -1}, "from_epoch: is -1"),
     ],
 )
 def test_bad_options_are_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
-        STEPS[method].Options(**options)
+        build(STEPS[method].Options, options)
