@@ -6,12 +6,11 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -21,6 +20,7 @@ from fastlt.inference.transform import EvaluationTransform, ReadableImage, Store
 from fastlt.paths import expand
 from loaders.sources.image_folder import files_below
 from loaders.sources.messages import printable
+from loaders.stored.as_stored import pillow_pixels
 from loaders.stored.ffcv_kernels import kernels
 
 AHEAD = 2  # batches that are decoded ahead of the one that the network works on
@@ -134,7 +134,7 @@ def cut_batches(
     batch.
     """
     kernels()  # imports FFCV, which sets torch's number of threads: not in several threads at once
-    _load_repeated(images)
+    images = _repeated_loaded(images)
     starts = iter(range(0, len(images), batch_size))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     waiting: deque[tuple[int, np.ndarray, list[Future[list[tuple[int, str]]]]]] = deque()
@@ -160,15 +160,25 @@ def cut_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _load_repeated(images: Sequence[ReadableImage]) -> None:
-    """Read the files behind images of Pillow that are there twice: two threads may not do it at once."""
+def _repeated_loaded(images: Sequence[ReadableImage]) -> Sequence[ReadableImage]:
+    """The images; of those of Pillow that are there twice the files are read, which two threads may not do at once.
+
+    One that cannot be decoded is replaced by its reason: Pillow would read its file again each time it is asked.
+    """
     times = Counter(id(image) for image in images if isinstance(image, Image.Image))
+    failed: dict[int, StoredImage] = {}
     for image in images:
         if isinstance(image, Image.Image) and times[id(image)] > 1:
             times[id(image)] = 1
-            with suppress(Exception):  # told with its batch
-                image.load()
-                image.getexif()
+            try:
+                pillow_pixels(image)
+            except ValueError as error:
+                failed[id(image)] = StoredImage(None, partial(_raise, str(error)))
+    return [failed.get(id(image), image) for image in images] if failed else images
+
+
+def _raise(reason: str) -> NoReturn:
+    raise ValueError(reason)
 
 
 def _write(

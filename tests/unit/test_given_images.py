@@ -98,9 +98,13 @@ def test_one_opened_image_many_times(model, tmp_path, monkeypatch):  # noqa: F81
             assert not model.predict([image] * 64, workers=8).unreadable
     assert threads[0] is threading.main_thread()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with Image.open(path) as image:
+    threads.clear()
+    with Image.open(path) as image, monkeypatch.context() as patch:
+        patch.setattr(type(image), "load", lambda self: threads.append(threading.current_thread()) or load(self))
         unreadable = model.predict([image] * 8 + [PIXELS], workers=8).unreadable
     assert [one.position for one in unreadable] == list(range(8))
+    assert {one.reason for one in unreadable} == {"damaged: image file is truncated"}
+    assert set(threads) == {threading.main_thread()}, "two threads that read it at once see it whole now and then"
 
 
 def test_warnings_of_others_stay_as_they_were(model, tmp_path):  # noqa: F811
