@@ -6,7 +6,7 @@ The rest of fastlt imports the names below and no module of this package.
 from fastlt.autograd.activations import OverwrittenError
 from fastlt.autograd.folded_batch_norm import FoldedForward
 from fastlt.autograd.forward_record import ForwardRecord, recordable
-from fastlt.autograd.modes import TangentMode
+from fastlt.autograd.modes import NoGradWatch, TangentMode
 from fastlt.autograd.rules import ForwardChangedError, scaled_and_shifted
 from fastlt.autograd.saved_tensors import with_recompute
 
@@ -14,6 +14,7 @@ __all__ = [
     "FoldedForward",
     "ForwardChangedError",
     "ForwardRecord",
+    "NoGradWatch",
     "OverwrittenError",
     "TangentMode",
     "recordable",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fastlt.autograd.activations import Activation, Operation, Source
 from fastlt.autograd.rules import Rule, find_rule, unpack_dual
@@ -60,6 +61,19 @@ class DualMode(RuleMode):
             return function(*args, **kwargs)
         with forward_ad._set_fwd_grad_enabled(False):
             return function(*args, **kwargs)
+
+
+class NoGradWatch(TorchFunctionMode):
+    """found: whether, inside, an operation took a tensor with a gradient under `torch.no_grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not torch.is_grad_enabled() and func is not Tensor.detach:
+            self.found |= any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
 
 
 class TangentMode(DualMode):

@@ -110,7 +110,7 @@ class CompilableStep(ReplayedStep, Protocol):
     @property
     def reducer(self) -> Reducer: ...
 
-    def why_not_compiled(self) -> str | None: ...
+    def why_not_compiled(self, batch: Batch) -> str | None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -198,12 +198,12 @@ def ready(
     compiler = step.parts.compiler
     if not compiler.active:
         return step, None
-    reason = step.why_not_compiled() or (why_no_graph(step, capture) if compiler.captures else None)
-    if reason is not None:
-        compiler.give_up()
-        return step, reason
     before, random = copy.deepcopy(step.state_dict()), random_states()
     try:
+        reason = step.why_not_compiled(batch) or (why_no_graph(step, capture) if compiler.captures else None)
+        if reason is not None:
+            compiler.give_up()
+            return step, reason
         # The first iteration makes the optimizers' state, the second one is like all that follow.
         for _ in range(2):
             step(batch, meta_batch)

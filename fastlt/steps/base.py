@@ -256,8 +256,11 @@ class Step(Replayable, Generic[OptionsT]):
 
     # Asked where iterations are compiled, or captured and replayed; see `Replayable` for the rest.
 
-    def why_not_compiled(self) -> str | None:
-        """Why `parts.compiler` cannot serve this step, None when it can."""
+    def why_not_compiled(self, batch: Batch) -> str | None:
+        """Why `parts.compiler` cannot serve this step, None when it can.
+
+        batch: one to try; what that changes, the caller takes back.
+        """
         if self.parts.compiler.captures and not capturable(type(self.optimizer)):
             return f"{type(self.optimizer).__name__} counts its steps in Python, which is not captured"
         return None if self.allows.compilation else "the method has passes of its own, which are not compiled"

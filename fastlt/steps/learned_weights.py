@@ -157,10 +157,10 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         holes = why_holes_stay() if self.lean and self.parameters[0].device.type == "cpu" else None
         return [*super().advice(), *([] if holes is None else [f"options.lean: {holes}"])]
 
-    def why_not_compiled(self) -> str | None:
+    def why_not_compiled(self, batch: Batch) -> str | None:
         if self.parts.compiler.captures and self.options.approximate.every > 1:
             return "approximate.every makes iterations that are not alike; choose one of the two"
-        return super().why_not_compiled()
+        return super().why_not_compiled(batch)
 
     def counters(self) -> Any:
         return self.iteration, super().counters()

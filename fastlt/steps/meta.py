@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastlt.autograd import ForwardRecord, OverwrittenError, recordable, with_recompute
+from fastlt.autograd import ForwardRecord, NoGradWatch, OverwrittenError, recordable, with_recompute
 from fastlt.device.distributed import Reducer
 from fastlt.device.gradients import mean_gradients, mean_of_each
 from fastlt.losses.base import at_least_float32
@@ -230,12 +230,23 @@ class MetaStep(Step[OptionsT]):
         """The tangents of the losses as a function of everything, see `meta_gradient.tangents_at`."""
         return self.parts.compiler(meta_gradient.tangents_at(self.network, self.loss, self._overwrites))
 
-    def why_not_compiled(self) -> str | None:
+    def why_not_compiled(self, batch: Batch) -> str | None:
         if self.parts.accumulate > 1 and self.parts.compiler.mode == "inductor":
             return "the passes of micro-batches are computed again, which is not compiled by inductor"
         if meta_gradient.is_stochastic(self.network):
             return "the network draws random numbers, and compiled passes over one batch would not draw the same"
-        return super().why_not_compiled()
+        reason = super().why_not_compiled(batch)
+        if reason is None and self.parts.compiler.mode == "inductor" and self._computes_constants(batch):
+            reason = "the network computes under torch.no_grad, which its compiled tangent would differentiate"
+        return reason
+
+    def _computes_constants(self, batch: Batch) -> bool:
+        """Whether the losses of a batch are computed from something that `torch.no_grad` makes a constant."""
+        inputs = self.inputs(self.parts.augment(batch.images))
+        losses = meta_gradient.functional_losses(self.network, self.loss, inputs, batch.labels)
+        with torch.enable_grad(), self.parts.autocast(), NoGradWatch() as watch:
+            losses(self.ahead)
+        return watch.found
 
     def inputs(self, images: Tensor) -> Tensor:
         """What `network` takes, from augmented images."""

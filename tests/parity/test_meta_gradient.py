@@ -578,7 +578,7 @@ def test_a_layer_that_computes_with_the_buffer_that_it_moves_is_differentiated_w
         first = torch.nn.utils.parametrizations.spectral_norm(first)
     model = torch.nn.Sequential(
         *(
-            torch.nn.Conv2d(3, 4, 3),
+            first,
             Centring(4, constant),
             torch.nn.Tanh(),
             torch.nn.Flatten(),

@@ -118,6 +118,29 @@ def test_what_cannot_be_compiled_says_why_and_trains(method, drop_rate, why):
     assert torch.isfinite(step(*batches(0)).loss)
 
 
+class Standardised(nn.Conv2d):
+    """Divides its weights by their norm, which is a constant to the backward pass."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            norm = self.weight.norm()
+        return nn.functional.conv2d(x, self.weight / norm, None, self.stride)
+
+
+@pytest.mark.parametrize(("method", "compiles"), [("difficulty", False), ("plain", True)])
+def test_a_constant_of_the_backward_pass_is_not_compiled_into_a_tangent(method, compiles):
+    """`torch.func.jvp` would differentiate it."""
+    step, plain = make_step(method, Compiler("inductor")), make_step(method, Compiler())
+    for one in (step, plain):
+        one.parts.model.backbone[0].__class__ = Standardised
+    reason = ready(step, *batches(0))[1]
+    assert reason is None if compiles else "under torch.no_grad" in reason
+    step(*batches(0))
+    plain(*batches(0))
+    for (name, value), (_, other) in zip(tensors(step.state_dict()), tensors(plain.state_dict()), strict=True):
+        assert torch.allclose(value, other, rtol=1e-4, atol=1e-6), name
+
+
 @pytest.mark.parametrize(("method", "drop_rate"), [("plain", 0.5), ("difficulty", 0.0)])
 def test_a_compiler_that_fails_is_given_up_with_its_reason_and_without_a_trace(monkeypatch, method, drop_rate):
     def failing(function, **options):
