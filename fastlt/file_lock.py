@@ -12,6 +12,8 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,21 @@ def open_locked(path: Path, patience_s: float = PATIENCE_S) -> int | None:
         if time.monotonic() > deadline:
             return None
         time.sleep(0.1)
+
+
+@contextmanager
+def locked(path: Path, patience_s: float) -> Iterator[bool]:
+    """Inside, no other process or thread is inside for the same path, if True; False after `patience_s` seconds.
+
+    path: of a file that is there meanwhile, and holds nothing. OSError when it cannot be made.
+    """
+    descriptor = open_locked(path, patience_s)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def is_at(descriptor: int, path: Path) -> bool:

@@ -148,10 +148,7 @@ class _Reproduction:
         text = markdown(self.title, self.cells, given.scale)
         write_files(given.out, self.name, text, [cell.as_row() for cell in self.cells])
         file = given.out / f"{self.name}_runs.json"
-        # Results that other calls have written there stay, whatever this one asks for.
-        results = read_results([file] if file.exists() else [])
-        results.update(self.shared)
-        results.write(file)
+        self.shared.add_to(file)
         if given.into is not None:
             write_into(given.into, given.table, given.scale, self.cells)
         return text

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastlt import strict_json
+from fastlt.file_lock import locked
 from fastlt.recipe import Recipe, RecipeError, recipe_from_tree, without_paths
 from fastlt.reproduce.plan import identity_of
 from fastlt.run.atomic_file import read_json, write_atomically
+
+PATIENCE_S = 60.0  # that another call may take to write the file
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class SharedResults:
         """The result of a recipe; None where there is none."""
         found = self.by_key.get(_key(recipe))
         return None if found is None else found.result
+
+    def add_to(self, file: Path) -> None:
+        """Write these results into a file, in which those of other calls stay, also of calls that write it just now.
+
+        ValueError where another call is at it for a minute.
+        """
+        with locked(file.with_name(f"{file.name}.lock"), PATIENCE_S) as alone:
+            if not alone:
+                raise ValueError(f"{file} is written by another process, which does not end; stop it, and try again")
+            results = read_results([file] if file.exists() else [])
+            results.update(self)
+            results.write(file)
 
     def write(self, file: Path) -> None:
         """A JSON list with a line a run; nothing in it says where files are on this machine."""

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,9 @@ import torch
 import yaml
 
 import fastlt.train
-from fastlt import cli
+from fastlt import cli, file_lock
 from fastlt.recipe import load_recipe
-from fastlt.reproduce import availability, execution, output, tables
+from fastlt.reproduce import availability, execution, output, shared_results, tables
 from fastlt.reproduce.plan import plan_run
 from fastlt.reproduce.shared_results import SharedResults, read_results
 from fastlt.run import checkpoint
@@ -620,6 +621,34 @@ def test_shared_results_tell_files_apart_by_their_contents(tmp_path):
         assert found.get(recipe()) is None
     (tmp_path / "there" / "weights.pt").write_bytes(b"changed")
     assert results.get(with_weights("there")) is None
+
+
+def test_two_calls_that_write_their_results_at_once_lose_none(tmp_path, monkeypatch):
+    """Each reads the file, adds its own and writes it: the second has to read what the first one wrote."""
+    read = shared_results.read_results
+
+    def reads_slowly(files):
+        found = read(files)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(shared_results, "read_results", reads_slowly)
+    file = tmp_path / "runs.json"
+
+    def add(seed):
+        results = SharedResults()
+        results.add(load_recipe("digits_lt", [f"seed={seed}"]), {"top1": seed / 10})
+        results.add_to(file)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    found = read([file])
+    for seed in range(4):
+        assert found.get(load_recipe("digits_lt", [f"seed={seed}"])) == {"top1": seed / 10}
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+    monkeypatch.setattr(shared_results, "PATIENCE_S", 0)
+    with file_lock.locked(tmp_path / "runs.json.lock", 0), pytest.raises(ValueError, match="written by another"):
+        add(0)
 
 
 def test_rates_are_compared_on_validation_alone(digits, tmp_path, capsys, in_process):
