@@ -66,7 +66,19 @@ class Classifier(nn.Module, Generic[BackboneT, HeadT]):
         return images.flatten(1) if self.takes_features else self.backbone(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(images)))
+        return self.logits_of(self.head, self.features(images))
+
+    def logits_of(self, head: nn.Module, features: Tensor) -> Tensor:
+        """A head's logits for features before the dropout; in eval mode autocast leaves them in float32.
+
+        In a half type several classes often share the largest logit, and the first of them, where classes are sorted
+        the one with the most images, would be the prediction.
+        """
+        device = features.device.type
+        if self.training or device == "meta" or not torch.is_autocast_enabled(device):
+            return head(self.dropout(features))
+        with torch.autocast(device, enabled=False):
+            return head(self.dropout(at_least_float32(features)))
 
     def drop_backbone(self) -> None:
         """From now on "images" are the features of the frozen backbone, float (N, D, 1, 1), and the model goes without.
@@ -121,7 +133,7 @@ class ExpertClassifier(Classifier[ExpertBackbone, ExpertHead]):
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """Logits (E, N, C) of every expert for images (N, 3, H, W)."""
-        return self.head(self.dropout(self.features(images)))
+        return self.logits_of(self.head, self.features(images))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.router is not None and not self.training:
@@ -137,7 +149,7 @@ class ExpertClassifier(Classifier[ExpertBackbone, ExpertHead]):
         total = torch.empty(0)
         for i, (expert, head) in enumerate(zip(self.backbone.experts, self.head.heads, strict=True)):
             features = expert(maps)
-            logits = at_least_float32(head(self.dropout(features)))
+            logits = at_least_float32(self.logits_of(head, features))
             total = torch.zeros_like(logits) if i == 0 else total
             total[waiting] += logits
             asked[waiting] += 1

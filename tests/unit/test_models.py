@@ -322,3 +322,16 @@ def test_forward_mode_safe_changes_the_path_and_not_the_result():
     assert forward_mode_safe(model) is model
     torch.testing.assert_close(model(x), fused)
     torch.func.jvp(model, (x,), (x,))
+
+
+@pytest.mark.parametrize("experts", [None, 2])
+def test_the_largest_logit_is_told_apart_under_autocast(experts):
+    """Of 1,000 logits in bfloat16 several share the largest value, and the first class would always win."""
+    model = build_model("cifar_resnet8", num_classes=1000, head="cosine", experts=experts).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        trained = model.train()(torch.rand(64, 3, 32, 32))
+    assert logits.dtype == torch.float32
+    top = logits.topk(2).values
+    assert (top[:, 0] > top[:, 1]).all()
+    assert trained.dtype == (torch.bfloat16 if experts is None else torch.float32)
