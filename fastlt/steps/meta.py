@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,28 @@ def refuse_recomputation(network: nn.Module) -> None:
             f"{again} recomputes activations (grad_checkpointing), and a meta-gradient cannot be taken through that: "
             "turn it off; options.lean: true lowers memory"
         )
+
+
+@contextmanager
+def refused_recomputation(network: nn.Module) -> Iterator[None]:
+    """Inside is a backward pass: ValueError when a part of the network goes forward again, see `refuse_recomputation`.
+
+    For networks that do so by code of their own, such as calls of torch.utils.checkpoint, which no attribute tells.
+    """
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        raise ValueError(
+            f"{name_of[module] or 'the network'} goes forward again in the backward pass (torch.utils.checkpoint), and "
+            "a meta-gradient cannot be taken through that: turn it off; options.lean: true lowers memory"
+        )
+
+    name_of = {module: name for name, module in network.named_modules()}
+    hooks = [module.register_forward_pre_hook(refuse) for module in name_of]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class KeptBuffers:
@@ -192,6 +214,7 @@ class MetaStep(Step[OptionsT]):
         options = self.options
         self.preconditions = isinstance(options, MetaOptions) and options.preconditions(type(parts.optimizer))
         self.overwrites: bool | None = None  # whether the network does so with its input; None before the first pass
+        self.refuses_recomputation = True  # until the first backward pass of a meta batch is over
         self.trial: Trial | None = None  # whether a batch can go through `kept_pass`; None before the first one
 
     @functools.cached_property
@@ -474,6 +497,8 @@ class MetaStep(Step[OptionsT]):
         labels: Tensor,
         differentiate: meta_gradient.Differentiate,
     ) -> tuple[Tensor, list[Tensor]]:
+        if self.refuses_recomputation and not self.parts.compiler.traces:
+            differentiate = self._refusing_recomputation(differentiate)
         stays = meta_gradient.what_stays(self.network, ahead)
 
         def losses(parameters: meta_gradient.Tensors) -> Tensor:
@@ -489,6 +514,15 @@ class MetaStep(Step[OptionsT]):
                 meta_gradient.set_random_state(random_state, inputs.device)
                 warnings.warn(f"the meta pass keeps all of its activations, which takes more memory: {error}")
         return meta_gradient.mean_loss_gradient(losses, ahead, differentiate)
+
+    def _refusing_recomputation(self, differentiate: meta_gradient.Differentiate) -> meta_gradient.Differentiate:
+        def refusing(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+            with refused_recomputation(self.network):
+                found = differentiate(value, leaves)
+            self.refuses_recomputation = False
+            return found
+
+        return refusing
 
     def _tangent(self, run: TrainingPass, direction: list[Tensor]) -> Tensor:
         if run.gradients is not None:

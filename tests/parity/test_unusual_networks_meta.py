@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlt.losses import build_loss
 from fastlt.meta.class_accuracy import ClassAccuracy
@@ -192,6 +193,36 @@ def test_a_network_that_recomputes_activations_is_refused(method):
     model[0].grad_checkpointing = True
     with pytest.raises(ValueError, match="0 recomputes activations"):
         STEPS[method].check_model(model, STEPS[method].Options())
+
+
+class Recomputes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return checkpoint(self.conv, x, use_reentrant=False)  # torch itself refuses the other kind
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4)])
+def test_a_network_that_recomputes_without_saying_so_is_refused(accumulate, norm):
+    model = make_network(nn.Conv2d(3, 4, 3), copy.deepcopy(norm), Recomputes())
+    step = make_step(model, accumulate)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="conv goes forward again in the backward pass"):
+            step(some(), some())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not model[2].conv._forward_pre_hooks
+
+
+def test_a_network_with_nothing_to_refuse_is_watched_once():
+    model = make_network(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    step = make_step(model)
+    step(some(), some())
+    assert not step.refuses_recomputation
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 class NormalisesInPlace(nn.Module):
