@@ -1,10 +1,18 @@
-"""The states of the default random generators, taken and put back."""
+"""Seeds of generators, and the states of the default ones, taken and put back."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import torch
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in [0, 2^63) that follows from numbers and names."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def random_states() -> dict[str, Any]:

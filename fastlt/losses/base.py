@@ -15,7 +15,7 @@ class PerSampleLoss(nn.Module):
     """Logits float (N, C) and labels int64 (N,) to losses (N,): float32, or float64 for float64 logits.
 
     Buffers made from class counts are float64; a loss takes them in the precision of its logits.
-    Between epochs and iterations a loss is told two things; most losses do nothing with them.
+    At the start, between epochs and between iterations a loss is told something; most losses do nothing with it.
 
     corrects_prior: whether the loss makes up for class frequencies, and so needs batches that have them.
     draws: whether `draw` draws something for every sample of a batch.
@@ -36,6 +36,9 @@ class PerSampleLoss(nn.Module):
 
     def on_epoch(self, epoch: int) -> None:
         """Called before the first iteration of `epoch` (from 0 in each stage); for deferred re-weighting."""
+
+    def share_draws(self, seed: int, rank: int, world_size: int) -> None:
+        """Told once, before the first `draw`: the run's seed, and which of how many processes this is."""
 
     def draw(self, batch_size: int) -> None:
         """Called once an iteration, before the first evaluation of the loss: draws what is random in it.

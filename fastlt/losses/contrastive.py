@@ -48,7 +48,8 @@ def robust_contrastive(
     them. The mean over those classes is returned.
 
     features: z (b, D). labels: int64 (b,). centroids: mu (C, D), constant. radius: eps (C,), learnable. Float32 or
-    float64. Source: Samuel and Chechik 2021, in the form of the authors' release.
+    float64. Source: Samuel and Chechik 2021, in the form of the authors' release, which gives radii
+    to the samples in the order of their classes: to the wrong ones, unless the batch is sorted.
     """
     distance = torch.cdist(centroids, features, compute_mode="donot_use_mm_for_euclid_dist")
     own = torch.arange(len(centroids), device=labels.device)[:, None] == labels[None, :]

@@ -35,12 +35,13 @@ class Equalization(PerSampleLoss):
     is sum_k w_k BCE(sigmoid(z_k), y_k), where b_k is the same for all classes: so in the releases of CDB-CE and of
     Difficulty-Net, after the paper's detectors.
     b is drawn by `draw`, from a generator of its own: for every sample and class, of the sigmoid kind once a batch.
-    Evaluations in between see the same draws. Without a rare class this is cross-entropy, softmax or sigmoid.
+    Evaluations in between see the same draws, and several processes draw what one draws for all of their batches, see
+    `share_draws`. Without a rare class this is cross-entropy, softmax or sigmoid.
 
     kind: softmax or sigmoid.
     gamma: probability that a rare class is left out of a sample, in [0, 1].
     threshold: classes with a smaller share of the training set are rare, in [0, 1].
-    seed: of the draws.
+    seed: of the draws, with the run's.
     rare: bool (C,).
     dropped: bool (N, C), where `draw` drew b = 1 for a rare class.
     """
@@ -67,10 +68,13 @@ class Equalization(PerSampleLoss):
         self.gamma = check_number("gamma", gamma, 0, 1 + 1e-9)
         share = class_counts.counts / class_counts.counts.sum()
         rare = torch.from_numpy(share < check_number("threshold", threshold, 0, 1 + 1e-9))
-        self.seed = int(seed)
+        self.seed, self.rank, self.world_size = int(seed), 0, 1
         self.generator: torch.Generator | None = None
         self.register_buffer("rare", rare, persistent=False)
         self.register_buffer("dropped", torch.zeros(0, class_counts.num_classes, dtype=torch.bool), persistent=False)
+
+    def share_draws(self, seed: int, rank: int, world_size: int) -> None:
+        self.seed, self.rank, self.world_size = self.seed + seed, rank, world_size
 
     def draw(self, batch_size: int) -> None:
         """Draw b for the next batch; the buffer keeps its storage while the batch size stays the same."""
@@ -80,7 +84,9 @@ class Equalization(PerSampleLoss):
             drawn = torch.zeros(1, dtype=torch.bool, device=self.rare.device)
             self.dropped.copy_(drawn.bernoulli_(self.gamma, generator=self._generator()).logical_and(self.rare))
         else:
-            self.dropped.bernoulli_(self.gamma, generator=self._generator()).logical_and_(self.rare)
+            own = slice(self.rank * batch_size, (self.rank + 1) * batch_size)
+            drawn = self.dropped.new_empty(self.world_size * batch_size, len(self.rare))
+            self.dropped.copy_(drawn.bernoulli_(self.gamma, generator=self._generator())[own].logical_and_(self.rare))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         if len(labels) != len(self.dropped):

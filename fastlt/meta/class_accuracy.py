@@ -198,7 +198,7 @@ class ClassAccuracy(Replayable):
 
     def _by_class(self, values: Tensor) -> Tensor:
         """The sums over the images of each class (C,) of a value for every image of this process."""
-        return torch.zeros(self.num_classes, device=values.device).index_add_(0, self.labels, values)
+        return values.new_zeros(self.num_classes).index_add_(0, self.labels, values)
 
     def _prepared(self, prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Prepare all images now, if they fit; returns what is left to do with a batch of them.

@@ -52,9 +52,10 @@ def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tenso
 
 
 def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor) -> Tensor:
-    """sqrt(sum of squares) + eps."""
+    """(sqrt(sum of squares) + eps) (1 + (t - 1) lr_decay)."""
     total = gradient.square()
-    return (total if "sum" not in state else total.add_(state["sum"])).sqrt_().add_(group["eps"])
+    root = (total if "sum" not in state else total.add_(state["sum"])).sqrt_().add_(group["eps"])
+    return root.mul_(1 + (_step(state) - 1) * group["lr_decay"])
 
 
 def _mean_of_squares(gradient: Tensor, before: Tensor | None, beta: float) -> Tensor:

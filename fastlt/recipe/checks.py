@@ -402,7 +402,7 @@ def accumulation(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         )
         return
     sizes = {"batch_size": stage.batch_size}
-    if kind.needs.meta_batch and stage.meta_batch_size is not None:
+    if kind.takes_meta_batches(stage.options) and stage.meta_batch_size is not None:
         sizes["meta_batch_size"] = stage.meta_batch_size
     for key, size in sizes.items():
         if size % parts:
@@ -440,6 +440,11 @@ def adjustment(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
         yield (
             f"eval_adjustment: is {stage.eval_adjustment} with sampling {stage.sampling!r}, under which the network "
             "does not learn the class frequencies that it takes off; leave it out"
+        )
+    elif STEPS[stage.method].logits_prior.origin in ("weighted", "uniform"):
+        yield (
+            f"eval_adjustment: is {stage.eval_adjustment} with method {stage.method!r}, which moves the logits away "
+            "from the class frequencies that it takes off; leave it out"
         )
 
 

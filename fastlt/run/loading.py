@@ -60,12 +60,12 @@ def open_stage_loaders(
 ) -> StageLoaders:
     """The loaders of a stage. backends: `StageLoaders.backends` of before the run was stopped."""
     chosen = dict(backends or {})
-    needs = STEPS[stage.method].needs
+    kind = STEPS[stage.method]
     options: dict[str, Any] = {"sampling": stage.sampling, "classes": stage_classes(context, stage)}
     train = _open_training(context, stage, "train", chosen, **options)
-    if needs.second_view and context.recipe.data.train_crop == "random_resized" and train.crops:
+    if kind.needs.second_view and context.recipe.data.train_crop == "random_resized" and train.crops:
         train = TwoViewLoader(train, _open_training(context, stage, "train", chosen, view=1, **options))
-    meta = _open_training(context, stage, "meta", chosen) if needs.meta_batch else None
+    meta = _open_training(context, stage, "meta", chosen) if kind.takes_meta_batches(stage.options) else None
     return StageLoaders(train, meta, chosen)
 
 

@@ -123,7 +123,7 @@ def _pass(model: Classifier, back_to: bool, size: int) -> None:
 def _check_single_images(recipe: Recipe, name: str, stage: StageRecipe, model: Classifier, processes: int) -> None:
     """ValueError for batches of one image a process where BatchNorm would have to take the variance of one value."""
     sizes = {"batch_size": stage.batch_size}
-    if STEPS[stage.method].needs.meta_batch:
+    if STEPS[stage.method].takes_meta_batches(stage.options):
         sizes["meta_batch_size"] = stage.meta_batch_size or stage.batch_size
     single = [key for key, size in sizes.items() if size // processes // stage.accumulate == 1]
     if not single or (recipe.sync_batch_norm and processes > 1):

@@ -216,6 +216,11 @@ def check_dataset(context: RunContext) -> None:
                 f"stages.{name}.classes is {stage.classes!r}, but {context.dataset.place} has no such class with "
                 f"data.shots {counts.shots_text}; leave out the stage and the keys that name it, or set other shots"
             )
+        if not stage_classes(context, stage)[context.dataset.labels("meta")].any():
+            raise ValueError(
+                f"stages.{name}.classes is {stage.classes!r}, and no such class has an image in the meta split, on "
+                "which the stage is validated; hold out more images, or leave out the stage and the keys that name it"
+            )
         _check_batches(context, name, stage)
         check_meta_share(context, name, stage)
 
@@ -224,7 +229,7 @@ def _check_batches(context: RunContext, name: str, stage: StageRecipe) -> None:
     """ValueError for batches that their split cannot fill, or that do not divide among the processes."""
     processes = context.reducer.world_size
     for key, split in (("batch_size", "train"), ("meta_batch_size", "meta")):
-        if split == "meta" and not STEPS[stage.method].needs.meta_batch:
+        if split == "meta" and not STEPS[stage.method].takes_meta_batches(stage.options):
             continue
         size, labels = batch_size(stage, split), context.dataset.labels(split)
         available = int(stage_classes(context, stage)[labels].sum()) if split == "train" else len(labels)
@@ -265,10 +270,10 @@ def check_loaders(context: RunContext) -> None:
         order, processes = ShardOrder(data.stream.parts, data.stream.block), context.reducer.world_size
         ahead = _shards_ahead(context, context.dataset)
         context.dataset.check_room(order.shards_in_use(processes, context.local_world_size, ahead))
-    kinds = [STEPS[stage.method] for stage in context.recipe.stages.values()]
     specs = augmentations(data)
     wanted = {"data.augment": ("train", specs["train"])}
-    if any(kind.needs.meta_batch for kind in kinds):
+    stages = context.recipe.stages.values()
+    if any(STEPS[stage.method].takes_meta_batches(stage.options) for stage in stages):
         wanted["data.meta_augment"] = ("meta", specs["meta"])
     if data.second_augment is not None:
         wanted["data.second_augment"] = ("train", specs["second"])

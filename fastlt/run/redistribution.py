@@ -3,20 +3,19 @@
 streams of augmentations    begin anew, from a seed that the run's seed, its iteration and the processes give
 results of the meta set     go to the processes that score these images now
 BatchNorm's statistics      are the means over the processes before, as an evaluation takes them
-default random generators   go on as that of process 0
+default random generators   begin anew, likewise
 loaders chosen by `auto`    stay those of process 0
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlt.device.random_states import derived_seed, random_states
 from fastlt.meta.class_accuracy import redistributed_results
 
 STREAMS = ("augment", "meta_augment", "second_augment")  # of a step's state
@@ -39,13 +38,19 @@ def redistributed(
         results = [one["step"]["class_accuracy"] for one in processes]
         step["class_accuracy"] = redistributed_results(results, rank, world_size)
     means = {key: _means([one[key] for one in processes]) for key in ("buffers", "average_buffers") if key in first}
-    return {**first, "step": step, **means, "random": _same_on_all_devices(first["random"])}
+    return {**first, "step": step, **means, "random": _default_generators(seed, done, rank, world_size)}
 
 
 def _generator(*seeds: object) -> Tensor:
     """The state of a generator that these seeds give."""
-    digest = hashlib.sha256(json.dumps(seeds).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1).get_state()
+    return torch.Generator().manual_seed(derived_seed(*seeds)).get_state()
+
+
+def _default_generators(*seeds: object) -> dict[str, Any]:
+    """`random_states` that these seeds give."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(derived_seed(*seeds))
+        return random_states()
 
 
 def _means(buffers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -54,8 +59,3 @@ def _means(buffers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.stack([one[name] for one in buffers]).mean(0) if first.is_floating_point() else first
         for name, first in buffers[0].items()
     }
-
-
-def _same_on_all_devices(random: Mapping[str, Any]) -> dict[str, Any]:
-    """The first GPU is that of process 0; another process has another one."""
-    return {**random, "cuda": random["cuda"][:1] * torch.cuda.device_count()}

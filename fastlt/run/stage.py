@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastlt.device.compiled import Compiler
+from fastlt.device.random_states import derived_seed
 from fastlt.losses import build_loss
 from fastlt.meta.bounded_accuracy import class_accuracy
 from fastlt.meta.class_accuracy import ClassAccuracy
@@ -120,18 +121,23 @@ def build_stage(
     """Open the loaders of a stage and make the step that trains `model`, which `prepare_model` has been given.
 
     training_images: see `StepParts`. backends: see `open_stage_loaders`.
+
+    With several processes the step's own networks begin alike on all, and dropout draws other masks on each.
     """
     stage = context.recipe.stages[name]
+    _seed_default_generators(context, name)
     kind, options = STEPS[stage.method], stage.options
     optimizer = stage_optimizer(context, stage, model, kind.parameter_groups(model, options))
     loaders, accuracy = open_stage_loaders(context, stage, backends), None
     if kind.needs.class_accuracy:
         accuracy, slices = _class_accuracy(context, stage)
         loaders = replace(loaders, slices=slices)
+    loss = build_loss(stage.loss, context.counts, **stage.loss_options).to(context.device)
+    loss.share_draws(context.recipe.seed, context.reducer.rank, context.reducer.world_size)
     parts = StepParts(
         model=model,
         class_accuracy=accuracy,
-        loss=build_loss(stage.loss, context.counts, **stage.loss_options).to(context.device),
+        loss=loss,
         optimizer=optimizer,
         augment=make_augment(context, "train", loaders.train),
         meta_augment=None if loaders.meta is None else make_augment(context, "meta", loaders.meta),
@@ -140,6 +146,7 @@ def build_stage(
         class_counts=context.counts,
         autocast=context.autocast,
         reducer=context.reducer,
+        seed=context.recipe.seed,
         compiler=Compiler(context.compile),
         trained_classes=stage_classes(context, stage),
         clip=stage.clip,
@@ -147,7 +154,15 @@ def build_stage(
         stage_models={earlier: stage_model(context, earlier) for earlier in kind.models_of_stages(options)},
     )
     ema = None if stage.ema is None else stage.ema.start(model)
-    return Stage(name, stage, kind(parts, options), loaders, ema)
+    step = kind(parts, options)
+    _seed_default_generators(context, name, context.reducer.rank)
+    return Stage(name, stage, step, loaders, ema)
+
+
+def _seed_default_generators(context: RunContext, *parts: object) -> None:
+    """With several processes, by the run's seed and `parts`; one process draws on from where it is."""
+    if context.reducer.world_size > 1:
+        torch.manual_seed(derived_seed(context.recipe.seed, *parts))
 
 
 def planned(context: RunContext) -> list[PlannedStage]:

@@ -139,7 +139,7 @@ class BalmsStep(MetaStep[BalmsOptions], CrtStep[BalmsOptions]):
         self.rate_optimizer = torch.optim.Adam([self.rate_logits], lr=self.options.lr)
         self.counts = torch.from_numpy(parts.class_counts.counts).to(self.rate_logits)
         # Of the run's seed, and the same on all processes: each uses rows of its own of the noise.
-        self.generator = torch.Generator(self.rate_logits.device).manual_seed(torch.initial_seed())
+        self.generator = torch.Generator(self.rate_logits.device).manual_seed(parts.seed)
 
     @classmethod
     def why_general(cls, traces: bool, float32_tangent: bool) -> str | None:

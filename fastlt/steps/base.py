@@ -48,6 +48,7 @@ class StepParts:
         that do not need them.
     class_accuracy: A on the meta set; None for methods that do not need it.
     autocast: makes the context in which forward passes run (mixed precision); losses come out in float32.
+    seed: of the run: of what a step draws by itself, the same on every process.
     compiler: what the step's forward, backward and tangent passes are compiled by.
     trained_classes: bool (C,), the classes whose images the batches hold; None for all of them.
     clip: how gradients are clipped before the optimizer's step; None is not at all.
@@ -66,6 +67,7 @@ class StepParts:
     training_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     reducer: Reducer = field(default_factory=Reducer)
+    seed: int = 0
     compiler: Compiler = field(default_factory=Compiler)
     trained_classes: np.ndarray | None = None
     clip: Clip | None = None
@@ -151,6 +153,11 @@ class Step(Replayable, Generic[OptionsT]):
     def time_of(cls, options: OptionsT) -> float:
         """About the time of an iteration over that of method plain; the shortest runs of a table go first by it."""
         return cls.plain_steps
+
+    @classmethod
+    def takes_meta_batches(cls, options: OptionsT) -> bool:
+        """Whether a stage with these options ever looks at a meta batch; without, none is loaded."""
+        return cls.needs.meta_batch
 
     @classmethod
     def follows(cls, options: OptionsT, stage: StageSettings) -> list[str]:

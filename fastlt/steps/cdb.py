@@ -17,7 +17,8 @@ from fastlt.steps.needs import Allows, LogitsPrior, Needs
 def dynamic_tau(accuracy: Tensor) -> Tensor:
     """tau = 2 * sigmoid(max A / (min A + 0.01) - 1): 1 when all classes are alike, towards 2 as they part. 0-d.
 
-    So in the releases of Difficulty-Net and of CDB for ImageNet. CDB for CIFAR has sigmoid(max A / (min A + 0.01)).
+    So in CDB's release for ImageNet, and in a function of Difficulty-Net's that nothing calls there. CDB for CIFAR, and
+    the loss that Difficulty-Net's release trains with, have sigmoid(max A / (min A + 0.01)).
     """
     return 2 * torch.sigmoid(accuracy.max() / (accuracy.min() + 0.01) - 1)
 

@@ -35,6 +35,14 @@ class DifficultyOptions(LearnedWeightOptions):
     driver_weight: float = field(default=0.3, metadata=at_least(0))
     driver_target: Literal["relative", "absolute"] = "absolute"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.meta_weight == 0 and self.driver_weight == 0:
+            raise ValueError(
+                "meta_weight and driver_weight are both 0, so that nothing trains the network of the weights; set one "
+                "above 0, or take method: plain"
+            )
+
 
 class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     """Algorithm 1 of the supplement, one iteration; the inner loss is any per-sample loss ("Ours + Bal. Softmax")."""
@@ -48,6 +56,10 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     def time_of(cls, options: DifficultyOptions) -> float:
         # Without the meta-gradient what is left is to score the meta set.
         return cls.plain_steps if options.meta_weight > 0 else 1.2
+
+    @classmethod
+    def takes_meta_batches(cls, options: DifficultyOptions) -> bool:
+        return options.meta_weight > 0
 
     def make_net(self) -> DifficultyNet:
         return DifficultyNet(self.parts.class_counts.num_classes, self.options.hidden)

@@ -213,7 +213,7 @@ class LearnedWeightStep(MetaStep[LearnedT]):
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         run, seen = self.forward(batch)
-        weights = self.sample_weights(seen, run)
+        weights = self._weights(seen, run)
         due, learns, late = self.moves_theta(), self.learns(), self.options.approximate.late_weights
         self.iteration += 1
         gradients = None
@@ -228,16 +228,20 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         elif due:
             self._update_net(seen, run, torch.zeros_like(run.losses))
         if due and not late:
-            weights = self.sample_weights(seen, run)
+            weights = self._weights(seen, run)
         self.apply(self.weighted_gradients(run, weights, self.parameters) if gradients is None else gradients)
         objective = (weights * run.losses.detach()).mean()
-        return StepOutput(
-            objective, metrics={**self.metrics, "weight_std": weights.std()}, per_class=self.per_class(seen)
-        )
+        spread = weights.std(correction=min(1, len(weights) - 1))  # 0 of a single weight
+        return StepOutput(objective, metrics={**self.metrics, "weight_std": spread}, per_class=self.per_class(seen))
+
+    def _weights(self, seen: Tensor, run: TrainingPass) -> Tensor:
+        with _without_autocast(seen):
+            return self.sample_weights(seen, run)
 
     def _update_net(self, seen: Tensor, run: TrainingPass, per_sample: Tensor, meta_loss: Tensor | None = None) -> None:
         """Eq. 10: one Adam step on theta."""
-        objective, metrics = self.objective(seen, run, per_sample)
+        with _without_autocast(seen):
+            objective, metrics = self.objective(seen, run, per_sample)
         gradients = torch.autograd.grad(objective, self.net_parameters)
         if isinstance(self.net_optimizer, ShardedAdam):
             self.net_optimizer.step(gradients)
@@ -270,3 +274,8 @@ class LearnedWeightStep(MetaStep[LearnedT]):
             load_optimizer(self.net_optimizer, state["net_optimizer"])
         self.iteration = state["iteration"]
         self.metrics = {}
+
+
+def _without_autocast(seen: Tensor) -> torch.autocast:
+    """For theta, which has so few numbers that half types save nothing; a loop of one's own may have autocast on."""
+    return torch.autocast(seen.device.type, enabled=False)

@@ -30,6 +30,17 @@ class ExpertStep(PlainStep):
     allows = Allows(compilation=True, experts=True, some_classes=True, accumulation=True)
 
     @classmethod
+    def check_stage(cls, options: StepOptions, stage: StageSettings, recipe: RecipeSettings) -> list[str]:
+        mistakes = super().check_stage(options, stage, recipe)
+        smooths = stage.loss == "label_aware_smoothing" or stage.loss_options.get("label_smoothing")
+        if stage.classes != "all" and smooths:
+            mistakes.append(
+                f"loss: smooths labels with classes: {stage.classes}, over classes that the expert does not know; take "
+                "a loss without smoothing"
+            )
+        return mistakes
+
+    @classmethod
     def prepare_model(cls, model: Classifier, options: StepOptions, *, seed: int) -> None:
         model.head = RestrictedHead(model.head)
         model.unfreeze()
@@ -67,8 +78,8 @@ class LfmeStep(Step[LfmeOptions]):
 
     KD_e is the mean over the batch, all of it, of KL(softmax(z_e[S_e] / T) || softmax(z[S_e] / T)).
 
-    Self-paced: with A and A_e, the mean accuracies of student and expert over the classes S_e on validation, w_e is 1
-    until A reaches `distil_until` of A_e, and falls from there to 0, where A reaches A_e:
+    Self-paced: with A and A_e, the mean accuracies of student and expert on validation, over classes S_e with images
+    there, w_e is 1 until A reaches `distil_until` of A_e, and falls from there to 0, where A reaches A_e:
     w_e = min(1, max(0, (A_e - A) / (A_e (1 - distil_until)))).
 
     Curriculum: an image starts with the weight that its expert's confidence in its label gives it, scaled in each class
@@ -121,6 +132,9 @@ class LfmeStep(Step[LfmeOptions]):
         self.experts = [parts.stage_models[name] for name in options.experts]
         self.names = options.experts
         self.known = [torch.from_numpy(e.classes.nonzero()[0]).to(device) for e in self.experts]
+        absent = self.class_accuracy.absent
+        # The classes of each with validation images: of one without, nothing is known.
+        self.measured = self.known if absent is None else [known[~absent[known]] for known in self.known]
         mean_images = [counts.counts[e.classes].mean() for e in self.experts]
         # f of each class: where the curriculum starts.
         floors = torch.ones(counts.num_classes, device=device)
@@ -145,7 +159,7 @@ class LfmeStep(Step[LfmeOptions]):
         self.reducer.sum_([labels])
         scaled = scaled_in_class(confidences[0], labels, self.floors)
         self.instance_weights = torch.where(confidences[1] > 0, scaled, torch.ones_like(scaled))
-        for e, (expert, known) in enumerate(zip(self.experts, self.known, strict=True)):
+        for e, (expert, known) in enumerate(zip(self.experts, self.measured, strict=True)):
             self.expert_accuracy[e] = self.class_accuracy.of(expert.model)[known].mean()
 
     def _confidence(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +173,7 @@ class LfmeStep(Step[LfmeOptions]):
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         accuracy = self.class_accuracy.update(self.model)
-        student = torch.stack([accuracy[known].mean() for known in self.known])
+        student = torch.stack([accuracy[known].mean() for known in self.measured])
         expert_weights = self_paced_weights(student, self.expert_accuracy, self.options.distil_until)
 
         images, labels = self.parts.augment(batch.images), batch.labels

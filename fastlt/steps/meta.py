@@ -188,7 +188,8 @@ class MetaStep(Step[OptionsT]):
 
     @classmethod
     def check_model(cls, model: Classifier, options: OptionsT) -> None:
-        refuse_recomputation(model)
+        if cls.takes_meta_batches(options):
+            refuse_recomputation(model)
 
     @classmethod
     def why_general(cls, traces: bool, float32_tangent: bool) -> str | None:

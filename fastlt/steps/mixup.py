@@ -40,7 +40,7 @@ class MixupStep(Step[MixupOptions]):
     def __init__(self, parts: StepParts, options: MixupOptions | None = None) -> None:
         super().__init__(parts, options)
         # Of the run's seed, and so the same on all processes.
-        self.generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.generator = torch.Generator().manual_seed(parts.seed)
 
     def __call__(self, batch: Batch, meta_batch: Batch | None = None) -> StepOutput:
         images = self.parts.augment(batch.images)

@@ -111,6 +111,10 @@ class SampleDifficultyStep(SampleWeightStep[DifficultyOptions]):
 
     Options = DifficultyOptions
 
+    @classmethod
+    def takes_meta_batches(cls, options: DifficultyOptions) -> bool:
+        return options.meta_weight > 0
+
     @property
     def meta_weight(self) -> float:
         return self.options.meta_weight

@@ -161,13 +161,13 @@ def build_step(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model is wrapped in DistributedDataParallel: give model.module, the step averages gradients")
     _check_parameters(model, optimizer)
-    if issubclass(kind, MetaStep):
+    if issubclass(kind, MetaStep) and kind.takes_meta_batches(made):
         refuse_recomputation(model)
     counts = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts.of(class_counts)
     device = next(p for p in model.parameters() if p.requires_grad).device
     reducer = Reducer(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Reducer()
     accuracy = meta = None
-    if kind.needs.meta_batch or kind.needs.class_accuracy:
+    if kind.takes_meta_batches(made) or kind.needs.class_accuracy:
         if meta_set is None:
             raise ValueError(f"method {method} needs a meta_set: batches (images, labels) of held-out images")
         images, labels = _together(meta_set, counts, device)
@@ -187,7 +187,7 @@ def build_step(
         loss=_per_sample(loss, counts).to(device),
         optimizer=optimizer,
         augment=AsGiven(device),
-        meta_augment=AsGiven(device) if kind.needs.meta_batch else None,
+        meta_augment=AsGiven(device) if kind.takes_meta_batches(made) else None,
         class_counts=counts,
         class_accuracy=accuracy,
         autocast=autocast,

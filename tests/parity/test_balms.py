@@ -29,7 +29,7 @@ def make(**options):
         BalmsStep.parameter_groups(model, options), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True
     )
     loss = build_loss("balanced_softmax", COUNTS)
-    step = BalmsStep(StepParts(model, loss, optimizer, Scaled(), Scaled(), COUNTS), options)
+    step = BalmsStep(StepParts(model, loss, optimizer, Scaled(), Scaled(), COUNTS, seed=SEED), options)
     step.train_mode()
     return step
 

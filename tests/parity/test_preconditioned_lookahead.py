@@ -134,6 +134,29 @@ def test_a_clipped_lookahead_is_the_step_of_the_optimizer():
             torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adagrad, {"lr_decay": 0.5, "initial_accumulator_value": 0.1}),
+        (torch.optim.RMSprop, {"centered": True}),
+        (torch.optim.Adamax, {"betas": (0.0, BETA)}),
+        (torch.optim.AdamW, {"betas": (0.0, BETA), "amsgrad": True}),
+    ],
+)
+def test_the_preconditioned_step_is_that_of_the_optimizer(kind, options):
+    parameters = [torch.nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(2)]
+    optimizer = kind(parameters, lr=0.3, weight_decay=0.0, **options)
+    for number in range(4):
+        gradients = [torch.randn_like(p) * (number + 1) for p in parameters]
+        diagonal = preconditioner(optimizer, parameters, gradients)
+        ahead = [p.detach() - 0.3 * d * g for p, d, g in zip(parameters, diagonal, gradients, strict=True)]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        for one, other in zip(ahead, parameters, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["difficulty", "sample_difficulty", "mwn", "cb_da"])
 def test_every_method_with_a_lookahead_has_the_option(method):
     options = {"from_epoch": 0} if method == "cb_da" else {}

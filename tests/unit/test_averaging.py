@@ -106,13 +106,13 @@ def test_a_run_with_another_optimizer_resumes_bit_for_bit(digits_words):
 
 
 def test_logit_adjustment_is_that_of_its_definition(digits_words):
-    words = [f"{STAGE}.eval_adjustment=1.5", f"{STAGE}.iterations=12"]
+    words = [f"{STAGE}.method=plain", f"{STAGE}.eval_adjustment=1.5", f"{STAGE}.iterations=12"]
     trainer = make(digits_words, *words)
     result = trainer.fit()
     trained = load_trained(trainer.folder, torch.device("cpu"))
     shift = 1.5 * log_prior(trainer.context.counts)
     right = total = 0
-    plain = make(digits_words, "name=plain")
+    plain = make(digits_words, f"{STAGE}.method=plain", "name=plain")
     for batch in plain.evaluation._batches("test"):
         right += (trained.logits(batch.images) - shift).argmax(1).eq(batch.labels).sum().item()
         total += len(batch)
@@ -130,6 +130,8 @@ def test_logit_adjustment_is_that_of_its_definition(digits_words):
         ([EMA, f"{STAGE}.method=paco"], "ema: is set, but method 'paco'"),
         ([f"{STAGE}.eval_adjustment=1", f"{STAGE}.loss=balanced_softmax"], "eval_adjustment: is 1.0 with loss"),
         ([f"{STAGE}.eval_adjustment=1", f"{STAGE}.sampling=class_balanced"], "eval_adjustment: is 1.0 with sampling"),
+        ([f"{STAGE}.eval_adjustment=1", f"{STAGE}.method=cdb"], "eval_adjustment: is 1.0 with method 'cdb'"),
+        ([f"{STAGE}.eval_adjustment=1", f"{STAGE}.method=difficulty"], "eval_adjustment: is 1.0 with method 'diff"),
     ],
 )
 def test_what_does_not_go_together_is_refused(digits_words, words, message):

@@ -20,7 +20,7 @@ from fastlt.models import Classifier, LinearHead
 from fastlt.models.restricted_head import RestrictedHead
 from fastlt.recipe import load_recipe
 from fastlt.run.class_history import read_class_history
-from fastlt.run.preflight import prepare
+from fastlt.run.preflight import check_dataset, prepare
 from fastlt.run.stage import prepare_model
 from fastlt.run.stopping import Interrupted
 from fastlt.run.trainer import Trainer
@@ -150,16 +150,16 @@ def identity(images):
     return images
 
 
-def make_step(groups, reducer=None, lr=0.3, **options):
-    """A student whose experts know `groups`; the validation set is three images a class."""
+def make_step(groups, reducer=None, lr=0.3, unseen=(), **options):
+    """A student whose experts know `groups`; the validation set is three images a class, none of those `unseen`."""
     with SEEDED:
         student = network(0)
         experts = [network(10 + i, mask_of(known)) for i, known in enumerate(groups.values())]
     reducer = reducer or Reducer()
     validation = torch.arange(3 * CLASSES) % CLASSES
-    accuracy = ClassAccuracy(
-        images_of(len(validation), 9), validation, CLASSES, prepare=identity, refresh="epoch", reducer=reducer
-    )
+    held = torch.tensor([label not in unseen for label in validation.tolist()])
+    images = images_of(len(validation), 9)[held]
+    accuracy = ClassAccuracy(images, validation[held], CLASSES, prepare=identity, refresh="epoch", reducer=reducer)
     options = LfmeStep.Options(experts=list(groups), **options)
     models = {name: StageModel(e, mask_of(known)) for (name, known), e in zip(groups.items(), experts, strict=True)}
     optimizer = torch.optim.SGD(LfmeStep.parameter_groups(student, options), lr=lr)
@@ -212,6 +212,24 @@ def test_the_first_pass_finds_start_weights_and_accuracies_of_the_experts(groups
     found = step.expert_accuracy.tolist()
     assert found == pytest.approx([accuracy_on(e.model, k) for e, k in zip(step.experts, groups.values(), strict=True)])
     assert max(found) > 0
+
+
+def test_a_class_without_validation_images_counts_for_no_expert():
+    """Others' mean stands for its accuracy elsewhere; of an expert, others are classes that it does not know."""
+    groups = {"many": [0, 1, 2], "few": [3, 4]}
+    step, whole = make_step(groups, unseen=[1]), make_step(groups)
+    for one in (step, whole):
+        one.first_pass(pieces(training_set()), identity)
+    assert [known.tolist() for known in step.measured] == [[0, 2], [3, 4]]
+    expected = [accuracy_on(step.experts[0].model, [0, 2]), accuracy_on(step.experts[1].model, [3, 4])]
+    assert step.expert_accuracy.tolist() == pytest.approx(expected)
+    assert expected[0] != pytest.approx(whole.expert_accuracy[0].item())
+    step.expert_accuracy.fill_(1.0)
+    student = copy.deepcopy(step.model)
+    output = step(training_set())
+    ours = [accuracy_on(student, known) for known in ([0, 2], [3, 4])]
+    expected = self_paced_weights(torch.tensor(ours), torch.ones(2), step.options.distil_until)
+    assert [output.metrics[f"expert_weight_{name}"].item() for name in groups] == pytest.approx(expected.tolist())
 
 
 def test_an_iteration_descends_the_loss_written_out():
@@ -391,6 +409,7 @@ def student(old, new):
 
 REFUSED = {
     "unknown": (student("few]", "fww]"), r"names \['fww'\], but the stages before this one are"),
+    "smoothing": (["stages.many.loss_options={label_smoothing: 0.1}"], "smooths labels with classes: many"),
     "none": (student("[many, medium, few]", "[]"), "at least one"),
     "missing": (student("experts: [many, medium, few], ", ""), "experts"),
     "twice": (student("[many, medium, few]", "[many, many]"), "each once"),
@@ -444,6 +463,18 @@ def test_a_shot_group_without_classes_or_with_too_few_images_is_refused_before_w
         make(digits_words, "data.shots=[60, 3]")
     with pytest.raises(ValueError, match="batch_size is 64, but the train split has 43 images of few-shot classes"):
         make(digits_words, "stages.few.batch_size=64")
+
+
+def test_an_expert_whose_classes_have_no_validation_image_is_refused(digits_words, monkeypatch):
+    trainer = make(digits_words)
+    context, labels = trainer.context, trainer.context.dataset.labels
+    many = context.counts.shot_masks()["many"]
+    without = {"meta": labels("meta")[~many[labels("meta")]], "train": labels("train")}
+    monkeypatch.setattr(type(context.dataset), "labels", lambda self, split: without[split])
+    with pytest.raises(
+        ValueError, match=r"stages\.many\.classes is 'many', and no such class has an image in the meta"
+    ):
+        check_dataset(context)
 
 
 def test_a_student_whose_expert_left_nothing_says_so(digits_words):

@@ -203,6 +203,7 @@ def test_losses_of_torch_and_optimizers_of_torch_are_taken():
         ({"method": "crt"}, "unknown method 'crt'"),
         ({"driver_wieght": 1}, "driver_wieght: unknown key.*did you mean driver_weight"),
         ({"driver_weight": -1}, "driver_weight: is -1"),
+        ({"driver_weight": 0, "meta_weight": 0}, "meta_weight and driver_weight are both 0"),
         ({"lookahead": "precond"}, "lookahead: is a string.*did you mean 'preconditioned'"),
         ({"tangent": "fp23"}, "tangent: is a string.*did you mean 'fp32'"),
         ({"driver_target": "absolut"}, "driver_target: is a string.*did you mean 'absolute'"),
@@ -237,6 +238,40 @@ def test_what_does_not_fit_is_refused(change, expected):
         fastlt.build_step(model=model, optimizer=optimizer, **given)(*images_of(COUNTS))
 
 
+@pytest.mark.parametrize("method", ["difficulty", "mwn"])
+def test_autocast_around_the_step_is_that_of_the_network_alone(method):
+    images, labels = images_of(COUNTS)
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    torch.manual_seed(1)
+    given = build(network(), method, autocast=half)
+    torch.manual_seed(1)
+    around = build(network(), method)
+    for _ in range(3):
+        expected = given(images, labels)
+        with half():
+            found = around(images, labels)
+    # Not the same bits: in `around` also what the step computes between its passes has half types.
+    torch.testing.assert_close(found.loss, expected.loss, rtol=2e-2, atol=0)
+    assert {p.dtype for p in around.step.net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["difficulty", "cdb"])
+def test_the_default_type_may_be_another(method):
+    images, labels = images_of(COUNTS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        step = build(network(), method, meta_set=[(images_of([6] * 4, 1)[0].double(), images_of([6] * 4, 1)[1])])
+        assert torch.isfinite(step(images.double(), labels).loss)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_one_image_has_one_weight():
+    images, labels = images_of(COUNTS)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    assert build(model)(images[:1], labels[:1]).metrics["weight_std"] == 0
+
+
 @pytest.mark.parametrize("switch", ["grad_checkpointing", "gradient_checkpointing"])
 def test_a_network_that_recomputes_activations_is_refused(switch):
     model = network()
@@ -244,6 +279,7 @@ def test_a_network_that_recomputes_activations_is_refused(switch):
     with pytest.raises(ValueError, match=r"0 recomputes activations.*options\.lean: true lowers memory"):
         build(model)
     build(model, "plain")
+    build(model, meta_weight=0.0)
 
 
 class OverwritesItsInput(nn.Module):

@@ -166,6 +166,24 @@ def test_sigmoid_equalization_equals_the_reference_for_its_one_draw(dropped):
     torch.testing.assert_close(loss(logits, labels), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_equalization_draws_by_the_runs_seed_and_for_all_processes(kind):
+    def drawn(*share, **options):
+        loss = build_loss("equalization", class_counts(), kind=kind, gamma=0.5, threshold=0.05, **options)
+        loss.share_draws(*share)
+        found = []
+        for _ in range(3):
+            loss.draw(8 // share[2])
+            found.append(loss.dropped.clone())
+        return found
+
+    alone = drawn(4, 0, 1)
+    assert not all(torch.equal(a, b) for a, b in zip(alone, drawn(5, 0, 1), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(alone, drawn(4, 0, 1, seed=1), strict=True))
+    for whole, first, second in zip(alone, drawn(4, 0, 2), drawn(4, 1, 2), strict=True):
+        assert torch.equal(whole, torch.cat([first, second]))
+
+
 def test_sigmoid_equalization_draws_once_a_batch():
     loss = build_loss("equalization", class_counts(), kind="sigmoid", gamma=0.7, threshold=0.05)
     draws = []

@@ -36,9 +36,8 @@ def test_a_step_descends_the_cross_entropy_with_soft_labels(method, mix):
     before = [p.detach().numpy().copy() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     kind = STEPS[method]
-    parts = StepParts(model, build_loss("cross_entropy", COUNTS), optimizer, Float64(), None, COUNTS)
+    parts = StepParts(model, build_loss("cross_entropy", COUNTS), optimizer, Float64(), None, COUNTS, seed=SEED)
     batch = pictures()
-    torch.manual_seed(SEED)
     output = kind(parts, kind.Options(alpha=0.7))(batch)
 
     mixed, _, partners, lam = mix(Float64()(batch.images), batch.labels, 0.7, torch.Generator().manual_seed(SEED))
@@ -58,9 +57,8 @@ def test_deferred_weights_are_averaged_by_themselves():
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Flatten(), nn.Linear(243, 3)).double()
     loss = build_loss("ldam", COUNTS, reweight_from_epoch=0, max_margin=0.0)
-    parts = StepParts(model, loss, torch.optim.SGD(model.parameters(), lr=LR), Float64(), None, COUNTS)
+    parts = StepParts(model, loss, torch.optim.SGD(model.parameters(), lr=LR), Float64(), None, COUNTS, seed=SEED)
     batch, before = pictures(), [p.detach().clone() for p in model.parameters()]
-    torch.manual_seed(SEED)
     output = STEPS["mixup"](parts, STEPS["mixup"].Options(alpha=0.7))(batch)
     mixed, _, partners, lam = mixup(Float64()(batch.images), batch.labels, 0.7, torch.Generator().manual_seed(SEED))
     z = mixed.flatten(1) @ before[0].T + before[1]
