@@ -257,7 +257,8 @@ def _convert_typed_by(field: dataclasses.Field, value: Mapping, prefix: str, mis
 def _convert_sequence(origin: type, arguments: tuple, value: Any, where: str, mistakes: _Mistakes) -> Any:
     fixed = origin is tuple and Ellipsis not in arguments
     if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
-        like = "" if isinstance(value, (list, tuple, Mapping)) or value is None else f", such as [{value}]"
+        parts = [] if isinstance(value, (list, tuple, Mapping)) or value is None else re.split(r"[\s,;/]+", str(value))
+        like = f", such as [{', '.join(parts)}]" if parts and len(parts) == (len(arguments) if fixed else 1) else ""
         allowed = f"a list of {len(arguments)} values" if fixed else "a list"
         return _wrong(mistakes, where, value, allowed + like)
     kinds = arguments if fixed else (arguments[0],) * len(value)

@@ -67,8 +67,8 @@ def main(words: list[str], prog: str = NAME) -> int:
     made = export_model(trained, given.to, given.out, options=options, images=given.images)
     gives = "the log of the mean probability" if several else "logits"
     print(f"{made.path}: the largest difference of {gives} is {made.difference:.2g}, on {made.images}")
+    print(f"takes {made.takes}")
     if given.to != "timm":
-        print(f"takes {made.takes}")
         return 0
     print(f'timm.create_model("local-dir:{made.path}", pretrained=True)')
     if given.push:

@@ -13,8 +13,10 @@ Exit codes: 0 done, 2 bad input, or no image could be read.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Only what a usage error needs; torch takes seconds and is imported when there is work for it.
@@ -48,6 +50,8 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     checked_threshold(arguments.abstain)
     images = gathered([as_path(image) for image in images])
+    if all(isinstance(image, Path) and not os.path.lexists(image) for image in images):  # before a network is loaded
+        raise ValueError(f"none of {len(images)} images could be read: {images[0]} (no such file)")
     model = load_model(arguments)
     temperature = fitted_temperature(arguments, model)
     started = time.perf_counter()

@@ -109,9 +109,9 @@ def _images(trained: TrainedRun, files: Sequence[Path] | None) -> tuple[Tensor, 
 
 
 def _to_timm(trained: TrainedRun, files: Sequence[Path] | None, out: Path) -> ExportedModel:
-    """ValueError where timm alone cannot load it; the folder is then there for fastlt."""
-    _, reason = in_timm(trained)
-    if reason is not None:
+    """ValueError where timm cannot compute it; the folder is then there for fastlt."""
+    network, reason = in_timm(trained)
+    if network is None:
         of_result = trained.select == trained.run.select
         own = of_result and out.resolve() == model_folder(trained.run.folder).resolve()
         if not (own and is_model_folder(out)):
@@ -122,4 +122,5 @@ def _to_timm(trained: TrainedRun, files: Sequence[Path] | None, out: Path) -> Ex
         )
     images, which = _images(trained, files)
     written = write_model_folder(trained, images, out)
-    return ExportedModel(out, written.difference, which, "what its config.json says")
+    own = "" if reason is None else f"; {reason}: import fastlt.models before"
+    return ExportedModel(out, written.difference, which, f"what its config.json says{own}")

@@ -309,7 +309,7 @@ def schedule(stage: StageRecipe, recipe: Recipe) -> Iterator[str]:
     if not stage.has_length:
         return
     if stage.warmup >= stage.length:
-        yield f"warmup: is {stage.warmup}; allowed: less than the length of the stage, {stage.length}"
+        yield f"warmup: is {stage.warmup}; allowed: less than the length of the stage, {stage.length}; set both"
     if (stage.schedule == "multistep") != bool(stage.milestones):
         yield (
             f"milestones: is {stage.milestones} with schedule {stage.schedule!r}; "
@@ -464,7 +464,7 @@ def cached_views(recipe: Recipe) -> Iterator[str]:
     if model.train != "head" or model.norm == "train" or model.adapt is not None:
         yield (
             "data.cached_views: is set, but the backbone's features change while it is trained; set model.train: head "
-            "and leave out model.norm and model.adapt, or leave data.cached_views out"
+            "and model.norm and model.adapt to null, or leave data.cached_views out"
         )
     if recipe.data.test_crops > 1:
         yield (

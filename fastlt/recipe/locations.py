@@ -25,7 +25,8 @@ def shipped_names() -> list[str]:
 
 
 def find_recipe(word: str | Path) -> Path:
-    """The file of a recipe that a user names: a path, or the name of a shipped recipe with or without `.yaml`.
+    """The file of a recipe that a user names: a path, or the name of a shipped recipe with or without `.yaml`, or its
+    path among them.
 
     A file that is there goes before a shipped one. RecipeError when there is neither.
     """
@@ -37,6 +38,8 @@ def find_recipe(word: str | Path) -> Path:
     if path.exists():
         return path
     shipped = shipped_recipes().get(str(word).removesuffix(".yaml"))
+    if shipped is None and SHIPPED / path in shipped_recipes().values():  # as a base is named
+        shipped = SHIPPED / path
     if shipped is not None:
         return shipped
     if re.fullmatch(r"[\w.]+=.*", str(word)):

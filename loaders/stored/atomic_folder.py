@@ -56,6 +56,16 @@ def refuse_source_inside(out: Path, root: Path) -> None:
             )
 
 
+def refuse_target_inside(out: Path, root: Path) -> None:
+    """ValueError when a conversion would be written among the images of a folder, where a folder is a class."""
+    real = _real(root)
+    if real == _real(out) or real in _real(out).parents:
+        raise ValueError(
+            f"{printable(out)} lies in {printable(root)}, the folder of the images, where a folder is a class: give a "
+            "folder outside of it"
+        )
+
+
 def _made_files(folder: Path) -> list[str]:
     """The files of a converted data set, by its manifest; none where this is no manifest of ours."""
     manifest = _read_tree(folder / MANIFEST)

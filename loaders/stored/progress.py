@@ -31,7 +31,8 @@ class TotalProgress:
         """
         self._bar.set_description_str(f"convert: {name}")
         step = share * self._count / max(total, 1)
-        return lambda units: self._bar.update(units * step)
+        # Sums of parts are rounded: the bar would be told more than there is.
+        return lambda units: self._bar.update(min(units * step, self._count - self._bar.n))
 
     def done_before(self, share: float, images: int) -> None:
         """Count images that took no time of this run: the rate is that of the others."""

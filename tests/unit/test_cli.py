@@ -198,6 +198,9 @@ def test_a_base_is_next_to_the_file_or_else_a_shipped_one(tmp_path):
 def test_every_shipped_recipe_has_a_name():
     assert "digits_lt" in shipped_names()
     assert all(find_recipe(name).is_file() for name in shipped_names())
+    assert find_recipe("finetune/mine_finetune.yaml") == find_recipe("mine_finetune"), "as a base is named"
+    with pytest.raises(ValueError, match="no such file"):
+        find_recipe("base/cifar10.yaml")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from loaders.factory import make_loader
 from loaders.order.crop import CropSpec
 from loaders.stored.dataset import ConvertedDataset
 from loaders.stored.manifest import file_checksums
+from loaders.stored.progress import total_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_dataset.py"
@@ -98,6 +99,28 @@ def test_verify_says_so_and_finds_damage(digits, tmp_path, capsys):
     assert "manifest.json is not a manifest" in capsys.readouterr().err
     verify(tmp_path, code=2)
     assert "not a converted data set" in capsys.readouterr().err
+
+
+def test_nothing_is_converted_into_the_folder_of_the_images(folder, capsys):
+    for out in (folder, folder / "out"):
+        words = ["--out", out, "--overwrite"] if out == folder else ["--out", out]
+        run("image_folder", "--root", folder, *words, "--meta-per-class", 4, "--quiet", code=2)
+    assert f"{folder / 'out'} lies in {folder}, the folder of the images, where a folder is a class" in (
+        capsys.readouterr().err
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["test", "train"]
+
+
+@pytest.mark.filterwarnings("error::tqdm.TqdmWarning")
+def test_the_bar_of_a_conversion_ends_at_its_end():
+    """Its parts are added up with rounding; tqdm warns of more than the whole."""
+    for count in (1, 3, 7, 192):
+        with total_progress(count, enabled=True) as bar:
+            for share in (0.9, 0.07, 0.03):
+                advance = bar.phase("part", share, 10)
+                for _ in range(10):
+                    advance(1)
+                bar._bar.refresh()
 
 
 def test_an_image_folder_is_converted_scaled_and_overwritten(folder, tmp_path, capsys):

@@ -390,3 +390,9 @@ def test_the_command_refuses_with_one_message_and_code_2(root, trainer, words, m
     assert code == 2
     assert message in told
     assert "Traceback" not in told
+
+
+def test_paths_that_are_not_there_are_refused_before_a_network_is_loaded(tmp_path, capsys):
+    assert cli.main(["predict", str(tmp_path / "no_run"), str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]) == 2
+    told = capsys.readouterr().err
+    assert f"none of 2 images could be read: {tmp_path / 'a.jpg'} (no such file)" in told

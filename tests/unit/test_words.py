@@ -56,6 +56,7 @@ STAGE = "stages.end_to_end"
         # Values of another form.
         (["digits_lt", "trackers=tensorboard"], "trackers: .*allowed: a list, such as [tensorboard]"),
         (["digits_lt", "data.augment=flip"], "data.augment: .*allowed: a list, such as [flip]"),
+        (["digits_lt", "data.split=0.8/0.1/0.1"], "data.split: .*allowed: a list of 3 values, such as [0.8, 0.1, 0.1]"),
         (["digits_lt", f"{STAGE}.lr=0,1"], "allowed: a number, as 0.1"),
         # Not a recipe.
         (["seed=1", "digits_lt"], "seed=1: is an override and no recipe; the recipe comes first"),
