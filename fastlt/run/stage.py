@@ -125,7 +125,7 @@ def build_stage(
     With several processes the step's own networks begin alike on all, and dropout draws other masks on each.
     """
     stage = context.recipe.stages[name]
-    _seed_default_generators(context, name)
+    _draw_as_main(context)
     kind, options = STEPS[stage.method], stage.options
     optimizer = stage_optimizer(context, stage, model, kind.parameter_groups(model, options))
     loaders, accuracy = open_stage_loaders(context, stage, backends), None
@@ -155,14 +155,14 @@ def build_stage(
     )
     ema = None if stage.ema is None else stage.ema.start(model)
     step = kind(parts, options)
-    _seed_default_generators(context, name, context.reducer.rank)
+    if context.reducer.rank > 0:
+        torch.manual_seed(derived_seed(context.recipe.seed, name, context.reducer.rank))
     return Stage(name, stage, step, loaders, ema)
 
 
-def _seed_default_generators(context: RunContext, *parts: object) -> None:
-    """With several processes, by the run's seed and `parts`; one process draws on from where it is."""
-    if context.reducer.world_size > 1:
-        torch.manual_seed(derived_seed(context.recipe.seed, *parts))
+def _draw_as_main(context: RunContext) -> None:
+    """The default generator of the CPU goes on from where that of the main process is."""
+    torch.set_rng_state(from_main(context.accelerator, torch.get_rng_state))
 
 
 def planned(context: RunContext) -> list[PlannedStage]:
@@ -186,8 +186,7 @@ def new_model(context: RunContext) -> Classifier:
     if not recipe.model.pretrained and recipe.model.checkpoint is None:
         return build(True)
     model = _with_weights_of_main(context, build)
-    # Building with weights may have drawn other numbers than building without.
-    torch.set_rng_state(from_main(context.accelerator, torch.get_rng_state))
+    _draw_as_main(context)  # building with weights may have drawn other numbers than building without
     return model
 
 

@@ -216,12 +216,15 @@ def children(process):
 
 
 def test_two_processes_train_a_network_in_which_no_statistics_move(digits_words, tmp_path):
-    """Where nothing is averaged before an evaluation: a head alone, and most transformers."""
+    """Where nothing is averaged before an evaluation: a head alone, most transformers. Each has its own masks."""
     short = ["stages.end_to_end.iterations=4", "stages.end_to_end.evaluate_every=2", "stages.end_to_end.warmup=0"]
-    process = launch(digits_words, "head", "model.train=head", *short)
+    process = launch(digits_words, "head", "model.train=head", "model.drop_rate=0.2", *short)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert json.loads((tmp_path / "runs" / "head" / "result.json").read_text())["processes"] == 2
+    state = torch.load(tmp_path / "runs" / "head" / "checkpoints" / "last.pt", weights_only=True)
+    first, second = (own["random"]["cpu"] for own in state["processes"])
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.slow
