@@ -126,7 +126,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     quality = FfcvOptions.jpeg_quality if arguments.jpeg_quality is None else arguments.jpeg_quality
     options = FfcvOptions(arguments.mode, arguments.max_resolution, quality, arguments.workers)
     chosen = choices(arguments)
-    from loaders.stored.atomic_folder import MANIFEST, check_target, remove_published
+    from loaders.stored.atomic_folder import MANIFEST, check_target, refuse_target_inside, remove_published
     from loaders.stored.convert import conversion_request, convert
     from loaders.stored.dataset import ConvertedDataset
 
@@ -150,6 +150,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
         differences = "; ".join(there.differences(request))
         raise ValueError(f"{out} holds another data set: {differences}; give another folder, or --overwrite")
     check_target(out, overwrite=arguments.overwrite)
+    if arguments.source == "image_folder":
+        refuse_target_inside(out, arguments.root)
     source = open_chosen(arguments, chosen)
     for note in source.notes:
         print(note)

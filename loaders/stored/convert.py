@@ -28,7 +28,6 @@ from loaders.stored.atomic_folder import (
     check_target,
     publish,
     refuse_source_inside,
-    refuse_target_inside,
     work_folder,
     write_durably,
 )
@@ -144,8 +143,6 @@ def convert(
     check_target(out, overwrite=overwrite)
     for root in _roots(source):
         refuse_source_inside(out, Path(root))
-        if source.name == "image_folder":
-            refuse_target_inside(out, Path(root))
     with work_folder(out) as work:
         check_target(out, overwrite=overwrite)  # again: while the lock was waited for, its owner may have finished
         store = PieceStore(work, options, formats, _description(source, options, formats), shard_images)
