@@ -50,7 +50,7 @@ def main(words: list[str], prog: str = NAME) -> int:
 
     checked_threshold(arguments.abstain)
     images = gathered([as_path(image) for image in images])
-    if all(isinstance(image, Path) and not os.path.lexists(image) for image in images):  # before a network is loaded
+    if images and all(isinstance(image, Path) and not os.path.lexists(image) for image in images):
         raise ValueError(f"none of {len(images)} images could be read: {images[0]} (no such file)")
     model = load_model(arguments)
     temperature = fitted_temperature(arguments, model)
