@@ -59,7 +59,7 @@ def meta_steps(recipe: Recipe, model: Classifier) -> list[str]:
         kind = STEPS[stage.method]
         if not issubclass(kind, MetaStep):
             continue
-        if getattr(stage.options, "meta_weight", 1) == 0:
+        if not kind.takes_meta_batches(stage.options):
             lines.append(f"stages.{name}: meta-gradient: none is taken, options.meta_weight is 0")
             continue
         float32_tangent = recipe.precision != "fp32" and getattr(stage.options, "tangent", None) == "fp32"

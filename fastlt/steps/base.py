@@ -274,7 +274,7 @@ class Step(Replayable, Generic[OptionsT]):
 
     def uses_meta_batch(self) -> bool:
         """Whether the next iteration looks at its meta batch."""
-        return self.needs.meta_batch
+        return self.takes_meta_batches(self.options)
 
     def replayed_part(self) -> Replayable | None:
         return self.parts.class_accuracy

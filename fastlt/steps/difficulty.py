@@ -55,7 +55,7 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     @classmethod
     def time_of(cls, options: DifficultyOptions) -> float:
         # Without the meta-gradient what is left is to score the meta set.
-        return cls.plain_steps if options.meta_weight > 0 else 1.2
+        return cls.plain_steps if cls.takes_meta_batches(options) else 1.2
 
     @classmethod
     def takes_meta_batches(cls, options: DifficultyOptions) -> bool:

@@ -178,9 +178,6 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         """The weight of the meta loss in what theta descends; at 0 no meta-gradient is taken."""
         return 1.0
 
-    def uses_meta_batch(self) -> bool:
-        return self.meta_weight > 0
-
     def moves_theta(self) -> bool:
         """Whether theta takes a step in this iteration."""
         return self.iteration % self.options.approximate.every == 0
