@@ -64,10 +64,6 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
     def make_net(self) -> DifficultyNet:
         return DifficultyNet(self.parts.class_counts.num_classes, self.options.hidden)
 
-    @property
-    def meta_weight(self) -> float:
-        return self.options.meta_weight
-
     def advice(self) -> list[str]:
         width = advice_on_width(self.parts.class_counts.num_classes, self.options.hidden)
         return [*super().advice(), *([] if width is None else [width])]
@@ -88,7 +84,7 @@ class DifficultyStep(LearnedWeightStep[DifficultyOptions]):
         self.reducer.mean_([class_gradient])
         options = self.options
         scalar, driver = difficulty_gradient_loss(
-            self.net, seen, self.meta_weight * class_gradient, options.driver_weight, options.driver_target
+            self.net, seen, options.meta_weight * class_gradient, options.driver_weight, options.driver_target
         )
         return scalar, {"driver_loss": driver, "meta_grad_norm": class_gradient.norm()}
 

@@ -173,11 +173,6 @@ class LearnedWeightStep(MetaStep[LearnedT]):
         super().advance()
         self.iteration += 1
 
-    @property
-    def meta_weight(self) -> float:
-        """The weight of the meta loss in what theta descends; at 0 no meta-gradient is taken."""
-        return 1.0
-
     def moves_theta(self) -> bool:
         """Whether theta takes a step in this iteration."""
         return self.iteration % self.options.approximate.every == 0

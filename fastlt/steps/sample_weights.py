@@ -58,6 +58,11 @@ class SampleWeightStep(LearnedWeightStep[LearnedT]):
         """The hidden layers of V."""
         raise NotImplementedError
 
+    @property
+    def meta_weight(self) -> float:
+        """The weight of the meta loss in what V descends."""
+        return 1.0
+
     def regulariser(self, values: Tensor, losses: Tensor) -> Tensor | None:
         """What is added to the meta loss, 0-d, from V's values (B,) and the losses (B,) they belong to."""
         return None
