@@ -41,7 +41,9 @@ def unknown(kind: str, word: object, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     guess = nearest(str(word), valid)
     hint = f"; did you mean {guess!r}?" if guess else ""
-    return f"unknown {kind} {shortened(word)}: allowed are {', '.join(valid)}{hint}"
+    # A name with a comma would look like two in the list.
+    quoted = any("," in one for one in valid)
+    return f"unknown {kind} {shortened(word)}: allowed are {', '.join(map(repr, valid) if quoted else valid)}{hint}"
 
 
 def pick(kind: str, name: str, table: Mapping[str, T]) -> T:

@@ -274,6 +274,7 @@ def test_the_listing_names_every_row_its_recipe_and_what_is_missing(tmp_path, ca
     [
         (["table88"], "did you mean 'table8'"),
         (["table8", "--rows", "Our"], "did you mean 'Ours'"),
+        (["cifar10_lt_ablation", "--rows", "XX"], "'Absolute driver alone', 'Absolute driver alone, LAS', "),
         (["table8", "--columns", "500"], "unknown column"),
         (["table8", "--seeds", "0"], "'0' is not a whole number from 1 on"),
         (["table8", "--jobs", "none"], "'none' is not a whole number from 1 on"),
